@@ -1,0 +1,323 @@
+"""The base class of all models: atomic energies from species and pair vectors.
+
+A model is a function (species, edges, r_ij, n_local) -> atomic energies. Geometry (positions, cell,
+strain, images) is formed outside it, in float64, and cast by the model to its own dtype. The base
+class turns dE/dr_ij into forces, virial and stress once, for every model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from potstill.errors import ModelError, suggest
+from potstill.neighbors import build_neighbor_list, pair_vectors
+from potstill.structures import NeighborList, Properties, SpeciesTable, Structures
+
+PREDICTABLE = ("energy", "forces", "stress", "atomic_energies")
+
+
+@dataclass(frozen=True)
+class Edges:
+    """The pairs of a model's input, sorted by center.
+
+    Parameters
+    ----------
+    center, neighbor : Tensor
+        (E,) int64. Centers are local atoms (< n_local); neighbors may be ghosts.
+    """
+
+    center: Tensor
+    neighbor: Tensor
+
+    @property
+    def n_pairs(self) -> int:
+        """Number of pairs E."""
+        return self.center.shape[0]
+
+    @cached_property
+    def _rank(self) -> Tensor:
+        """(E,) position of a pair among the pairs of its center."""
+        if self.n_pairs == 0:
+            return self.center
+        counts = torch.bincount(self.center)
+        starts = counts.cumsum(0) - counts
+        return torch.arange(self.n_pairs, device=self.center.device) - starts[self.center]
+
+    def padded(self, n_local: int) -> tuple[Tensor, Tensor]:
+        """Lay the pairs out as a rectangle: neighbor sums then become matrix products.
+
+        Returns
+        -------
+        pair : Tensor
+            (n_local, K) int64, index of the pair in slot k of an atom; 0 in unused slots.
+        used : Tensor
+            (n_local, K) bool.
+        """
+        width = int(self._rank.max()) + 1 if self.n_pairs else 0
+        pair = self.center.new_zeros(n_local, width)
+        used = torch.zeros(n_local, width, dtype=torch.bool, device=self.center.device)
+        pair[self.center, self._rank] = torch.arange(self.n_pairs, device=self.center.device)
+        used[self.center, self._rank] = True
+        return pair, used
+
+
+@dataclass(frozen=True)
+class TapSpec:
+    """A named internal feature: where it lives and how wide it is."""
+
+    kind: Literal["node_scalar", "node_vector", "edge_scalar"]
+    width: int
+
+
+@dataclass(frozen=True)
+class LocalOutput:
+    """What a model returns: (n_local,) atomic energies in eV, and the taps that were asked for."""
+
+    atomic_energies: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Properties of a batch, and the model's internal features that were asked for."""
+
+    properties: Properties
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.properties[name]
+
+
+class Potential(nn.Module, ABC):
+    """Abstract base of all potentials with conservative forces.
+
+    Subclasses implement `forward` and `hyperparameters`. A model must be zero beyond its own
+    `cutoff` whatever pairs it is given, since a list may reach further (a skin, another model).
+
+    Parameters
+    ----------
+    species_table : SpeciesTable
+        The species that the model knows, in the order of its parameters.
+    cutoff : float
+        Å.
+    """
+
+    #: Name of the kind of model in checkpoints and configs.
+    kind: str = ""
+
+    #: Models that do not derive forces from an energy say so here.
+    direct_forces: bool = False
+
+    def __init__(self, species_table: SpeciesTable, cutoff: float) -> None:
+        super().__init__()
+        if not cutoff > 0:
+            raise ModelError(f"cutoff must be positive, not {cutoff}")
+        self.species_table = species_table
+        self.cutoff = float(cutoff)
+
+    @abstractmethod
+    def forward(
+        self,
+        species: Tensor,
+        edges: Edges,
+        r_ij: Tensor,
+        n_local: int,
+        taps: Sequence[str] = (),
+    ) -> LocalOutput:
+        """Atomic energies of the local atoms.
+
+        Parameters
+        ----------
+        species : Tensor
+            (N,) int64 indices into `species_table`; local atoms first, then ghosts.
+        edges : Edges
+            Pairs sorted by center.
+        r_ij : Tensor
+            (E, 3) Å, any floating dtype; cast to the model's dtype inside.
+        n_local : int
+            Number of local atoms.
+        taps : sequence of str
+            Names of internal features to return as well.
+
+        Returns
+        -------
+        LocalOutput
+            (n_local,) eV in the model's dtype, and features by name.
+        """
+
+    @abstractmethod
+    def hyperparameters(self) -> dict[str, Any]:
+        """JSON-able keyword arguments that rebuild the model together with the species table."""
+
+    @property
+    def taps(self) -> dict[str, TapSpec]:
+        """Internal features that `forward` can return, by name."""
+        return {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype the model computes in."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.is_floating_point():
+                return tensor.dtype
+        return torch.float64
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of trainable numbers."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def regularized_weights(self) -> list[Tensor]:
+        """Weights (no biases) whose squares the L2 term of the loss sums."""
+        return [p for p in self.parameters() if p.ndim > 1]
+
+    # -- derived once for every model ----------------------------------------------------------
+
+    def predict(
+        self,
+        structures: Structures,
+        neighbors: NeighborList | None = None,
+        properties: Iterable[str] = ("energy", "forces"),
+        *,
+        taps: Sequence[str] = (),
+        create_graph: bool = False,
+    ) -> Prediction:
+        """Predict properties of a batch.
+
+        Parameters
+        ----------
+        structures : Structures
+            The batch; its species table is mapped onto the model's.
+        neighbors : NeighborList, optional
+            A list with at least the model's cutoff; built if absent.
+        properties : iterable of str
+            Any of energy, forces, stress, atomic_energies.
+        taps : sequence of str
+            Internal features to return as well.
+        create_graph : bool
+            Keep the graph, for training; otherwise results are detached.
+
+        Returns
+        -------
+        Prediction
+            energy (S,), forces (N, 3), stress (S, 3, 3), atomic_energies (N,) in float64. Stress
+            is present only for systems that are periodic along all three axes.
+
+        Raises
+        ------
+        ModelError
+            If a property or tap is unknown or the neighbor list is too short.
+        DataError
+            If a structure holds a species that the model does not know.
+        """
+        wanted = set(properties)
+        for name in wanted - set(PREDICTABLE):
+            raise ModelError(f"a potential cannot predict '{name}'{suggest(name, PREDICTABLE)}")
+        for name in set(taps) - set(self.taps):
+            raise ModelError(f"{self.kind} has no feature tap '{name}'{suggest(name, self.taps)}")
+        structures = structures.with_species_table(self.species_table)
+        neighbors = self._check_neighbors(structures, neighbors)
+        derivative = bool(wanted & {"forces", "stress"})
+        with torch.set_grad_enabled(create_graph or derivative):
+            r_ij = pair_vectors(structures, neighbors)
+            if derivative and not r_ij.requires_grad:
+                r_ij.requires_grad_(True)
+            edges = Edges(neighbors.center, neighbors.neighbor)
+            local = self(structures.species, edges, r_ij, structures.n_atoms, taps)
+            atomic = local.atomic_energies.to(torch.float64)
+            energy = atomic.new_zeros(structures.n_systems)
+            energy = energy.index_add(0, structures.system_index, atomic)
+            gradient = _pair_gradient(atomic.sum(), r_ij, create_graph) if derivative else r_ij
+        values, present = {}, {}
+        if "energy" in wanted:
+            values["energy"] = energy
+        if "forces" in wanted:
+            values["forces"] = forces_from_pairs(gradient, edges, structures.n_atoms)
+        if "stress" in wanted:
+            values["stress"] = stress_from_pairs(gradient, r_ij, edges, structures)
+            present["stress"] = structures.pbc.all(dim=1)
+        if "atomic_energies" in wanted:
+            values["atomic_energies"] = atomic
+        features = local.features
+        if not create_graph:
+            values = {name: value.detach() for name, value in values.items()}
+            features = {name: value.detach() for name, value in features.items()}
+        return Prediction(Properties(values, present), features)
+
+    def hessian_vector_product(
+        self, structures: Structures, vector: Tensor, neighbors: NeighborList | None = None
+    ) -> Tensor:
+        """Product of the Hessian of the total energy with a displacement.
+
+        Parameters
+        ----------
+        structures : Structures
+            The batch; the Hessian is block-diagonal over systems.
+        vector : Tensor
+            (N, 3) displacement, Å.
+        neighbors : NeighborList, optional
+            Built if absent.
+
+        Returns
+        -------
+        Tensor
+            (N, 3) eV/Å, float64.
+        """
+        structures = structures.with_species_table(self.species_table)
+        neighbors = self._check_neighbors(structures, neighbors)
+        edges = Edges(neighbors.center, neighbors.neighbor)
+        r_ij = pair_vectors(structures, neighbors).requires_grad_(True)
+        local = self(structures.species, edges, r_ij, structures.n_atoms)
+        energy = local.atomic_energies.to(torch.float64).sum()
+        gradient = _pair_gradient(energy, r_ij, create_graph=True)
+        displaced = (vector[edges.neighbor] - vector[edges.center]).to(gradient.dtype)
+        product = _pair_gradient((gradient * displaced).sum(), r_ij, create_graph=False)
+        return -forces_from_pairs(product, edges, structures.n_atoms)
+
+    def _check_neighbors(
+        self, structures: Structures, neighbors: NeighborList | None
+    ) -> NeighborList:
+        if neighbors is None:
+            return build_neighbor_list(structures, self.cutoff)
+        if neighbors.cutoff < self.cutoff - 1e-9:
+            raise ModelError(
+                f"the neighbor list reaches {neighbors.cutoff:g} Å, "
+                f"but the model's cutoff is {self.cutoff:g} Å"
+            )
+        return neighbors
+
+
+def forces_from_pairs(gradient: Tensor, edges: Edges, n_atoms: int) -> Tensor:
+    """(N, 3) forces from (E, 3) dE/dr_ij: F_i = sum_j dE/dr_ij - sum_j dE/dr_ji."""
+    forces = gradient.new_zeros(n_atoms, 3)
+    return forces.index_add(0, edges.center, gradient).index_add(0, edges.neighbor, -gradient)
+
+
+def stress_from_pairs(
+    gradient: Tensor, r_ij: Tensor, edges: Edges, structures: Structures
+) -> Tensor:
+    """(S, 3, 3) stress, sum of r_ij outer dE/dr_ij over V; NaN where not fully periodic."""
+    outer = r_ij.unsqueeze(2) * gradient.unsqueeze(1)  # (E, 3, 3)
+    virial = gradient.new_zeros(structures.n_systems, 3, 3)
+    virial = virial.index_add(0, structures.system_index[edges.center], outer)
+    virial = 0.5 * (virial + virial.transpose(1, 2))
+    periodic = structures.pbc.all(dim=1)
+    volume = torch.where(periodic, structures.volume, torch.nan)
+    return virial / volume[:, None, None]
+
+
+def _pair_gradient(scalar: Tensor, r_ij: Tensor, create_graph: bool) -> Tensor:
+    """(E, 3) d(scalar)/dr_ij; zero where nothing depends on r_ij."""
+    if not scalar.requires_grad:
+        return torch.zeros_like(r_ij)
+    (gradient,) = torch.autograd.grad(
+        scalar, r_ij, create_graph=create_graph, allow_unused=True
+    )
+    return torch.zeros_like(r_ij) if gradient is None else gradient

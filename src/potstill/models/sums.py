@@ -1,0 +1,124 @@
+"""Potentials made of potentials, and the per-species energy offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from potstill.errors import ModelError
+from potstill.models.base import Edges, LocalOutput, Potential, TapSpec
+from potstill.structures import SpeciesTable
+
+
+class SpeciesOffsets(Potential):
+    """A constant energy per atom of each species, in float64; not trained.
+
+    Parameters
+    ----------
+    species_table : SpeciesTable
+        The species.
+    offsets : sequence of float
+        (n_species,) eV per atom.
+    """
+
+    kind = "offsets"
+
+    def __init__(self, species_table: SpeciesTable, offsets: Sequence[float] | Tensor) -> None:
+        super().__init__(species_table, cutoff=1e-6)
+        values = torch.as_tensor(offsets, dtype=torch.float64).clone()
+        if values.shape != (len(species_table),):
+            raise ModelError(f"{len(species_table)} species need as many offsets: {values.shape}")
+        self.register_buffer("offsets", values)
+
+    def forward(
+        self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
+    ) -> LocalOutput:
+        """(n_local,) offsets of the atoms' species."""
+        return LocalOutput(self.offsets[species[:n_local]])
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The offsets themselves."""
+        return {"offsets": self.offsets.tolist()}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SpeciesOffsets:
+        # Offsets stay in float64 whatever dtype the network is cast to: they are hundreds or
+        # thousands of eV, and float32 would lose meV.
+        before = self.offsets
+        super()._apply(fn, recurse)
+        if self.offsets.dtype != torch.float64:
+            self.offsets = before.to(self.offsets.device)
+        return self
+
+
+class SumPotential(Potential):
+    """The sum of named potentials; atomic energies are added in float64.
+
+    A student is `SumPotential(offsets=..., prior=..., network=...)`. Taps of the component called
+    `network` keep their names, those of others get the component's name as prefix.
+
+    Parameters
+    ----------
+    components : mapping of str to Potential
+        At least one; all with the same species table.
+    """
+
+    kind = "sum"
+
+    def __init__(self, components: Mapping[str, Potential]) -> None:
+        if not components:
+            raise ModelError("a sum of potentials needs at least one")
+        tables = {c.species_table for c in components.values()}
+        if len(tables) > 1:
+            raise ModelError("the potentials of a sum must share one species table")
+        super().__init__(tables.pop(), max(c.cutoff for c in components.values()))
+        self.components = nn.ModuleDict(components)
+
+    def __getitem__(self, name: str) -> Potential:
+        return self.components[name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Sums are formed in float64."""
+        return torch.float64
+
+    @property
+    def taps(self) -> dict[str, TapSpec]:
+        """Taps of all components."""
+        return {
+            _tap_name(name, tap): spec
+            for name, component in self.components.items()
+            for tap, spec in component.taps.items()
+        }
+
+    def forward(
+        self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
+    ) -> LocalOutput:
+        """(n_local,) sum of the components' atomic energies, float64."""
+        total = torch.zeros(n_local, dtype=torch.float64, device=species.device)
+        features: dict[str, Tensor] = {}
+        for name, component in self.components.items():
+            own = [tap for tap in component.taps if _tap_name(name, tap) in taps]
+            output = component(species, edges, r_ij, n_local, own)
+            total = total + output.atomic_energies.to(torch.float64)
+            features |= {_tap_name(name, tap): f for tap, f in output.features.items()}
+        return LocalOutput(total, features)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Kinds and hyper-parameters of the components."""
+        return {
+            "components": {
+                name: {"kind": c.kind, "hyperparameters": c.hyperparameters()}
+                for name, c in self.components.items()
+            }
+        }
+
+    def regularized_weights(self) -> list[Tensor]:
+        """Those of the components."""
+        return [w for c in self.components.values() for w in c.regularized_weights()]
+
+
+def _tap_name(component: str, tap: str) -> str:
+    return tap if component == "network" else f"{component}.{tap}"

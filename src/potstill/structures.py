@@ -1,0 +1,630 @@
+"""The batched types that everything in potstill speaks: structures, neighbor lists, properties.
+
+One system is a batch of one; there is no second shape. All three types are frozen and hold torch
+tensors. N is the number of atoms, S of systems, E of pairs over the whole batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import ase
+import numpy as np
+import torch
+from ase.data import atomic_masses, atomic_numbers, chemical_symbols
+from ase.units import fs as _ASE_FS
+from torch import Tensor
+
+from potstill.errors import DataError
+from potstill.properties import property_spec
+
+
+@dataclass(frozen=True)
+class Species:
+    """One kind of atom or bead: its name, mass in amu and atomic number (None for a bead)."""
+
+    name: str
+    mass: float
+    atomic_number: int | None = None
+
+
+@dataclass(frozen=True)
+class SpeciesTable:
+    """The ordered species that indices in `Structures.species` point into."""
+
+    entries: tuple[Species, ...]
+
+    def __post_init__(self) -> None:
+        if len({entry.name for entry in self.entries}) != len(self.entries):
+            raise DataError(f"species table names a species twice: {self.names}")
+
+    @classmethod
+    def from_symbols(cls, symbols: Iterable[str]) -> SpeciesTable:
+        """Make a table of chemical elements, sorted by atomic number."""
+        numbers = []
+        for symbol in set(symbols):
+            if symbol not in atomic_numbers:
+                raise DataError(f"'{symbol}' is not a chemical symbol")
+            numbers.append(atomic_numbers[symbol])
+        return cls.from_atomic_numbers(numbers)
+
+    @classmethod
+    def from_atomic_numbers(cls, numbers: Iterable[int]) -> SpeciesTable:
+        """Make a table of chemical elements, sorted by atomic number."""
+        return cls(
+            tuple(
+                Species(chemical_symbols[z], float(atomic_masses[z]), int(z))
+                for z in sorted({int(z) for z in numbers})
+            )
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in order."""
+        return tuple(entry.name for entry in self.entries)
+
+    @property
+    def masses(self) -> Tensor:
+        """(n_species,) masses in amu, float64."""
+        return torch.tensor([entry.mass for entry in self.entries], dtype=torch.float64)
+
+    @property
+    def atomic_numbers(self) -> Tensor:
+        """(n_species,) atomic numbers; -1 for a bead."""
+        return torch.tensor(
+            [-1 if e.atomic_number is None else e.atomic_number for e in self.entries],
+            dtype=torch.int64,
+        )
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def index(self, name: str) -> int:
+        """Position of the species called `name`."""
+        return self.names.index(name)
+
+    def to_json(self) -> list[dict]:
+        """Plain lists and numbers, for metadata."""
+        return [
+            {"name": e.name, "mass": e.mass, "atomic_number": e.atomic_number} for e in self.entries
+        ]
+
+    @classmethod
+    def from_json(cls, data: Sequence[Mapping]) -> SpeciesTable:
+        """Inverse of `to_json`."""
+        return cls(tuple(Species(d["name"], d["mass"], d["atomic_number"]) for d in data))
+
+
+@dataclass(frozen=True)
+class Structures:
+    """A batch of S atomic systems with N atoms in all.
+
+    Parameters
+    ----------
+    positions : Tensor
+        (N, 3) float64, Å.
+    species : Tensor
+        (N,) int64, indices into `species_table`.
+    system_index : Tensor
+        (N,) int64, 0..S-1, non-decreasing; a system may be empty of atoms.
+    cell : Tensor
+        (S, 3, 3) float64, Å, rows are lattice vectors; zero rows where there is none.
+    pbc : Tensor
+        (S, 3) bool.
+    species_table : SpeciesTable
+        Names, masses and atomic numbers of the species.
+    velocities : Tensor, optional
+        (N, 3) float64, Å/fs.
+    charge, spin_multiplicity : Tensor, optional
+        (S,) total charge in e; spin multiplicity 2S+1.
+    fixed : Tensor, optional
+        (N,) bool, atoms held in place.
+    tags : Tensor, optional
+        (N,) int64.
+    group, frame_id : tuple of str, optional
+        Per system: the name of its group (a config type) and where it came from
+        (`file.xyz:12`); both are carried into error messages and splits.
+
+    Raises
+    ------
+    DataError
+        If shapes, dtypes or values contradict one another.
+    """
+
+    positions: Tensor
+    species: Tensor
+    system_index: Tensor
+    cell: Tensor
+    pbc: Tensor
+    species_table: SpeciesTable
+    velocities: Tensor | None = None
+    charge: Tensor | None = None
+    spin_multiplicity: Tensor | None = None
+    fixed: Tensor | None = None
+    tags: Tensor | None = None
+    group: tuple[str, ...] | None = None
+    frame_id: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        n, s = self.positions.shape[0], self.cell.shape[0]
+        _check_shape("positions", self.positions, (n, 3), torch.float64)
+        _check_shape("species", self.species, (n,), torch.int64)
+        _check_shape("system_index", self.system_index, (n,), torch.int64)
+        _check_shape("cell", self.cell, (s, 3, 3), torch.float64)
+        _check_shape("pbc", self.pbc, (s, 3), torch.bool)
+        for name in ATOM_FIELDS:
+            value = getattr(self, name)
+            if value is not None and value.shape[0] != n:
+                raise DataError(f"{name} has {value.shape[0]} rows for {n} atoms")
+        for name in SYSTEM_FIELDS:
+            value = getattr(self, name)
+            if value is not None and len(value) != s:
+                raise DataError(f"{name} has {len(value)} entries for {s} systems")
+        if n:
+            index = self.system_index
+            if int(index[0]) < 0 or int(index[-1]) >= s or bool((index[1:] < index[:-1]).any()):
+                raise DataError("system_index must be non-decreasing and lie in 0..S-1")
+            low, high = int(self.species.min()), int(self.species.max())
+            if low < 0 or high >= len(self.species_table):
+                raise DataError(f"species index {high if low >= 0 else low} is not in the table")
+
+    # -- sizes -------------------------------------------------------------------------------
+
+    @property
+    def n_atoms(self) -> int:
+        """Atoms in all systems together."""
+        return self.positions.shape[0]
+
+    @property
+    def n_systems(self) -> int:
+        """Number of systems."""
+        return self.cell.shape[0]
+
+    def __len__(self) -> int:
+        return self.n_systems
+
+    @property
+    def n_atoms_per_system(self) -> Tensor:
+        """(S,) int64."""
+        return torch.bincount(self.system_index, minlength=self.n_systems)
+
+    @property
+    def atom_offsets(self) -> Tensor:
+        """(S+1,) int64: atoms of system s are `atom_offsets[s]:atom_offsets[s + 1]`."""
+        return offsets_from_counts(self.n_atoms_per_system)
+
+    @property
+    def volume(self) -> Tensor:
+        """(S,) Å³; zero where the cell is not three-dimensional."""
+        return torch.linalg.det(self.cell).abs()
+
+    @property
+    def masses(self) -> Tensor:
+        """(N,) amu."""
+        return self.species_table.masses.to(self.species.device)[self.species]
+
+    @property
+    def atomic_numbers(self) -> Tensor:
+        """(N,) int64; -1 for beads."""
+        return self.species_table.atomic_numbers.to(self.species.device)[self.species]
+
+    def composition(self) -> Tensor:
+        """(S, n_species) float64: how many atoms of each species a system has."""
+        n_species = len(self.species_table)
+        flat = self.system_index * n_species + self.species
+        counts = torch.bincount(flat, minlength=self.n_systems * n_species)
+        return counts.reshape(self.n_systems, n_species).to(torch.float64)
+
+    def name_of(self, system: int) -> str:
+        """Where a system came from, for messages."""
+        return self.frame_id[system] if self.frame_id is not None else f"frame {system}"
+
+    # -- selecting and joining ---------------------------------------------------------------
+
+    def select(self, systems: Sequence[int] | Tensor) -> Structures:
+        """Return the given systems, in the given order, as a new batch."""
+        systems = torch.as_tensor(systems, dtype=torch.int64)
+        atoms = expand_ranges(self.atom_offsets, systems)
+        counts = self.n_atoms_per_system[systems]
+        changes: dict = {
+            "system_index": torch.repeat_interleave(torch.arange(len(systems)), counts),
+        }
+        for name in ("positions", "species", *ATOM_FIELDS):
+            value = getattr(self, name)
+            if value is not None and name != "system_index":
+                changes[name] = value[atoms]
+        for name in ("cell", "pbc", *SYSTEM_FIELDS):
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                changes[name] = tuple(value[int(i)] for i in systems)
+            elif value is not None:
+                changes[name] = value[systems]
+        return replace(self, **changes)
+
+    def __getitem__(self, system: int) -> Structures:
+        n = self.n_systems
+        if not -n <= system < n:
+            raise IndexError(f"system {system} of {n}")
+        return self.select([system % n])
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Structures]) -> Structures:
+        """Join batches; species tables are merged, an optional field must be in all or in none.
+
+        `group` and `frame_id` are filled with empty strings where a part lacks them.
+        """
+        if not parts:
+            raise DataError("cannot join an empty list of structures")
+        table = merge_species_tables([part.species_table for part in parts])
+        parts = [part.with_species_table(table) for part in parts]
+        shifts = np.cumsum([0] + [part.n_systems for part in parts])
+        values: dict = {
+            "system_index": torch.cat(
+                [p.system_index + int(k) for p, k in zip(parts, shifts, strict=False)]
+            ),
+            "species_table": table,
+        }
+        for f in fields(cls):
+            if f.name in values:
+                continue
+            column = [getattr(part, f.name) for part in parts]
+            if all(value is None for value in column):
+                continue
+            if f.name in ("group", "frame_id"):
+                values[f.name] = tuple(
+                    x
+                    for part, value in zip(parts, column, strict=True)
+                    for x in (value if value is not None else ("",) * part.n_systems)
+                )
+            elif any(value is None for value in column):
+                raise DataError(f"'{f.name}' is given for some of the joined structures only")
+            else:
+                values[f.name] = torch.cat(column)
+        return cls(**values)
+
+    def with_species_table(self, table: SpeciesTable) -> Structures:
+        """Re-index species into another table.
+
+        Raises
+        ------
+        DataError
+            If a species that occurs is not in `table`.
+        """
+        if table == self.species_table:
+            return self
+        mapping = torch.full((len(self.species_table),), -1, dtype=torch.int64)
+        for old, name in enumerate(self.species_table.names):
+            if name in table.names:
+                mapping[old] = table.index(name)
+        species = mapping.to(self.species.device)[self.species]
+        if bool((species < 0).any()):
+            atom = int((species < 0).nonzero()[0])
+            name = self.species_table.names[int(self.species[atom])]
+            where = self.name_of(int(self.system_index[atom]))
+            raise DataError(
+                f"{where} holds {name}, which is not among the species {', '.join(table.names)}"
+            )
+        return replace(self, species=species, species_table=table)
+
+    def to(self, device: torch.device | str) -> Structures:
+        """Move all tensors to a device."""
+        changes = {
+            f.name: getattr(self, f.name).to(device)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **changes)
+
+    # -- ASE ---------------------------------------------------------------------------------
+
+    @classmethod
+    def from_ase(
+        cls, frames: ase.Atoms | Sequence[ase.Atoms], *, table: SpeciesTable | None = None
+    ) -> Structures:
+        """Take positions, cell, pbc, constraints and tags from ASE; labels are the readers' work.
+
+        `group` is `info["config_type"]` and `frame_id` is `info["frame_id"]` where present;
+        `charge` and `spin_multiplicity` are `info["charge"]` and `info["spin"]`.
+        """
+        from ase.constraints import FixAtoms
+
+        if isinstance(frames, ase.Atoms):
+            frames = [frames]
+        if table is None:
+            table = SpeciesTable.from_atomic_numbers(z for a in frames for z in a.numbers)
+        lookup = {e.atomic_number: k for k, e in enumerate(table.entries)}
+        species = []
+        for k, atoms in enumerate(frames):
+            for z in set(atoms.numbers.tolist()) - set(lookup):
+                raise DataError(
+                    f"{atoms.info.get('frame_id', f'frame {k}')} holds {chemical_symbols[z]}, "
+                    f"which is not among the species {', '.join(table.names)}"
+                )
+            species.extend(lookup[z] for z in atoms.numbers.tolist())
+        fixed = np.zeros(len(species), dtype=bool)
+        start = 0
+        for atoms in frames:
+            for constraint in atoms.constraints:
+                if isinstance(constraint, FixAtoms):
+                    fixed[start + constraint.index] = True
+            start += len(atoms)
+        tags = np.concatenate([a.get_tags() for a in frames]) if frames else np.zeros(0, int)
+        moving = any(a.has("momenta") for a in frames)
+        velocity = [a.get_velocities() * _ASE_FS for a in frames] if moving else None
+        optional: dict = {}
+        if velocity is not None:
+            optional["velocities"] = torch.from_numpy(np.concatenate(velocity))
+        for name, key in (("charge", "charge"), ("spin_multiplicity", "spin")):
+            if frames and all(key in a.info for a in frames):
+                optional[name] = torch.tensor([float(a.info[key]) for a in frames])
+        for name, key in (("group", "config_type"), ("frame_id", "frame_id")):
+            if any(key in a.info for a in frames):
+                optional[name] = tuple(str(a.info.get(key, "")) for a in frames)
+        return cls(
+            positions=torch.from_numpy(
+                np.concatenate([a.positions for a in frames]) if frames else np.zeros((0, 3))
+            ).to(torch.float64),
+            species=torch.tensor(species, dtype=torch.int64),
+            system_index=torch.repeat_interleave(
+                torch.arange(len(frames)), torch.tensor([len(a) for a in frames], dtype=torch.int64)
+            ),
+            cell=torch.from_numpy(
+                np.array([a.cell.array for a in frames], dtype=float).reshape(-1, 3, 3)
+            ),
+            pbc=torch.from_numpy(np.array([a.pbc for a in frames], dtype=bool).reshape(-1, 3)),
+            species_table=table,
+            fixed=torch.from_numpy(fixed) if fixed.any() else None,
+            tags=torch.from_numpy(tags.astype(np.int64)) if tags.any() else None,
+            **optional,
+        )
+
+    def to_ase(self) -> list[ase.Atoms]:
+        """One `ase.Atoms` per system; beads become ASE's dummy element X."""
+        from ase.constraints import FixAtoms
+
+        numbers = self.atomic_numbers.clamp(min=0).cpu().numpy()
+        offsets = self.atom_offsets.tolist()
+        frames = []
+        for s in range(self.n_systems):
+            part = slice(offsets[s], offsets[s + 1])
+            atoms = ase.Atoms(
+                numbers=numbers[part],
+                positions=self.positions[part].cpu().numpy(),
+                cell=self.cell[s].cpu().numpy(),
+                pbc=self.pbc[s].cpu().numpy(),
+                masses=self.masses[part].cpu().numpy(),
+            )
+            if self.velocities is not None:
+                atoms.set_velocities(self.velocities[part].cpu().numpy() / _ASE_FS)
+            if self.tags is not None:
+                atoms.set_tags(self.tags[part].cpu().numpy())
+            if self.fixed is not None and bool(self.fixed[part].any()):
+                atoms.set_constraint(FixAtoms(mask=self.fixed[part].cpu().numpy()))
+            if self.group is not None and self.group[s]:
+                atoms.info["config_type"] = self.group[s]
+            if self.frame_id is not None and self.frame_id[s]:
+                atoms.info["frame_id"] = self.frame_id[s]
+            if self.charge is not None:
+                atoms.info["charge"] = float(self.charge[s])
+            if self.spin_multiplicity is not None:
+                atoms.info["spin"] = float(self.spin_multiplicity[s])
+            frames.append(atoms)
+        return frames
+
+    def fingerprints(self) -> list[str]:
+        """One short hash per system of species, positions, cell and pbc (to 1e-8 Å)."""
+        offsets = self.atom_offsets.tolist()
+        numbers = self.species.cpu().numpy()
+        names = np.array(self.species_table.names)
+        positions = np.round(self.positions.cpu().numpy(), 8) + 0.0
+        cell = np.round(self.cell.cpu().numpy(), 8) + 0.0
+        result = []
+        for s in range(self.n_systems):
+            part = slice(offsets[s], offsets[s + 1])
+            digest = hashlib.blake2b(digest_size=8)
+            digest.update(",".join(names[numbers[part]]).encode())
+            digest.update(positions[part].tobytes())
+            digest.update(cell[s].tobytes())
+            digest.update(self.pbc[s].cpu().numpy().tobytes())
+            result.append(digest.hexdigest())
+        return result
+
+
+ATOM_FIELDS = ("system_index", "velocities", "fixed", "tags")
+SYSTEM_FIELDS = ("charge", "spin_multiplicity", "group", "frame_id")
+
+
+@dataclass(frozen=True)
+class NeighborList:
+    """A full neighbor list of a batch, sorted by center.
+
+    The law: `r_ij = positions[neighbor] - positions[center] + shifts @ cell`.
+
+    Parameters
+    ----------
+    center, neighbor : Tensor
+        (E,) int64, indices into the atoms of the batch.
+    shifts : Tensor
+        (E, 3) int64, whole lattice vectors.
+    n_pairs_per_system : Tensor
+        (S,) int64.
+    cutoff : float
+        Å.
+    """
+
+    center: Tensor
+    neighbor: Tensor
+    shifts: Tensor
+    n_pairs_per_system: Tensor
+    cutoff: float
+
+    @property
+    def n_pairs(self) -> int:
+        """Number of pairs E (both directions counted)."""
+        return self.center.shape[0]
+
+    @property
+    def edge_index(self) -> Tensor:
+        """(2, E): centers over neighbors."""
+        return torch.stack([self.center, self.neighbor])
+
+    def select(self, systems: Sequence[int] | Tensor, structures: Structures) -> NeighborList:
+        """Pairs of the given systems of `structures`, re-indexed as `structures.select` does."""
+        systems = torch.as_tensor(systems, dtype=torch.int64)
+        pairs = expand_ranges(offsets_from_counts(self.n_pairs_per_system), systems)
+        counts = self.n_pairs_per_system[systems]
+        atoms_before = offsets_from_counts(structures.n_atoms_per_system[systems])[:-1]
+        move = torch.repeat_interleave(atoms_before - structures.atom_offsets[systems], counts)
+        return replace(
+            self,
+            center=self.center[pairs] + move,
+            neighbor=self.neighbor[pairs] + move,
+            shifts=self.shifts[pairs],
+            n_pairs_per_system=counts,
+        )
+
+    def to(self, device: torch.device | str) -> NeighborList:
+        """Move all tensors to a device."""
+        return replace(
+            self,
+            center=self.center.to(device),
+            neighbor=self.neighbor.to(device),
+            shifts=self.shifts.to(device),
+            n_pairs_per_system=self.n_pairs_per_system.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Properties:
+    """Values of properties for a batch: predictions and labels have this same type.
+
+    Parameters
+    ----------
+    values : dict of str to Tensor
+        Full arrays, (S, ...) or (N, ...) by the property's level; NaN where absent.
+    present : dict of str to Tensor
+        (S,) bool per property: which systems have it. A name left out is present everywhere.
+    weights : dict of str to Tensor
+        (S,) or (N,) float64 per property; a name left out weighs one everywhere.
+    """
+
+    values: dict[str, Tensor]
+    present: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in self.values.items():
+            spec = property_spec(name)
+            if tuple(value.shape[1:]) != spec.shape:
+                raise DataError(
+                    f"{name} has shape {tuple(value.shape)}, not (n, *{spec.shape}) with one row "
+                    f"per {spec.level}"
+                )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.values:
+            raise DataError(f"'{name}' is not there; there are {', '.join(self.values) or 'none'}")
+        return self.values[name]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the properties."""
+        return tuple(self.values)
+
+    def presence(self, name: str, n_systems: int) -> Tensor:
+        """(S,) bool: which systems have the property."""
+        if name not in self.values:
+            return torch.zeros(n_systems, dtype=torch.bool)
+        if name in self.present:
+            return self.present[name]
+        return torch.ones(n_systems, dtype=torch.bool, device=self.values[name].device)
+
+    def select(self, systems: Sequence[int] | Tensor, structures: Structures) -> Properties:
+        """Values of the given systems of `structures`, the batch that this belongs to."""
+        systems = torch.as_tensor(systems, dtype=torch.int64)
+        atoms = expand_ranges(structures.atom_offsets, systems)
+        values = {
+            name: value[systems if property_spec(name).level == "system" else atoms]
+            for name, value in self.values.items()
+        }
+        weights = {
+            name: w[systems if w.shape[0] == structures.n_systems else atoms]
+            if property_spec(name).level == "atom" and w.shape[0] != structures.n_atoms
+            else w[systems if property_spec(name).level == "system" else atoms]
+            for name, w in self.weights.items()
+        }
+        present = {name: mask[systems] for name, mask in self.present.items()}
+        return Properties(values, present, weights)
+
+    def to(self, device: torch.device | str) -> Properties:
+        """Move all tensors to a device."""
+        return Properties(
+            {k: v.to(device) for k, v in self.values.items()},
+            {k: v.to(device) for k, v in self.present.items()},
+            {k: v.to(device) for k, v in self.weights.items()},
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Properties], sizes: Sequence[Structures]) -> Properties:
+        """Join the properties of batches; what a part lacks becomes absent (NaN) there."""
+        names = list(dict.fromkeys(name for part in parts for name in part.values))
+        values, present, weights = {}, {}, {}
+        for name in names:
+            spec = property_spec(name)
+            columns = []
+            for part, size in zip(parts, sizes, strict=True):
+                rows = size.n_systems if spec.level == "system" else size.n_atoms
+                nan = torch.full((rows, *spec.shape), torch.nan, dtype=torch.float64)
+                columns.append(part.values.get(name, nan))
+            values[name] = torch.cat(columns)
+            masks = [p.presence(name, s.n_systems) for p, s in zip(parts, sizes, strict=True)]
+            present[name] = torch.cat(masks)
+            if any(name in part.weights for part in parts):
+                weights[name] = torch.cat(
+                    [
+                        part.weights.get(name, torch.ones(len(column), dtype=torch.float64))
+                        for part, column in zip(parts, columns, strict=True)
+                    ]
+                )
+        return cls(values, present, weights)
+
+
+# -- small helpers over ragged batches ----------------------------------------------------------
+
+
+def offsets_from_counts(counts: Tensor) -> Tensor:
+    """(S+1,) running sum of (S,) counts, starting at zero."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def expand_ranges(offsets: Tensor, systems: Tensor) -> Tensor:
+    """Indices of all rows of the given systems, where rows of s are `offsets[s]:offsets[s+1]`."""
+    starts = offsets[systems]
+    counts = offsets[systems + 1] - starts
+    ends = offsets_from_counts(counts)
+    inside = torch.arange(int(ends[-1])) - torch.repeat_interleave(ends[:-1], counts)
+    return inside + torch.repeat_interleave(starts, counts)
+
+
+def merge_species_tables(tables: Sequence[SpeciesTable]) -> SpeciesTable:
+    """Union of tables: elements sorted by atomic number, then beads in order of appearance."""
+    entries = list(dict.fromkeys(entry for table in tables for entry in table.entries))
+    elements = sorted((e for e in entries if e.atomic_number is not None), key=_atomic_number)
+    return SpeciesTable((*elements, *(e for e in entries if e.atomic_number is None)))
+
+
+def _atomic_number(entry: Species) -> int:
+    return entry.atomic_number or 0
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(value.shape) != shape or value.dtype != dtype:
+        raise DataError(
+            f"{name} must have shape {shape} and dtype {dtype}, "
+            f"not {tuple(value.shape)} and {value.dtype}"
+        )
