@@ -1,0 +1,296 @@
+"""ANI: Behler and Parrinello's networks on atomic environment vectors, one model or an ensemble."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations_with_replacement, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from potstill.errors import ModelError
+from potstill.models.base import Edges, LocalOutput, Potential, TapSpec
+from potstill.structures import SpeciesTable
+
+# Angles enter as arccos(0.95 cos(theta)), which keeps their derivative finite at 0 and 180 degrees.
+_COSINE_SCALE = 0.95
+
+
+class ANI(Potential):
+    r"""Atomic environment vectors (AEV) and one feed-forward network per species.
+
+    The AEV of atom i has a radial block per neighbor species and an angular block per unordered
+    pair of neighbor species (Smith, Isayev, Roitberg, Chem. Sci. 8, 3192 (2017)):
+
+    .. math::
+        G^R_i = \tfrac14 \sum_j e^{-\eta_R (r_{ij} - R_s)^2} f_C(r_{ij}; R_{cr})
+
+        G^A_i = 2 \sum_{j<k} \left[\frac{1 + \cos(\theta_{jik} - \theta_s)}{2}\right]^\zeta
+        e^{-\eta_A ((r_{ij} + r_{ik})/2 - R_s)^2} f_C(r_{ij}; R_{ca}) f_C(r_{ik}; R_{ca})
+
+    with :math:`f_C(r; R) = (\cos(\pi r / R) + 1)/2` and
+    :math:`\theta = \arccos(0.95 \cos\theta_{jik})`. Networks give eV; the constant energies of the
+    species are `SpeciesOffsets`' work.
+
+    An ensemble is one model: its members share the AEV, and the atomic energy is their mean.
+
+    Parameters
+    ----------
+    species_table : SpeciesTable
+        The species, in the order of the AEV's blocks.
+    radial_cutoff, angular_cutoff : float
+        Å.
+    eta_r, eta_a : float
+        Widths of the Gaussians, 1/Å².
+    zeta : float
+        Exponent of the angular term.
+    shifts_r, shifts_a : sequence of float
+        Centers of the radial and the angular Gaussians, Å.
+    shifts_z : sequence of float
+        Centers of the angular terms, radians.
+    hidden_widths : sequence of int, or mapping of str to such
+        Widths of the hidden layers, for all species or by the species' name.
+    celu_alpha : float
+        Parameter of the activation.
+    n_members : int
+        Number of networks per species whose mean is the energy.
+
+    Raises
+    ------
+    ModelError
+        If a hyper-parameter is out of range or a species has no hidden widths.
+    """
+
+    kind = "ani"
+
+    def __init__(
+        self,
+        species_table: SpeciesTable,
+        *,
+        radial_cutoff: float,
+        angular_cutoff: float,
+        eta_r: float,
+        shifts_r: Sequence[float],
+        eta_a: float,
+        zeta: float,
+        shifts_a: Sequence[float],
+        shifts_z: Sequence[float],
+        hidden_widths: Sequence[int] | Mapping[str, Sequence[int]],
+        celu_alpha: float = 0.1,
+        n_members: int = 1,
+    ) -> None:
+        super().__init__(species_table, max(radial_cutoff, angular_cutoff))
+        if min(radial_cutoff, angular_cutoff, eta_r, eta_a, zeta, celu_alpha) <= 0 or n_members < 1:
+            raise ModelError(
+                "ANI needs positive cutoffs, eta_r, eta_a, zeta, celu_alpha, n_members"
+            )
+        self.radial_cutoff, self.angular_cutoff = float(radial_cutoff), float(angular_cutoff)
+        self.eta_r, self.eta_a, self.zeta = float(eta_r), float(eta_a), float(zeta)
+        self.celu_alpha = float(celu_alpha)
+        self.n_members = int(n_members)
+        self.hidden_widths = _widths_by_species(hidden_widths, species_table)
+        self._shifts = {
+            "shifts_r": [float(x) for x in shifts_r],
+            "shifts_a": [float(x) for x in shifts_a],
+            "shifts_z": [float(x) for x in shifts_z],
+        }
+        for name, values in self._shifts.items():
+            # Not in the state dict: they are hyper-parameters.
+            self.register_buffer(name, torch.tensor(values), persistent=False)
+        self.networks = nn.ModuleList(
+            EnsembleMLP((self.aev_width, *widths, 1), self.celu_alpha, self.n_members)
+            for widths in self.hidden_widths.values()
+        )
+
+    @property
+    def aev_width(self) -> int:
+        """Length of the atomic environment vector."""
+        n = len(self.species_table)
+        n_r, n_a, n_z = (len(values) for values in self._shifts.values())
+        return n * n_r + n * (n + 1) // 2 * n_a * n_z
+
+    @property
+    def taps(self) -> dict[str, TapSpec]:
+        """The AEV, the members' energies, and hidden layers (members side by side).
+
+        Hidden layers are there if all species have the same widths.
+        """
+        taps = {
+            "aev": TapSpec("node_scalar", self.aev_width),
+            "member_energies": TapSpec("node_scalar", self.n_members),
+        }
+        if len(set(self.hidden_widths.values())) == 1:
+            for k, width in enumerate(next(iter(self.hidden_widths.values()))):
+                taps[f"hidden_{k}"] = TapSpec("node_scalar", self.n_members * width)
+        return taps
+
+    def forward(
+        self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
+    ) -> LocalOutput:
+        """(n_local,) mean over the members of the networks' energies."""
+        aev = self.aev(species, edges, r_ij, n_local)
+        outputs = {name: aev.new_zeros(n_local, self.taps[name].width) for name in taps}
+        energies = aev.new_zeros(n_local, self.n_members)
+        for s, network in enumerate(self.networks):
+            atoms = (species[:n_local] == s).nonzero()[:, 0]
+            *hidden, member = network(aev[atoms])  # each (n, n_members * width)
+            energies = energies.index_copy(0, atoms, member)
+            for k, layer in enumerate(hidden):
+                if f"hidden_{k}" in outputs:
+                    outputs[f"hidden_{k}"] = outputs[f"hidden_{k}"].index_copy(0, atoms, layer)
+        outputs |= {k: v for k, v in (("aev", aev), ("member_energies", energies)) if k in taps}
+        return LocalOutput(energies.mean(dim=1), outputs)
+
+    def aev(self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int) -> Tensor:
+        """(n_local, aev_width) atomic environment vectors.
+
+        Radial blocks come first, by neighbor species; then angular blocks by pair of species (0,0),
+        (0,1), ..., (1,1), ..., in each of which `shifts_z` runs fastest.
+        """
+        r_ij = r_ij.to(self.dtype)
+        distance = torch.linalg.vector_norm(r_ij, dim=1)
+        blocks = [self._radial(species, edges, distance, n_local)]
+        shells = [
+            _Shell(species, s, edges, r_ij, distance, n_local, self.angular_cutoff)
+            for s in range(len(self.species_table))
+        ]
+        for a, b in combinations_with_replacement(range(len(shells)), 2):
+            blocks.append(self._angular(shells[a], shells[b], same_species=a == b))
+        return torch.cat(blocks, dim=1)
+
+    def _radial(self, species: Tensor, edges: Edges, distance: Tensor, n_local: int) -> Tensor:
+        """(n_local, n_species * n_r)."""
+        n_species = len(self.species_table)
+        near = (distance.detach() < self.radial_cutoff).nonzero()[:, 0]
+        center, neighbor, r = edges.center[near], edges.neighbor[near], distance[near]
+        terms = torch.exp(-self.eta_r * (r[:, None] - self.shifts_r).square())  # (E, n_r)
+        terms = 0.25 * terms * _cutoff_function(r, self.radial_cutoff)[:, None]
+        block = center * n_species + species[neighbor]
+        total = terms.new_zeros(n_local * n_species, terms.shape[1]).index_add(0, block, terms)
+        return total.reshape(n_local, n_species * terms.shape[1])
+
+    def _angular(self, first: _Shell, second: _Shell, *, same_species: bool) -> Tensor:
+        """(n_local, n_a * n_z) sum over a neighbor from each shell, or over pairs of one shell."""
+        j, k = first.slot_pairs(second, same_species)  # each (P,)
+        cosine = (first.direction @ second.direction.transpose(1, 2)).flatten(1)  # (n, J * K)
+        cosine = _COSINE_SCALE * cosine[:, j * second.width + k]  # (n, P)
+        sine = torch.sqrt(1.0 - cosine.square())
+        # cos(theta - shift), without the arccos
+        along, across = torch.cos(self.shifts_z), torch.sin(self.shifts_z)
+        aligned = cosine[..., None] * along + sine[..., None] * across
+        angle = (0.5 + 0.5 * aligned).pow(self.zeta)  # (n, P, n_z)
+        mean = 0.5 * (first.distance[:, j] + second.distance[:, k])
+        weight = 2.0 * first.weight[:, j] * second.weight[:, k]  # (n, P), zero for unused slots
+        gauss = torch.exp(-self.eta_a * (mean[..., None] - self.shifts_a).square())
+        block = (weight[..., None] * gauss).transpose(1, 2) @ angle  # (n, n_a, n_z)
+        return block.flatten(1)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """All keyword arguments."""
+        return {
+            "radial_cutoff": self.radial_cutoff,
+            "angular_cutoff": self.angular_cutoff,
+            "eta_r": self.eta_r,
+            "eta_a": self.eta_a,
+            "zeta": self.zeta,
+            **self._shifts,
+            "hidden_widths": {name: list(w) for name, w in self.hidden_widths.items()},
+            "celu_alpha": self.celu_alpha,
+            "n_members": self.n_members,
+        }
+
+    def regularized_weights(self) -> list[Tensor]:
+        """Weights of all networks; biases of an ensemble are matrices too and are left out."""
+        return [weight for network in self.networks for weight in network.weights]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ANI:
+        # A cast rounds; start from the exact numbers each time, so that float64 after float32 is
+        # float64.
+        super()._apply(fn, recurse)
+        for name, values in self._shifts.items():
+            buffer = getattr(self, name)
+            setattr(self, name, torch.tensor(values, dtype=self.dtype, device=buffer.device))
+        return self
+
+
+class EnsembleMLP(nn.Module):
+    """Feed-forward networks of the same shape, evaluated side by side on the same input.
+
+    Parameters
+    ----------
+    widths : sequence of int
+        Widths from input to output.
+    celu_alpha : float
+        Parameter of the activation.
+    n_members : int
+        Number of networks M.
+    """
+
+    def __init__(self, widths: Sequence[int], celu_alpha: float, n_members: int) -> None:
+        super().__init__()
+        self.activation = nn.CELU(celu_alpha)
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for n_in, n_out in pairwise(widths):
+            bound = 1.0 / math.sqrt(n_in)
+            self.weights.append(torch.empty(n_members, n_in, n_out).uniform_(-bound, bound))
+            self.biases.append(torch.empty(n_members, 1, n_out).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """All layers' outputs for (n, widths[0]) inputs: (n, M * width) each, members outer."""
+        layers = []
+        x = x.expand(self.weights[0].shape[0], *x.shape)  # (M, n, width)
+        for k, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x, weight)
+            if k < len(self.weights) - 1:
+                x = self.activation(x)
+            layers.append(x.transpose(0, 1).flatten(1))
+        return layers
+
+
+class _Shell:
+    """Neighbors of one species within the angular cutoff, laid out as (n_local, width) slots."""
+
+    def __init__(
+        self,
+        species: Tensor,
+        neighbor_species: int,
+        edges: Edges,
+        r_ij: Tensor,
+        distance: Tensor,
+        n_local: int,
+        cutoff: float,
+    ) -> None:
+        inside = (distance.detach() < cutoff) & (species[edges.neighbor] == neighbor_species)
+        near = inside.nonzero()[:, 0]
+        pair, used = Edges(edges.center[near], edges.neighbor[near]).padded(n_local)
+        r = distance[near]
+        self.width = pair.shape[1]
+        self.direction = (r_ij[near] / r[:, None])[pair]  # (n, width, 3)
+        self.distance = r[pair]
+        self.weight = _cutoff_function(r, cutoff)[pair] * used
+
+    def slot_pairs(self, other: _Shell, same: bool) -> tuple[Tensor, Tensor]:
+        """Slots (j, k): all combinations of two shells, or j < k within one."""
+        device = self.weight.device
+        if same:
+            j, k = torch.triu_indices(self.width, self.width, 1, device=device)
+            return j, k
+        j = torch.arange(self.width, device=device).repeat_interleave(other.width)
+        return j, torch.arange(other.width, device=device).repeat(self.width)
+
+
+def _cutoff_function(r: Tensor, cutoff: float) -> Tensor:
+    """(cos(pi r / cutoff) + 1) / 2, for distances below the cutoff."""
+    return 0.5 + 0.5 * torch.cos(r * (math.pi / cutoff))
+
+
+def _widths_by_species(
+    widths: Sequence[int] | Mapping[str, Sequence[int]], table: SpeciesTable
+) -> dict[str, tuple[int, ...]]:
+    by_name = widths if isinstance(widths, Mapping) else dict.fromkeys(table.names, widths)
+    missing = [name for name in table.names if name not in by_name]
+    if missing:
+        raise ModelError(f"hidden_widths has no entry for {', '.join(missing)}")
+    return {name: tuple(int(w) for w in by_name[name]) for name in table.names}
