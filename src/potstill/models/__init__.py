@@ -28,7 +28,9 @@ MODELS: dict[str, type[Potential]] = {
 }
 
 
-def build_model(kind: str, species_table: SpeciesTable, hyperparameters: dict[str, Any]) -> Potential:
+def build_model(
+    kind: str, species_table: SpeciesTable, hyperparameters: dict[str, Any]
+) -> Potential:
     """Build a model by kind; sums are built from their components.
 
     Raises

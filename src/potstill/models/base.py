@@ -317,7 +317,5 @@ def _pair_gradient(scalar: Tensor, r_ij: Tensor, create_graph: bool) -> Tensor:
     """(E, 3) d(scalar)/dr_ij; zero where nothing depends on r_ij."""
     if not scalar.requires_grad:
         return torch.zeros_like(r_ij)
-    (gradient,) = torch.autograd.grad(
-        scalar, r_ij, create_graph=create_graph, allow_unused=True
-    )
+    (gradient,) = torch.autograd.grad(scalar, r_ij, create_graph=create_graph, allow_unused=True)
     return torch.zeros_like(r_ij) if gradient is None else gradient

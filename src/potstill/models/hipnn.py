@@ -1,0 +1,381 @@
+"""HIP-NN with tensor sensitivities.
+
+Lubbers, Smith, Barros, J. Chem. Phys. 148, 241715 (2018); Chigaev et al., J. Chem. Phys. 158,
+184108 (2023). Hyper-parameters keep the names of the hippynn package, with which energies and
+forces agree for equal weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from potstill.errors import ConfigError, ModelError, suggest
+from potstill.models.base import Edges, LocalOutput, Potential, TapSpec
+from potstill.structures import SpeciesTable
+
+#: Independent components of the tensors of rank 0, 1 and 2 (traceless and symmetric).
+_N_COMPONENTS = (1, 3, 5)
+
+
+def cosine_squared(r: Tensor, cutoff: float) -> Tensor:
+    """cos²(pi r / 2 cutoff): continuous with its first derivative at the cutoff."""
+    return torch.cos(r * (0.5 * math.pi / cutoff)).square()
+
+
+def polynomial(r: Tensor, cutoff: float) -> Tensor:
+    """1 - 10 x³ + 15 x⁴ - 6 x⁵: continuous with two derivatives at the cutoff."""
+    x = (r / cutoff).clamp(max=1.0)
+    return 1.0 - x**3 * (10.0 - 15.0 * x + 6.0 * x**2)
+
+
+CUTOFF_FUNCTIONS = {"cosine_squared": cosine_squared, "polynomial": polynomial}
+
+
+class Sensitivity(nn.Module):
+    """Gaussians in inverse distance with trainable centers and widths, times a cutoff function.
+
+    s_n(r) = exp(-(1/r - 1/mu_n)² sigma_n² / 2) f(r); mu_n start evenly spaced in 1/r from
+    `dist_soft_max` to `dist_soft_min`, all sigma_n at 2 n_sensitivities dist_soft_min.
+    """
+
+    def __init__(
+        self,
+        n_sensitivities: int,
+        dist_soft_min: float,
+        dist_soft_max: float,
+        dist_hard_max: float,
+        cutoff_function: str,
+    ) -> None:
+        super().__init__()
+        if cutoff_function not in CUTOFF_FUNCTIONS:
+            raise ConfigError(
+                f"unknown cutoff function '{cutoff_function}'"
+                f"{suggest(cutoff_function, CUTOFF_FUNCTIONS)}"
+            )
+        self.cutoff = dist_hard_max
+        self.cutoff_function = CUTOFF_FUNCTIONS[cutoff_function]
+        inverse = torch.linspace(1.0 / dist_soft_max, 1.0 / dist_soft_min, n_sensitivities)
+        self.mu = nn.Parameter(1.0 / inverse)
+        self.sigma = nn.Parameter(
+            torch.full((n_sensitivities,), 2.0 * n_sensitivities * dist_soft_min)
+        )
+
+    def forward(self, r: Tensor) -> Tensor:
+        """(..., n_sensitivities) from (...) distances; zero from the cutoff on."""
+        deviation = (1.0 / r.unsqueeze(-1) - 1.0 / self.mu) * self.sigma
+        envelope = self.cutoff_function(r, self.cutoff) * (r < self.cutoff)
+        return torch.exp(-0.5 * deviation.square()) * envelope.unsqueeze(-1)
+
+
+def tensor_components(unit: Tensor, l_max: int) -> Tensor:
+    """Tensors of a direction up to rank `l_max`, flattened side by side.
+
+    Parameters
+    ----------
+    unit : Tensor
+        (..., 3) unit vectors u.
+    l_max : int
+        0, 1 or 2.
+
+    Returns
+    -------
+    Tensor
+        (..., 1), (..., 4) or (..., 9): 1; u; and xx, xy, xz, yy, yz of u u - 1/3.
+    """
+    parts = [torch.ones_like(unit[..., :1])]
+    if l_max >= 1:
+        parts.append(unit)
+    if l_max >= 2:
+        x, y, z = unit.unbind(-1)
+        third = (x * x + y * y + z * z) / 3.0
+        parts.append(torch.stack([x * x - third, x * y, x * z, y * y - third, y * z], dim=-1))
+    return torch.cat(parts, dim=-1)
+
+
+class Interaction(nn.Module):
+    """The interaction layer: Z' = V S Z + W Z + b, and the norms of its tensor counterparts.
+
+    The same weights V serve every rank (weights are tied); each rank has one scale per feature.
+    """
+
+    def __init__(self, n_in: int, n_out: int, l_max: int, cusp_reg: float, s: Sensitivity) -> None:
+        super().__init__()
+        self.l_max = l_max
+        self.cusp_reg = cusp_reg
+        self.sensitivity = s
+        self.int_weights = nn.Parameter(torch.empty(s.mu.shape[0], n_out, n_in))
+        nn.init.xavier_normal_(self.int_weights)
+        self.selfint = _linear(n_in, n_out)
+        self.scales = nn.ParameterList([nn.Parameter(torch.randn(n_out)) for _ in range(l_max)])
+
+    def forward(self, features: Tensor, geometry: _Geometry) -> Tensor:
+        """(n_local, n_out) from (N, n_in) features of local atoms and ghosts."""
+        environment = self._environment(features, geometry)  # (n_local, m, n_sens * n_in)
+        weights = self.int_weights.permute(0, 2, 1).flatten(0, 1)  # (n_sens * n_in, n_out)
+        scalar, *tensors = (environment @ weights).split(_N_COMPONENTS[: self.l_max + 1], dim=1)
+        out = scalar[:, 0] + self.selfint(features[: scalar.shape[0]])
+        for rank, (tensor, scale) in enumerate(zip(tensors, self.scales, strict=True), start=1):
+            norm = torch.sqrt(_square_norm(tensor, rank) + self.cusp_reg)
+            out = out + norm * scale
+        return out
+
+    def _environment(self, features: Tensor, geometry: _Geometry) -> Tensor:
+        """Sum over neighbors of sensitivity x tensor x feature, as batched matrix products.
+
+        Whichever of (tensor x feature) and (sensitivity x tensor) is narrower is spelled out per
+        pair; the other factor comes in by the product.
+        """
+        sense = self.sensitivity(geometry.distance) * geometry.used  # (n, K, n_sens)
+        n_local, width, n_sens = sense.shape
+        tensor = geometry.tensor  # (n, K, m)
+        m, n_in = tensor.shape[2], features.shape[1]
+        if n_in == 1:  # one species: its one-hot feature is 1 on every atom
+            env = sense.transpose(1, 2) @ (tensor * features[0, 0])  # (n, n_sens, m)
+            return env.transpose(1, 2)
+        near = features.index_select(0, geometry.neighbor.flatten()).view(n_local, width, n_in)
+        if n_in <= n_sens:
+            pair = (tensor.unsqueeze(3) * near.unsqueeze(2)).flatten(2)  # (n, K, m * n_in)
+            env = (sense.transpose(1, 2) @ pair).view(n_local, n_sens, m, n_in).transpose(1, 2)
+        else:
+            pair = (tensor.unsqueeze(3) * sense.unsqueeze(2)).flatten(2)  # (n, K, m * n_sens)
+            env = (pair.transpose(1, 2) @ near).view(n_local, m, n_sens, n_in)
+        return env.reshape(n_local, m, n_sens * n_in)
+
+    def regularized_weights(self) -> list[Tensor]:
+        """Interaction and self-interaction weights."""
+        return [self.int_weights, self.selfint.weight]
+
+
+class Residual(nn.Module):
+    """x + W2 softplus(layer(x)) + b2, with a linear map of x where widths differ."""
+
+    def __init__(self, layer: nn.Module, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.res_layer = nn.Linear(n_out, n_out)
+        self.adjust = nn.Linear(n_in, n_out, bias=False) if n_in != n_out else None
+
+    def forward(self, features: Tensor, *geometry: _Geometry) -> Tensor:
+        """(n, n_out) from (n, n_in), or from (N, n_in) of which the first n are local."""
+        change = self.res_layer(nn.functional.softplus(self.layer(features, *geometry)))
+        same = features[: change.shape[0]]
+        return change + (same if self.adjust is None else self.adjust(same))
+
+    def regularized_weights(self) -> list[Tensor]:
+        """All matrices of the layer."""
+        inner = self.layer
+        weights = inner.regularized_weights() if isinstance(inner, Interaction) else [inner.weight]
+        adjust = [] if self.adjust is None else [self.adjust.weight]
+        return [self.res_layer.weight, *weights, *adjust]
+
+
+class HIPNN(Potential):
+    """Hierarchically interacting particle neural network with tensor sensitivities.
+
+    Parameters
+    ----------
+    species_table : SpeciesTable
+        Species, one-hot encoded.
+    n_features : int
+        Width of every layer.
+    n_sensitivities : int
+        Radial functions per interaction layer.
+    dist_soft_min, dist_soft_max : float
+        First and last initial centers of the radial functions, Å.
+    dist_hard_max : float
+        Cutoff, Å.
+    n_atom_layers : int
+        Feed-forward layers after each interaction layer.
+    n_interaction_layers : int
+        Number of blocks.
+    l_max : int
+        Highest rank of the tensor sensitivities: 0, 1 or 2.
+    cusp_reg : float
+        Added under the square root of the tensors' norms.
+    cutoff_function : {"cosine_squared", "polynomial"}
+        The former is the original; the latter has two continuous derivatives.
+
+    Notes
+    -----
+    The energy of an atom is the sum of E0 (a trainable energy per species) and one linear term per
+    block. The tap `hierarchical_energies` returns the terms one by one, for `hierarchicality`.
+    """
+
+    kind = "hipnn"
+
+    def __init__(
+        self,
+        species_table: SpeciesTable,
+        n_features: int,
+        n_sensitivities: int,
+        dist_soft_min: float,
+        dist_soft_max: float,
+        dist_hard_max: float,
+        n_atom_layers: int,
+        n_interaction_layers: int = 1,
+        l_max: int = 1,
+        cusp_reg: float = 1e-6,
+        cutoff_function: str = "cosine_squared",
+    ) -> None:
+        super().__init__(species_table, dist_hard_max)
+        if l_max not in (0, 1, 2):
+            raise ModelError(f"l_max must be 0, 1 or 2, not {l_max}")
+        if not 0.0 < dist_soft_min < dist_soft_max <= dist_hard_max:
+            raise ModelError(
+                "HIP-NN needs 0 < dist_soft_min < dist_soft_max <= dist_hard_max, "
+                f"not {dist_soft_min}, {dist_soft_max}, {dist_hard_max}"
+            )
+        if min(n_features, n_sensitivities, n_interaction_layers) < 1 or n_atom_layers < 0:
+            raise ModelError("HIP-NN needs at least one feature, sensitivity and interaction layer")
+        self.n_features = n_features
+        self.n_sensitivities = n_sensitivities
+        self.dist_soft_min = dist_soft_min
+        self.dist_soft_max = dist_soft_max
+        self.n_atom_layers = n_atom_layers
+        self.n_interaction_layers = n_interaction_layers
+        self.l_max = l_max
+        self.cusp_reg = cusp_reg
+        self.cutoff_function = cutoff_function
+
+        n_species = len(species_table)
+        widths = [n_species] + [n_features] * n_interaction_layers
+        self.blocks = nn.ModuleList()
+        for n_in in widths[:-1]:
+            sensitivity = Sensitivity(
+                n_sensitivities, dist_soft_min, dist_soft_max, dist_hard_max, cutoff_function
+            )
+            interaction = Interaction(n_in, n_features, l_max, cusp_reg, sensitivity)
+            layers = [Residual(interaction, n_in, n_features)]
+            for _ in range(n_atom_layers):
+                layers.append(Residual(_linear(n_features, n_features), n_features, n_features))
+            self.blocks.append(nn.ModuleList(layers))
+        self.energy_layers = nn.ModuleList(
+            nn.Linear(width, 1, bias=k > 0) for k, width in enumerate(widths)
+        )
+
+    @property
+    def taps(self) -> dict[str, TapSpec]:
+        """`interaction_b` and `block_b` per block b, and `hierarchical_energies`."""
+        taps = {"hierarchical_energies": TapSpec("node_scalar", self.n_interaction_layers + 1)}
+        for b in range(self.n_interaction_layers):
+            taps[f"interaction_{b}"] = TapSpec("node_scalar", self.n_features)
+            taps[f"block_{b}"] = TapSpec("node_scalar", self.n_features)
+        return taps
+
+    def forward(
+        self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
+    ) -> LocalOutput:
+        """(n_local,) atomic energies in float64, summed over the hierarchy.
+
+        Raises
+        ------
+        ModelError
+            If there are ghost atoms and several interaction layers: features of ghosts would have
+            to come from their owners between the layers.
+        """
+        if n_local < species.shape[0] and self.n_interaction_layers > 1:
+            raise ModelError(
+                "HIP-NN with several interaction layers needs its atoms without ghosts"
+            )
+        geometry = _Geometry(edges, r_ij.to(self.dtype), n_local, self.l_max)
+        features = nn.functional.one_hot(species, len(self.species_table)).to(self.dtype)
+        tapped: dict[str, Tensor] = {}
+        terms = [self.energy_layers[0](features[:n_local])]  # (n_local, 1) each
+        for b, block in enumerate(self.blocks):
+            features = block[0](features, geometry)
+            tapped[f"interaction_{b}"] = features
+            for layer in block[1:]:
+                features = layer(features)
+            tapped[f"block_{b}"] = features
+            terms.append(self.energy_layers[b + 1](features))
+        hierarchy = torch.cat(terms, dim=1)
+        tapped["hierarchical_energies"] = hierarchy
+        # E0 can be hundreds of eV: the hierarchy is summed in float64 whatever the network's dtype.
+        atomic = hierarchy.to(torch.float64).sum(dim=1)
+        return LocalOutput(atomic, {name: tapped[name] for name in taps})
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """All arguments but the species table."""
+        return {
+            "n_features": self.n_features,
+            "n_sensitivities": self.n_sensitivities,
+            "dist_soft_min": self.dist_soft_min,
+            "dist_soft_max": self.dist_soft_max,
+            "dist_hard_max": self.cutoff,
+            "n_atom_layers": self.n_atom_layers,
+            "n_interaction_layers": self.n_interaction_layers,
+            "l_max": self.l_max,
+            "cusp_reg": self.cusp_reg,
+            "cutoff_function": self.cutoff_function,
+        }
+
+    def regularized_weights(self) -> list[Tensor]:
+        """Interaction and atom layers, without biases and without the energy layers.
+
+        The same choice as hippynn's `LPReg` on the network.
+        """
+        return [w for block in self.blocks for layer in block for w in layer.regularized_weights()]
+
+    @torch.no_grad()
+    def initialize_energy_layers(self, e0: Tensor, decay_factor: float = 1e-2) -> None:
+        """Set E0 and scale the later energy layers down, so that training starts near the fit.
+
+        Parameters
+        ----------
+        e0 : Tensor
+            (n_species,) eV per atom, from a linear fit to the training energies.
+        decay_factor : float
+            Energy layer n is multiplied by decay_factor^(2^(n-1)), as hippynn does.
+        """
+        self.energy_layers[0].weight.copy_(e0.to(self.dtype).reshape(1, -1))
+        for layer in list(self.energy_layers)[1:]:
+            layer.weight.mul_(decay_factor)
+            layer.bias.mul_(decay_factor)
+            decay_factor *= decay_factor
+
+
+def hierarchicality(terms: Tensor) -> Tensor:
+    """(n_atoms,) sum over n of E_n² / (E_n² + E_(n-1)²) from (n_atoms, n_terms) energies.
+
+    Lubbers et al. 2018, Eq. 10. It is zero, with zero gradient, where both terms vanish. It
+    depends on the zero of energy, since E_0 does.
+    """
+    square = terms.square()
+    later, earlier = square[:, 1:], square[:, :-1]
+    total = later + earlier
+    return (later / torch.where(total > 0, total, 1.0)).sum(dim=1)
+
+
+class _Geometry:
+    """Padded pair geometry that all interaction layers share."""
+
+    def __init__(self, edges: Edges, r_ij: Tensor, n_local: int, l_max: int) -> None:
+        pair, used = edges.padded(n_local)  # (n_local, K)
+        self.used = used.unsqueeze(2)
+        self.neighbor = edges.neighbor[pair] if edges.n_pairs else pair
+        if edges.n_pairs:
+            vector = r_ij.index_select(0, pair.flatten()).view(*pair.shape, 3)
+        else:
+            vector = r_ij.new_zeros(*pair.shape, 3)
+        self.distance = torch.linalg.vector_norm(vector, dim=2)  # (n_local, K)
+        self.tensor = tensor_components(vector / self.distance.unsqueeze(2), l_max)
+
+
+def _square_norm(tensor: Tensor, rank: int) -> Tensor:
+    """Squared Frobenius norm over dim 1 of a vector or of five components of a rank-2 tensor.
+
+    With zz = -xx - yy: xx² + yy² + zz² + 2(xy² + xz² + yz²) = 2(sum of squares + xx yy).
+    """
+    squares = tensor.square().sum(dim=1)
+    return squares if rank == 1 else 2.0 * (squares + tensor[:, 0] * tensor[:, 3])
+
+
+def _linear(n_in: int, n_out: int) -> nn.Linear:
+    layer = nn.Linear(n_in, n_out)
+    nn.init.xavier_normal_(layer.weight)
+    return layer
