@@ -1,0 +1,230 @@
+"""Exact streaming metrics: errors of predictions against labels, gathered batch by batch.
+
+Everything is kept as float64 sums, never as averages of batches, so that the result does not
+depend on how a set was cut into batches or spread over processes.
+
+| key of `compute()` | meaning | unit |
+|---|---|---|
+| `energy_mae`, `energy_rmse` | total energy, per configuration | eV |
+| `energy_per_atom_mae`, `_rmse` | total energy over the number of atoms | eV |
+| `forces_mae`, `forces_rmse` | per Cartesian component, all atoms | eV/Å |
+| `forces_cosine` | mean over atoms of the cosine between predicted and labelled force | 1 |
+| `forces_relative_rmse` | `forces_rmse` over the standard deviation of the labels' components | 1 |
+| `stress_mae`, `stress_rmse` | per component of the nine | eV/Å³ |
+| `atomic_energies_mae`, `_rmse` | per atom | eV |
+| `efwt` | frames with abs(dE) < 0.02 eV and max abs(dF) < 0.03 eV/Å over free atoms | % |
+| `<name>_n`, `efwt_n` | numbers compared: configurations, components, atoms | 1 |
+
+Charges and dipoles are treated like atomic energies and stresses. What was never present is left
+out of the result.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from potstill.errors import DataError
+from potstill.properties import property_spec
+from potstill.structures import Properties, Structures
+
+#: Thresholds of EFwT, "energy and forces within threshold" (Chanussot et al., OC20): eV, eV/Å.
+EFWT_ENERGY = 0.02
+EFWT_FORCE = 0.03
+
+# The state is one row of sums per channel; rows of the last two channels use two columns only.
+_CHANNELS = (
+    "energy",
+    "energy_per_atom",
+    "forces",
+    "stress",
+    "atomic_energies",
+    "charges",
+    "dipole",
+    "forces_cosine",
+    "efwt",
+)
+_COUNT, _ABSOLUTE, _SQUARE, _LABEL, _LABEL_SQUARE = range(5)
+_N_COLUMNS = 5
+
+
+class ErrorAccumulator:
+    """Sums of errors over any number of batches.
+
+    Parameters
+    ----------
+    device : torch.device or str
+        Where the sums live; the device of the batches avoids copies during training.
+
+    Notes
+    -----
+    Weights are not used: a metric counts every present value once. States of several accumulators
+    add up, so ranks may all-reduce `state()` by summation and `load_state()` the result.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._sums = torch.zeros(len(_CHANNELS), _N_COLUMNS, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, prediction: Properties, label: Properties, structures: Structures) -> None:
+        """Add one batch.
+
+        Only properties in both `prediction` and `label` are compared, and of these only systems
+        where both are present and no number of the label is NaN. A predicted NaN does count, and
+        makes the metric NaN: a model that blows up must not look good.
+
+        Parameters
+        ----------
+        prediction, label : Properties
+            Values for the batch.
+        structures : Structures
+            The batch that both belong to.
+
+        Raises
+        ------
+        DataError
+            If the numbers of rows of prediction, label and batch differ.
+        """
+        compared: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        for name in _CHANNELS:
+            if name in prediction and name in label:
+                compared[name] = _aligned(name, prediction, label, structures)
+                self._add_errors(name, *compared[name])
+        if "energy" in compared:
+            n_atoms = structures.n_atoms_per_system.clamp(min=1).unsqueeze(1)
+            predicted, labelled, present = compared["energy"]
+            self._add_errors("energy_per_atom", predicted / n_atoms, labelled / n_atoms, present)
+        if "forces" in compared:
+            self._add_cosine(*compared["forces"])
+        if "energy" in compared and "forces" in compared:
+            self._add_efwt(compared["energy"], compared["forces"], structures)
+
+    def compute(self) -> dict[str, float]:
+        """Return all metrics of what has been seen, by the keys of this module's table."""
+        result: dict[str, float] = {}
+        rows = dict(zip(_CHANNELS, self._sums.tolist(), strict=True))
+        cosine, efwt = rows.pop("forces_cosine"), rows.pop("efwt")
+        for name, row in rows.items():
+            count = row[_COUNT]
+            if not count:
+                continue
+            result[f"{name}_mae"] = row[_ABSOLUTE] / count
+            result[f"{name}_rmse"] = math.sqrt(row[_SQUARE] / count)
+            result[f"{name}_n"] = count
+        if rows["forces"][_COUNT]:
+            spread = _standard_deviation(rows["forces"])
+            rmse = result["forces_rmse"]
+            result["forces_relative_rmse"] = rmse / spread if spread > 0 else math.nan
+        if cosine[_COUNT]:
+            result["forces_cosine"] = cosine[_ABSOLUTE] / cosine[_COUNT]
+        if efwt[_COUNT]:
+            result["efwt"] = 100.0 * efwt[_ABSOLUTE] / efwt[_COUNT]
+            result["efwt_n"] = efwt[_COUNT]
+        return result
+
+    def state(self) -> Tensor:
+        """Return a copy of all sums as one flat float64 tensor; states add."""
+        return self._sums.flatten().clone()
+
+    def load_state(self, state: Tensor) -> None:
+        """Replace all sums by those of a state (or of a sum of states).
+
+        Raises
+        ------
+        DataError
+            If the state has the wrong length.
+        """
+        if state.numel() != self._sums.numel():
+            raise DataError(
+                f"a state of metrics has {self._sums.numel()} numbers, not {state.numel()}"
+            )
+        self._sums = state.to(self._sums).reshape(self._sums.shape).clone()
+
+    def merge(self, other: ErrorAccumulator) -> None:
+        """Add everything that another accumulator has seen."""
+        self._sums += other._sums.to(self._sums.device)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._sums.zero_()
+
+    def _add(self, channel: str, column: int, value: Tensor) -> None:
+        self._sums[_CHANNELS.index(channel), column] += value.to(self._sums)
+
+    def _add_errors(
+        self, channel: str, predicted: Tensor, labelled: Tensor, present: Tensor
+    ) -> None:
+        """Add (rows, n) predictions and labels where the (rows,) mask says so."""
+        mask = present.unsqueeze(1)
+        # where(), not boolean indexing: no synchronization with a GPU and no NaN from absent rows
+        error = torch.where(mask, predicted - labelled, 0.0)
+        known = torch.where(mask, labelled, 0.0)
+        self._add(channel, _COUNT, present.sum() * predicted.shape[1])
+        self._add(channel, _ABSOLUTE, error.abs().sum())
+        self._add(channel, _SQUARE, error.square().sum())
+        self._add(channel, _LABEL, known.sum())
+        self._add(channel, _LABEL_SQUARE, known.square().sum())
+
+    def _add_cosine(self, predicted: Tensor, labelled: Tensor, present: Tensor) -> None:
+        """Add cosines of atoms whose labelled force is not zero; a predicted zero counts as 0."""
+        length = torch.linalg.vector_norm(labelled, dim=1)
+        counted = present & (length > 0)
+        product = length * torch.linalg.vector_norm(predicted, dim=1)
+        dot = (predicted * labelled).sum(1)
+        cosine = torch.where(product == 0, 0.0, dot / torch.where(product == 0, 1.0, product))
+        self._add("forces_cosine", _COUNT, counted.sum())
+        self._add("forces_cosine", _ABSOLUTE, torch.where(counted, cosine, 0.0).sum())
+
+    def _add_efwt(
+        self,
+        energy: tuple[Tensor, Tensor, Tensor],
+        forces: tuple[Tensor, Tensor, Tensor],
+        structures: Structures,
+    ) -> None:
+        energy_error = (energy[0] - energy[1]).abs().flatten()
+        force_error = (forces[0] - forces[1]).abs().amax(dim=1)
+        if structures.fixed is not None:
+            force_error = torch.where(structures.fixed, 0.0, force_error)
+        # "not within" also catches NaN, which "within" and amax would treat differently by device
+        beyond = ~(force_error < EFWT_FORCE)
+        n_beyond = torch.zeros_like(energy_error)
+        n_beyond = n_beyond.index_add(0, structures.system_index, beyond.to(n_beyond))
+        n_present = torch.zeros_like(energy_error)
+        n_present = n_present.index_add(0, structures.system_index, forces[2].to(n_present))
+        n_atoms = structures.n_atoms_per_system
+        present = energy[2] & (n_present == n_atoms) & (n_atoms > 0)
+        within = present & (energy_error < EFWT_ENERGY) & (n_beyond == 0)
+        self._add("efwt", _COUNT, present.sum())
+        self._add("efwt", _ABSOLUTE, within.sum())
+
+
+def _aligned(
+    name: str, prediction: Properties, label: Properties, structures: Structures
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows, n) prediction and label in float64, and the (rows,) mask of what is compared."""
+    spec = property_spec(name)
+    level, width = spec.level, math.prod(spec.shape)
+    rows = structures.n_systems if level == "system" else structures.n_atoms
+    predicted, labelled = prediction[name], label[name]
+    for what, value in (("prediction", predicted), ("label", labelled)):
+        if value.shape[0] != rows:
+            raise DataError(
+                f"the {what} of {name} has {value.shape[0]} rows, but the batch has {rows} {level}s"
+            )
+    predicted = predicted.detach().to(torch.float64).reshape(rows, width)
+    labelled = labelled.detach().to(torch.float64).reshape(rows, width)
+    n_systems = structures.n_systems
+    present = prediction.presence(name, n_systems) & label.presence(name, n_systems)
+    known = ~labelled.isnan().any(dim=1)
+    if level == "system":
+        return predicted, labelled, present & known
+    unknown = torch.zeros(n_systems, dtype=torch.int64, device=known.device)
+    unknown = unknown.index_add(0, structures.system_index, (~known).to(torch.int64))
+    return predicted, labelled, (present & (unknown == 0))[structures.system_index]
+
+
+def _standard_deviation(row: list[float]) -> float:
+    mean = row[_LABEL] / row[_COUNT]
+    return math.sqrt(max(row[_LABEL_SQUARE] / row[_COUNT] - mean**2, 0.0))
