@@ -1,0 +1,217 @@
+"""Imports between the modules of potstill point in one direction only.
+
+The order is the one of the design: `cli` at the top, `errors` at the bottom. Every import counts,
+also those inside functions and under TYPE_CHECKING: knowing a type is depending on it.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "potstill"
+
+#: From the bottom to the top. `x.*` stands for the package `x` and all modules in it.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("properties", "units"),
+    ("structures",),
+    ("neighbors", "readers.*", "store"),
+    ("core.*",),
+    ("models.*",),
+    ("metrics", "distill.*"),
+    ("checkpoint",),
+    ("teachers.*",),
+    ("calculators",),
+    ("sample.*",),
+    ("train.*", "label", "coarse.*", "deploy.*"),
+    ("evaluate.*",),
+    ("report.*",),
+    ("workflows.*",),
+    ("config.*",),
+    ("cli.*",),
+)
+
+#: Packages whose modules are parts of one thing rather than alternatives, from the bottom to the
+#: top: a module may import those before it. Everywhere else only `x.*` -> `x.base` is legal.
+ORDER_WITHIN: dict[str, tuple[str, ...]] = {
+    "distill": ("distill.schedules", "distill.losses"),
+}
+
+
+def modules_below(root: Path) -> dict[str, Path]:
+    """Dotted names (without the package's own) of all modules in a package's folder.
+
+    A package is listed under its own name, the top `__init__` under the empty one.
+    """
+    found = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of(name: str, path: Path, known: set[str], package: str) -> list[tuple[str, int]]:
+    """Modules of the package that a module imports, each with the line of the import."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = _absolute(node, name, path, package)
+            # `from potstill import structures` names a module, `from potstill.x import f` does not.
+            targets = [
+                f"{base}.{alias.name}"
+                if f"{base}.{alias.name}".removeprefix(f"{package}.") in known
+                else base
+                for alias in node.names
+            ]
+        elif isinstance(node, ast.Call) and _is_dynamic_import(node):
+            targets = [node.args[0].value]
+        else:
+            continue
+        for target in targets:
+            if target == package or target.startswith(f"{package}."):
+                found.append((target.removeprefix(package).removeprefix("."), node.lineno))
+    return found
+
+
+def _absolute(node: ast.ImportFrom, name: str, path: Path, package: str) -> str:
+    if not node.level:
+        return node.module or ""
+    parents = [package, *name.split(".")] if name else [package]
+    climb = node.level - 1 if path.name == "__init__.py" else node.level
+    parents = parents[: len(parents) - climb]
+    return ".".join([*parents, node.module] if node.module else parents)
+
+
+def _is_dynamic_import(node: ast.Call) -> bool:
+    called = (
+        node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    )
+    return (
+        called in ("import_module", "__import__")
+        and bool(node.args)
+        and isinstance(node.args[0], ast.Constant)
+        and isinstance(node.args[0].value, str)
+    )
+
+
+def layer_of(name: str) -> int | None:
+    """Index of a module's layer; None where the table does not know it."""
+    for index, layer in enumerate(LAYERS):
+        for entry in layer:
+            family = entry.removesuffix(".*")
+            if name == entry or (entry.endswith(".*") and name.split(".")[0] == family):
+                return index
+    return None
+
+
+def is_legal(importer: str, imported: str) -> bool:
+    """Whether one module may import another, both in the table of layers.
+
+    The package itself (`""`) holds the version: all may import it, and it imports nothing. Within
+    a layer only the modules of one package meet: `x` gathers `x.*`, and `x.*` may use `x.base`.
+    """
+    if imported == "":
+        return True
+    if importer == "":
+        return False
+    above, below = layer_of(importer), layer_of(imported)
+    if above is None or below is None or above != below:
+        return above is not None and below is not None and above > below
+    family = importer.split(".")[0]
+    if imported.split(".")[0] != family:
+        return False
+    if importer == family:
+        return True
+    if imported == f"{family}.base":
+        return True
+    order = ORDER_WITHIN.get(family, ())
+    return importer in order and imported in order and order.index(imported) < order.index(importer)
+
+
+def violations(root: Path, package: str = "potstill") -> list[str]:
+    """One line per import that points the wrong way, and per module missing from the table."""
+    modules = modules_below(root)
+    known = set(modules)
+    found = [f"{name} is in no layer" for name in known if name and layer_of(name) is None]
+    for name, path in modules.items():
+        for imported, line in imports_of(name, path, known, package):
+            # `from potstill.x import f` may name what is no module at all: a stale import.
+            if not is_legal(name, imported):
+                found.append(f"{name or package} (line {line}) imports {imported}")
+    return sorted(found)
+
+
+def test_the_source_keeps_the_layers():
+    assert len(modules_below(SOURCE)) > 10
+    assert violations(SOURCE) == []
+
+
+def test_within_tables_name_real_modules():
+    known = set(modules_below(SOURCE))
+    assert {name for order in ORDER_WITHIN.values() for name in order} <= known
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A small legal package; a test plants its own import into it."""
+    files = {
+        "__init__": "__version__ = '0'",
+        "errors": "",
+        "structures": "from potstill import __version__\nimport potstill.errors",
+        "models/__init__": "from potstill.models.base import Base\nfrom . import hipnn",
+        "models/base": "from potstill.structures import Structures",
+        "models/hipnn": "from .base import Base\nfrom potstill.models import base",
+        "train/__init__": "",
+        "train/loop": "def f():\n    from potstill.models import build_model",
+    }
+    root = tmp_path / "potstill"
+    for name, text in files.items():
+        path = root / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_a_legal_tree_passes(tree):
+    assert violations(tree) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "expected"),
+    [
+        ("structures", "import potstill.models.base", "structures (line 1) imports models.base"),
+        ("structures", "from potstill import models", "structures (line 1) imports models"),
+        (
+            "models/base",
+            "def f():\n    from potstill.train.loop import train",
+            "models.base (line 2) imports train.loop",
+        ),
+        (
+            "models/base",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from potstill import train",
+            "models.base (line 3) imports train",
+        ),
+        (
+            "models/ani",
+            "from potstill.models.hipnn import HIPNN",
+            "models.ani (line 1) imports models.hipnn",
+        ),
+        ("models/ani", "from .hipnn import HIPNN", "models.ani (line 1) imports models.hipnn"),
+        ("models/ani", "from . import build_model", "models.ani (line 1) imports models"),
+        ("label", "from potstill.train.loop import train", "label (line 1) imports train.loop"),
+        (
+            "errors",
+            "from importlib import import_module\nimport_module('potstill.label')",
+            "errors (line 2) imports label",
+        ),
+        ("__init__", "from potstill.errors import X", "potstill (line 1) imports errors"),
+        ("novelty", "", "novelty is in no layer"),
+    ],
+)
+def test_a_planted_violation_is_found(tree, module, text, expected):
+    (tree / f"{module}.py").write_text(text)
+    assert violations(tree) == [expected]
