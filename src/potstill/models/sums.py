@@ -27,7 +27,7 @@ class SpeciesOffsets(Potential):
     kind = "offsets"
 
     def __init__(self, species_table: SpeciesTable, offsets: Sequence[float] | Tensor) -> None:
-        super().__init__(species_table, cutoff=1e-6)
+        super().__init__(species_table, cutoff=0.5)  # any: pairs are not looked at
         values = torch.as_tensor(offsets, dtype=torch.float64).clone()
         if values.shape != (len(species_table),):
             raise ModelError(f"{len(species_table)} species need as many offsets: {values.shape}")

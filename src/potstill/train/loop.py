@@ -1,0 +1,387 @@
+"""The training loop, from top to bottom in one place.
+
+Data-parallel runs (`torchrun`) give the numbers of a single process with the whole batch: error
+sums are all-reduced before square roots are taken.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning_fabric
+import torch
+from torch import Tensor, nn
+
+from potstill.checkpoint import save_potential
+from potstill.distill.losses import LossTerm, check_signals, error_measure, error_sums
+from potstill.errors import ConfigError
+from potstill.metrics import ErrorAccumulator
+from potstill.models import (
+    HIPNN,
+    ZBL,
+    Potential,
+    SpeciesOffsets,
+    SumPotential,
+    build_model,
+)
+from potstill.models.hipnn import hierarchicality
+from potstill.structures import NeighborList, Properties, SpeciesTable, Structures
+from potstill.train.data import Batch, TrainingSet, atom_batches, epoch_batches, fit_offsets
+from potstill.train.settings import TrainSettings
+from potstill.train.state import Interruption, RunFolder, Trainee, restore, snapshot
+
+#: Called after every epoch with the epoch's record (what also goes into metrics.jsonl).
+EpochCallback = Callable[[dict[str, Any]], None]
+
+_EVALUATION_ATOMS = 4096
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Parameters
+    ----------
+    status : {"finished", "stopped early", "interrupted"}
+        Interrupted runs continue when `train` is called again with the same folder.
+    best : Path
+        The potential with the best validation score.
+    best_epoch, epochs : int
+        Epochs are counted from 1.
+    best_score : float
+        See `ScoreSettings`.
+    seconds : float
+        Time spent in the loop, over all resumed parts.
+    """
+
+    status: str
+    best: Path
+    best_epoch: int
+    epochs: int
+    best_score: float
+    seconds: float
+
+
+def train(
+    settings: TrainSettings,
+    training: TrainingSet,
+    validation: TrainingSet,
+    folder: str | Path,
+    *,
+    info: Mapping[str, Any] | None = None,
+    initial: Potential | None = None,
+    on_epoch: EpochCallback | None = None,
+    fabric: lightning_fabric.Fabric | None = None,
+) -> TrainResult:
+    """Train a student, or continue a run that was interrupted in the same folder.
+
+    Parameters
+    ----------
+    settings : TrainSettings
+        Model, loss, optimizer and so on.
+    training, validation : TrainingSet
+        Structures with labels from every source that the loss and the score ask for.
+    folder : path
+        The run's folder; gets `settings.json`, `metrics.jsonl`, `last.pt`, `best.pt`,
+        `result.json`.
+    info : mapping, optional
+        What to write into the saved potential (data, teacher, versions).
+    initial : Potential, optional
+        Start from this potential's weights, offsets and prior (fine-tuning) instead of anew.
+    on_epoch : callable, optional
+        Progress display.
+    fabric : lightning_fabric.Fabric, optional
+        Devices and processes; one CPU process if absent.
+
+    Returns
+    -------
+    TrainResult
+        With the path of the best potential.
+
+    Raises
+    ------
+    MissingLabelError
+        If a label that the loss or the score asks for is absent.
+    DivergenceError
+        If the loss becomes infinite or NaN; the last good weights stay in the folder.
+    ConfigError
+        If the folder holds a run with other settings or data.
+    """
+    fabric = fabric or lightning_fabric.Fabric(accelerator="cpu", devices=1)
+    check_signals(settings.loss, training.labels, "training set")
+    score_needs = [_score_term(key, settings.score.source) for key in settings.score.weights]
+    check_signals(score_needs, validation.labels, "validation set")
+
+    table = initial.species_table if initial is not None else training.structures.species_table
+    training, validation = (d.with_species_table(table) for d in (training, validation))
+    student = _initial_student(settings, training, table, initial)
+    network = student["network"]
+    baseline = SumPotential({k: c for k, c in student.components.items() if k != "network"})
+    training = training.minus(baseline).with_neighbors(network.cutoff)
+    validation = validation.minus(baseline).with_neighbors(network.cutoff)
+    if initial is None and isinstance(network, HIPNN):
+        network.initialize_energy_layers(_residual_offsets(settings, training))
+
+    run = RunFolder.open(Path(folder), settings, training, fabric)
+    trainee = Trainee.create(student, settings, fabric)
+    step_module = fabric.setup_module(_PredictForLoss(network))
+    restore(run, trainee)
+
+    with Interruption() as interruption:
+        while trainee.epoch <= settings.epochs and not trainee.should_stop(settings):
+            # -- one pass over the training set ------------------------------------------------
+            started = time.perf_counter()
+            epoch = trainee.epoch
+            trainee.set_learning_rate(settings)
+            network.train()
+            batches = epoch_batches(
+                training.structures,
+                batch_size=settings.batch_size,
+                batch_atoms=settings.batch_atoms,
+                seed=settings.seed,
+                epoch=epoch,
+            )
+            for systems in batches[trainee.step :]:
+                if interruption.requested:
+                    break
+                mine = systems[fabric.global_rank :: fabric.world_size]
+                batch = training.batch(mine).to(fabric.device)
+                loss, parts = _loss(settings, epoch, step_module, network, batch, fabric)
+                if not math.isfinite(parts["loss"]):
+                    run.report_divergence(epoch, trainee.step, parts)
+                trainee.optimizer.zero_grad(set_to_none=True)
+                fabric.backward(loss)
+                if settings.optimizer.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(network.parameters(), settings.optimizer.clip_norm)
+                trainee.optimizer.step()
+                trainee.after_step(parts)
+            if interruption.requested and trainee.step < len(batches):
+                trainee.seconds += time.perf_counter() - started
+                snapshot(run, trainee)
+                return _result(run, run.close("interrupted", trainee))
+
+            # -- validation, best weights, snapshot ----------------------------------------------
+            with trainee.averaged_weights():
+                metrics = _validate(settings, network, validation, fabric)
+                score = sum(w * metrics[key] for key, w in settings.score.weights.items())
+                improved = trainee.register_score(score)
+                if improved and fabric.is_global_zero:
+                    save_potential(run.best, student, _info(info, settings, epoch, metrics))
+            trainee.seconds += time.perf_counter() - started
+            record = {
+                "epoch": epoch,
+                "learning_rate": trainee.learning_rate,
+                "weights": {term.name: term.weight_at(epoch) for term in settings.loss},
+                "train": trainee.epoch_means(),
+                "validation": metrics,
+                "score": score,
+                "best": improved,
+                "seconds": trainee.seconds,
+            }
+            trainee.next_epoch(settings)
+            run.log(record)
+            snapshot(run, trainee)
+            if on_epoch is not None and fabric.is_global_zero:
+                on_epoch(record)
+            if interruption.requested:
+                return _result(run, run.close("interrupted", trainee))
+    status = "finished" if trainee.epoch > settings.epochs else "stopped early"
+    return _result(run, run.close(status, trainee))
+
+
+class _PredictForLoss(nn.Module):
+    """`predict` as a module's forward, so that data-parallel wrappers see the call."""
+
+    def __init__(self, network: Potential) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self,
+        structures: Structures,
+        neighbors: NeighborList,
+        names: tuple[str, ...],
+        taps: tuple[str, ...],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        prediction = self.network.predict(
+            structures, neighbors, names, taps=taps, create_graph=True
+        )
+        return prediction.properties.values, prediction.features
+
+
+def _loss(
+    settings: TrainSettings,
+    epoch: int,
+    module: nn.Module,
+    network: Potential,
+    batch: Batch,
+    fabric: lightning_fabric.Fabric,
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of Eqs. 2 and 5 of Matin et al. on one batch, and its parts for the log."""
+    active = [term for term in settings.loss if term.weight_at(epoch) != 0.0]
+    names = tuple(dict.fromkeys(term.property for term in active))
+    regularization = settings.regularization
+    hierarchical = regularization.hierarchicality > 0 and isinstance(network, HIPNN)
+    taps = ("hierarchical_energies",) if hierarchical else ()
+    values, features = module(batch.structures, batch.neighbors, names, taps)
+    prediction = Properties(values)
+
+    # One all-reduce for everything: sums of every error term, then those of the regularizer.
+    rows = [
+        error_sums(term, prediction, batch.labels[term.source], batch.structures).stacked()
+        for term in active
+    ]
+    if hierarchical:
+        per_atom = hierarchicality(features["hierarchical_energies"].to(torch.float64))
+        n_systems = per_atom.new_tensor(float(batch.structures.n_systems))
+        rows.append(torch.stack([per_atom.sum(), n_systems, n_systems]))
+    sums = _sum_over_ranks(torch.stack(rows), fabric)
+
+    loss = sums.new_zeros(())
+    parts: dict[str, float] = {}
+    for term, row in zip(active, sums, strict=False):
+        error = error_measure(term.error, row)
+        loss = loss + term.weight_at(epoch) * error
+        parts[term.name] = float(error.detach())
+    if hierarchical:
+        mean = sums[-1, 0] / sums[-1, 1]  # over configurations, of the sum over their atoms
+        loss = loss + regularization.hierarchicality * mean
+        parts["hierarchicality"] = float(mean.detach())
+    penalty = loss.new_zeros(())
+    if regularization.l2 > 0:
+        weights = network.regularized_weights()
+        penalty = sum((w.square().sum() for w in weights), start=penalty)
+        parts["l2"] = float(penalty.detach())
+        penalty = regularization.l2 * penalty
+    parts["loss"] = float((loss + penalty).detach())
+    # Data-parallel gradients are averaged over ranks. What depends on data is complete only in
+    # the sum over ranks; the penalty is the same on each.
+    return loss * fabric.world_size + penalty, parts
+
+
+def _sum_over_ranks(local: Tensor, fabric: lightning_fabric.Fabric) -> Tensor:
+    """Sum over ranks whose gradient reaches the local part only."""
+    if fabric.world_size == 1:
+        return local
+    total = fabric.all_reduce(local.detach().clone(), reduce_op="sum")
+    return local + (total - local.detach())
+
+
+@torch.no_grad()
+def _validate(
+    settings: TrainSettings,
+    network: Potential,
+    data: TrainingSet,
+    fabric: lightning_fabric.Fabric,
+) -> dict[str, float]:
+    """Metrics against the score's source; those against other sources as `metric:source`."""
+    network.eval()
+    sources = {settings.score.source, *(t.source for t in settings.loss if t.ever_active)}
+    sources &= set(data.labels)
+    accumulators = {source: ErrorAccumulator(fabric.device) for source in sorted(sources)}
+    names = _validated_properties(settings)
+    batches = atom_batches(data.structures, _EVALUATION_ATOMS)
+    for systems in batches[fabric.global_rank :: fabric.world_size]:
+        batch = data.batch(systems).to(fabric.device)
+        prediction = network.predict(batch.structures, batch.neighbors, names).properties
+        for source, accumulator in accumulators.items():
+            accumulator.update(prediction, batch.labels[source], batch.structures)
+    result: dict[str, float] = {}
+    for source, accumulator in accumulators.items():
+        accumulator.load_state(fabric.all_reduce(accumulator.state(), reduce_op="sum"))
+        suffix = "" if source == settings.score.source else f":{source}"
+        result |= {f"{key}{suffix}": value for key, value in accumulator.compute().items()}
+    return result
+
+
+def _validated_properties(settings: TrainSettings) -> tuple[str, ...]:
+    used = {term.property for term in settings.loss if term.ever_active}
+    return tuple(sorted(used | {"energy", "forces"}))
+
+
+def _score_term(metric: str, source: str) -> LossTerm:
+    """The label that a metric of the score needs, as a loss term, so that it can be checked."""
+    for name in ("atomic_energies", "energy", "forces", "stress"):
+        if metric.startswith(name):
+            return LossTerm(property=name, source=source)  # type: ignore[arg-type]
+    raise ConfigError(f"the score's metric '{metric}' is not one of potstill.metrics")
+
+
+def _initial_student(
+    settings: TrainSettings, data: TrainingSet, table: SpeciesTable, initial: Potential | None
+) -> SumPotential:
+    """Offsets, prior and network as one potential, the network in the run's precision."""
+    dtype = getattr(torch, settings.precision)
+    if initial is not None:
+        if not isinstance(initial, SumPotential) or "network" not in initial.components:
+            raise ConfigError("fine-tuning starts from a potential that potstill has trained")
+        initial.components["network"].to(dtype)
+        return initial
+    torch.manual_seed(settings.seed)
+    network = build_model(settings.model.kind, table, settings.model.hyperparameters).to(dtype)
+    components: dict[str, Potential] = {
+        "offsets": SpeciesOffsets(table, _energy_zero(settings, data, table))
+    }
+    if settings.energy.prior == "zbl":
+        components["prior"] = _zbl(settings, table)
+    return SumPotential({**components, "network": network})
+
+
+def _zbl(settings: TrainSettings, table: SpeciesTable) -> ZBL:
+    inner, cutoff = settings.energy.prior_inner, settings.energy.prior_cutoff
+    if inner is None and cutoff is None:
+        return ZBL.for_species(table)
+    if inner is None or cutoff is None:
+        raise ConfigError("the ZBL prior needs both prior_inner and prior_cutoff, or neither")
+    return ZBL(table, inner, cutoff)
+
+
+def _energy_zero(settings: TrainSettings, data: TrainingSet, table: SpeciesTable) -> Tensor:
+    zero = settings.energy.zero
+    if isinstance(zero, dict):
+        missing = [name for name in table.names if name not in zero]
+        if missing:
+            raise ConfigError(f"energy.zero gives no value for {', '.join(missing)}")
+        return torch.tensor([zero[name] for name in table.names], dtype=torch.float64)
+    if zero == "least_squares":
+        return fit_offsets(data.structures, data.labels[_energy_source(settings)]["energy"])[0]
+    return torch.zeros(len(table), dtype=torch.float64)
+
+
+def _residual_offsets(settings: TrainSettings, data: TrainingSet) -> Tensor:
+    """(n_species,) linear fit to what the energy zero and the prior leave."""
+    labels = data.labels.get(_energy_source(settings))
+    if labels is None or "energy" not in labels:
+        return torch.zeros(len(data.structures.species_table), dtype=torch.float64)
+    return fit_offsets(data.structures, labels["energy"])[0]
+
+
+def _energy_source(settings: TrainSettings) -> str:
+    for term in settings.loss:
+        if term.property == "energy":
+            return term.source
+    return settings.score.source
+
+
+def _info(
+    info: Mapping[str, Any] | None,
+    settings: TrainSettings,
+    epoch: int,
+    metrics: Mapping[str, float],
+) -> dict[str, Any]:
+    return {
+        **(info or {}),
+        "seed": settings.seed,
+        "settings": json.loads(settings.model_dump_json()),
+        "training": {"epoch": epoch, "validation": dict(metrics)},
+    }
+
+
+def _result(run: RunFolder, record: dict[str, Any]) -> TrainResult:
+    return TrainResult(best=run.best, **record)

@@ -1,0 +1,152 @@
+"""What a training run can be told, with the defaults of Matin et al. (appendix A.1)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from potstill.distill import LossTerm
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(_Settings):
+    """The student's network: a kind of `potstill.models.MODELS` and its hyper-parameters."""
+
+    kind: str = "hipnn"
+    hyperparameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class EnergySettings(_Settings):
+    """Where the energy zero lies, and what holds atoms apart.
+
+    Parameters
+    ----------
+    zero : {"none", "least_squares"} or dict of str to float
+        The per-species energies that are subtracted from energies and atomic energies before
+        training and added again in the saved model: none, a least-squares fit, or given values
+        (isolated atoms, say) in eV per atom. HIP-NN's first term E0 is fitted to what is left, and
+        its hierarchicality regularizer depends on this choice.
+    prior : {"none", "zbl"}
+        A short-range repulsion, subtracted from the labels and part of the saved model.
+    prior_inner, prior_cutoff : float, optional
+        Radii of the switch in Å; chosen from covalent radii if absent.
+    """
+
+    zero: Literal["none", "least_squares"] | dict[str, float] = "none"
+    prior: Literal["none", "zbl"] = "none"
+    prior_inner: float | None = None
+    prior_cutoff: float | None = None
+
+
+class OptimizerSettings(_Settings):
+    """Adam or AdamW (with AMSGrad), gradient clipping and the moving average of weights."""
+
+    name: Literal["adam", "adamw", "amsgrad_adamw"] = "adam"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(default=None, gt=0)
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+
+
+class LearningRateSettings(_Settings):
+    """How the learning rate changes with the epochs.
+
+    `plateau` multiplies it by `factor` after `patience` epochs without a better score; `step`
+    every `step_epochs`; `exponential` by `factor` each epoch. `warmup_epochs` come before.
+    """
+
+    schedule: Literal["plateau", "step", "exponential", "constant"] = "plateau"
+    factor: float = Field(default=0.5, gt=0, lt=1)
+    patience: int = Field(default=30, ge=0)
+    step_epochs: int = Field(default=100, ge=1)
+    warmup_epochs: int = Field(default=0, ge=0)
+    minimum: float = Field(default=1e-6, ge=0)
+
+
+class RegularizationSettings(_Settings):
+    """Weights of the L2 term and of HIP-NN's hierarchicality (Eq. 2 of Matin et al.)."""
+
+    l2: float = Field(default=1e-6, ge=0)
+    hierarchicality: float = Field(default=0.01, ge=0)
+
+
+class ScoreSettings(_Settings):
+    """The validation score that plateau, early stopping and the choice of the best weights use.
+
+    It is a weighted sum of metrics (keys of `potstill.metrics`) against one source. It knows no
+    schedule, so that it stays comparable over a run and between student and control.
+    """
+
+    source: str = "reference"
+    weights: dict[str, float] = Field(
+        default_factory=lambda: {
+            "energy_mae": 1.0,
+            "energy_rmse": 1.0,
+            "forces_mae": 10.0,
+            "forces_rmse": 10.0,
+        }
+    )
+
+
+def paper_loss(w_forces: float = 10.0) -> tuple[LossTerm, ...]:
+    """The loss of teachers and controls: Eq. 2 with w_E = 1."""
+    return (
+        LossTerm(property="energy", weight=1.0),
+        LossTerm(property="forces", weight=w_forces),
+    )
+
+
+class TrainSettings(_Settings):
+    """All settings of one training run but its data.
+
+    Parameters
+    ----------
+    model, energy, loss, regularization, optimizer, learning_rate, score
+        See the classes.
+    epochs : int
+        At most this many.
+    batch_size : int
+        Configurations per step, over all processes.
+    batch_atoms : int, optional
+        Atom budget per step instead: batches are filled up to it.
+    early_stopping : int, optional
+        Stop after so many epochs without a better score, but not before all schedules have ended.
+    precision : {"float32", "float64"}
+        Of the network; geometry and energy sums are in float64 always.
+    seed : int
+        Initial weights and the order of configurations.
+    """
+
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    energy: EnergySettings = Field(default_factory=EnergySettings)
+    loss: tuple[LossTerm, ...] = Field(default_factory=paper_loss)
+    regularization: RegularizationSettings = Field(default_factory=RegularizationSettings)
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
+    learning_rate: LearningRateSettings = Field(default_factory=LearningRateSettings)
+    score: ScoreSettings = Field(default_factory=ScoreSettings)
+    epochs: int = Field(default=300, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    batch_atoms: int | None = Field(default=None, ge=1)
+    early_stopping: int | None = Field(default=50, ge=1)
+    precision: Literal["float32", "float64"] = "float32"
+    seed: int = 0
+
+    @field_validator("loss")
+    @classmethod
+    def _some_loss(cls, terms: tuple[LossTerm, ...]) -> tuple[LossTerm, ...]:
+        if not any(term.ever_active for term in terms):
+            raise ValueError("the loss has no term with a weight other than zero")
+        names = [term.name for term in terms]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the loss names the term {name} twice")
+        return terms
+
+    @property
+    def schedule_end(self) -> int:
+        """The epoch from which on the loss no longer changes."""
+        return max(term.schedule_end for term in self.loss)

@@ -1,0 +1,368 @@
+"""What a training run remembers: its state in memory, its folder, and signals to stop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning_fabric
+import torch
+from torch import Tensor
+
+from potstill import __version__
+from potstill.checkpoint import FORMAT_VERSION, read_payload, write_atomically
+from potstill.errors import ConfigError, DivergenceError
+from potstill.models import SumPotential
+from potstill.train.data import TrainingSet
+from potstill.train.settings import OptimizerSettings, TrainSettings
+
+
+@dataclass
+class Trainee:
+    """Everything that changes while a student is trained.
+
+    Parameters
+    ----------
+    student : SumPotential
+        Only its component `network` is trained.
+    optimizer : torch.optim.Optimizer
+        Over the network's parameters.
+    average : dict of str to Tensor, optional
+        Exponential moving average of the weights.
+    epoch, step : int
+        The epoch under way, from 1, and the next step in it, from 0.
+    best_score : float
+        Lowest validation score so far, reached in `best_epoch`.
+    plateau_epochs, plateau_scale : int, float
+        Epochs since the last improvement or cut, and the product of all cuts.
+    sums : dict of str to float
+        Parts of the loss, summed over the steps of the epoch under way.
+    """
+
+    student: SumPotential
+    optimizer: torch.optim.Optimizer
+    average_decay: float | None
+    average: dict[str, Tensor] | None
+    epoch: int = 1
+    step: int = 0
+    best_score: float = float("inf")
+    best_epoch: int = 0
+    plateau_epochs: int = 0
+    plateau_scale: float = 1.0
+    seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def create(
+        cls, student: SumPotential, settings: TrainSettings, fabric: lightning_fabric.Fabric
+    ) -> Trainee:
+        """Move the student to the device and make its optimizer."""
+        network = student["network"].to(fabric.device)
+        optimizer = _optimizer(settings.optimizer, list(network.parameters()))
+        decay = settings.optimizer.ema_decay
+        average = None
+        if decay is not None:
+            average = {k: v.detach().clone() for k, v in network.state_dict().items()}
+        return cls(student, optimizer, decay, average)
+
+    # -- learning rate -------------------------------------------------------------------------
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate in force."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def set_learning_rate(self, settings: TrainSettings) -> None:
+        """Set the rate of the epoch under way, from the epoch and the plateaus so far."""
+        rule = settings.learning_rate
+        done = self.epoch - 1 - rule.warmup_epochs
+        scale = self.plateau_scale
+        if done < 0:
+            scale *= self.epoch / (rule.warmup_epochs + 1)
+        elif rule.schedule == "exponential":
+            scale *= rule.factor**done
+        elif rule.schedule == "step":
+            scale *= rule.factor ** (done // rule.step_epochs)
+        rate = max(settings.optimizer.learning_rate * scale, rule.minimum)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    # -- progress ------------------------------------------------------------------------------
+
+    def after_step(self, parts: dict[str, float]) -> None:
+        """Count a step, add up the parts of its loss, and move the average of the weights."""
+        for name, value in parts.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.step += 1
+        if self.average is not None and self.average_decay is not None:
+            with torch.no_grad():
+                for name, value in self.student["network"].state_dict().items():
+                    self.average[name].lerp_(value, 1.0 - self.average_decay)
+
+    def epoch_means(self) -> dict[str, float]:
+        """Parts of the loss, averaged over the steps of the epoch."""
+        return {name: value / max(self.step, 1) for name, value in self.sums.items()}
+
+    def register_score(self, score: float) -> bool:
+        """Note a validation score; True if it is the best so far."""
+        improved = score < self.best_score
+        if improved:
+            self.best_score, self.best_epoch, self.plateau_epochs = score, self.epoch, 0
+        else:
+            self.plateau_epochs += 1
+        return improved
+
+    def next_epoch(self, settings: TrainSettings) -> None:
+        """Move on to the next epoch, cutting the learning rate after a plateau."""
+        rule = settings.learning_rate
+        if rule.schedule == "plateau" and self.plateau_epochs > rule.patience:
+            self.plateau_epochs = 0
+            self.plateau_scale *= rule.factor
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+
+    def should_stop(self, settings: TrainSettings) -> bool:
+        """Whether patience has run out since the best epoch and since the schedules ended."""
+        if settings.early_stopping is None:
+            return False
+        reference = max(self.best_epoch, settings.schedule_end)
+        return self.epoch - 1 - reference >= settings.early_stopping
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Put the moving average into the network for validation and saving."""
+        if self.average is None:
+            yield
+            return
+        network = self.student["network"]
+        current = {k: v.detach().clone() for k, v in network.state_dict().items()}
+        network.load_state_dict(self.average)
+        try:
+            yield
+        finally:
+            network.load_state_dict(current)
+
+
+#: Fields of a trainee that are plain numbers and go into the snapshot's header.
+_COUNTERS = (
+    "epoch",
+    "step",
+    "best_score",
+    "best_epoch",
+    "plateau_epochs",
+    "plateau_scale",
+    "seconds",
+    "sums",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of a training run.
+
+    Parameters
+    ----------
+    path : Path
+        The folder.
+    writes : bool
+        Whether this process writes (rank 0 does).
+    """
+
+    path: Path
+    writes: bool
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        settings: TrainSettings,
+        training: TrainingSet,
+        fabric: lightning_fabric.Fabric,
+    ) -> RunFolder:
+        """Make the folder, or check that it belongs to the same run.
+
+        Raises
+        ------
+        ConfigError
+            If it holds a run with other settings or other data.
+        """
+        identity = {
+            "settings": json.loads(settings.model_dump_json()),
+            "data_fingerprint": data_fingerprint(training),
+        }
+        run = cls(path, fabric.is_global_zero)
+        file = path / "settings.json"
+        if file.is_file():
+            stored = json.loads(file.read_text())
+            for key, value in identity.items():
+                if stored.get(key) != value:
+                    what = "other settings" if key == "settings" else "other training data"
+                    raise ConfigError(
+                        f"{path} holds a run with {what}: choose another folder, or remove it"
+                    )
+        elif run.writes:
+            record = {**identity, "versions": versions(), "labels": training.summary()}
+            text = json.dumps(record, indent=2)
+            write_atomically(file, lambda f: f.write(text.encode()))
+        fabric.barrier()
+        return run
+
+    @property
+    def best(self) -> Path:
+        """The potential with the best score."""
+        return self.path / "best.pt"
+
+    @property
+    def last(self) -> Path:
+        """The state to resume from."""
+        return self.path / "last.pt"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON record per epoch."""
+        return self.path / "metrics.jsonl"
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append an epoch's record."""
+        if self.writes:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def drop_records_from(self, epoch: int) -> None:
+        """Remove records of epochs that a resumed run will do again."""
+        if not self.writes or not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the run was killed while it wrote this line
+                break
+            if record["epoch"] < epoch:
+                kept.append(line + "\n")
+        write_atomically(self.metrics, lambda f: f.write("".join(kept).encode()))
+
+    def report_divergence(self, epoch: int, step: int, parts: dict[str, float]) -> None:
+        """Stop a run whose loss is no longer a number.
+
+        Raises
+        ------
+        DivergenceError
+            Always.
+        """
+        shown = ", ".join(f"{name} = {value:.3g}" for name, value in parts.items())
+        kept = f"the best potential so far is {self.best}" if self.best.is_file() else "nothing"
+        raise DivergenceError(
+            f"training diverged in epoch {epoch}, step {step + 1} ({shown}); {kept} was kept: try "
+            f"a smaller learning rate, clip_norm, or look for wrong labels"
+        )
+
+    def close(self, status: str, trainee: Trainee) -> dict[str, Any]:
+        """Write and return how the run ended."""
+        result = {
+            "status": status,
+            "best_epoch": trainee.best_epoch,
+            "epochs": trainee.epoch - 1,
+            "best_score": trainee.best_score,
+            "seconds": trainee.seconds,
+        }
+        if self.writes and status != "interrupted":
+            text = json.dumps(result, indent=2)
+            write_atomically(self.path / "result.json", lambda f: f.write(text.encode()))
+        return result
+
+
+def snapshot(run: RunFolder, trainee: Trainee) -> None:
+    """Write everything that a resumed run needs to continue bit for bit."""
+    if not run.writes:
+        return
+    payload = {
+        "potstill_format": FORMAT_VERSION,
+        "header": json.dumps({name: getattr(trainee, name) for name in _COUNTERS}),
+        "state": trainee.student["network"].state_dict(),
+        "optimizer": trainee.optimizer.state_dict(),
+        "average": trainee.average,
+    }
+    write_atomically(run.last, lambda file: torch.save(payload, file))
+
+
+def restore(run: RunFolder, trainee: Trainee) -> None:
+    """Continue from the folder's snapshot, if there is one."""
+    if not run.last.is_file():
+        run.drop_records_from(0)
+        return
+    payload = read_payload(run.last)
+    trainee.student["network"].load_state_dict(payload["state"])
+    trainee.optimizer.load_state_dict(payload["optimizer"])
+    if trainee.average is not None:
+        trainee.average = payload["average"]
+    for name, value in json.loads(payload["header"]).items():
+        setattr(trainee, name, value)
+    run.drop_records_from(trainee.epoch)
+
+
+class Interruption:
+    """Turns SIGINT and SIGTERM into a request that the loop honors after the step under way.
+
+    A second SIGINT stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._handle)
+            except ValueError:  # not in the main thread: leave signals to whoever owns it
+                break
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def data_fingerprint(data: TrainingSet) -> str:
+    """Short hash of structures and labels."""
+    digest = hashlib.blake2b(digest_size=12)
+    digest.update("".join(data.structures.fingerprints()).encode())
+    for source, labels in sorted(data.labels.items()):
+        for name in sorted(labels.names):
+            digest.update(f"{source}/{name}".encode())
+            digest.update(labels[name].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what produces the numbers."""
+    import ase
+    import numpy
+    import vesin
+
+    return {
+        "potstill": __version__,
+        "torch": torch.__version__,
+        "ase": ase.__version__,
+        "numpy": numpy.__version__,
+        "vesin": getattr(vesin, "__version__", "unknown"),
+    }
+
+
+def _optimizer(settings: OptimizerSettings, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.name == "adam":
+        return torch.optim.Adam(parameters, **options)
+    return torch.optim.AdamW(parameters, **options, amsgrad=settings.name == "amsgrad_adamw")
