@@ -16,7 +16,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("properties", "units"),
     ("structures",),
-    ("neighbors", "readers.*", "store"),
+    ("neighbors",),  # below the readers, which look for overlapping atoms with it
+    ("readers.*", "store"),
     ("core.*",),
     ("models.*",),
     ("metrics", "distill.*"),

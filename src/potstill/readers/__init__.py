@@ -1,1 +1,170 @@
-"""readers"""
+"""Readers: files of many formats to one batched type, in Å, eV, eV/Å and eV/Å³.
+
+`FORMATS` is the explicit table; a new format is one file and one line here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from potstill.errors import ConfigError, DataError, suggest
+from potstill.readers.ani_h5 import read_ani_h5
+from potstill.readers.ase import read_any, read_database, read_extxyz
+from potstill.readers.base import Checks as Checks
+from potstill.readers.base import DataWarning as DataWarning
+from potstill.readers.base import Frame as Frame
+from potstill.readers.base import KeyMap as KeyMap
+from potstill.readers.base import Units as Units
+from potstill.readers.base import gather
+from potstill.readers.fitsnap import StressCheck as StressCheck
+from potstill.readers.fitsnap import check_stress_unit as check_stress_unit
+from potstill.readers.fitsnap import read_fitsnap
+from potstill.readers.npz import read_npz
+from potstill.readers.splits import split_by_group as split_by_group
+from potstill.readers.splits import split_by_seed as split_by_seed
+from potstill.readers.splits import split_from_file as split_from_file
+from potstill.readers.splits import write_split as write_split
+from potstill.structures import Properties, SpeciesTable, Structures
+
+Reader = Callable[[Path, KeyMap, slice], tuple[Iterator[Frame], Units]]
+
+FORMATS: dict[str, Reader] = {
+    "extxyz": read_extxyz,
+    "ase": read_any,
+    "ase-db": read_database,
+    "npz": read_npz,
+    "ani-h5": read_ani_h5,
+    "fitsnap": read_fitsnap,
+}
+
+_BY_SUFFIX = {
+    ".xyz": "extxyz",
+    ".extxyz": "extxyz",
+    ".db": "ase-db",
+    ".npz": "npz",
+    ".h5": "ani-h5",
+    ".hdf5": "ani-h5",
+}
+_PACKED = (".gz", ".bz2", ".xz")
+
+
+def read(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    keys: KeyMap | None = None,
+    units: Units | None = None,
+    require: Sequence[str] = (),
+    allow_partial: bool = False,
+    index: str | int | slice = ":",
+    species: Sequence[str] | None = None,
+    min_distance: float = 0.3,
+) -> tuple[Structures, Properties]:
+    """Read structures and their reference labels.
+
+    Parameters
+    ----------
+    path : str or Path
+        A file, or a folder of FitSNAP JSON files.
+    format : str, optional
+        One of `FORMATS`; told from the name and the content if absent.
+    keys : KeyMap, optional
+        Names in the file where they are not the format's usual ones.
+    units : Units, optional
+        Units of the file where they are not the format's own.
+    require : sequence of str
+        Properties that must be there, for instance ("energy", "forces").
+    allow_partial : bool
+        Whether some frames may lack labels that others have.
+    index : str, int or slice
+        Which frames: ":100", "::10", -1. Counted from zero.
+    species : sequence of str, optional
+        The elements that may occur, and the order of the species table.
+    min_distance : float
+        Å; a frame with atoms closer than this is refused.
+
+    Returns
+    -------
+    Structures
+        With `frame_id`, and `group` where the file has groups.
+    Properties
+        Labels in eV, eV/Å and eV/Å³ (ASE's sign), float64; NaN and not present where absent.
+
+    Raises
+    ------
+    DataError
+        If the file or a frame is faulty; the message names file, frame and key.
+    MissingLabelError
+        If a label that is asked for is absent.
+    ConfigError
+        If a format, property or unit is unknown.
+    """
+    path = Path(path)
+    keys, units = keys or KeyMap(), units or Units()
+    table = None if species is None else SpeciesTable.from_symbols(species)
+    checks = Checks(tuple(require), allow_partial, table, min_distance)
+    name = _format_of(path, format)
+    frames, own_units = FORMATS[name](path, keys, _as_slice(index))
+    used = units.over(own_units)
+    structures, labels = gather(frames, str(path), used, keys, checks)
+    if name == "fitsnap" and "stress" in labels:
+        _check_stress(structures, labels, used, path, overridden=units.stress is not None)
+    return structures, labels
+
+
+def _format_of(path: Path, name: str | None) -> str:
+    if name is not None and name not in FORMATS:
+        raise ConfigError(f"unknown format '{name}'{suggest(name, FORMATS)}")
+    if not path.exists():
+        raise DataError(f"{path} does not exist")
+    if path.is_file() and path.stat().st_size == 0:
+        raise DataError(f"{path} is empty")
+    if name is not None:
+        return name
+    if path.is_dir():
+        return "fitsnap"
+    suffixes = [s.lower() for s in path.suffixes if s.lower() not in _PACKED]
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix == ".json":
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return "fitsnap" if '"Dataset"' in file.read(4096) else "ase-db"
+    return _BY_SUFFIX.get(suffix, "ase")
+
+
+def _as_slice(index: str | int | slice) -> slice:
+    if isinstance(index, str):
+        parts = index.split(":")
+        try:
+            numbers = [int(part) if part.strip() else None for part in parts]
+        except ValueError:
+            raise ConfigError(f"index '{index}' is not of the form start:stop:step") from None
+        if len(numbers) > 3 or numbers == [None]:
+            raise ConfigError(f"index '{index}' is not of the form start:stop:step")
+        index = slice(*numbers) if len(numbers) > 1 else int(index)
+    if isinstance(index, int):
+        index = slice(index, index + 1 if index != -1 else None)
+    if index.step is not None and index.step < 1:
+        raise ConfigError("frames are read in the order of the file: the step must be positive")
+    return index
+
+
+def _check_stress(
+    structures: Structures, labels: Properties, units: Units, path: Path, *, overridden: bool
+) -> None:
+    """Refuse a unit of stress that -dE/dV contradicts; only warn if the user chose it."""
+    stated, positive = str(units.stress), str(units.positive_stress)
+    for check in check_stress_unit(structures, labels, stated, positive):
+        if 0.8 < check.ratio < 1.25:
+            continue
+        where = f"{path}, group '{check.group}': stress in {stated} is {check.ratio:.3g} times"
+        message = f"{where} -dE/dV of the volume scan ({check.n_pairs} pairs)"
+        if check.unit is None:
+            warnings.warn(f"{message}, which fits no known unit", DataWarning, stacklevel=3)
+            continue
+        advice = f"Units(stress='{check.unit}', positive_stress='{check.positive_stress}') fits"
+        if overridden:
+            warnings.warn(f"{message}; {advice}", DataWarning, stacklevel=3)
+        else:
+            raise DataError(f"{message}; {advice}")

@@ -1,0 +1,205 @@
+"""Extended XYZ and everything else that ASE reads, ASE databases included."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ase
+import ase.io
+import numpy as np
+from ase.constraints import FixAtoms, FixCartesian
+from ase.io.extxyz import read_xyz
+from ase.units import fs as _ASE_FS
+
+from potstill.errors import DataError
+from potstill.readers.base import ASE_UNITS, Frame, KeyMap, Units, pick_label
+
+#: Names that ASE's own calculators use; a key map overrides them.
+_USUAL = {
+    "energy": ("energy",),
+    "forces": ("forces",),
+    "stress": ("stress",),
+    "atomic_energies": ("energies",),
+    "charges": ("charges",),
+    "dipole": ("dipole",),
+    "virial": (),
+}
+
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+_QUOTED_VALUE = re.compile(r"""=\s*("[^"]*"|'[^']*'|\{[^}]*\}|\[[^\]]*\])""")
+_KEY = re.compile(r"([^\s=]+)\s*=")
+
+
+def read_extxyz(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], Units]:
+    """Frames of an extended XYZ file, compressed or not, in ASE's units."""
+    blocks = _split(read_text(path), path)
+    chosen = list(range(len(blocks)))[index]
+    return _parse(path, keys, blocks, chosen), ASE_UNITS
+
+
+def read_any(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], Units]:
+    """Frames of any file in a format that ASE knows, in ASE's units."""
+    try:
+        images = ase.io.read(path, index=slice(None))
+    except Exception as error:  # ASE's readers raise whatever their parsers meet
+        raise DataError(f"{path} cannot be read by ASE: {_one_line(error)}") from error
+    images = [images] if isinstance(images, ase.Atoms) else images
+    chosen = list(range(len(images)))[index]
+    return (_frame(path, k, images[k], keys) for k in chosen), ASE_UNITS
+
+
+def read_database(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], Units]:
+    """Rows of an ASE database in the order of their ids; frame numbers count from zero."""
+    from ase.db import connect
+
+    try:
+        rows = sorted(connect(path, append=True).select(), key=lambda row: row.id)
+    except Exception as error:  # the backends raise their own errors
+        raise DataError(f"{path} is not an ASE database: {_one_line(error)}") from error
+    chosen = list(range(len(rows)))[index]
+
+    def frames() -> Iterator[Frame]:
+        for k in chosen:
+            atoms = rows[k].toatoms()
+            atoms.info.update(rows[k].data)
+            atoms.info.update(rows[k].key_value_pairs)
+            yield _frame(path, k, atoms, keys)
+
+    return frames(), ASE_UNITS
+
+
+def read_text(path: Path) -> str:
+    """Read a text file, unpacked in memory: ASE seeks in it, which is quadratic in a .gz."""
+    opener = _OPENERS.get(path.suffix.lower(), open)
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            return file.read()
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {_one_line(error)}") from error
+
+
+# -- extended XYZ ---------------------------------------------------------------------------------
+
+
+def _split(text: str, path: Path) -> list[list[str]]:
+    """Lines of each frame, complete and with unique keys."""
+    lines = text.split("\n")
+    if lines and not lines[-1]:
+        lines.pop()
+    blocks: list[list[str]] = []
+    start = 0
+    while start < len(lines):
+        if not lines[start].strip():
+            if any(line.strip() for line in lines[start:]):
+                raise DataError(
+                    f"{path}, frame {len(blocks)}: line {start + 1} is blank where the number of "
+                    f"atoms should be"
+                )
+            break
+        try:
+            count = int(lines[start])
+        except ValueError:
+            raise DataError(
+                f"{path}, frame {len(blocks)}: line {start + 1} is '{lines[start].strip()[:40]}', "
+                f"not the number of atoms"
+            ) from None
+        block = lines[start : start + count + 2]
+        if count < 0 or len(block) < count + 2:
+            raise DataError(
+                f"{path}, frame {len(blocks)} is cut off: it announces {count} atoms and has "
+                f"{max(len(block) - 2, 0)}"
+            )
+        _check_keys(block[1], f"{path}, frame {len(blocks)}")
+        blocks.append(block)
+        start += count + 2
+    return blocks
+
+
+def _check_keys(comment: str, where: str) -> None:
+    counts = Counter(_KEY.findall(_QUOTED_VALUE.sub("=_ ", comment)))
+    columns = re.search(r"\bProperties=\"?([^\s\"]+)", comment)
+    if columns:
+        counts.update(columns.group(1).split(":")[::3])
+    for key, count in counts.items():
+        if count > 1:
+            raise DataError(f"{where} has the key '{key}' twice")
+
+
+def _parse(path: Path, keys: KeyMap, blocks: list[list[str]], chosen: list[int]) -> Iterator[Frame]:
+    for k in chosen:
+        if int(blocks[k][0]) == 0:
+            raise DataError(f"{path}, frame {k} holds no atoms")
+        try:
+            (atoms,) = read_xyz(io.StringIO("\n".join(blocks[k]) + "\n"), slice(None))
+        except Exception as error:  # ASE raises whatever its parser meets
+            raise DataError(f"{path}, frame {k} cannot be parsed: {_one_line(error)}") from error
+        yield _frame(path, k, atoms, keys)
+
+
+# -- frames ---------------------------------------------------------------------------------------
+
+
+def _frame(path: Path, k: int, atoms: ase.Atoms, keys: KeyMap) -> Frame:
+    where = f"{path}, frame {k}"
+    held = _held(atoms)
+    labels = {name: pick_label(held, name, keys, usual, where) for name, usual in _USUAL.items()}
+    velocities = atoms.get_velocities() * _ASE_FS if atoms.has("momenta") else None
+    group = held.get(keys.group or "config_type", "")
+    return Frame(
+        where=where,
+        frame_id=f"{path.name}:{k}",
+        numbers=atoms.numbers,
+        positions=atoms.positions,
+        cell=atoms.cell.array,
+        pbc=atoms.pbc,
+        labels={name: value for name, value in labels.items() if value is not None},
+        keys=tuple(held),
+        group=str(group),
+        fixed=_fixed(atoms),
+        tags=atoms.get_tags() if atoms.has("tags") else None,
+        velocities=velocities,
+        charge=_number(held.get("charge")),
+        spin_multiplicity=_number(held.get("spin")),
+    )
+
+
+def _held(atoms: ase.Atoms) -> Mapping[str, Any]:
+    """Everything a frame carries, by name.
+
+    ASE moves keys such as `energy` from `info` into a calculator while reading. They are taken
+    from its raw results: `get_forces` would zero the forces on constrained atoms.
+    """
+    arrays = {k: v for k, v in atoms.arrays.items() if k not in ("numbers", "positions")}
+    results = dict(atoms.calc.results) if atoms.calc is not None else {}
+    return {**atoms.info, **arrays, **results}
+
+
+def _fixed(atoms: ase.Atoms) -> np.ndarray | None:
+    """(n,) atoms held in place along all axes, from constraints or a column called `fixed`."""
+    fixed = np.zeros(len(atoms), dtype=bool)
+    if "fixed" in atoms.arrays and atoms.arrays["fixed"].shape == (len(atoms),):
+        fixed |= atoms.arrays["fixed"].astype(bool)
+    for constraint in atoms.constraints:
+        if isinstance(constraint, FixAtoms) or (
+            isinstance(constraint, FixCartesian) and np.all(constraint.mask)
+        ):
+            fixed[constraint.index] = True
+    return fixed if fixed.any() else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float, np.number)) else None
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

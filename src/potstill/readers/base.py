@@ -1,0 +1,478 @@
+"""What all readers share: key maps, units, frames, and the checks that every file must pass.
+
+A reader turns a file into frames, in the units of the file. `gather` checks the frames, converts
+them and joins them into one batch, so that a fault is found and worded once for all formats.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from ase.data import chemical_symbols
+
+from potstill import units as conversion
+from potstill.errors import ConfigError, DataError, MissingLabelError
+from potstill.neighbors import system_pairs
+from potstill.properties import PROPERTIES, property_spec
+from potstill.structures import Properties, SpeciesTable, Structures
+
+
+class DataWarning(UserWarning):
+    """Data can be read, but something about them deserves a look."""
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """Names under which a file holds labels and structures; None means the format's usual name.
+
+    A label that is named here is asked for: a file without it is refused.
+
+    Parameters
+    ----------
+    energy, forces, stress, atomic_energies, charges, dipole : str, optional
+        Labels.
+    virial : str, optional
+        Where the file holds a virial instead of a stress: stress = -virial / volume.
+    group : str, optional
+        Name of a frame's group (ASE formats: an `info` key, usually `config_type`).
+    positions, species, cell, pbc : str, optional
+        Arrays of a structure (NumPy archives and HDF5 only).
+    """
+
+    energy: str | None = None
+    forces: str | None = None
+    stress: str | None = None
+    atomic_energies: str | None = None
+    charges: str | None = None
+    dipole: str | None = None
+    virial: str | None = None
+    group: str | None = None
+    positions: str | None = None
+    species: str | None = None
+    cell: str | None = None
+    pbc: str | None = None
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Labels that are named explicitly, with their names in the file."""
+        named = {name: getattr(self, name) for name in LABELS}
+        return {name: key for name, key in named.items() if key is not None}
+
+
+@dataclass(frozen=True)
+class Units:
+    """Units of a file; None means the format's own.
+
+    Parameters
+    ----------
+    energy : str, optional
+        A name from `potstill.units.ENERGY`; also the unit of atomic energies and virials.
+    length : str, optional
+        A name from `potstill.units.LENGTH`; also the unit of cells and of dipoles (e times it).
+    force : str, optional
+        `<energy>/<length>`; follows from the two above if they are given and this is not.
+    stress : str, optional
+        A name from `potstill.units.PRESSURE`.
+    positive_stress : {"tension", "compression"}, optional
+        What a positive diagonal element means; ASE and potstill say tension.
+    """
+
+    energy: str | None = None
+    length: str | None = None
+    force: str | None = None
+    stress: str | None = None
+    positive_stress: Literal["tension", "compression"] | None = None
+
+    def over(self, default: Units) -> Units:
+        """Fill what is not given from the units of a format.
+
+        Raises
+        ------
+        ConfigError
+            If a unit is unknown or not stated.
+        """
+        values = {
+            f.name: getattr(default, f.name) if getattr(self, f.name) is None else own
+            for f in fields(self)
+            for own in [getattr(self, f.name)]
+        }
+        if self.force is None and (self.energy or self.length):
+            values["force"] = f"{values['energy']}/{values['length']}"
+        merged = Units(**values)
+        for name in ("energy", "length", "force", "stress", "positive_stress"):
+            if values[name] is None:
+                raise ConfigError(
+                    f"the file does not say its unit of {name}: state it, as in "
+                    f"Units(energy='eV', length='Angstrom')"
+                )
+        if merged.positive_stress not in ("tension", "compression"):
+            raise ConfigError(
+                f"positive_stress must be 'tension' or 'compression', "
+                f"not '{merged.positive_stress}'"
+            )
+        merged.factors()
+        return merged
+
+    def factors(self) -> dict[str, float]:
+        """Factor per quantity that turns numbers of the file into potstill's units."""
+        energy = conversion.energy_factor(self.energy or "eV")
+        length = conversion.length_factor(self.length or "Angstrom")
+        sign = -1.0 if self.positive_stress == "compression" else 1.0
+        return {
+            "length": length,
+            "energy": energy,
+            "atomic_energies": energy,
+            "virial": energy,
+            "forces": conversion.force_factor(self.force or "eV/Angstrom"),
+            "stress": sign * conversion.pressure_factor(self.stress or "eV/A^3"),
+            "charges": 1.0,
+            "dipole": length,
+        }
+
+
+#: ASE's units, which are potstill's.
+ASE_UNITS = Units("eV", "Angstrom", "eV/Angstrom", "eV/A^3", "tension")
+
+#: Labels that a file can hold.
+LABELS = ("energy", "forces", "stress", "atomic_energies", "charges", "dipole", "virial")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One configuration as a file holds it, in the file's units.
+
+    Parameters
+    ----------
+    where : str
+        Place for messages: "path, frame 12".
+    frame_id : str
+        Short name kept with the data: "file.xyz:12".
+    numbers : ndarray
+        (n,) atomic numbers.
+    positions, cell, pbc : ndarray
+        (n, 3), (3, 3) rows, (3,).
+    labels : mapping of str to array
+        Labels by their names in potstill (or "virial"), in whatever shape the file has them.
+    keys : tuple of str
+        Names of everything the file holds here, for suggestions.
+    group : str
+        Empty if there is none.
+    fixed, tags, velocities, charge, spin_multiplicity : optional
+        As in `Structures`; velocities already in Å/fs.
+    """
+
+    where: str
+    frame_id: str
+    numbers: np.ndarray
+    positions: np.ndarray
+    cell: np.ndarray
+    pbc: np.ndarray
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()
+    group: str = ""
+    fixed: np.ndarray | None = None
+    tags: np.ndarray | None = None
+    velocities: np.ndarray | None = None
+    charge: float | None = None
+    spin_multiplicity: float | None = None
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What a run demands of a file.
+
+    Parameters
+    ----------
+    require : sequence of str
+        Properties that must be there.
+    allow_partial : bool
+        Whether some frames may lack labels that others have.
+    species : SpeciesTable, optional
+        The species that may occur; all if absent.
+    min_distance : float
+        Å; atoms closer than this overlap.
+    """
+
+    require: Sequence[str] = ()
+    allow_partial: bool = False
+    species: SpeciesTable | None = None
+    min_distance: float = 0.3
+
+
+def pick_label(
+    held: Mapping[str, Any], name: str, keys: KeyMap, usual: Sequence[str], where: str
+) -> Any | None:
+    """Return the value of one label, from its name in the key map or from its usual names.
+
+    Raises
+    ------
+    DataError
+        If two of the usual names are there, so that the choice would be a guess.
+    """
+    explicit = getattr(keys, name)
+    if explicit is not None:
+        return held.get(explicit)
+    found = [key for key in usual if key in held]
+    if len(found) > 1:
+        raise DataError(
+            f"{where} holds {_quoted(found)}, which could all be '{name}': "
+            f"name one of them in the key map"
+        )
+    return held[found[0]] if found else None
+
+
+def gather(
+    frames: Iterable[Frame], path: str, units: Units, keys: KeyMap, checks: Checks
+) -> tuple[Structures, Properties]:
+    """Check frames, convert them to potstill's units and join them into one batch.
+
+    Parameters
+    ----------
+    frames : iterable of Frame
+        In the units of the file.
+    path : str
+        The file, for messages.
+    units : Units
+        The units of the file, none of them None.
+    keys : KeyMap
+        Labels that it names are asked for.
+    checks : Checks
+        What else is asked for.
+
+    Returns
+    -------
+    Structures
+        All frames.
+    Properties
+        Float64, NaN and not present where a frame lacks a label.
+
+    Raises
+    ------
+    DataError
+        If a frame is faulty; the message names file, frame and key.
+    MissingLabelError
+        If a label that is asked for is absent.
+    """
+    for name in checks.require:
+        property_spec(name)
+    factors = units.factors()
+    good = [_check_frame(_convert(frame, factors), checks) for frame in frames]
+    if not good:
+        raise DataError(f"{path} holds no frames")
+    _check_presence(good, path, keys, checks)
+    structures = _join_structures(good, checks.species)
+    return structures, _join_labels(good)
+
+
+# -- one frame ------------------------------------------------------------------------------------
+
+
+def _convert(frame: Frame, factors: Mapping[str, float]) -> Frame:
+    """Bring arrays to float64, the right shapes and potstill's units."""
+    n = len(frame.numbers)
+    cell = _shaped(frame, "cell", frame.cell, (3, 3)) * factors["length"]
+    labels = {}
+    for name, raw in frame.labels.items():
+        if raw is None:
+            continue
+        if name in ("stress", "virial"):
+            value = _tensor_3x3(frame, name, raw) * factors[name]
+        else:
+            spec = PROPERTIES[name]
+            shape = (n, *spec.shape) if spec.level == "atom" else spec.shape
+            value = _shaped(frame, name, raw, shape) * factors[name]
+        if not np.isfinite(value).all():
+            raise DataError(f"{frame.where}: '{name}' holds NaN or infinite numbers")
+        labels[name] = value
+    _check_cell(frame, cell, set(labels))
+    if "virial" in labels:
+        if "stress" in labels:
+            raise DataError(
+                f"{frame.where} holds both a stress and a virial: name only one of them"
+            )
+        labels["stress"] = -labels.pop("virial") / abs(np.linalg.det(cell))
+    return replace(
+        frame,
+        numbers=np.asarray(frame.numbers, dtype=np.int64),
+        positions=_shaped(frame, "positions", frame.positions, (n, 3)) * factors["length"],
+        cell=cell,
+        pbc=np.asarray(frame.pbc, dtype=bool).reshape(3),
+        labels=labels,
+    )
+
+
+def _shaped(frame: Frame, name: str, raw: Any, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        value = np.asarray(raw, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise DataError(f"{frame.where}: '{name}' does not hold plain numbers") from None
+    # Scalars are often stored as arrays of one number, per-atom scalars as one column.
+    same = value.size == 1 if shape == () else value.shape in (shape, (*shape, 1))
+    if not same:
+        raise DataError(f"{frame.where}: '{name}' has shape {value.shape}, not {shape}")
+    return value.reshape(shape)
+
+
+def _tensor_3x3(frame: Frame, name: str, raw: Any) -> np.ndarray:
+    """Bring 3x3, nine numbers or six in Voigt order (xx, yy, zz, yz, xz, xy) to 3x3."""
+    value = np.asarray(raw, dtype=np.float64)
+    if value.size == 9:
+        return value.reshape(3, 3)
+    if value.shape == (6,):
+        xx, yy, zz, yz, xz, xy = value
+        return np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
+    raise DataError(f"{frame.where}: '{name}' has shape {value.shape}, not (3, 3) or (6,)")
+
+
+def _check_cell(frame: Frame, cell: np.ndarray, labels: set[str]) -> None:
+    pbc = np.asarray(frame.pbc, dtype=bool).reshape(3)
+    if not np.isfinite(cell).all():
+        raise DataError(f"{frame.where}: 'cell' holds NaN or infinite numbers")
+    for axis in np.flatnonzero(pbc):
+        if not cell[axis].any():
+            raise DataError(
+                f"{frame.where} is periodic along lattice vector {axis + 1}, which is zero"
+            )
+    lengths = np.linalg.norm(cell[pbc], axis=1)
+    if pbc.any() and np.linalg.svd(cell[pbc] / lengths[:, None], compute_uv=False)[-1] < 1e-6:
+        raise DataError(f"{frame.where}: the periodic lattice vectors are linearly dependent")
+    for name in labels & {"stress", "virial"}:
+        if not pbc.all():
+            raise DataError(
+                f"{frame.where} has a '{name}' but is not periodic along all three lattice vectors"
+            )
+
+
+def _check_frame(frame: Frame, checks: Checks) -> Frame:
+    if len(frame.numbers) == 0:
+        raise DataError(f"{frame.where} holds no atoms")
+    if not np.isfinite(frame.positions).all():
+        raise DataError(f"{frame.where}: 'positions' hold NaN or infinite numbers")
+    if frame.numbers.min() < 1 or frame.numbers.max() >= len(chemical_symbols):
+        raise DataError(f"{frame.where} holds an atom that is not a chemical element")
+    if checks.species is not None:
+        for symbol in {chemical_symbols[z] for z in frame.numbers} - set(checks.species.names):
+            raise DataError(
+                f"{frame.where} holds {symbol}, which is not among the species "
+                f"{', '.join(checks.species.names)}"
+            )
+    _check_overlap(frame, checks.min_distance)
+    return frame
+
+
+def _check_overlap(frame: Frame, min_distance: float) -> None:
+    if min_distance <= 0:
+        return
+    # A list of at least 1 Å keeps the number of bins in wide boxes small.
+    cutoff = max(min_distance, 1.0)
+    i, j, shift = system_pairs(frame.positions, frame.cell, frame.pbc, cutoff)
+    if len(i) == 0:
+        return
+    vectors = frame.positions[j] - frame.positions[i] + shift @ frame.cell
+    distance = np.linalg.norm(vectors, axis=1)
+    worst = int(distance.argmin())
+    if distance[worst] < min_distance:
+        raise DataError(
+            f"{frame.where}: atoms {i[worst]} and {j[worst]} are {distance[worst]:.3f} Å apart, "
+            f"closer than {min_distance:g} Å"
+        )
+
+
+# -- all frames -----------------------------------------------------------------------------------
+
+
+def _check_presence(frames: Sequence[Frame], path: str, keys: KeyMap, checks: Checks) -> None:
+    asked = {**{name: name for name in checks.require}, **keys.labels}
+    if "virial" in asked:
+        asked["stress"] = asked.pop("virial")
+    found = {name for frame in frames for name in frame.labels}
+    for name in (*asked, *sorted(found - set(asked))):
+        lacking = [frame for frame in frames if name not in frame.labels]
+        if not lacking or (checks.allow_partial and name in found):
+            continue
+        key = asked.get(name, name)
+        if name in found:
+            raise MissingLabelError(
+                f"{lacking[0].where} has no '{key}', which other frames have ({len(lacking)} of "
+                f"{len(frames)} frames lack it): allow partly labelled data if this is meant"
+            )
+        hint = _near_miss(key, lacking[0].keys)
+        raise MissingLabelError(f"{lacking[0].where} has no '{key}'{hint}")
+
+
+def _near_miss(key: str, present: Sequence[str]) -> str:
+    lower = {name.lower(): name for name in present}
+    near = difflib.get_close_matches(key.lower(), lower, n=1)
+    near = near or [name for name in lower if key.lower() in name]
+    if near:
+        return f"; did you mean '{lower[near[0]]}'? Then name it in the key map"
+    return f"; it holds {_quoted(present)}" if present else "; it holds no labels at all"
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def _join_structures(frames: Sequence[Frame], table: SpeciesTable | None) -> Structures:
+    if table is None:
+        table = SpeciesTable.from_atomic_numbers(z for f in frames for z in set(f.numbers.tolist()))
+    lookup = np.full(len(chemical_symbols), -1, dtype=np.int64)
+    lookup[table.atomic_numbers[table.atomic_numbers > 0].numpy()] = np.flatnonzero(
+        table.atomic_numbers.numpy() > 0
+    )
+    counts = torch.tensor([len(frame.numbers) for frame in frames], dtype=torch.int64)
+    return Structures(
+        positions=torch.from_numpy(np.concatenate([frame.positions for frame in frames])),
+        species=torch.from_numpy(lookup[np.concatenate([frame.numbers for frame in frames])]),
+        system_index=torch.repeat_interleave(torch.arange(len(frames)), counts),
+        cell=torch.from_numpy(np.stack([frame.cell for frame in frames])),
+        pbc=torch.from_numpy(np.stack([frame.pbc for frame in frames])),
+        species_table=table,
+        group=tuple(f.group for f in frames) if any(f.group for f in frames) else None,
+        frame_id=tuple(frame.frame_id for frame in frames),
+        **_optional_fields(frames),
+    )
+
+
+def _optional_fields(frames: Sequence[Frame]) -> dict[str, torch.Tensor]:
+    """Fields that some frames have; an atom is free, has tag 0, a frame charge 0 if not said."""
+    result: dict[str, torch.Tensor] = {}
+    for name, neutral, dtype in (("fixed", False, bool), ("tags", 0, np.int64)):
+        columns = [getattr(frame, name) for frame in frames]
+        if any(column is not None and np.any(column) for column in columns):
+            rows = [
+                np.full(len(frame.numbers), neutral, dtype)
+                if column is None
+                else np.asarray(column, dtype).reshape(len(frame.numbers))
+                for frame, column in zip(frames, columns, strict=True)
+            ]
+            result[name] = torch.from_numpy(np.concatenate(rows))
+    if all(frame.velocities is not None for frame in frames):
+        velocities = [np.asarray(frame.velocities, dtype=np.float64) for frame in frames]
+        result["velocities"] = torch.from_numpy(np.concatenate(velocities))
+    for name, usual in (("charge", 0.0), ("spin_multiplicity", 1.0)):
+        numbers = [getattr(frame, name) for frame in frames]
+        if any(number is not None for number in numbers):
+            filled = [usual if number is None else float(number) for number in numbers]
+            result[name] = torch.tensor(filled, dtype=torch.float64)
+    return result
+
+
+def _join_labels(frames: Sequence[Frame]) -> Properties:
+    names = [name for name in PROPERTIES if any(name in frame.labels for frame in frames)]
+    values, present = {}, {}
+    for name in names:
+        spec = PROPERTIES[name]
+        rows = []
+        for frame in frames:
+            count = len(frame.numbers) if spec.level == "atom" else 1
+            absent = np.full((count, *spec.shape), np.nan)
+            rows.append(np.reshape(frame.labels.get(name, absent), (count, *spec.shape)))
+        values[name] = torch.from_numpy(np.concatenate(rows))
+        present[name] = torch.tensor([name in frame.labels for frame in frames])
+    return Properties(values, present)
