@@ -65,6 +65,11 @@ class ANI(Potential):
 
     kind = "ani"
 
+    # Always float64; cast where they are used.
+    shifts_r: Tensor
+    shifts_a: Tensor
+    shifts_z: Tensor
+
     def __init__(
         self,
         species_table: SpeciesTable,
@@ -98,7 +103,8 @@ class ANI(Potential):
         }
         for name, values in self._shifts.items():
             # Not in the state dict: they are hyper-parameters.
-            self.register_buffer(name, torch.tensor(values), persistent=False)
+            buffer = torch.tensor(values, dtype=torch.float64)
+            self.register_buffer(name, buffer, persistent=False)
         self.networks = nn.ModuleList(
             EnsembleMLP((self.aev_width, *widths, 1), self.celu_alpha, self.n_members)
             for widths in self.hidden_widths.values()
@@ -165,7 +171,8 @@ class ANI(Potential):
         n_species = len(self.species_table)
         near = (distance.detach() < self.radial_cutoff).nonzero()[:, 0]
         center, neighbor, r = edges.center[near], edges.neighbor[near], distance[near]
-        terms = torch.exp(-self.eta_r * (r[:, None] - self.shifts_r).square())  # (E, n_r)
+        shifts = self.shifts_r.to(r.dtype)
+        terms = torch.exp(-self.eta_r * (r[:, None] - shifts).square())  # (E, n_r)
         terms = 0.25 * terms * _cutoff_function(r, self.radial_cutoff)[:, None]
         block = center * n_species + species[neighbor]
         total = terms.new_zeros(n_local * n_species, terms.shape[1]).index_add(0, block, terms)
@@ -178,12 +185,13 @@ class ANI(Potential):
         cosine = _COSINE_SCALE * cosine[:, j * second.width + k]  # (n, P)
         sine = torch.sqrt(1.0 - cosine.square())
         # cos(theta - shift), without the arccos
-        along, across = torch.cos(self.shifts_z), torch.sin(self.shifts_z)
+        shifts_a, shifts_z = (x.to(cosine.dtype) for x in (self.shifts_a, self.shifts_z))
+        along, across = torch.cos(shifts_z), torch.sin(shifts_z)
         aligned = cosine[..., None] * along + sine[..., None] * across
         angle = (0.5 + 0.5 * aligned).pow(self.zeta)  # (n, P, n_z)
         mean = 0.5 * (first.distance[:, j] + second.distance[:, k])
         weight = 2.0 * first.weight[:, j] * second.weight[:, k]  # (n, P), zero for unused slots
-        gauss = torch.exp(-self.eta_a * (mean[..., None] - self.shifts_a).square())
+        gauss = torch.exp(-self.eta_a * (mean[..., None] - shifts_a).square())
         block = (weight[..., None] * gauss).transpose(1, 2) @ angle  # (n, n_a, n_z)
         return block.flatten(1)
 
@@ -203,15 +211,23 @@ class ANI(Potential):
 
     def regularized_weights(self) -> list[Tensor]:
         """Weights of all networks; biases of an ensemble are matrices too and are left out."""
-        return [weight for network in self.networks for weight in network.weights]
+        return [p for name, p in self.named_parameters() if ".weights." in name]
+
+    def member(self, index: int) -> ANI:
+        """Copy one network per species out of an ensemble, as a model of its own."""
+        if not 0 <= index < self.n_members:
+            raise ModelError(f"the ensemble has {self.n_members} members: there is no {index}")
+        member = ANI(self.species_table, **(self.hyperparameters() | {"n_members": 1}))
+        member = member.to(self.dtype)
+        state = {name: value[index : index + 1] for name, value in self.state_dict().items()}
+        member.load_state_dict(state)
+        return member
 
     def _apply(self, fn: Any, recurse: bool = True) -> ANI:
-        # A cast rounds; start from the exact numbers each time, so that float64 after float32 is
-        # float64.
         super()._apply(fn, recurse)
         for name, values in self._shifts.items():
-            buffer = getattr(self, name)
-            setattr(self, name, torch.tensor(values, dtype=self.dtype, device=buffer.device))
+            device = getattr(self, name).device
+            setattr(self, name, torch.tensor(values, dtype=torch.float64, device=device))
         return self
 
 

@@ -1,0 +1,81 @@
+"""Any trained potstill model as a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from potstill import __version__
+from potstill.checkpoint import load_potential, potential_fingerprint
+from potstill.models import ANI, Potential, SumPotential
+from potstill.models.base import PREDICTABLE
+from potstill.structures import Structures
+from potstill.teachers.base import Teacher, TeacherInfo, versions_of
+
+
+class PotentialTeacher(Teacher):
+    """A potential that labels in batches.
+
+    Parameters
+    ----------
+    potential : Potential
+        Any model.
+    info : TeacherInfo, optional
+        Who it is; by default named after its kind.
+    """
+
+    properties = frozenset(PREDICTABLE)
+    batch_atoms = 512
+
+    def __init__(self, potential: Potential, info: TeacherInfo | None = None) -> None:
+        self.potential = potential
+        self.info = info or describe_potential(potential, potential.kind, {})
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> PotentialTeacher:
+        """Load a checkpoint; the teacher is named after the file."""
+        potential, info = load_potential(path)
+        return cls(potential, describe_potential(potential, Path(path).stem, info))
+
+    def compute(self, structures: Structures, properties: Sequence[str]) -> dict[str, Tensor]:
+        """Predict on the potential's device."""
+        device = next((t.device for t in self.potential.state_dict().values()), "cpu")
+        prediction = self.potential.predict(structures.to(device), properties=properties)
+        return prediction.properties.to("cpu").values
+
+
+def describe_potential(potential: Potential, name: str, info: Mapping[str, Any]) -> TeacherInfo:
+    """Who a potential is, from what its checkpoint says.
+
+    A distilled potential inherits the licence and the level of theory of its own teacher.
+    """
+    origin = info.get("teacher") or info
+    return TeacherInfo(
+        name=name,
+        fingerprint=potential_fingerprint(potential),
+        licence=origin.get("licence", "unknown"),
+        citation=origin.get("citation", "unknown"),
+        level_of_theory=origin.get("level_of_theory", "unknown"),
+        versions={"potstill": __version__} | versions_of("torch"),
+        conservative=not potential.direct_forces,
+    )
+
+
+def ensemble_members(potential: Potential) -> list[Potential]:
+    """Take an ensemble apart: ANI with several members, alone or as the network of a sum.
+
+    Returns
+    -------
+    list of Potential
+        One per member; empty if the potential is no ensemble.
+    """
+    if isinstance(potential, ANI) and potential.n_members > 1:
+        return [potential.member(k) for k in range(potential.n_members)]
+    if isinstance(potential, SumPotential) and "network" in potential.components:
+        others = {k: potential[k] for k in potential.components if k != "network"}
+        networks = ensemble_members(potential["network"])
+        return [SumPotential({**others, "network": network}) for network in networks]
+    return []
