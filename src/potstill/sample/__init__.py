@@ -1,1 +1,141 @@
-"""sample"""
+"""Making structures to learn from: rattling, straining, supercells, molecular dynamics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from potstill.errors import ConfigError, suggest
+from potstill.sample.base import Job, SampledFrames, as_pair
+from potstill.sample.dedup import distance_fingerprints, drop_duplicates, farthest_points
+from potstill.sample.md import MDJob, run_md
+from potstill.sample.plan import SamplingPlan, run_plan
+from potstill.sample.rattle import RattleJob, rattle
+from potstill.sample.split import even_in_temperature, split_in_blocks
+from potstill.sample.strain import StrainJob, VolumeJob, random_strain, scale_volume
+from potstill.sample.supercell import make_supercell, smallest_supercell
+from potstill.structures import Structures
+
+#: Kinds of jobs by name.
+JOBS: dict[str, type[Job]] = {
+    "rattle": RattleJob,
+    "strain": StrainJob,
+    "volume": VolumeJob,
+    "md": MDJob,
+}
+
+
+def make_job(settings: Mapping[str, Any]) -> Job:
+    """Make a job from plain values: its `kind` and its settings.
+
+    Raises
+    ------
+    ConfigError
+        If the kind or a setting is unknown, or a value is out of range.
+    """
+    settings = dict(settings)
+    kind = str(settings.pop("kind", ""))
+    if kind not in JOBS:
+        raise ConfigError(f"unknown kind of sampling job '{kind}'{suggest(kind, JOBS)}")
+    known = JOBS[kind].__dataclass_fields__
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"a {kind} job has no setting '{name}'{suggest(name, known)}")
+    try:
+        return JOBS[kind](**settings)
+    except TypeError as error:
+        raise ConfigError(f"a {kind} job cannot be made of {settings}: {error}") from error
+
+
+def standard_plan(
+    start: Structures,
+    *,
+    temperature: float | Sequence[float],
+    n_frames: int,
+    seed: int,
+    pressure: Sequence[float] = (),
+    n_temperatures: int = 4,
+    md_share: float = 0.75,
+    **md_settings: Any,
+) -> SamplingPlan:
+    """Plan what most materials need: MD over a range of temperatures, rattles and strains.
+
+    The frames are shared evenly among the starting structures. Of each structure's share, about
+    three quarters are MD: runs at `n_temperatures` temperatures at constant volume, and at each
+    pressure if there are any, at the same temperatures in turn. The rest is random strains, a
+    volume scan (periodic structures) and rattles, in equal parts.
+
+    Parameters
+    ----------
+    start : Structures
+        The starting structures.
+    temperature : float or (lowest, highest)
+        K.
+    n_frames : int
+        How many frames in all.
+    seed : int
+        Seed of the plan.
+    pressure : sequence of float
+        GPa, pressures of the constant-pressure runs; the calculator must then give stress.
+    n_temperatures : int
+        How many temperatures, evenly spaced.
+    md_share : float
+        Share of the frames that are MD.
+    **md_settings
+        Settings of all MD jobs, as of `MDJob`.
+    """
+    temperatures = _temperatures(temperature, n_temperatures)
+    jobs: list[Job] = []
+    for system, quota in enumerate(even_parts(n_frames, start.n_systems)):
+        n_md = round(md_share * quota)
+        pressures = [None, *pressure] if bool(start.pbc[system].all()) else [None]
+        runs = [(t, p) for p in pressures for t in temperatures]
+        for (t, p), n in zip(runs, even_parts(n_md, len(runs)), strict=True):
+            if n:
+                jobs.append(
+                    MDJob(temperature=t, pressure=p, n_frames=n, system=system, **md_settings)
+                )
+        kinds = ["rattle", "strain", "volume"] if bool(start.pbc[system].any()) else ["rattle"]
+        for kind, n in zip(kinds, even_parts(quota - n_md, len(kinds)), strict=True):
+            extra = {} if kind == "rattle" else {"displacement": 0.05}
+            if n:
+                jobs.append(make_job({"kind": kind, "n_frames": n, "system": system, **extra}))
+    return SamplingPlan(start, jobs, seed)
+
+
+def even_parts(total: int, n: int) -> list[int]:
+    """Share `total` among `n` as evenly as can be, the first getting what is left over."""
+    return [total // n + (k < total % n) for k in range(n)]
+
+
+def _temperatures(temperature: float | Sequence[float], n: int) -> list[float]:
+    low, high = as_pair(temperature)
+    return [low] if low == high else [float(t) for t in np.linspace(low, high, max(n, 2))]
+
+
+__all__ = [
+    "SampledFrames",
+    "SamplingPlan",
+    "run_plan",
+    "standard_plan",
+    "Job",
+    "JOBS",
+    "make_job",
+    "MDJob",
+    "RattleJob",
+    "StrainJob",
+    "VolumeJob",
+    "run_md",
+    "rattle",
+    "random_strain",
+    "scale_volume",
+    "make_supercell",
+    "smallest_supercell",
+    "distance_fingerprints",
+    "drop_duplicates",
+    "farthest_points",
+    "split_in_blocks",
+    "even_in_temperature",
+]

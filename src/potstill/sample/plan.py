@@ -1,0 +1,185 @@
+"""Plans: which jobs make which frames, and running them so that a kill loses next to nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ase.calculators.calculator import BaseCalculator
+
+from potstill.errors import ConfigError
+from potstill.sample.base import Job, Progress, SampledFrames, write_atomic
+from potstill.structures import Structures
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What to sample.
+
+    Parameters
+    ----------
+    start : Structures
+        The starting structures.
+    jobs : sequence of Job
+        Run in order; each starts from `start[job.system]`.
+    seed : int
+        All random numbers follow from it.
+    """
+
+    start: Structures
+    jobs: Sequence[Job]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.jobs:
+            raise ConfigError("a sampling plan needs at least one job")
+        for job in self.jobs:
+            if job.system >= self.start.n_systems:
+                raise ConfigError(
+                    f"the job '{job.name}' starts from structure {job.system}, and there are "
+                    f"{self.start.n_systems}, counted from 0"
+                )
+
+    @property
+    def n_frames(self) -> int:
+        """Frames of all jobs."""
+        return sum(job.n_frames for job in self.jobs)
+
+    @property
+    def n_evaluations(self) -> int:
+        """Calls of the calculator, at least: what a plan costs."""
+        return sum(job.n_evaluations for job in self.jobs)
+
+    def fingerprint(self) -> str:
+        """Short hash of the starting structures, the jobs and the seed."""
+        digest = hashlib.blake2b(digest_size=8)
+        digest.update(json.dumps(self.to_json(), sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def to_json(self) -> dict:
+        """Seed, jobs and fingerprints of the starting structures as plain values."""
+        return {
+            "seed": self.seed,
+            "start": self.start.fingerprints(),
+            "jobs": [job.to_json() for job in self.jobs],
+        }
+
+
+def run_plan(
+    plan: SamplingPlan,
+    calculator: BaseCalculator | None,
+    out_folder: Path | str,
+    progress: Progress | None = None,
+    *,
+    driver: str = "",
+) -> SampledFrames:
+    """Run the jobs of a plan, or what is left of them, and return all frames.
+
+    Killed at any moment, the same call goes on from the last checkpoint, and its frames are the
+    same bit for bit as those of a run that nobody disturbed.
+
+    Parameters
+    ----------
+    plan : SamplingPlan
+        What to sample.
+    calculator : ase calculator, optional
+        Drives molecular dynamics. Its `reset()` must make it forget neighbor lists and starting
+        guesses.
+    out_folder : path
+        Holds `plan.json`, one file of frames per finished job, and the checkpoints.
+    progress : callable, optional
+        Called with (calls of the calculator done, in all).
+    driver : str
+        Name or fingerprint of what the calculator computes, if known: a folder that was begun
+        with another one is refused.
+
+    Returns
+    -------
+    SampledFrames
+        The frames of all jobs in order.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds another plan, or a job cannot run with this start or calculator.
+    DivergenceError
+        If atoms explode; frames up to there stay in the folder.
+    """
+    for job in plan.jobs:
+        job.check(plan.start[job.system], calculator)
+    folder = Path(out_folder)
+    _claim(folder, plan, driver)
+    parts, done = [], 0
+    for number, job in enumerate(plan.jobs):
+        report = _shifted(progress, done, plan.n_evaluations)
+        frames = _run_job(plan, number, calculator, folder, report)
+        parts.append(frames)
+        done += job.n_evaluations
+        if progress is not None:
+            progress(done, plan.n_evaluations)
+    return SampledFrames.concatenate(parts)
+
+
+def _run_job(
+    plan: SamplingPlan,
+    number: int,
+    calculator: BaseCalculator | None,
+    folder: Path,
+    progress: Progress | None,
+) -> SampledFrames:
+    """Frames of one job: read if it is done, else run or go on."""
+    path = folder / f"job_{number:03d}.npz"
+    scratch = folder / f"job_{number:03d}"
+    job = plan.jobs[number]
+    if not path.exists():
+        frames = job.run(
+            plan.start[job.system],
+            calculator,
+            seed=plan.seed,
+            number=number,
+            folder=scratch,
+            progress=progress,
+        )
+        numbered = SampledFrames(
+            structures=frames.structures,
+            temperature=frames.temperature,
+            pressure=frames.pressure,
+            energy=frames.energy,
+            job=torch.full((len(frames),), number, dtype=torch.int64),
+            time=frames.time,
+        )
+        numbered.save(path)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return SampledFrames.load(path)
+
+
+def _claim(folder: Path, plan: SamplingPlan, driver: str) -> None:
+    """Write the plan into a new folder, or check that the folder holds this one."""
+    path = folder / "plan.json"
+    mine = {"fingerprint": plan.fingerprint(), "driver": driver, **plan.to_json()}
+    if path.exists():
+        held = json.loads(path.read_text())
+        if held.get("fingerprint") != mine["fingerprint"]:
+            raise ConfigError(
+                f"{folder} holds frames of another sampling plan (other structures, jobs or seed):"
+                " choose another folder, or remove it"
+            )
+        if held.get("driver") != driver:
+            raise ConfigError(
+                f"{folder} holds frames that '{held.get('driver')}' drove, not '{driver}': choose "
+                "another folder, or remove it"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, lambda handle: handle.write(json.dumps(mine, indent=1).encode()))
+
+
+def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda done, _: progress(before + done, total)

@@ -1,0 +1,128 @@
+"""Gaussian displacements of atoms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from ase.calculators.calculator import BaseCalculator
+
+from potstill.errors import ConfigError
+from potstill.neighbors import build_neighbor_list, shortest_distances
+from potstill.sample.base import (
+    Job,
+    Progress,
+    SampledFrames,
+    as_frame,
+    as_pair,
+    gaussian_step,
+    make_generator,
+    one_system,
+    span,
+)
+from potstill.structures import Structures
+
+_TRIES = 100
+
+
+def rattle(
+    start: Structures,
+    displacement: float,
+    generator: np.random.Generator,
+    *,
+    closest: float | None = None,
+) -> Structures:
+    """Displace every free atom by a Gaussian of the given width.
+
+    Parameters
+    ----------
+    start : Structures
+        One system; its fixed atoms stay.
+    displacement : float
+        Å, standard deviation along each axis.
+    generator : numpy Generator
+        Draws the displacements.
+    closest : float, optional
+        Å; displacements that bring two atoms closer than this are drawn again.
+
+    Raises
+    ------
+    ConfigError
+        If no displacement keeps the atoms apart.
+    """
+    one_system(start)
+    for _ in range(_TRIES):
+        step = gaussian_step(start, displacement, generator)
+        moved = replace(start, positions=start.positions + step)
+        if closest is None or build_neighbor_list(moved, closest).n_pairs == 0:
+            return moved
+    raise ConfigError(
+        f"{_TRIES} random displacements of {displacement:g} Å all brought atoms of "
+        f"{start.name_of(0)} closer than {closest:.2f} Å: choose a smaller displacement"
+    )
+
+
+def shortest_distance(structures: Structures) -> float:
+    """Shortest distance in Å between two atoms (or an atom and its image); inf if there is none."""
+    cutoff = 3.0
+    # Beyond 20 Å atoms count as isolated.
+    while cutoff < 25.0:
+        neighbors = build_neighbor_list(structures, cutoff)
+        if neighbors.n_pairs:
+            return min(shortest_distances(structures, neighbors).values())
+        cutoff *= 2.0
+    return float("inf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RattleJob(Job):
+    """Frames with Gaussian displacements.
+
+    Parameters
+    ----------
+    displacement : float or (low, high)
+        Å; from a range, the widths are spread evenly.
+    closest : float
+        Atoms come no closer than this times the shortest distance at the start.
+    """
+
+    kind: ClassVar[str] = "rattle"
+
+    displacement: float | Sequence[float] = (0.02, 0.2)
+    closest: float = 0.7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = as_pair(self.displacement)
+        if not 0.0 <= low <= high:
+            raise ConfigError(f"a displacement must be 0 <= low <= high, not {low} and {high} Å")
+
+    def default_name(self) -> str:
+        """Say how far atoms are displaced."""
+        return f"rattle {span(self.displacement)} Å"
+
+    def run(
+        self,
+        start: Structures,
+        calculator: BaseCalculator | None = None,
+        *,
+        seed: int,
+        number: int = 0,
+        folder: Path | None = None,
+        progress: Progress | None = None,
+    ) -> SampledFrames:
+        """Displace the atoms `n_frames` times."""
+        closest = self.closest * shortest_distance(one_system(start))
+        frames = []
+        for k, width in enumerate(np.linspace(*as_pair(self.displacement), self.n_frames)):
+            moved = rattle(
+                start,
+                float(width),
+                make_generator(seed, number, k),
+                closest=closest if np.isfinite(closest) else None,
+            )
+            frames.append(as_frame(moved, self.name, f"{self.name}: frame {k}, {width:.3f} Å"))
+        return SampledFrames.independent(Structures.concatenate(frames))

@@ -1,0 +1,165 @@
+"""Random strains and volume scans."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from ase.calculators.calculator import BaseCalculator
+from torch import Tensor
+
+from potstill.errors import ConfigError
+from potstill.sample.base import (
+    Job,
+    Progress,
+    SampledFrames,
+    as_frame,
+    as_pair,
+    gaussian_step,
+    make_generator,
+    one_system,
+    span,
+)
+from potstill.structures import Structures
+
+
+def deform(structure: Structures, deformation: Tensor) -> Structures:
+    """Apply a (3, 3) deformation gradient to positions and cell: r becomes r @ deformation."""
+    return replace(
+        structure,
+        positions=structure.positions @ deformation,
+        cell=structure.cell @ deformation,
+    )
+
+
+def random_strain(
+    structure: Structures, max_strain: float, generator: np.random.Generator
+) -> Structures:
+    """Apply a symmetric strain with components even in [-max_strain, max_strain].
+
+    Parameters
+    ----------
+    structure : Structures
+        One system.
+    max_strain : float
+        Dimensionless; 0.05 is five percent.
+    generator : numpy Generator
+        Draws the six components.
+    """
+    xx, yy, zz, yz, xz, xy = generator.uniform(-max_strain, max_strain, 6)
+    strain = torch.tensor([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]], dtype=torch.float64)
+    return deform(structure, torch.eye(3, dtype=torch.float64) + strain)
+
+
+def scale_volume(structure: Structures, ratio: float) -> Structures:
+    """Scale all lengths alike, so that the volume becomes `ratio` times what it was."""
+    return deform(structure, ratio ** (1.0 / 3.0) * torch.eye(3, dtype=torch.float64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DeformationJob(Job):
+    """What strains and volume scans share: a small rattle on top.
+
+    Parameters
+    ----------
+    displacement : float
+        Å, Gaussian displacements after the deformation; zero for none.
+    """
+
+    displacement: float = 0.0
+
+    def check(self, start: Structures, calculator: BaseCalculator | None) -> None:
+        """Refuse a structure that has no cell to deform."""
+        if not bool(start.pbc.any()):
+            raise ConfigError(
+                f"the job '{self.name}' deforms a cell, and {start.name_of(0)} is not periodic"
+            )
+
+    @abstractmethod
+    def _deform(self, start: Structures, k: int, generator: np.random.Generator) -> Structures:
+        """Deform the k-th frame."""
+
+    def run(
+        self,
+        start: Structures,
+        calculator: BaseCalculator | None = None,
+        *,
+        seed: int,
+        number: int = 0,
+        folder: Path | None = None,
+        progress: Progress | None = None,
+    ) -> SampledFrames:
+        """Deform the cell `n_frames` times."""
+        one_system(start)
+        frames = []
+        for k in range(self.n_frames):
+            generator = make_generator(seed, number, k)
+            moved = self._deform(start, k, generator)
+            step = gaussian_step(start, self.displacement, generator)
+            moved = replace(moved, positions=moved.positions + step)
+            frames.append(as_frame(moved, self.name, f"{self.name}: frame {k}"))
+        return SampledFrames.independent(Structures.concatenate(frames))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrainJob(_DeformationJob):
+    """Frames with random symmetric strains.
+
+    Parameters
+    ----------
+    max_strain : float
+        Each of the six components is drawn evenly between plus and minus this.
+    displacement : float
+        Å, Gaussian displacements after the strain.
+    """
+
+    kind: ClassVar[str] = "strain"
+
+    max_strain: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.max_strain < 0.5:
+            raise ConfigError(f"max_strain must lie in 0..0.5, and {self.max_strain} does not")
+
+    def default_name(self) -> str:
+        """Say how large the strains are."""
+        return f"strain {100.0 * self.max_strain:g} %"
+
+    def _deform(self, start: Structures, k: int, generator: np.random.Generator) -> Structures:
+        return random_strain(start, self.max_strain, generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeJob(_DeformationJob):
+    """A scan of volumes at fixed shape, evenly spaced.
+
+    Parameters
+    ----------
+    volume : (low, high)
+        Volumes relative to the start's.
+    displacement : float
+        Å, Gaussian displacements after the scaling.
+    """
+
+    kind: ClassVar[str] = "volume"
+
+    volume: Sequence[float] = (0.85, 1.15)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = as_pair(self.volume)
+        if not 0.0 < low <= high:
+            raise ConfigError(f"volumes must be 0 < low <= high, not {low} and {high}")
+
+    def default_name(self) -> str:
+        """Say how far the volume goes."""
+        return f"volume {span(self.volume)}"
+
+    def _deform(self, start: Structures, k: int, generator: np.random.Generator) -> Structures:
+        return scale_volume(start, float(np.linspace(*as_pair(self.volume), self.n_frames)[k]))

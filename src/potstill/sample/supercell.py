@@ -1,0 +1,119 @@
+"""Supercells that are large enough."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from potstill.errors import ConfigError
+from potstill.sample.base import one_system
+from potstill.structures import Structures
+
+
+def make_supercell(structure: Structures, repeats: tuple[int, int, int]) -> Structures:
+    """Repeat one system along its lattice vectors.
+
+    Parameters
+    ----------
+    structure : Structures
+        One system.
+    repeats : (int, int, int)
+        How often along each lattice vector; the copies follow one another whole.
+
+    Raises
+    ------
+    ConfigError
+        If it is repeated along a direction that is not periodic.
+    """
+    one_system(structure)
+    for axis, count in enumerate(repeats):
+        if count < 1 or (count > 1 and not bool(structure.pbc[0, axis])):
+            raise ConfigError(
+                f"{structure.name_of(0)} cannot be repeated {count} times along lattice vector "
+                f"{axis + 1}: it must be periodic there and the number positive"
+            )
+    cell = structure.cell[0]
+    cells = torch.tensor(list(product(*(range(n) for n in repeats))), dtype=torch.float64)
+    offsets = cells @ cell  # (copies, 3)
+    copies = len(offsets)
+    positions = (structure.positions[None] + offsets[:, None]).reshape(-1, 3)
+    changes: dict = {"positions": positions, "cell": structure.cell * _column(repeats)}
+    for name in ("species", "system_index", "velocities", "fixed", "tags"):
+        value = getattr(structure, name)
+        if value is not None:
+            changes[name] = value.repeat(copies, *(1,) * (value.dim() - 1))
+    if structure.charge is not None:
+        changes["charge"] = structure.charge * copies
+    return replace(structure, **changes)
+
+
+def smallest_supercell(
+    structure: Structures,
+    *,
+    min_atoms: int = 1,
+    min_length: float = 0.0,
+    max_atoms: int | None = None,
+) -> Structures:
+    """Repeat a system until it is large enough, its thinnest periodic direction first.
+
+    Parameters
+    ----------
+    structure : Structures
+        One system.
+    min_atoms : int
+        The least number of atoms; ignored if the system is not periodic.
+    min_length : float
+        Å, the least distance between opposite faces of the cell along periodic directions: an
+        atom then sees no image of itself within it.
+    max_atoms : int, optional
+        Refuse to go beyond.
+
+    Raises
+    ------
+    ConfigError
+        If `max_atoms` is passed.
+    """
+    one_system(structure)
+    heights = cell_heights(structure)[0].tolist()
+    periodic = [axis for axis in range(3) if bool(structure.pbc[0, axis])]
+    repeats = [1, 1, 1]
+
+    def thinnest() -> int:
+        return min(periodic, key=lambda axis: (round(heights[axis] * repeats[axis], 6), axis))
+
+    def n_atoms() -> int:
+        return structure.n_atoms * repeats[0] * repeats[1] * repeats[2]
+
+    while periodic:
+        axis = thinnest()
+        # A rounding error must not double a cell that is exactly long enough.
+        long_enough = heights[axis] * repeats[axis] >= min_length - 1e-6
+        if long_enough and n_atoms() >= min_atoms:
+            break
+        repeats[axis] += 1
+        if max_atoms is not None and n_atoms() > max_atoms:
+            raise ConfigError(
+                f"a supercell of {structure.name_of(0)} with at least {min_atoms} atoms and "
+                f"{min_length:g} Å between its faces needs {n_atoms()} atoms, more than "
+                f"{max_atoms}: lower what is asked or raise the limit"
+            )
+    return make_supercell(structure, (repeats[0], repeats[1], repeats[2]))
+
+
+def cell_heights(structures: Structures) -> Tensor:
+    """(S, 3) distances in Å between opposite faces of the cells; inf where not periodic."""
+    a, b, c = structures.cell.unbind(1)
+    normals = [torch.linalg.cross(u, v) for u, v in ((b, c), (c, a), (a, b))]
+    areas = torch.stack([torch.linalg.vector_norm(normal, dim=1) for normal in normals], dim=1)
+    lengths = torch.linalg.vector_norm(structures.cell, dim=2)
+    # A cell with fewer than three vectors has no volume: its vectors' lengths are all there is.
+    flat = structures.volume < 1e-8
+    heights = torch.where(flat[:, None], lengths, structures.volume[:, None] / areas)
+    return torch.where(structures.pbc, heights, torch.inf)
+
+
+def _column(repeats: tuple[int, int, int]) -> Tensor:
+    return torch.tensor(repeats, dtype=torch.float64)[None, :, None]
