@@ -1,0 +1,238 @@
+"""The ASE calculator of a potential: reused neighbor lists, warnings outside the training range."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ase
+import numpy as np
+import torch
+from ase.calculators.calculator import Calculator, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
+from torch import Tensor
+
+from potstill.checkpoint import load_potential
+from potstill.errors import DataError, ModelError
+from potstill.models import Potential
+from potstill.neighbors import build_neighbor_list, pair_vectors
+from potstill.structures import NeighborList, Structures
+from potstill.units import AMU_PER_A3_IN_G_PER_CM3
+
+# Atoms closer than this fraction of the shortest distance in the training data are extrapolation.
+_CLOSE = 0.9
+
+# Tolerance of the density range: a structure of the training set must not warn for rounding.
+_DENSITY_TOLERANCE = 1e-3
+
+
+class ExtrapolationWarning(UserWarning):
+    """A structure lies outside what the potential was trained on."""
+
+
+class PotstillCalculator(Calculator):
+    """ASE calculator of a potstill potential.
+
+    Gives `energy`, `free_energy` (the same), `energies`, `forces` and, for cells that are periodic
+    along all axes, `stress` in ASE's Voigt order (xx, yy, zz, yz, xz, xy), eV/Å³.
+
+    The neighbor list reaches `skin` farther than the potential and is reused until atoms or cell
+    have moved so far that a pair might be missing; results do not depend on it.
+
+    Parameters
+    ----------
+    potential : Potential or path
+        A model, or a checkpoint.
+    skin : float
+        Å.
+    info : mapping, optional
+        What is known of the potential, as `load_potential` returns it. If it tells what the
+        potential was trained on, other elements are refused, and short distances and foreign
+        densities give an `ExtrapolationWarning`, each kind once.
+    """
+
+    name = "potstill"
+    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        potential: Potential | str | Path,
+        skin: float = 0.5,
+        info: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(potential, Potential):
+            potential, loaded = load_potential(potential)
+            info = loaded if info is None else info
+        if skin < 0:
+            raise ModelError(f"the skin must not be negative: {skin} Å")
+        self.potential = potential
+        self.skin = float(skin)
+        self.info = dict(info or {})
+        self.n_neighbor_lists = 0  # built so far
+        self._trained_on: Mapping[str, Any] = self.info.get("trained_on") or {}
+        self._limits = _distance_limits(
+            potential.species_table.names, self._trained_on.get("shortest_distances") or {}
+        )
+        self._warned: set[str] = set()
+        self._structures: Structures | None = None  # the latest geometry
+        self._reference: Structures | None = None  # where the list was built
+        self._list: NeighborList | None = None
+
+    def calculate(
+        self,
+        atoms: ase.Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        """Compute all properties at once: they share nearly all of the work."""
+        super().calculate(atoms, properties, system_changes)
+        structures = self._take(self.atoms)
+        neighbors = self._neighbors(structures)
+        neighbors, distance = _trim(structures, neighbors, self.potential.cutoff)
+        self._check_range(structures, neighbors, distance)
+        periodic = bool(structures.pbc.all())
+        wanted = ["energy", "atomic_energies", "forces", *(["stress"] if periodic else [])]
+        device = next((t.device for t in self.potential.state_dict().values()), "cpu")
+        prediction = self.potential.predict(structures.to(device), neighbors.to(device), wanted)
+        self.results = {
+            "energy": float(prediction["energy"][0]),
+            "free_energy": float(prediction["energy"][0]),
+            "energies": prediction["atomic_energies"].cpu().numpy(),
+            "forces": prediction["forces"].cpu().numpy(),
+        }
+        if periodic:
+            stress = prediction["stress"][0].cpu().numpy()
+            self.results["stress"] = full_3x3_to_voigt_6_stress(stress)
+
+    def _take(self, atoms: ase.Atoms) -> Structures:
+        """Structures of the atoms; species and periodicity are kept from the last call if equal."""
+        last = self._structures
+        numbers = torch.from_numpy(np.asarray(atoms.numbers, dtype=np.int64))
+        if (
+            last is None
+            or not torch.equal(last.atomic_numbers, numbers)
+            or not np.array_equal(last.pbc[0].numpy(), atoms.pbc)
+        ):
+            self._check_elements(atoms)
+            bare = ase.Atoms(numbers=atoms.numbers, cell=atoms.cell, pbc=atoms.pbc)
+            last = Structures.from_ase(bare, table=self.potential.species_table)
+            self._list = None
+        self._structures = replace(
+            last,
+            positions=torch.from_numpy(atoms.positions),
+            cell=torch.from_numpy(atoms.cell.array)[None],
+        )
+        return self._structures
+
+    def _neighbors(self, structures: Structures) -> NeighborList:
+        """Return the list with its skin, rebuilt if it might miss a pair."""
+        if (
+            self._list is None
+            or self._reference is None
+            or not _list_holds(self._reference, structures, self.potential.cutoff, self.skin)
+        ):
+            self._list = build_neighbor_list(structures, self.potential.cutoff + self.skin)
+            # A copy: ASE moves atoms in place.
+            self._reference = replace(
+                structures, positions=structures.positions.clone(), cell=structures.cell.clone()
+            )
+            self.n_neighbor_lists += 1
+        return self._list
+
+    def _check_elements(self, atoms: ase.Atoms) -> None:
+        known = set(self._trained_on.get("elements") or self.potential.species_table.names)
+        foreign = sorted(set(atoms.get_chemical_symbols()) - known)
+        if foreign:
+            raise DataError(
+                f"the structure holds {', '.join(foreign)}, but the potential knows only "
+                f"{', '.join(sorted(known))}"
+            )
+
+    def _check_range(
+        self, structures: Structures, neighbors: NeighborList, distance: Tensor
+    ) -> None:
+        limits = self._trained_on.get("density_g_cm3")
+        if limits is not None and "density" not in self._warned and bool(structures.pbc.all()):
+            density = AMU_PER_A3_IN_G_PER_CM3 * float(structures.masses.sum() / structures.volume)
+            low, high = limits
+            if not low * (1 - _DENSITY_TOLERANCE) <= density <= high * (1 + _DENSITY_TOLERANCE):
+                self._warn(
+                    "density",
+                    f"the density of {density:.3f} g/cm³ is outside the range of the training "
+                    f"data, {low:.3f} to {high:.3f} g/cm³",
+                )
+        if self._limits is not None and "distance" not in self._warned and neighbors.n_pairs:
+            self._check_distances(structures, neighbors, distance, self._limits)
+
+    def _check_distances(
+        self, structures: Structures, neighbors: NeighborList, distance: Tensor, limits: Tensor
+    ) -> None:
+        first_species = structures.species[neighbors.center]
+        second_species = structures.species[neighbors.neighbor]
+        too_close = (distance < limits[first_species, second_species]).nonzero()[:, 0]
+        if len(too_close):
+            names = structures.species_table.names
+            closest = int(too_close[0])
+            i, j = int(neighbors.center[closest]), int(neighbors.neighbor[closest])
+            a, b = int(first_species[closest]), int(second_species[closest])
+            self._warn(
+                "distance",
+                f"atoms {i} and {j} ({names[a]}-{names[b]}) are {float(distance[closest]):.3f} Å "
+                f"apart, closer than {_CLOSE:g} times the shortest such distance in the training "
+                f"data ({float(limits[a, b]) / _CLOSE:.3f} Å)",
+            )
+
+    def _warn(self, kind: str, message: str) -> None:
+        self._warned.add(kind)
+        warnings.warn(f"extrapolation: {message}", ExtrapolationWarning, stacklevel=2)
+
+
+def _distance_limits(names: Sequence[str], shortest: Mapping[str, float]) -> Tensor | None:
+    """(n_species, n_species) Å below which a distance is extrapolation; zero where unknown."""
+    limits = torch.zeros(len(names), len(names), dtype=torch.float64)
+    for a, first in enumerate(names):
+        for b, second in enumerate(names):
+            value = shortest.get(f"{first}-{second}", shortest.get(f"{second}-{first}", 0.0))
+            limits[a, b] = _CLOSE * float(value)
+    return limits if bool(limits.any()) else None
+
+
+def _trim(
+    structures: Structures, neighbors: NeighborList, cutoff: float
+) -> tuple[NeighborList, Tensor]:
+    """Drop the pairs of the skin that the potential does not reach; also return distances in Å."""
+    distance = torch.linalg.vector_norm(pair_vectors(structures, neighbors), dim=1)
+    near = (distance < cutoff).nonzero()[:, 0]
+    trimmed = NeighborList(
+        center=neighbors.center[near],
+        neighbor=neighbors.neighbor[near],
+        shifts=neighbors.shifts[near],
+        n_pairs_per_system=torch.tensor([len(near)]),
+        cutoff=cutoff,
+    )
+    return trimmed, distance[near]
+
+
+def _list_holds(old: Structures, new: Structures, cutoff: float, skin: float) -> bool:
+    """Whether a list of reach cutoff + skin, built at `old`, has all pairs within cutoff at `new`.
+
+    Map the new positions back into the old cell. A pair within the cutoff is there at most
+    stretch * cutoff apart, and at most 2 * displacement more in the old positions, where stretch is
+    the largest singular value of the mapping and displacement the largest left-over motion.
+    """
+    stretch, mapped = 1.0, new.positions
+    if not torch.equal(old.cell, new.cell):
+        cell = new.cell[0]
+        if float(torch.linalg.det(cell)) == 0.0 or float(torch.linalg.det(old.cell[0])) == 0.0:
+            return False
+        mapping = torch.linalg.solve(cell, old.cell[0])
+        stretch = float(torch.linalg.matrix_norm(mapping, ord=2))
+        mapped = new.positions @ mapping
+    if new.n_atoms == 0:
+        return True
+    moved = torch.linalg.vector_norm(mapped - old.positions, dim=1)
+    return stretch * cutoff + 2.0 * float(moved.max()) <= cutoff + skin
