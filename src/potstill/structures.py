@@ -224,8 +224,8 @@ class Structures:
     # -- selecting and joining ---------------------------------------------------------------
 
     def select(self, systems: Sequence[int] | Tensor) -> Structures:
-        """Return the given systems, in the given order, as a new batch."""
-        systems = torch.as_tensor(systems, dtype=torch.int64)
+        """Return the given systems (indices or an (S,) mask), in that order, as a new batch."""
+        systems = as_indices(systems, self.n_systems)
         atoms = expand_ranges(self.atom_offsets, systems)
         counts = self.n_atoms_per_system[systems]
         changes: dict = {
@@ -251,9 +251,10 @@ class Structures:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Structures]) -> Structures:
-        """Join batches; species tables are merged, an optional field must be in all or in none.
+        """Join batches; species tables are merged.
 
-        `group` and `frame_id` are filled with empty strings where a part lacks them.
+        An optional field that only some parts have is filled with its `NEUTRAL` value in the
+        others, `group` and `frame_id` with empty strings.
         """
         if not parts:
             raise DataError("cannot join an empty list of structures")
@@ -278,10 +279,16 @@ class Structures:
                     for part, value in zip(parts, column, strict=True)
                     for x in (value if value is not None else ("",) * part.n_systems)
                 )
-            elif any(value is None for value in column):
-                raise DataError(f"'{f.name}' is given for some of the joined structures only")
             else:
-                values[f.name] = torch.cat(column)
+                rows = "n_atoms" if f.name in ATOM_FIELDS else "n_systems"
+                values[f.name] = torch.cat(
+                    [
+                        neutral_field(f.name, getattr(part, rows)).to(part.cell.device)
+                        if value is None
+                        else value
+                        for part, value in zip(parts, column, strict=True)
+                    ]
+                )
         return cls(**values)
 
     def with_species_table(self, table: SpeciesTable) -> Structures:
@@ -335,7 +342,7 @@ class Structures:
         if table is None:
             table = SpeciesTable.from_atomic_numbers(z for a in frames for z in a.numbers)
         lookup = {e.atomic_number: k for k, e in enumerate(table.entries)}
-        species = []
+        species: list[int] = []
         for k, atoms in enumerate(frames):
             for z in set(atoms.numbers.tolist()) - set(lookup):
                 raise DataError(
@@ -343,7 +350,7 @@ class Structures:
                     f"which is not among the species {', '.join(table.names)}"
                 )
             species.extend(lookup[z] for z in atoms.numbers.tolist())
-        fixed = np.zeros(len(species), dtype=bool)
+        fixed = np.zeros(len(species), dtype=np.bool_)
         start = 0
         for atoms in frames:
             for constraint in atoms.constraints:
@@ -358,7 +365,9 @@ class Structures:
             optional["velocities"] = torch.from_numpy(np.concatenate(velocity))
         for name, key in (("charge", "charge"), ("spin_multiplicity", "spin")):
             if frames and all(key in a.info for a in frames):
-                optional[name] = torch.tensor([float(a.info[key]) for a in frames])
+                optional[name] = torch.tensor(
+                    [float(a.info[key]) for a in frames], dtype=torch.float64
+                )
         for name, key in (("group", "config_type"), ("frame_id", "frame_id")):
             if any(key in a.info for a in frames):
                 optional[name] = tuple(str(a.info.get(key, "")) for a in frames)
@@ -396,7 +405,7 @@ class Structures:
                 pbc=self.pbc[s].cpu().numpy(),
                 masses=self.masses[part].cpu().numpy(),
             )
-            if self.velocities is not None:
+            if self.velocities is not None and bool(self.velocities[part].isfinite().all()):
                 atoms.set_velocities(self.velocities[part].cpu().numpy() / _ASE_FS)
             if self.tags is not None:
                 atoms.set_tags(self.tags[part].cpu().numpy())
@@ -435,6 +444,22 @@ class Structures:
 ATOM_FIELDS = ("system_index", "velocities", "fixed", "tags")
 SYSTEM_FIELDS = ("charge", "spin_multiplicity", "group", "frame_id")
 
+#: What an optional field is taken to be where nobody said; velocities are unknown, hence NaN.
+NEUTRAL: dict[str, float | int | bool] = {
+    "velocities": float("nan"),
+    "fixed": False,
+    "tags": 0,
+    "charge": 0.0,
+    "spin_multiplicity": 1.0,
+}
+
+
+def neutral_field(name: str, rows: int) -> Tensor:
+    """(rows, ...) of an optional field where nobody said: (rows, 3) for velocities."""
+    value = torch.tensor(NEUTRAL[name])
+    value = value.double() if value.is_floating_point() else value
+    return value.expand((rows, 3) if name == "velocities" else (rows,)).clone()
+
 
 @dataclass(frozen=True)
 class NeighborList:
@@ -472,7 +497,7 @@ class NeighborList:
 
     def select(self, systems: Sequence[int] | Tensor, structures: Structures) -> NeighborList:
         """Pairs of the given systems of `structures`, re-indexed as `structures.select` does."""
-        systems = torch.as_tensor(systems, dtype=torch.int64)
+        systems = as_indices(systems, structures.n_systems)
         pairs = expand_ranges(offsets_from_counts(self.n_pairs_per_system), systems)
         counts = self.n_pairs_per_system[systems]
         atoms_before = offsets_from_counts(structures.n_atoms_per_system[systems])[:-1]
@@ -544,9 +569,20 @@ class Properties:
             return self.present[name]
         return torch.ones(n_systems, dtype=torch.bool, device=self.values[name].device)
 
+    def row_weights(self, name: str, structures: Structures) -> Tensor:
+        """Weights with one row per value of the property: (S,) or (N,) by its level, float64."""
+        per_atom = property_spec(name).level == "atom"
+        rows = structures.n_atoms if per_atom else structures.n_systems
+        weight = self.weights.get(name)
+        if weight is None:
+            return torch.ones(rows, dtype=torch.float64, device=structures.cell.device)
+        if per_atom and weight.shape[0] != rows:
+            return weight[structures.system_index]
+        return weight
+
     def select(self, systems: Sequence[int] | Tensor, structures: Structures) -> Properties:
         """Values of the given systems of `structures`, the batch that this belongs to."""
-        systems = torch.as_tensor(systems, dtype=torch.int64)
+        systems = as_indices(systems, structures.n_systems)
         atoms = expand_ranges(structures.atom_offsets, systems)
         values = {
             name: value[systems if property_spec(name).level == "system" else atoms]
@@ -586,10 +622,7 @@ class Properties:
             present[name] = torch.cat(masks)
             if any(name in part.weights for part in parts):
                 weights[name] = torch.cat(
-                    [
-                        part.weights.get(name, torch.ones(len(column), dtype=torch.float64))
-                        for part, column in zip(parts, columns, strict=True)
-                    ]
+                    [part.row_weights(name, size) for part, size in zip(parts, sizes, strict=True)]
                 )
         return cls(values, present, weights)
 
@@ -600,6 +633,25 @@ class Properties:
 def offsets_from_counts(counts: Tensor) -> Tensor:
     """(S+1,) running sum of (S,) counts, starting at zero."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def as_indices(systems: Sequence[int] | Tensor, n_systems: int) -> Tensor:
+    """Indices or a mask of systems as int64 indices in 0..S-1; negative ones count from the end.
+
+    Raises
+    ------
+    IndexError
+        If an index is out of range or a mask has the wrong length.
+    """
+    systems = torch.as_tensor(systems)
+    if systems.dtype == torch.bool:
+        if systems.shape != (n_systems,):
+            raise IndexError(f"a mask of {tuple(systems.shape)} for {n_systems} systems")
+        return systems.nonzero().flatten()
+    systems = systems.to(torch.int64)
+    if bool(((systems < -n_systems) | (systems >= n_systems)).any()):
+        raise IndexError(f"systems {systems.tolist()[:8]} are not all among {n_systems}")
+    return torch.where(systems < 0, systems + n_systems, systems)
 
 
 def expand_ranges(offsets: Tensor, systems: Tensor) -> Tensor:
