@@ -90,7 +90,8 @@ class Trainee:
             scale *= rule.factor**done
         elif rule.schedule == "step":
             scale *= rule.factor ** (done // rule.step_epochs)
-        rate = max(settings.optimizer.learning_rate * scale, rule.minimum)
+        initial = settings.optimizer.learning_rate
+        rate = max(initial * scale, min(initial, rule.minimum))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
@@ -111,8 +112,8 @@ class Trainee:
         return {name: value / max(self.step, 1) for name, value in self.sums.items()}
 
     def register_score(self, score: float) -> bool:
-        """Note a validation score; True if it is the best so far."""
-        improved = score < self.best_score
+        """Note a validation score; True if it is the best so far by more than `_THRESHOLD`."""
+        improved = score < self.best_score * (1.0 - _THRESHOLD)
         if improved:
             self.best_score, self.best_epoch, self.plateau_epochs = score, self.epoch, 0
         else:
@@ -148,6 +149,9 @@ class Trainee:
         finally:
             network.load_state_dict(current)
 
+
+#: Relative improvement that counts; that of torch's ReduceLROnPlateau.
+_THRESHOLD = 1e-4
 
 #: Fields of a trainee that are plain numbers and go into the snapshot's header.
 _COUNTERS = (

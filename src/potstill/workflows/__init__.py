@@ -1,0 +1,1 @@
+"""Studies and main jobs, composed of sampling, labelling, training, evaluation and reports."""

@@ -1,0 +1,292 @@
+"""What all workflows share: strict settings, run folders, a display, structures by name."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated, Any
+
+import ase
+import torch
+from ase.build import bulk
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from ruamel.yaml import YAML
+
+from potstill.checkpoint import write_atomically
+from potstill.errors import ConfigError, DataError, suggest
+from potstill.neighbors import build_neighbor_list, shortest_distances
+from potstill.readers import read
+from potstill.structures import Structures
+from potstill.teachers import Teacher, make_teacher
+from potstill.train.state import versions
+from potstill.units import AMU_PER_A3_IN_G_PER_CM3
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# -- quantities as people write them ---------------------------------------------------------------
+
+_SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+def parse_duration(value: Any) -> Any:
+    """Seconds from `90`, `"90s"`, `"10min"` or `"2h"`; anything else is left to the validator."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*(s|min|h)\s*", value) if isinstance(value, str) else None
+    return float(match[1]) * _SECONDS[match[2]] if match else value
+
+
+def parse_range(value: Any) -> Any:
+    """(low, high) from `300`, `"300:900"` or a pair; anything else is left to the validator."""
+    if isinstance(value, str):
+        value = value.split(":")
+    if isinstance(value, int | float):
+        value = [value]
+    if isinstance(value, Sequence) and len(value) == 1:
+        value = [value[0], value[0]]
+    return value
+
+
+#: Seconds; configs may say `10min`.
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
+
+#: A pair; configs may say `300:900` or one number.
+Range = Annotated[tuple[float, float], BeforeValidator(parse_range)]
+
+
+class TeacherSettings(Settings):
+    """Which teacher: see `potstill.teachers.make_teacher`.
+
+    Parameters
+    ----------
+    spec : str
+        A name such as `chgnet`, a checkpoint (or several: a committee), or `module:factory`.
+    args : dict
+        Its arguments.
+    """
+
+    spec: str
+    args: dict[str, Any] = Field(default_factory=dict)
+
+    def make(self) -> Teacher:
+        """Make the teacher."""
+        return make_teacher(self.spec, self.args)
+
+
+# -- what the user sees ----------------------------------------------------------------------------
+
+
+class Display:
+    """Receives what a workflow has to tell; this one keeps silent."""
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Show a table."""
+
+    @contextmanager
+    def task(self, title: str, total: float | None = None) -> Iterator[Task]:
+        """Show a piece of work with its progress while it is under way."""
+        yield Task()
+
+
+class Task:
+    """One piece of work on a display."""
+
+    def update(self, done: float, total: float | None = None, note: str = "") -> None:
+        """Show how far it is, and a few words."""
+
+
+# -- run folders -----------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain values as indented JSON, atomically."""
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> Any:
+    """Read what `write_json` wrote.
+
+    Raises
+    ------
+    DataError
+        If the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a JSON file ({error})") from error
+
+
+def write_settings(path: Path, settings: BaseModel) -> None:
+    """Write settings with all defaults filled in as YAML, atomically."""
+    buffer = BytesIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(settings.model_dump(mode="json"), buffer)
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+def claim_folder(folder: Path, settings: BaseModel) -> None:
+    """Write `config.yaml` into a new run folder, or check that the folder belongs to the same run.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds a run with other settings; the message names one that differs.
+    """
+    file = folder / "config.yaml"
+    own = json.loads(settings.model_dump_json())
+    if not file.is_file():
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise ConfigError(f"{folder} exists and is no run folder: choose another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_settings(file, settings)
+        return
+    stored = json.loads(json.dumps(YAML(typ="safe", pure=True).load(file)))
+    for key, value in own.items():
+        if stored.get(key) != value:
+            raise ConfigError(
+                f"{folder} holds a run with another '{key}' ({_short(stored.get(key))}, not "
+                f"{_short(value)}): choose another folder, or remove it"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class Stages:
+    """Which stages of a run are finished, and how long they took: `stages.json`.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "stages.json"
+        self._done: dict[str, dict[str, Any]] = {}
+        if self._file.is_file():
+            self._done = read_json(self._file)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._done
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds per finished stage, of the call that finished it."""
+        return {name: entry["seconds"] for name, entry in self._done.items()}
+
+    def note(self, name: str) -> str:
+        """What a finished stage left to say."""
+        return str(self._done[name].get("note", ""))
+
+    @contextmanager
+    def running(self, name: str) -> Iterator[dict[str, Any]]:
+        """Run a stage; it is marked finished if nothing is raised."""
+        started = time.perf_counter()
+        entry: dict[str, Any] = {}
+        yield entry
+        entry["seconds"] = round(time.perf_counter() - started, 2)
+        self._done[name] = entry
+        write_json(self._file, self._done)
+
+
+# -- structures and what is known of them ----------------------------------------------------------
+
+
+def silicon() -> ase.Atoms:
+    """Diamond silicon, the conventional cell."""
+    return bulk("Si", "diamond", a=5.43, cubic=True)
+
+
+#: Structures that need no file.
+BUILT_IN = {"silicon": silicon}
+
+
+def read_start(spec: str) -> Structures:
+    """Read starting structures: a name in `BUILT_IN`, or any file with structures.
+
+    Raises
+    ------
+    DataError
+        If there is neither.
+    """
+    if spec in BUILT_IN:
+        return Structures.from_ase(BUILT_IN[spec]())
+    if not Path(spec).exists():
+        raise DataError(
+            f"{spec}: no such file, and no built-in structure of that name"
+            f"{suggest(spec, BUILT_IN)}"
+        )
+    return read(spec, allow_partial=True)[0]
+
+
+def trained_on(
+    structures: Structures, temperature: tuple[float, float] | None = None
+) -> dict[str, Any]:
+    """What a potential's file says of its training structures.
+
+    Parameters
+    ----------
+    structures : Structures
+        The training set.
+    temperature : (lowest, highest), optional
+        K.
+    """
+    mass = structures.composition() @ structures.species_table.masses
+    periodic = structures.pbc.all(dim=1)
+    density = (mass / structures.volume * AMU_PER_A3_IN_G_PER_CM3)[periodic]
+    return {
+        "elements": list(structures.species_table.names),
+        "density_g_cm3": [float(density.min()), float(density.max())] if len(density) else None,
+        "temperature_K": list(temperature) if temperature else None,
+        "shortest_distances": shortest_distances(structures, build_neighbor_list(structures, 4.0)),
+        "n_frames": structures.n_systems,
+    }
+
+
+def potential_info(
+    structures: Structures,
+    *,
+    teacher: Mapping[str, Any] | None = None,
+    temperature: tuple[float, float] | None = None,
+) -> dict[str, Any]:
+    """What to write into a trained potential: its data, its teacher and the versions."""
+    return {
+        "trained_on": trained_on(structures, temperature),
+        "teacher": dict(teacher) if teacher else None,
+        "versions": versions(),
+    }
+
+
+def percent(value: float) -> str:
+    """Write a fraction as percent, a dash for what is not a number."""
+    return f"{100.0 * value:.1f} %" if math.isfinite(value) else "–"
+
+
+def seconds_in_words(seconds: float) -> str:
+    """Write a duration: `45 s`, `3.5 min`, `2.1 h`."""
+    if seconds < 90.0:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60.0:.1f} min" if seconds < 5400.0 else f"{seconds / 3600.0:.1f} h"
+
+
+def threads() -> int:
+    """Threads that torch computes with."""
+    return torch.get_num_threads()

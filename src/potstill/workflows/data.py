@@ -1,0 +1,204 @@
+"""Data sections of configs: files and stores, split into training, validation and test sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from potstill.errors import DataError, suggest
+from potstill.readers import KeyMap, Units, read, split_by_group, split_by_seed, split_from_file
+from potstill.store import LabelledStore
+from potstill.structures import Properties, Structures
+from potstill.train import TrainingSet
+from potstill.workflows.base import Settings
+
+
+class FileData(Settings):
+    """A file with structures and reference labels; see `potstill.readers.read`.
+
+    Parameters
+    ----------
+    path : str
+        Relative to the working directory.
+    format, index, species, allow_partial
+        As of `read`.
+    keys : dict
+        Names in the file, as of `KeyMap`: `{energy: dft_energy}`.
+    units : dict
+        Units of the file, as of `Units`: `{energy: Hartree, length: Angstrom}`.
+    require : tuple of str
+        Labels that must be there.
+    """
+
+    path: str
+    format: str | None = None
+    keys: dict[str, str] = Field(default_factory=dict)
+    units: dict[str, str] = Field(default_factory=dict)
+    require: tuple[str, ...] = ()
+    allow_partial: bool = False
+    index: str = ":"
+    species: tuple[str, ...] | None = None
+
+    @field_validator("keys", "units")
+    @classmethod
+    def _known(cls, value: dict[str, str], info: Any) -> dict[str, str]:
+        known = [f.name for f in fields(KeyMap if info.field_name == "keys" else Units)]
+        for name in value:
+            if name not in known:
+                raise ValueError(f"there is no '{name}'{suggest(name, known)}")
+        return value
+
+    def read(self) -> tuple[Structures, Properties]:
+        """Read the file."""
+        return read(
+            self.path,
+            format=self.format,
+            keys=KeyMap(**self.keys),
+            units=Units(**self.units),  # type: ignore[arg-type]
+            require=self.require,
+            allow_partial=self.allow_partial,
+            index=self.index,
+            species=self.species,
+        )
+
+
+class SplitData(Settings):
+    """How to split: by seed, or by groups, or from a file (a JSON object of lists of indices).
+
+    Parameters
+    ----------
+    seed : int
+        Seed of a random split.
+    fractions : dict of str to float
+        Share of each part; parts other than train, validation and test are not used.
+    groups : dict of str to tuple of str, optional
+        Names or patterns of groups by part; all others are for training.
+    file : str, optional
+        Path of a split file.
+    """
+
+    seed: int = 0
+    fractions: dict[str, float] = Field(
+        default_factory=lambda: {"train": 0.8, "validation": 0.1, "test": 0.1}
+    )
+    groups: dict[str, tuple[str, ...]] | None = None
+    file: str | None = None
+
+    def split(self, structures: Structures) -> dict[str, Tensor]:
+        """Indices of the systems of each part."""
+        if self.file is not None:
+            return split_from_file(self.file, structures.n_systems)
+        if self.groups is not None:
+            return split_by_group(structures.group or (), self.groups)
+        return split_by_seed(structures.n_systems, self.fractions, self.seed)
+
+
+class DataSettings(Settings):
+    """Where structures and labels come from, and how they are split.
+
+    Parameters
+    ----------
+    store : str, optional
+        A labelled store: reference labels and those of teachers.
+    files : tuple of FileData
+        Files with reference labels, instead of a store.
+    validation_files, test_files : tuple of FileData
+        Held-out files; what they provide is not split off.
+    sources : tuple of str, optional
+        Label sets of the store to read; all by default.
+    split : SplitData
+        Of the store or the files.
+    """
+
+    store: str | None = None
+    files: tuple[FileData, ...] = ()
+    validation_files: tuple[FileData, ...] = ()
+    test_files: tuple[FileData, ...] = ()
+    sources: tuple[str, ...] | None = None
+    split: SplitData = Field(default_factory=SplitData)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> DataSettings:
+        if (self.store is None) == (not self.files):
+            raise ValueError("give either 'store' or 'files'")
+        return self
+
+
+def read_files(files: Sequence[FileData]) -> list[tuple[Structures, Properties]]:
+    """Read all files."""
+    return [file.read() for file in files]
+
+
+def load_store(
+    path: str, sources: Sequence[str] | None = None
+) -> tuple[TrainingSet, Mapping[str, Mapping[str, Any]]]:
+    """All structures of a store with labels by source, and what is known of the sources.
+
+    Raises
+    ------
+    DataError
+        If the store lacks a source that is asked for, or has none.
+    """
+    store = LabelledStore.open(path)
+    for name in sources or ():
+        if name not in store.sources:
+            raise DataError(
+                f"{path} holds no labels of '{name}'{suggest(name, store.sources)}; label it with "
+                "`potstill label`"
+            )
+    names = tuple(sources or store.sources)
+    if not names:
+        raise DataError(f"{path} holds no labels at all: label it with `potstill label`")
+    labels = {name: store.labels(name) for name in names}
+    infos = {name: store.source_info(name) for name in names}
+    return TrainingSet(store.structures(), labels), infos
+
+
+def load_parts(settings: DataSettings) -> tuple[dict[str, TrainingSet], dict[str, Any]]:
+    """Read and split.
+
+    Returns
+    -------
+    parts : dict of str to TrainingSet
+        `train`, `validation` and, where there is one, `test`.
+    sources : dict
+        What is known of each label set of a store.
+
+    Raises
+    ------
+    DataError
+        If there is nothing to train on or to validate with.
+    """
+    sources: Mapping[str, Any] = {}
+    if settings.store is not None:
+        data, sources = load_store(settings.store, settings.sources)
+    else:
+        data = _joined(settings.files)
+    indices = dict(settings.split.split(data.structures))
+    apart = {"validation": settings.validation_files, "test": settings.test_files}
+    for name, files in apart.items():
+        if files and settings.split.file is None and settings.split.groups is None:
+            # A random split gives back what a file of its own provides.
+            indices["train"] = _union(indices["train"], indices.pop(name, None))
+    parts = {name: data.select(index) for name, index in indices.items() if len(index)}
+    parts |= {name: _joined(files) for name, files in apart.items() if files}
+    for name in ("train", "validation"):
+        if name not in parts:
+            raise DataError(f"the split leaves nothing for '{name}'")
+    return parts, dict(sources)
+
+
+def _joined(files: Sequence[FileData]) -> TrainingSet:
+    parts = read_files(files)
+    structures = [part[0] for part in parts]
+    labels = Properties.concatenate([part[1] for part in parts], structures)
+    return TrainingSet(Structures.concatenate(structures), {"reference": labels})
+
+
+def _union(first: Tensor, second: Tensor | None) -> Tensor:
+    return first if second is None else torch.cat([first, second]).sort().values

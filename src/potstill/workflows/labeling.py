@@ -1,0 +1,106 @@
+"""`potstill label`: a teacher over a store, in the teacher's own environment if need be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from potstill.errors import ConfigError
+from potstill.label import LabelReport, label_store
+from potstill.store import LabelledStore
+from potstill.structures import Structures
+from potstill.teachers import Teacher
+from potstill.workflows.base import Display, Settings, TeacherSettings
+from potstill.workflows.data import FileData, read_files
+
+#: What a student can learn from, in the order in which it is asked for.
+LEARNABLE = ("energy", "forces", "stress", "atomic_energies")
+
+
+class LabelConfig(Settings):
+    """Settings of `potstill label`.
+
+    Parameters
+    ----------
+    store : str
+        The labelled store; made from `files` if it does not exist.
+    files : tuple of FileData
+        Structures (and reference labels, if any) to put into the store first; what the store holds
+        already is left out.
+    teacher : TeacherSettings
+        Who labels.
+    properties : tuple of str, optional
+        What to ask for; by default all that a student can learn from and the teacher gives.
+    chunk : int
+        Frames that are written together.
+    """
+
+    store: str
+    files: tuple[FileData, ...] = ()
+    teacher: TeacherSettings
+    properties: tuple[str, ...] | None = None
+    chunk: int = Field(default=8, ge=1)
+
+
+def label(config: LabelConfig, display: Display | None = None) -> LabelReport:
+    """Put structures into a store if asked, and let a teacher label all of it.
+
+    Called again after an interruption, it goes on where it was.
+    """
+    display = display or Display()
+    store = _open_store(config)
+    teacher = config.teacher.make()
+    properties = config.properties or learnable(teacher, store.structures(0, 1))
+    return label_with_progress(store, teacher, properties, display, chunk=config.chunk)
+
+
+def learnable(teacher: Teacher, example: Structures) -> tuple[str, ...]:
+    """Properties that a teacher gives and a student can learn, stress only for full periodicity."""
+    periodic = bool(example.pbc.all())
+    return tuple(
+        name for name in LEARNABLE if name in teacher.properties and (name != "stress" or periodic)
+    )
+
+
+def label_with_progress(
+    store: LabelledStore,
+    teacher: Teacher,
+    properties: tuple[str, ...],
+    display: Display,
+    *,
+    chunk: int = 8,
+    title: str = "",
+) -> LabelReport:
+    """`label_store` with a display."""
+    with display.task(title or f"labelling with {teacher.name}", store.n_systems) as task:
+        report = label_store(
+            store,
+            teacher,
+            properties,
+            chunk=chunk,
+            progress=lambda done, total: task.update(done, total),
+        )
+    if report.n_failed:
+        display.say(
+            f"{teacher.name} failed on {report.n_failed} of {store.n_systems} structures; the "
+            f"first: {report.failures[0]}"
+        )
+    return report
+
+
+def _open_store(config: LabelConfig) -> LabelledStore:
+    path = Path(config.store)
+    if path.exists():
+        store = LabelledStore.open(path, "a")
+    elif not config.files:
+        raise ConfigError(f"{path}: no such store, and no files to make it of")
+    else:
+        parts = read_files(config.files)  # before the store is made: a bad file leaves nothing
+        store = LabelledStore.create(path)
+        for structures, labels in parts:
+            store.append(structures, labels)
+        return store
+    for structures, labels in read_files(config.files):
+        store.append(structures, labels, skip_existing=True)
+    return store
