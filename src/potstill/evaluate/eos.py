@@ -1,0 +1,212 @@
+"""Equation of state: energy against volume, lattice constant and bulk modulus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ase
+import numpy as np
+from ase.calculators.calculator import BaseCalculator
+from numpy.polynomial import Polynomial
+
+from potstill.errors import ConfigError, ModelError
+from potstill.evaluate.base import Result, relax, require_periodic, with_calculator
+from potstill.units import GPA
+
+# How often the scan may move before we conclude that there is no minimum.
+_MOVES = 8
+
+
+@dataclass(frozen=True)
+class EquationOfState(Result):
+    """E(V) of one structure under isotropic scaling, and its Birch-Murnaghan fit.
+
+    Parameters
+    ----------
+    volumes, energies : ndarray
+        (n_points,) Å³ and eV, both per atom, in order of volume.
+    volume, energy : float
+        At the minimum of the fit, per atom, Å³ and eV.
+    bulk_modulus : float
+        GPa.
+    bulk_modulus_derivative : float
+        dB/dp at zero pressure.
+    cell_lengths : tuple of float
+        Lengths of the given cell's vectors at the minimum, Å: the first is the lattice constant
+        where the conventional cubic cell was given.
+    residual : float
+        Root mean square of the fit's residuals, eV per atom.
+    """
+
+    volumes: np.ndarray
+    energies: np.ndarray
+    volume: float
+    energy: float
+    bulk_modulus: float
+    bulk_modulus_derivative: float
+    cell_lengths: tuple[float, float, float]
+    residual: float
+
+    @property
+    def lattice_constant(self) -> float:
+        """Length of the first lattice vector at the minimum, Å."""
+        return self.cell_lengths[0]
+
+    def fitted_energy(self, volumes: np.ndarray) -> np.ndarray:
+        """Birch-Murnaghan energy at volumes per atom: eV per atom."""
+        eta = (self.volume / np.asarray(volumes)) ** (2.0 / 3.0) - 1.0
+        factor = 9.0 / 16.0 * self.volume * self.bulk_modulus * GPA
+        return self.energy + factor * eta**2 * (2.0 + (self.bulk_modulus_derivative - 4.0) * eta)
+
+
+def equation_of_state(
+    atoms: ase.Atoms,
+    calculator: BaseCalculator,
+    *,
+    max_strain: float = 0.03,
+    n_points: int = 11,
+    relax_ions: bool = False,
+    fmax: float = 0.005,
+    max_steps: int = 200,
+) -> EquationOfState:
+    """Scan the volume around its minimum and fit the third-order Birch-Murnaghan equation.
+
+    The scan moves by itself if the minimum lies outside, so that the starting cell may be that of
+    another potential.
+
+    Parameters
+    ----------
+    atoms : ase.Atoms
+        Periodic structure; its shape is kept, its volume scanned.
+    calculator : BaseCalculator
+        Any ASE calculator.
+    max_strain : float
+        Lengths are scaled by 1 - max_strain to 1 + max_strain around the middle of the scan.
+    n_points : int
+        Volumes, at least five.
+    relax_ions : bool
+        Relax the atoms at every volume.
+    fmax, max_steps : float, int
+        For the relaxations, eV/Å.
+
+    Returns
+    -------
+    EquationOfState
+
+    Raises
+    ------
+    ModelError
+        If no minimum is found, or a relaxation does not converge.
+    """
+    require_periodic(atoms, "an equation of state")
+    if n_points < 5 or not 0.0 < max_strain < 0.5:
+        raise ConfigError(
+            "an equation of state needs n_points of at least 5 and max_strain between 0 and 0.5, "
+            f"not {n_points} and {max_strain:g}"
+        )
+    middle = 1.0
+    for _ in range(_MOVES):
+        scales = middle * np.linspace(1.0 - max_strain, 1.0 + max_strain, n_points)
+        points = [
+            _energy(atoms, calculator, scale, relax_ions, fmax, max_steps) for scale in scales
+        ]
+        volumes = atoms.get_volume() / len(atoms) * scales**3
+        lowest = int(np.argmin(points))
+        fit = fit_birch_murnaghan(volumes, np.array(points)) if 0 < lowest < n_points - 1 else None
+        if fit is None:
+            middle = scales[lowest]
+            continue
+        ratio = (fit[0] * len(atoms) / atoms.get_volume()) ** (1.0 / 3.0)
+        # Fit around the minimum, so that two potentials are compared over the same strains.
+        if abs(ratio / middle - 1.0) > max_strain / 3.0:
+            middle = ratio
+            continue
+        return _result(atoms, volumes, np.array(points), fit, ratio)
+    raise ModelError(
+        f"E(V) of {atoms.get_chemical_formula()} has no minimum near the given cell: the scan "
+        f"went to {middle:.2f} times its lengths"
+    )
+
+
+def fit_birch_murnaghan(
+    volumes: np.ndarray, energies: np.ndarray
+) -> tuple[float, float, float, float] | None:
+    """Fit the third-order Birch-Murnaghan equation by linear least squares.
+
+    The equation is exactly a cubic polynomial in V^(-2/3), so that there is nothing to iterate
+    and no starting point to choose.
+
+    Parameters
+    ----------
+    volumes, energies : ndarray
+        (n,) with n of at least four, any consistent units.
+
+    Returns
+    -------
+    tuple of float, or None
+        Volume, energy, bulk modulus (energy/volume) and its pressure derivative at the minimum;
+        None if the fit has no minimum within the volumes.
+    """
+    x = volumes ** (-2.0 / 3.0)
+    energy_of_x = Polynomial.fit(x, energies, 3)
+    slope, curvature, third = (energy_of_x.deriv(k) for k in (1, 2, 3))
+    roots = slope.roots()
+    inside = [
+        root.real
+        for root in np.atleast_1d(roots)
+        if abs(root.imag) < 1e-9 * abs(root)
+        and x.min() <= root.real <= x.max()
+        and curvature(root.real) > 0
+    ]
+    if not inside:
+        return None
+    x0 = min(inside, key=energy_of_x)
+    v0 = x0 ** (-1.5)
+    # Chain rule with dE/dx = 0 and x = V^(-2/3): x' = -2/3 V^(-5/3), x'' = 10/9 V^(-8/3).
+    x1, x2 = -2.0 / 3.0 * v0 ** (-5.0 / 3.0), 10.0 / 9.0 * v0 ** (-8.0 / 3.0)
+    second_v = curvature(x0) * x1**2
+    third_v = third(x0) * x1**3 + 3.0 * curvature(x0) * x1 * x2
+    return (
+        float(v0),
+        float(energy_of_x(x0)),
+        float(v0 * second_v),
+        float(-1.0 - v0 * third_v / second_v),
+    )
+
+
+def _energy(
+    atoms: ase.Atoms,
+    calculator: BaseCalculator,
+    scale: float,
+    relax_ions: bool,
+    fmax: float,
+    max_steps: int,
+) -> float:
+    """Energy per atom with all lengths scaled, eV."""
+    scaled = with_calculator(atoms, calculator)
+    scaled.set_cell(atoms.cell * scale, scale_atoms=True)
+    if relax_ions:
+        relax(scaled, fmax=fmax, max_steps=max_steps)
+    return float(scaled.get_potential_energy()) / len(atoms)
+
+
+def _result(
+    atoms: ase.Atoms,
+    volumes: np.ndarray,
+    energies: np.ndarray,
+    fit: tuple[float, float, float, float],
+    ratio: float,
+) -> EquationOfState:
+    lengths = atoms.cell.lengths() * ratio
+    state = EquationOfState(
+        volumes=volumes,
+        energies=energies,
+        volume=fit[0],
+        energy=fit[1],
+        bulk_modulus=fit[2] / GPA,
+        bulk_modulus_derivative=fit[3],
+        cell_lengths=(float(lengths[0]), float(lengths[1]), float(lengths[2])),
+        residual=0.0,
+    )
+    residual = np.sqrt(np.mean((state.fitted_energy(volumes) - energies) ** 2))
+    return EquationOfState(**{**vars(state), "residual": float(residual)})

@@ -1,0 +1,201 @@
+"""Memory per atom: peak memory of a fresh process for each size of system."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ase
+import numpy as np
+from ase.md.verlet import VelocityVerlet
+
+from potstill.errors import ConfigError, DataError
+from potstill.evaluate.base import (
+    Result,
+    make_calculator,
+    repeat_to,
+    require_periodic,
+    set_temperature,
+)
+from potstill.units import FS_IN_ASE_TIME
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryUse(Result):
+    """Peak memory against the number of atoms.
+
+    Parameters
+    ----------
+    name : str
+        Of the calculator.
+    n_atoms, peak_bytes : ndarray
+        (n_sizes,) sizes, and peak resident memory of the process that ran each.
+    bytes_per_atom, error : float
+        Slope of the fitted line and its standard error (NaN from two sizes).
+    baseline_bytes : float
+        The line at no atoms: interpreter, libraries and weights.
+    """
+
+    name: str
+    n_atoms: np.ndarray
+    peak_bytes: np.ndarray
+    bytes_per_atom: float
+    error: float
+    baseline_bytes: float
+
+    def largest_system(self, budget_gib: float) -> int:
+        """Number of atoms that fit into a budget in GiB, by the fitted line.
+
+        Raises
+        ------
+        DataError
+            If memory did not grow with the size, so that the line says nothing.
+        """
+        if not self.bytes_per_atom > 0:
+            raise DataError(
+                f"the memory of '{self.name}' does not grow over {self.n_atoms.tolist()} atoms: "
+                "measure larger systems"
+            )
+        return max(0, int((budget_gib * _GIB - self.baseline_bytes) / self.bytes_per_atom))
+
+
+def memory_per_atom(
+    spec: str,
+    atoms: ase.Atoms,
+    *,
+    args: dict[str, Any] | None = None,
+    name: str | None = None,
+    sizes: Sequence[int] = (500, 1000, 2000, 4000),
+    n_steps: int = 2,
+    threads: int = 1,
+    timeout: float = 600.0,
+) -> MemoryUse:
+    """Measure peak memory of molecular dynamics in a fresh process for each size.
+
+    A process of its own is needed because memory, once taken, is seldom given back: the second
+    size in one process would be measured on top of the first.
+
+    Parameters
+    ----------
+    spec : str
+        What makes the calculator in the new process: a checkpoint `*.pt`, `chgnet`,
+        `module:factory`.
+    atoms : ase.Atoms
+        Periodic structure, repeated to each size.
+    args : dict, optional
+        JSON-able keyword arguments of the calculator.
+    name : str, optional
+        For the result; `spec` by default.
+    sizes : sequence of int
+        Least numbers of atoms, at least two different ones.
+    n_steps : int
+        Steps of velocity Verlet.
+    threads : int
+        Threads of the process: buffers per thread add up.
+    timeout : float
+        s for each process.
+
+    Returns
+    -------
+    MemoryUse
+
+    Raises
+    ------
+    DataError
+        If a process fails or does not end in time.
+    """
+    require_periodic(atoms, "memory per atom")
+    if len(set(sizes)) < 2:
+        raise ConfigError(f"memory per atom needs at least two sizes, not {list(sizes)}")
+    label = name or spec
+    measured = []
+    for size in sizes:
+        job = {
+            "spec": spec,
+            "args": args or {},
+            "n_atoms": int(size),
+            "n_steps": int(n_steps),
+            "threads": int(threads),
+            "numbers": atoms.numbers.tolist(),
+            "positions": atoms.positions.tolist(),
+            "cell": atoms.cell.array.tolist(),
+        }
+        measured.append(_measure(job, label, timeout))
+    n_atoms, peaks = np.array(measured).T
+    slope, intercept, error = _line(n_atoms.astype(float), peaks.astype(float))
+    return MemoryUse(label, n_atoms, peaks, slope, error, intercept)
+
+
+def _measure(job: dict[str, Any], label: str, timeout: float) -> tuple[int, int]:
+    """(n_atoms, peak bytes) of one job in a fresh process."""
+    where = f"the process that measures the memory of '{label}' with {job['n_atoms']} atoms"
+    try:
+        process = subprocess.run(
+            [sys.executable, "-m", __name__],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise DataError(f"{where} took longer than {timeout:g} s") from None
+    if process.returncode != 0:
+        last = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        raise DataError(f"{where} ended with status {process.returncode}: {last}")
+    answer = json.loads(process.stdout.strip().splitlines()[-1])
+    return answer["n_atoms"], answer["peak_bytes"]
+
+
+def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """Slope, intercept and standard error of the slope of a least-squares line."""
+    centered = x - x.mean()
+    spread = (centered**2).sum()
+    slope = (centered * y).sum() / spread
+    intercept = y.mean() - slope * x.mean()
+    if len(x) < 3:
+        return float(slope), float(intercept), float("nan")
+    residual = y - intercept - slope * x
+    error = np.sqrt((residual**2).sum() / (len(x) - 2) / spread)
+    return float(slope), float(intercept), float(error)
+
+
+def _peak_bytes() -> int:
+    """Peak resident memory of this process.
+
+    Linux's VmHWM belongs to the program that runs; `ru_maxrss` is inherited through fork and
+    exec, and would report a large parent's memory as ours.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _child() -> None:
+    """Run one job from standard input and print the peak as JSON."""
+    job = json.loads(sys.stdin.read())
+    import torch
+
+    torch.set_num_threads(job["threads"])
+    unit = ase.Atoms(numbers=job["numbers"], positions=job["positions"], cell=job["cell"], pbc=True)
+    atoms = repeat_to(unit, job["n_atoms"])
+    atoms.calc = make_calculator(job["spec"], job["args"])
+    set_temperature(atoms, 300.0, np.random.default_rng(0))
+    VelocityVerlet(atoms, timestep=FS_IN_ASE_TIME).run(job["n_steps"])
+    print(json.dumps({"n_atoms": len(atoms), "peak_bytes": _peak_bytes()}))
+
+
+if __name__ == "__main__":
+    _child()

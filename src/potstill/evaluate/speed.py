@@ -1,0 +1,164 @@
+"""Time per step and atom of the same ASE molecular dynamics with several calculators."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ase
+import numpy as np
+from ase.calculators.calculator import BaseCalculator
+from ase.md.verlet import VelocityVerlet
+
+from potstill.errors import ConfigError, DataError, suggest
+from potstill.evaluate.base import (
+    Result,
+    machine_description,
+    repeat_to,
+    set_temperature,
+    with_calculator,
+)
+from potstill.units import FS_IN_ASE_TIME
+
+
+@dataclass(frozen=True)
+class SpeedRow(Result):
+    """Timing of one calculator at one size.
+
+    Parameters
+    ----------
+    name : str
+        Of the calculator.
+    n_atoms : int
+    seconds_per_step : float
+        Median over rounds.
+    fastest, slowest : float
+        Rounds with the least and most seconds per step.
+    n_rounds, n_steps : int
+        Rounds, and steps in each.
+    """
+
+    name: str
+    n_atoms: int
+    seconds_per_step: float
+    fastest: float
+    slowest: float
+    n_rounds: int
+    n_steps: int
+
+    @property
+    def microseconds_per_atom(self) -> float:
+        """Time per step and atom, µs."""
+        return 1e6 * self.seconds_per_step / self.n_atoms
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields and time per atom."""
+        return {**super().to_json(), "microseconds_per_atom": self.microseconds_per_atom}
+
+
+@dataclass(frozen=True)
+class SpeedTable(Result):
+    """Timings of several calculators and sizes on one machine."""
+
+    rows: tuple[SpeedRow, ...]
+    timestep: float
+    temperature: float
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Calculators in order."""
+        return tuple(dict.fromkeys(row.name for row in self.rows))
+
+    def of(self, name: str) -> dict[int, SpeedRow]:
+        """Rows of one calculator by number of atoms."""
+        if name not in self.names:
+            raise DataError(f"no timing of '{name}'{suggest(name, self.names)}")
+        return {row.n_atoms: row for row in self.rows if row.name == name}
+
+    def speedup(self, fast: str, slow: str) -> dict[int, float]:
+        """How many times less time `fast` takes than `slow`, by number of atoms."""
+        quick, long = self.of(fast), self.of(slow)
+        return {n: long[n].seconds_per_step / quick[n].seconds_per_step for n in quick if n in long}
+
+
+def md_speed(
+    calculators: Mapping[str, BaseCalculator],
+    atoms: ase.Atoms,
+    *,
+    sizes: Sequence[int] = (64, 256, 1024),
+    rounds: int = 5,
+    seconds_per_round: float = 1.0,
+    max_steps: int = 200,
+    timestep: float = 1.0,
+    temperature: float = 300.0,
+    seed: int = 0,
+) -> SpeedTable:
+    """Time velocity-Verlet dynamics with several calculators, taking turns.
+
+    The calculators alternate in every round, so that a machine that slows down or is busy for a
+    while hits all of them alike; the median over rounds is reported. Two steps beforehand are not
+    counted.
+
+    Parameters
+    ----------
+    calculators : mapping
+        Names to ASE calculators.
+    atoms : ase.Atoms
+        Periodic structure, repeated to each size.
+    sizes : sequence of int
+        Least numbers of atoms.
+    rounds : int
+        Turns of each calculator.
+    seconds_per_round : float
+        About how long a turn lasts: it sets the number of steps, from one to `max_steps`.
+    max_steps : int
+        Steps in a turn at most.
+    timestep, temperature : float
+        fs and K.
+    seed : int
+        Of the velocities.
+
+    Returns
+    -------
+    SpeedTable
+    """
+    if not calculators or not sizes or rounds < 1:
+        raise ConfigError("timing needs at least one calculator, one size and one round")
+    rows = []
+    for n_atoms in sizes:
+        start = repeat_to(atoms, n_atoms)
+        runs = {}
+        for name, calculator in calculators.items():
+            moving = with_calculator(start, calculator)
+            set_temperature(moving, temperature, np.random.default_rng(seed))
+            runs[name] = VelocityVerlet(moving, timestep=timestep * FS_IN_ASE_TIME)
+            _seconds(runs[name], 1)  # imports, compilation, first neighbor list
+        steps = {
+            name: int(np.clip(seconds_per_round / _seconds(run, 1), 1, max_steps))
+            for name, run in runs.items()
+        }
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(rounds):
+            for name, run in runs.items():
+                times[name].append(_seconds(run, steps[name]) / steps[name])
+        for name, taken in times.items():
+            row = SpeedRow(
+                name=name,
+                n_atoms=len(start),
+                seconds_per_step=float(np.median(taken)),
+                fastest=min(taken),
+                slowest=max(taken),
+                n_rounds=rounds,
+                n_steps=steps[name],
+            )
+            rows.append(row)
+    return SpeedTable(tuple(rows), timestep, temperature, machine_description())
+
+
+def _seconds(run: VelocityVerlet, steps: int) -> float:
+    started = time.perf_counter()
+    run.run(steps)
+    return time.perf_counter() - started
