@@ -102,8 +102,9 @@ class MDJob(Job):
         fs before the first stride begins.
     timestep : float
         fs.
-    thermostat_time : float
-        fs, the inverse of Langevin's friction.
+    thermostat_time : float, optional
+        fs, the inverse of Langevin's friction; None for constant energy. Such a run starts with
+        the structure's own velocities where it has any.
     barostat_time : float
         fs, sets the mass of the barostat; solids' cells oscillate some five times faster.
     isotropic : bool
@@ -120,7 +121,7 @@ class MDJob(Job):
     stride: float = 50.0
     equilibration: float = 500.0
     timestep: float = 2.0
-    thermostat_time: float = 100.0
+    thermostat_time: float | None = 100.0
     barostat_time: float = 1000.0
     isotropic: bool = True
     max_force_correlation: float | None = None
@@ -131,8 +132,11 @@ class MDJob(Job):
             if not value > 0.0:
                 raise ConfigError(f"the temperature of '{self.name}' must be positive: {value} K")
         for name in ("timestep", "thermostat_time", "barostat_time"):
-            if not getattr(self, name) > 0.0:
+            value = getattr(self, name)
+            if value is not None and not value > 0.0:
                 raise ConfigError(f"{name} of '{self.name}' must be positive")
+        if self.thermostat_time is None and self.pressure is not None:
+            raise ConfigError(f"'{self.name}': constant pressure needs a thermostat")
         if self.stride < self.timestep:
             raise ConfigError(
                 f"the stride of '{self.name}' ({self.stride:g} fs) is shorter than its timestep "
@@ -143,6 +147,8 @@ class MDJob(Job):
 
     def default_name(self) -> str:
         """Name the job by temperature and pressure."""
+        if self.thermostat_time is None:
+            return f"nve {span(self.temperature)} K"
         name = f"md {span(self.temperature)} K"
         return name if self.pressure is None else f"{name}, {self.pressure:g} GPa"
 
@@ -197,7 +203,9 @@ class MDJob(Job):
         """Run to the end, or go on where the files in `folder` end."""
         self.check(one_system(start), calculator)
         history = History(folder)
-        state = history.last or first_state(start, self.target(0), make_generator(seed, number))
+        keep = self.thermostat_time is None
+        generator = make_generator(seed, number)
+        state = history.last or first_state(start, self.target(0), generator, keep_velocities=keep)
         atoms = start.to_ase()[0]
         atoms.calc = calculator
         while len(history.taken) < self.n_frames:
@@ -290,10 +298,21 @@ def run_md(
 # -- one segment ---------------------------------------------------------------------------------
 
 
-def first_state(start: Structures, temperature: float, generator: np.random.Generator) -> MDState:
-    """Draw Maxwell-Boltzmann momenta for one system; fixed atoms get none."""
+def first_state(
+    start: Structures,
+    temperature: float,
+    generator: np.random.Generator,
+    *,
+    keep_velocities: bool = False,
+) -> MDState:
+    """Draw Maxwell-Boltzmann momenta for one system; fixed atoms get none.
+
+    With `keep_velocities` the structure's own are taken, if it moves.
+    """
     masses = start.masses.numpy()[:, None]
     momenta = np.sqrt(masses * BOLTZMANN * temperature) * generator.normal(size=(start.n_atoms, 3))
+    if keep_velocities and start.velocities is not None and bool(start.velocities.any()):
+        momenta = masses * start.velocities.numpy() / FS_IN_ASE_TIME
     if start.fixed is not None:
         momenta[start.fixed.numpy()] = 0.0
     return MDState(
@@ -399,8 +418,8 @@ def _integrator(
         return LangevinBAOAB(
             atoms,
             timestep=job.timestep * FS_IN_ASE_TIME,
-            temperature_K=temperature,
-            T_tau=job.thermostat_time * FS_IN_ASE_TIME,
+            temperature_K=None if job.thermostat_time is None else temperature,
+            T_tau=None if job.thermostat_time is None else job.thermostat_time * FS_IN_ASE_TIME,
             rng=generator,
             **arguments,
         )
