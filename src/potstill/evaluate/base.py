@@ -15,16 +15,12 @@ import numpy as np
 import torch
 from ase.calculators.calculator import BaseCalculator
 from ase.filters import FrechetCellFilter
-from ase.md.velocitydistribution import (
-    MaxwellBoltzmannDistribution,
-    Stationary,
-    force_temperature,
-)
 from ase.optimize import BFGS
 
 from potstill.errors import DataError, ModelError
 from potstill.sample.supercell import smallest_supercell
 from potstill.structures import Structures
+from potstill.units import BOLTZMANN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +102,14 @@ def relax(atoms: ase.Atoms, *, fmax: float, max_steps: int, cell: bool = False) 
 
 def set_temperature(atoms: ase.Atoms, temperature: float, rng: np.random.Generator) -> None:
     """Draw velocities of exactly this kinetic temperature (K), without motion of the whole."""
-    MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=rng)
-    if len(atoms) > 1:
-        Stationary(atoms)
-        force_temperature(atoms, temperature)
+    masses = atoms.get_masses()[:, None]
+    momenta = np.sqrt(masses * BOLTZMANN * temperature) * rng.normal(size=(len(atoms), 3))
+    if len(atoms) > 1 and not atoms.constraints:
+        momenta -= masses * momenta.sum(axis=0) / masses.sum()
+    atoms.set_momenta(momenta)  # constraints hold what is fixed
+    drawn = atoms.get_temperature()
+    if drawn > 0.0:
+        atoms.set_momenta(atoms.get_momenta() * np.sqrt(temperature / drawn))
 
 
 def repeat_to(atoms: ase.Atoms, n_atoms: int) -> ase.Atoms:
