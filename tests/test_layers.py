@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("metrics", "distill.*"),
     ("checkpoint",),
     ("teachers.*",),
-    ("calculators",),
+    ("calculators", "testing"),
     ("sample.*",),
     ("train.*", "label", "coarse.*", "deploy.*"),
     ("evaluate.*",),
@@ -37,6 +37,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 #: top: a module may import those before it. Everywhere else only `x.*` -> `x.base` is legal.
 ORDER_WITHIN: dict[str, tuple[str, ...]] = {
     "distill": ("distill.schedules", "distill.losses"),
+    "train": ("train.settings", "train.data", "train.state", "train.loop"),
+    "report": ("report.tables", "report.verdicts", "report.plots", "report.page", "report.study"),
+    "workflows": (
+        "workflows.base",
+        "workflows.data",
+        "workflows.labeling",
+        "workflows.training",
+        "workflows.evaluation",
+        "workflows.dynamics",
+        "workflows.study_measures",
+        "workflows.study",
+    ),
 }
 
 

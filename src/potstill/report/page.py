@@ -1,0 +1,111 @@
+"""One self-contained HTML page: text, tables, figures, nothing fetched from anywhere."""
+
+from __future__ import annotations
+
+import base64
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from potstill import __version__
+from potstill.report.plots import Figure
+from potstill.report.tables import Table
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One number of the summary box.
+
+    Parameters
+    ----------
+    value, label : str
+        "0.041 eV/Å", "force RMSE of the student".
+    note : str
+        In small print below.
+    """
+
+    value: str
+    label: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with text, figures and tables below it."""
+
+    title: str
+    text: str = ""
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[Table, ...] = ()
+
+    @property
+    def anchor(self) -> str:
+        """Name within the page."""
+        return "".join(c if c.isalnum() else "-" for c in self.title.lower())
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a report page says.
+
+    Parameters
+    ----------
+    title : str
+        Heading.
+    about : tuple of (str, str)
+        What, when, versions, seed, command, fingerprints, licence: shown as a list.
+    verdicts : tuple of str
+        Sentences of the summary box.
+    facts : tuple of Fact
+        Numbers of the summary box.
+    notes : tuple of str
+        Paragraphs below it.
+    sections : tuple of Section
+        Empty ones are left out.
+    """
+
+    title: str
+    about: tuple[tuple[str, str], ...]
+    verdicts: tuple[str, ...]
+    facts: tuple[Fact, ...]
+    notes: tuple[str, ...]
+    sections: tuple[Section, ...]
+
+
+def render_page(page: Page) -> str:
+    """HTML of the page, with all figures inside."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("potstill.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["embedded"] = _embedded
+    sections = [s for s in page.sections if s.text or s.figures or s.tables]
+    template = environment.get_template("page.html")
+    return template.render(page=page, sections=sections, version=__version__)
+
+
+def write_page(page: Page, path: Path) -> Path:
+    """Render and write the page in one step, so that no reader sees half of it."""
+    text = render_page(page)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _embedded(figure: Figure) -> str:
+    """The figure as a data address: SVG, isolated from the ids of the page's other figures."""
+    return "data:image/svg+xml;base64," + base64.b64encode(figure.svg.read_bytes()).decode()

@@ -1,0 +1,501 @@
+"""Figures from plain numbers: what is drawn is what goes into the CSV file beside it.
+
+A figure is a list of panels, a panel a list of named series. Who a series is about (student,
+control, teacher, reference, ...) decides its color, marker and line everywhere in a report.
+Legends stand above the panels, never over data. Nothing here touches matplotlib's global state for
+longer than one figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from numpy.typing import ArrayLike
+
+from potstill.evaluate.learning import LearningCurves
+from potstill.report.tables import Cell, Table
+
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.labelsize": 10,
+    "axes.titlesize": 10,
+    "legend.fontsize": 9.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "potstill",
+    "savefig.facecolor": "white",
+    "figure.facecolor": "white",
+    "axes.formatter.useoffset": False,
+}
+_DPI = 160
+
+
+Line = Literal["-", "--", "-.", ":"]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How series about one model are drawn."""
+
+    label: str
+    color: str
+    marker: str
+    line: Line = "-"
+
+
+#: The fixed looks (colors of Okabe and Ito, distinct for the color-blind and in gray).
+LOOKS: dict[str, Look] = {
+    "student": Look("student", "#0072B2", "o"),
+    "control": Look("control", "#D55E00", "s", "--"),
+    "control_wf10": Look("control ($w_F$ = 10)", "#D55E00", "s", "--"),
+    "control_wf30": Look("control ($w_F$ = 30)", "#E69F00", "D", "-."),
+    "teacher": Look("teacher", "#222222", "*", ":"),
+    "reference": Look("reference", "#888888", "P", "-"),
+    "born_again": Look("born again (scheduled)", "#009E73", "^"),
+    "born_again_static": Look("born again (static)", "#CC79A7", "v", "--"),
+}
+_SPARE = ("#56B4E9", "#8C564B", "#6A3D9A", "#B2A000", "#7F7F7F", "#17A589", "#A93226", "#2E4053")
+_SPARE_MARKERS = ("X", "<", ">", "h", "p", "d", "8", "H")
+
+
+def looks(names: Iterable[str], labels: Mapping[str, str] | None = None) -> dict[str, Look]:
+    """Looks of all series of a report: fixed ones where known, spare ones in the given order.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Names of models or strategies.
+    labels : mapping, optional
+        What to call some of them in legends; by default a known name in words, or the name.
+    """
+    found: dict[str, Look] = {}
+    spare = 0
+    for name in dict.fromkeys(names):
+        look = LOOKS.get(name)
+        if look is None:
+            k = spare % len(_SPARE)
+            look = Look(name.replace("_", " "), _SPARE[k], _SPARE_MARKERS[k])
+            spare += 1
+        label = (labels or {}).get(name, look.label)
+        found[name] = Look(label, look.color, look.marker, look.line)
+    return found
+
+
+def plain_label(name: str) -> str:
+    """What a model or strategy is called in tables and sentences."""
+    label = LOOKS[name].label if name in LOOKS else name.replace("_", " ")
+    return label.replace("$w_F$", "w_F")
+
+
+Kind = Literal["points", "line", "thin", "dots", "level", "front"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Numbers of one kind about one model.
+
+    Parameters
+    ----------
+    name : str
+        Whom it is about; decides its look.
+    x, y : array_like
+        (n,). A `level` is a horizontal line and needs y only.
+    x_spread, y_spread : array_like, optional
+        (n,) standard deviations: bars on points, a band around lines.
+    kind : str
+        `points` (large markers), `line`, `thin` (a faint line without legend), `dots` (a cloud),
+        `level` (a horizontal line), `front` (a gray staircase, the Pareto front).
+    joined : bool
+        Join points by a faint line.
+    """
+
+    name: str
+    x: ArrayLike
+    y: ArrayLike
+    x_spread: ArrayLike | None = None
+    y_spread: ArrayLike | None = None
+    kind: Kind = "points"
+    joined: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes.
+
+    Parameters
+    ----------
+    x_label, y_label : str
+        With units.
+    series : sequence of Series
+        What is drawn.
+    title : str
+        Short, above the panel, after its letter.
+    x_scale, y_scale : {"linear", "log", "auto"}
+        `auto` takes a logarithmic axis where values are positive and differ by more than tenfold.
+    diagonal : bool
+        Draw y = x, and make both axes alike.
+    categories : sequence of str
+        Names of the values 0, 1, ... on the y axis, from top to bottom.
+    hide_categories : bool
+        Do not write them, because the panel to the left does.
+    from_zero : bool
+        Start linear axes of values at zero: y, or x where there are categories.
+    zero_line : bool
+        Draw y = 0.
+    notes : sequence of (float, float, str)
+        Short texts beside points.
+    """
+
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    title: str = ""
+    x_scale: Literal["linear", "log", "auto"] = "linear"
+    y_scale: Literal["linear", "log", "auto"] = "linear"
+    diagonal: bool = False
+    categories: Sequence[str] = ()
+    hide_categories: bool = False
+    from_zero: bool = False
+    zero_line: bool = False
+    notes: Sequence[tuple[float, float, str]] = ()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure that has been written.
+
+    Parameters
+    ----------
+    name, title, caption : str
+        Name of its files; heading; what it shows, in words.
+    png, svg, csv : Path
+        Its files.
+    """
+
+    name: str
+    title: str
+    caption: str
+    png: Path
+    svg: Path
+    csv: Path
+
+
+def write_figure(
+    folder: Path,
+    name: str,
+    title: str,
+    caption: str,
+    panels: Sequence[Panel],
+    *,
+    looks_of: Mapping[str, Look] | None = None,
+    n_columns: int = 0,
+    height: float = 3.3,
+    width: float = 0.0,
+    legend: bool = True,
+) -> Figure:
+    """Draw panels and write `<name>.png`, `.svg` and `.csv`.
+
+    Parameters
+    ----------
+    folder : Path
+        Exists.
+    name, title, caption : str
+        See `Figure`.
+    panels : sequence of Panel
+        At least one.
+    looks_of : mapping, optional
+        Looks of all series of the report.
+    n_columns : int
+        Panels side by side; all of up to three if zero.
+    height, width : float
+        Of one panel in inches.
+    legend : bool
+        False where the categories name everything.
+    """
+    names = [series.name for panel in panels for series in panel.series]
+    known = looks(names) if looks_of is None else {**looks(names), **looks_of}
+    n_columns = n_columns or min(len(panels), 3)
+    n_rows = math.ceil(len(panels) / n_columns)
+    width = width or {1: 5.6, 2: 4.3}.get(n_columns, 3.5)
+    files = {kind: folder / f"{name}.{kind}" for kind in ("png", "svg", "csv")}
+    with matplotlib.rc_context(_STYLE):
+        canvas = Canvas(figsize=(width * n_columns, height * n_rows + 0.4), layout="constrained")
+        FigureCanvasAgg(canvas)
+        axes = canvas.subplots(n_rows, n_columns, squeeze=False).flatten()
+        for k, (panel, axis) in enumerate(zip(panels, axes, strict=False)):
+            _draw_panel(axis, panel, known)
+            letter = f"{chr(ord('A') + k)}  " if len(panels) > 1 else ""
+            axis.set_title(letter + panel.title, loc="left", fontweight="bold")
+        for axis in axes[len(panels) :]:
+            axis.remove()
+        if legend:
+            _draw_legend(canvas, panels, known)
+        canvas.savefig(files["png"], dpi=_DPI)
+        canvas.savefig(files["svg"], dpi=_DPI, metadata={"Date": None})
+    files["csv"].write_text(_data(name, panels).csv(), encoding="utf-8")
+    return Figure(name, title, caption, files["png"], files["svg"], files["csv"])
+
+
+def learning_panels(curves: Mapping[str, Sequence[LearningCurves]]) -> list[Panel]:
+    """Force errors of the training loss and of validation against the epoch (Fig. 4).
+
+    Parameters
+    ----------
+    curves : mapping
+        Strategy or model to the curves of its seeds.
+
+    Returns
+    -------
+    list of Panel
+        Up to two; a quantity that nobody recorded is left out.
+    """
+    wanted = (
+        ("train/forces", "Training set", "Force loss, RMSE + MAE (eV/Å)"),
+        ("validation/forces_rmse", "Validation set", "Force RMSE (eV/Å)"),
+    )
+    panels = []
+    for start, title, label in wanted:
+        series = [s for name, runs in curves.items() for s in _learning_series(name, runs, start)]
+        if series:
+            panels.append(Panel("Epoch", label, series, title, y_scale="log"))
+    return panels
+
+
+def _learning_series(name: str, runs: Sequence[LearningCurves], start: str) -> list[Series]:
+    """Single runs as thin lines, and their mean with spread as far as all have come."""
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    for run in runs:
+        keys = [key for key in run.series if key == start or key.startswith(f"{start}:")]
+        if keys:
+            values = np.asarray(run.series[keys[0]], dtype=float)
+            good = np.isfinite(values) & (values > 0)
+            found.append((np.asarray(run.epochs)[good], values[good]))
+    found = [(epochs, values) for epochs, values in found if len(epochs)]
+    if not found:
+        return []
+    if len(found) == 1:
+        return [Series(name, *found[0], kind="line")]
+    common = reduce(np.intersect1d, [epochs for epochs, _ in found])
+    table = np.array([values[np.isin(epochs, common)] for epochs, values in found])
+    lines = [Series(name, epochs, values, kind="thin") for epochs, values in found]
+    if len(common):
+        spread = table.std(axis=0, ddof=1)
+        lines.append(Series(name, common, table.mean(axis=0), y_spread=spread, kind="line"))
+    return lines
+
+
+# -- drawing -----------------------------------------------------------------------------------
+
+
+def _draw_panel(axis: Axes, panel: Panel, known: Mapping[str, Look]) -> None:
+    for direction in ("x", "y"):
+        if _is_log(panel, direction):
+            (axis.set_xscale if direction == "x" else axis.set_yscale)("log")
+    for series in panel.series:
+        _draw_series(axis, series, known[series.name])
+    axis.set_xlabel(panel.x_label)
+    axis.set_ylabel(panel.y_label)
+    if panel.zero_line:
+        axis.axhline(0.0, color="#555555", linewidth=0.8, zorder=1)
+    if panel.categories:
+        names = [""] * len(panel.categories) if panel.hide_categories else panel.categories
+        axis.set_yticks(range(len(names)), names)
+        axis.set_ylim(len(panel.categories) - 0.5, -0.5)
+        axis.grid(visible=False, axis="y")
+    axis.margins(x=0.06, y=0.08)
+    if panel.diagonal:
+        _draw_diagonal(axis)
+    elif panel.from_zero and panel.categories and not _is_log(panel, "x"):
+        axis.set_xlim(left=0.0)
+    elif panel.from_zero and not panel.categories and not _is_log(panel, "y"):
+        axis.set_ylim(bottom=0.0)
+    for x, y, text in panel.notes:
+        axis.annotate(
+            text, (x, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8.5,
+            color="#333333",
+        )  # fmt: skip
+    _set_ticks(axis, panel)
+
+
+def _draw_series(axis: Axes, series: Series, look: Look) -> None:
+    x, y = np.asarray(series.x, dtype=float), np.asarray(series.y, dtype=float)
+    if series.kind == "level":
+        axis.axhline(float(y[0]), color=look.color, linestyle=look.line, linewidth=1.2, zorder=1.5)
+        return
+    if series.kind == "front":
+        axis.step(x, y, where="post", color="#9a9a9a", linewidth=5, alpha=0.35, zorder=1.2)
+        return
+    if series.kind == "thin":
+        axis.plot(x, y, color=look.color, linewidth=0.7, alpha=0.4, zorder=1.8)
+        return
+    if series.kind == "dots":
+        axis.plot(
+            x, y, linestyle="none", marker="o", markersize=2.6, markeredgewidth=0, alpha=0.45,
+            color=look.color, rasterized=True, zorder=2,
+        )  # fmt: skip
+        return
+    if series.kind == "line":
+        axis.plot(x, y, color=look.color, linestyle=look.line, zorder=2.5)
+        if series.y_spread is not None:
+            spread = np.asarray(series.y_spread, dtype=float)
+            axis.fill_between(x, y - spread, y + spread, color=look.color, alpha=0.18, linewidth=0)
+        return
+    bars = [None if s is None else np.nan_to_num(s) for s in (series.x_spread, series.y_spread)]
+    axis.errorbar(
+        x, y, xerr=bars[0], yerr=bars[1], color=look.color, marker=look.marker,
+        markersize=_marker_size(look), markeredgecolor="white", markeredgewidth=0.7,
+        linestyle=look.line if series.joined else "none", linewidth=1.1, capsize=3,
+        elinewidth=1.2, zorder=3,
+    )  # fmt: skip
+
+
+def _marker_size(look: Look) -> float:
+    return 11.0 if look.marker == "*" else 6.5
+
+
+def _draw_diagonal(axis: Axes) -> None:
+    low = min(axis.get_xlim()[0], axis.get_ylim()[0])
+    high = max(axis.get_xlim()[1], axis.get_ylim()[1])
+    axis.set_xlim(low, high)
+    axis.set_ylim(low, high)
+    axis.plot([low, high], [low, high], color="#555555", linewidth=0.8, zorder=1)
+    axis.set_box_aspect(1.0)
+
+
+def _draw_legend(canvas: Canvas, panels: Sequence[Panel], known: Mapping[str, Look]) -> None:
+    """One legend above all panels, in the order of first appearance."""
+    entries: dict[str, Line2D] = {}
+    for panel in panels:
+        for series in panel.series:
+            label = known[series.name].label
+            if series.kind != "thin" and label not in entries:
+                entries[label] = _legend_handle(series, known[series.name])
+    if len(entries) < 2:
+        return
+    n_columns = _legend_columns(list(entries), canvas.get_figwidth())
+    canvas.legend(
+        list(entries.values()), list(entries), loc="outside upper center", ncols=n_columns,
+        frameon=False, handlelength=2.2, columnspacing=1.6,
+    )  # fmt: skip
+
+
+def _legend_handle(series: Series, look: Look) -> Line2D:
+    if series.kind == "front":
+        return Line2D([], [], color="#9a9a9a", linewidth=5, alpha=0.35)
+    if series.kind in ("line", "level"):
+        return Line2D([], [], color=look.color, linestyle=look.line)
+    line: Line | Literal["none"] = look.line if series.joined else "none"
+    marker = "o" if series.kind == "dots" else look.marker
+    return Line2D(
+        [], [], color=look.color, marker=marker, markersize=_marker_size(look), linestyle=line,
+        linewidth=1.1, markeredgecolor="white", markeredgewidth=0.7,
+    )  # fmt: skip
+
+
+def _legend_columns(labels: Sequence[str], width: float) -> int:
+    """As many columns as fit: about 13 characters an inch, and a handle for each entry."""
+    longest = max(len(label.replace("$", "")) for label in labels)
+    return max(1, min(len(labels), int(width / (longest / 13.0 + 0.62))))
+
+
+# -- axes --------------------------------------------------------------------------------------
+
+
+def _is_log(panel: Panel, direction: Literal["x", "y"]) -> bool:
+    scale = panel.x_scale if direction == "x" else panel.y_scale
+    if scale != "auto":
+        return scale == "log"
+    values = np.concatenate([np.ravel(v) for v in _values(panel, direction)] or [np.zeros(0)])
+    values = values[np.isfinite(values)]
+    return bool(len(values)) and bool(values.min() > 0) and bool(values.max() > 10 * values.min())
+
+
+def _values(panel: Panel, direction: Literal["x", "y"]) -> Iterator[np.ndarray]:
+    for series in panel.series:
+        if not (series.kind == "level" and direction == "x"):
+            yield np.asarray(series.x if direction == "x" else series.y, dtype=float)
+
+
+def _set_ticks(axis: Axes, panel: Panel) -> None:
+    """Few ticks with plain numbers, also on logarithmic axes of less than a decade."""
+    for direction, ticks in (("x", axis.xaxis), ("y", axis.yaxis)):
+        if direction == "y" and panel.categories:
+            continue
+        if _is_log(panel, direction):  # type: ignore[arg-type]
+            limits = axis.get_xlim() if direction == "x" else axis.get_ylim()
+            ticks.set_major_locator(FixedLocator(_log_ticks(*limits)))
+            ticks.set_minor_locator(NullLocator())
+        else:
+            ticks.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=4))
+        ticks.set_major_formatter(FuncFormatter(lambda value, _: _tick_text(value)))
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Three to seven round numbers between two positive limits."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for step in (3, 2, 1):
+        ticks = [10.0**k for k in decades if k % step == 0 and low <= 10.0**k <= high]
+        if len(ticks) >= 4:
+            return ticks
+    for digits in ((1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(k / 2 for k in range(2, 20))):
+        ticks = [d * 10.0**k for k in decades for d in digits if low <= d * 10.0**k <= high]
+        if len(ticks) >= 3:
+            return ticks
+    return [float(t) for t in MaxNLocator(nbins=4).tick_values(low, high) if low <= t <= high]
+
+
+def _tick_text(value: float) -> str:
+    if abs(value) >= 1e6 or 0 < abs(value) < 1e-4:
+        exponent = math.floor(math.log10(abs(value)) + 1e-9)
+        digits = f"{value / 10.0**exponent:.3g}"
+        power = f"10^{{{exponent}}}"
+        return f"${power}$" if digits == "1" else f"${digits}\\times{power}$"
+    text = f"{value:,.10g}" if abs(value) >= 1000 else f"{value:.6g}"
+    return text.replace("-", "−")
+
+
+# -- data --------------------------------------------------------------------------------------
+
+
+def _data(name: str, panels: Sequence[Panel]) -> Table:
+    """Everything that is drawn, as one long table."""
+    rows: list[tuple[Cell, ...]] = []
+    for k, panel in enumerate(panels):
+        letter = chr(ord("A") + k)
+        for series in panel.series:
+            y = np.asarray(series.y, dtype=float)
+            blank: list[float | None] = [None] * len(y)
+            x = blank if series.kind == "level" else np.asarray(series.x, dtype=float).tolist()
+            spreads = [
+                blank if s is None else np.asarray(s, dtype=float).tolist()
+                for s in (series.x_spread, series.y_spread)
+            ]
+            for x_k, y_k, dx, dy in zip(x, y.tolist(), *spreads, strict=True):
+                category: Cell = y_k
+                if panel.categories:
+                    category = panel.categories[round(y_k)]
+                what = (letter, panel.title, series.name, series.kind)
+                rows.append((*what, panel.x_label, x_k, dx, panel.y_label, category, dy))
+    columns = ("panel", "title", "series", "kind", "x quantity", "x", "x spread")
+    return Table(name, name, (*columns, "y quantity", "y", "y spread"), tuple(rows))

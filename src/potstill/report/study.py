@@ -1,0 +1,538 @@
+"""Report of a study: several sizes, strategies and seeds, as in Figs. 2 to 5 of Matin et al.
+
+Every number is a mean over seeds with its standard deviation; whether students beat controls is
+tested, not assumed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from potstill.errors import DataError
+from potstill.evaluate.learning import LearningCurves
+from potstill.evaluate.pareto import pareto_front
+from potstill.report.page import Page, Section, write_page
+from potstill.report.plots import (
+    LOOKS,
+    Figure,
+    Look,
+    Panel,
+    Series,
+    learning_panels,
+    looks,
+    plain_label,
+    write_figure,
+)
+from potstill.report.tables import METRICS, Cell, Metric, Spread, Table
+from potstill.report.verdicts import Comparison, compare, over_sizes
+
+_ORDER = tuple(LOOKS)
+_ERROR_COLUMNS = (
+    "forces_rmse",
+    "forces_mae",
+    "forces_relative_rmse",
+    "energy_per_atom_rmse",
+    "energy_per_atom_mae",
+    "energy_rmse",
+    "stress_rmse",
+    "atomic_energies_rmse",
+    "forces_cosine",
+    "efwt",
+    "rdf_error",
+)
+_COST_COLUMNS = ("time_per_step_atom_us", "memory_per_atom_kib")
+_COMPARED = ("forces_rmse", "energy_per_atom_rmse", "stress_rmse", "rdf_error")
+_JUDGED = ("forces_rmse", "energy_per_atom_rmse", "rdf_error")
+
+#: Horizontal lines: name of a published potential to its metrics.
+Baselines = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """One trained model of a study.
+
+    Parameters
+    ----------
+    name : str
+        Unique name of the run.
+    strategy : str
+        "teacher", "student", "control_wf10", "control_wf30", "born_again", "born_again_static" or
+        any other name.
+    size : str
+        Label of the architecture; what has the same label has the same number of parameters.
+    n_parameters : int
+        Trainable numbers.
+    seed : int
+        Of the initial weights and the order of configurations.
+    metrics : mapping
+        By the keys of `potstill.metrics` (test set, against the reference), and where measured
+        `rdf_error` (Å), `time_per_step_atom_us` (µs), `memory_per_atom_kib` (KiB).
+    learning_curve : LearningCurves, optional
+        What `potstill.evaluate.read_learning_curves` reads from the run's folder.
+    """
+
+    name: str
+    strategy: str
+    size: str
+    n_parameters: int
+    seed: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    learning_curve: LearningCurves | None = None
+
+    def value(self, key: str) -> float:
+        """One metric; NaN where it was not measured."""
+        number = self.metrics.get(key)
+        return math.nan if number is None else float(number)
+
+
+# -- tables ------------------------------------------------------------------------------------
+
+
+def study_tables(rows: Sequence[StudyRow], baselines: Baselines | None = None) -> tuple[Table, ...]:
+    """Tables of a study: errors, cost, comparisons, and every run by itself.
+
+    Parameters
+    ----------
+    rows : sequence of StudyRow
+        All runs.
+    baselines : mapping, optional
+        Published potentials to set beside them: name to metrics in the same keys.
+
+    Returns
+    -------
+    tuple of Table
+        `table_errors`, `table_cost` and `table_comparisons` where there is something to say, and
+        `table_runs`. Each has
+        `markdown()` and `csv()`.
+
+    Raises
+    ------
+    DataError
+        If there are no rows, or two share a name.
+    """
+    _check(rows)
+    tables = [_summary(rows, _ERROR_COLUMNS, "table_errors", "Errors on the test set", baselines)]
+    if _measured(rows, _COST_COLUMNS):
+        tables.append(_summary(rows, _COST_COLUMNS, "table_cost", "Cost of molecular dynamics"))
+    comparisons = _comparison_table(rows)
+    if comparisons.rows:
+        tables.append(comparisons)
+    return (*tables, _runs_table(rows))
+
+
+def study_verdicts(rows: Sequence[StudyRow]) -> tuple[str, ...]:
+    """Sentences: student against controls, born again against its teacher.
+
+    One sentence for each pair of strategies and each of force error, energy error and RDF error;
+    with several sizes it counts those where the first is ahead.
+    """
+    _check(rows)
+    found: dict[tuple[str, str, str], list[tuple[str, Comparison]]] = {}
+    for size, ours, theirs, comparison in _comparisons(rows):
+        if comparison.metric.key in _JUDGED and comparison.outcome != "unknown":
+            key = (comparison.metric.key, ours, theirs)
+            found.setdefault(key, []).append((size, comparison))
+    return tuple(
+        over_sizes(group, plain_label(ours), plain_label(theirs))
+        for (_, ours, theirs), group in found.items()
+    )
+
+
+def _summary(
+    rows: Sequence[StudyRow],
+    keys: Sequence[str],
+    name: str,
+    title: str,
+    baselines: Baselines | None = None,
+) -> Table:
+    metrics = [METRICS[key] for key in _measured(rows, keys)]
+    body: list[tuple[Cell, ...]] = []
+    for size, strategy, group in _groups(rows):
+        numbers = [Spread.of(r.value(m.key) for r in group).scaled(m.scale) for m in metrics]
+        parameters = Spread.of(r.n_parameters for r in group)
+        head = (plain_label(strategy), size, round(parameters.mean), len(group))
+        body.append((*head, *(s if s.n else None for s in numbers)))
+    for label, values in (baselines or {}).items():
+        known = [values.get(m.key) for m in metrics]
+        shown = [
+            v * m.scale if v is not None else None for v, m in zip(known, metrics, strict=True)
+        ]
+        body.append((label, "published", None, None, *shown))
+    columns = ("Strategy", "Size", "Parameters", "Seeds", *(m.label for m in metrics))
+    note = "Mean ± standard deviation over seeds."
+    return Table(name, title, columns, tuple(body), note)
+
+
+def _runs_table(rows: Sequence[StudyRow]) -> Table:
+    keys = list(dict.fromkeys(key for row in rows for key in row.metrics))
+    body: tuple[tuple[Cell, ...], ...] = tuple(
+        (r.name, r.strategy, r.size, r.n_parameters, r.seed, *(r.value(key) for key in keys))
+        for r in sorted(rows, key=_sort_key)
+    )
+    columns = ("name", "strategy", "size", "n_parameters", "seed", *keys)
+    return Table("table_runs", "Every run, in stored units", columns, body)
+
+
+def _comparison_table(rows: Sequence[StudyRow]) -> Table:
+    body = []
+    for size, ours, theirs, c in _comparisons(rows):
+        if c.outcome == "unknown":
+            continue
+        spreads = (c.ours.scaled(c.metric.scale), c.theirs.scaled(c.metric.scale))
+        interval = (100 * c.low, 100 * c.high) if c.tested else (None, None)
+        pair = f"{plain_label(ours)} − {plain_label(theirs)}"
+        head = (size, pair, c.metric.label, *spreads, 100 * c.change, *interval)
+        body.append((*head, c.outcome if c.tested or c.outcome == "equal" else "one run each"))
+    columns = ("Size", "Pair", "Quantity", "First", "Second", "Change (%)")
+    return Table(
+        "table_comparisons",
+        "Student against control, born again against teacher",
+        (*columns, "95 % from (%)", "95 % to (%)", "First is"),
+        tuple(body),
+        "Change of the mean; interval of Welch's t test over seeds. “unclear”: the interval "
+        "includes zero. Intervals are not corrected for the number of comparisons.",
+    )
+
+
+def _comparisons(rows: Sequence[StudyRow]) -> list[tuple[str, str, str, Comparison]]:
+    """(size, ours, theirs, comparison) for all pairs that make sense."""
+    strategies = {row.strategy for row in rows}
+    pairs = [("student", s) for s in _sorted(strategies) if s.startswith("control")]
+    pairs += [(s, "teacher") for s in _sorted(strategies) if s.startswith("born_again")]
+    if {"born_again", "born_again_static"} <= strategies:
+        pairs.append(("born_again", "born_again_static"))
+    found = []
+    metrics = [METRICS[key] for key in _measured(rows, _COMPARED)]
+    for ours, theirs in pairs:
+        for size in _sizes(rows):
+            us = [r for r in rows if (r.strategy, r.size) == (ours, size)]
+            them = [r for r in rows if (r.strategy, r.size) == (theirs, size)]
+            if us and them:
+                found += [(size, ours, theirs, _compare_rows(m, us, them)) for m in metrics]
+    return found
+
+
+def _compare_rows(metric: Metric, us: Sequence[StudyRow], them: Sequence[StudyRow]) -> Comparison:
+    key = metric.key
+    return compare(metric, [r.value(key) for r in us], [r.value(key) for r in them])
+
+
+# -- figures -----------------------------------------------------------------------------------
+
+
+def study_figures(
+    rows: Sequence[StudyRow], folder: str | Path, baselines: Baselines | None = None
+) -> tuple[Figure, ...]:
+    """Draw the analogues of Figs. 2 to 5 of the paper and the seeds one by one.
+
+    Parameters
+    ----------
+    rows : sequence of StudyRow
+        All runs. A figure whose numbers nobody measured is left out.
+    folder : path
+        Gets `<name>.png`, `.svg` and `.csv` for `pareto`, `capacity`, `learning_<size>`, `cost`,
+        `seeds`; made if absent.
+    baselines : mapping, optional
+        Published potentials: name to metrics; drawn as horizontal lines.
+
+    Returns
+    -------
+    tuple of Figure
+
+    Raises
+    ------
+    DataError
+        If there are no rows, or two share a name.
+    """
+    _check(rows)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [*_sorted({row.strategy for row in rows}), *(baselines or {})]
+    known = {**looks(names), "front": Look("Pareto front", "#9a9a9a", "")}
+    known |= {n: Look(n, known[n].color, "", ":") for n in baselines or {}}
+    draw: Sequence[Callable[..., list[Figure]]] = (_pareto, _capacity, _learning, _cost, _seeds)
+    return tuple(f for make in draw for f in make(rows, folder, known, baselines or {}))
+
+
+def _pareto(
+    rows: Sequence[StudyRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
+) -> list[Figure]:
+    panels = []
+    for key in _measured(rows, _COST_COLUMNS):
+        series = _by_strategy(rows, key, "forces_rmse")
+        if not series:
+            continue
+        points = np.concatenate([np.column_stack([s.x, s.y]) for s in series])
+        cost = points[pareto_front(points)]
+        cost = cost[np.argsort(cost[:, 0])]
+        series.append(Series("front", cost[:, 0], cost[:, 1], kind="front"))
+        panels.append(
+            Panel(
+                METRICS[key].label, METRICS["forces_rmse"].label, series,
+                x_scale="auto", y_scale="auto", notes=_size_notes(series, rows, key),
+            )
+        )  # fmt: skip
+    if not panels:
+        return []
+    caption = (
+        "Force RMSE on the test set against the cost of molecular dynamics; lower and further left "
+        "is better. Points are means over seeds, bars standard deviations; the gray staircase "
+        "joins what no other point beats in both (Fig. 2 of the paper)."
+    )
+    return [
+        write_figure(folder, "pareto", "Accuracy against cost", caption, panels, looks_of=known)
+    ]
+
+
+def _capacity(
+    rows: Sequence[StudyRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
+) -> list[Figure]:
+    panels = []
+    for key in _measured(rows, _JUDGED):
+        levels = [
+            Series(name, [], [values[key] * METRICS[key].scale], kind="level")
+            for name, values in baselines.items()
+            if key in values
+        ]
+        series = _by_strategy(rows, "n_parameters", key)
+        panels.append(
+            Panel("Trainable parameters", METRICS[key].label, [*series, *levels], x_scale="log")
+        )
+    if not panels:
+        return []
+    caption = (
+        "Errors against the number of trainable parameters: means over seeds, bars are standard "
+        "deviations. Force and energy errors are on the test set against the reference, the RDF "
+        "error is the total absolute difference from the teacher's RDF (Fig. 3 of the paper)."
+    )
+    title = "Accuracy against size"
+    return [write_figure(folder, "capacity", title, caption, panels, looks_of=known)]
+
+
+def _learning(
+    rows: Sequence[StudyRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
+) -> list[Figure]:
+    figures = []
+    for size in _sizes(rows):
+        curves = {
+            strategy: [r.learning_curve for r in group if r.learning_curve is not None]
+            for group_size, strategy, group in _groups(rows)
+            if group_size == size
+        }
+        panels = learning_panels({name: runs for name, runs in curves.items() if runs})
+        if not panels:
+            continue
+        caption = (
+            "Force error while training: (A) the force term of the loss on the training set "
+            "(RMSE + MAE, mean of the batches), (B) RMSE on the validation set. Thick: mean over "
+            "seeds as far as all have come, with a band of one standard deviation; thin: single "
+            "runs (Fig. 4 of the paper)."
+        )
+        name = "learning_" + "".join(c if c.isalnum() else "_" for c in size)
+        title = f"Learning curves, size {size}"
+        figures.append(write_figure(folder, name, title, caption, panels, looks_of=known))
+    return figures
+
+
+def _cost(
+    rows: Sequence[StudyRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
+) -> list[Figure]:
+    panels = [
+        Panel(
+            "Trainable parameters", METRICS[key].label, _by_strategy(rows, "n_parameters", key),
+            x_scale="log", from_zero=True,
+        )
+        for key in _measured(rows, _COST_COLUMNS)
+    ]  # fmt: skip
+    if not panels:
+        return []
+    caption = (
+        "Cost of molecular dynamics against the number of trainable parameters (Fig. 5 of the "
+        "paper). Student and control of one size have the same architecture, so that their "
+        "difference is the noise of the measurement."
+    )
+    return [write_figure(folder, "cost", "Cost against size", caption, panels, looks_of=known)]
+
+
+def _seeds(
+    rows: Sequence[StudyRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
+) -> list[Figure]:
+    keys = _measured(rows, ("forces_rmse", "energy_per_atom_rmse"))
+    if not keys:
+        return []
+    groups = _groups(rows)
+    categories = [f"{known[strategy].label}, {size}" for size, strategy, _ in groups]
+    panels: list[Panel] = []
+    for key in keys:
+        series = []
+        for k, (_, strategy, group) in enumerate(groups):
+            values = np.array([r.value(key) * METRICS[key].scale for r in group])
+            spread = Spread.of(values)
+            if spread.n:
+                # dots a little below the mean, which would hide them
+                series.append(Series(strategy, values, np.full(len(values), k + 0.3), kind="dots"))
+                series.append(Series(strategy, [spread.mean], [k], x_spread=[spread.deviation]))
+        panels.append(
+            Panel(METRICS[key].label, "", series, x_scale="auto",
+                  categories=categories, hide_categories=bool(panels))
+        )  # fmt: skip
+    caption = (
+        "Every run as a dot, with mean and standard deviation over seeds: how much of a difference "
+        "between strategies a change of seed would hide."
+    )
+    height = 0.9 + 0.32 * len(categories)
+    return [
+        write_figure(
+            folder, "seeds", "Spread over seeds", caption, panels, looks_of=known,
+            height=height, width=4.6, legend=False,
+        )
+    ]  # fmt: skip
+
+
+def _by_strategy(rows: Sequence[StudyRow], x_key: str, y_key: str) -> list[Series]:
+    """One series per strategy, one point per size: means and spreads over seeds."""
+    series = []
+    for strategy in _sorted({row.strategy for row in rows}):
+        points = []
+        for _, name, group in _groups(rows):
+            x, y = _spread(group, x_key), _spread(group, y_key)
+            if name == strategy and x.n and y.n:
+                points.append((x.mean, y.mean, x.deviation, y.deviation))
+        if points:
+            x_, y_, dx, dy = np.array(sorted(points)).T
+            series.append(Series(strategy, x_, y_, dx, dy, joined=len(points) > 1))
+    return series
+
+
+def _spread(group: Sequence[StudyRow], key: str) -> Spread:
+    if key == "n_parameters":
+        return Spread.of([float(row.n_parameters) for row in group])
+    return Spread.of(row.value(key) for row in group).scaled(METRICS[key].scale)
+
+
+def _size_notes(
+    series: Sequence[Series], rows: Sequence[StudyRow], x_key: str
+) -> list[tuple[float, float, str]]:
+    """The size beside the highest point of that size, where there are several sizes."""
+    notes = []
+    sizes = _sizes(rows)
+    for size in sizes if len(sizes) > 1 else ():
+        points = []
+        for strategy in {row.strategy for row in rows}:
+            group = [r for r in rows if (r.size, r.strategy) == (size, strategy)]
+            x, y = _spread(group, x_key), _spread(group, "forces_rmse")
+            if x.n and y.n:
+                points.append((y.mean + (0.0 if math.isnan(y.deviation) else y.deviation), x.mean))
+        if points:
+            y_top, x_top = max(points)
+            notes.append((x_top, y_top, size))
+    return notes
+
+
+# -- the page ----------------------------------------------------------------------------------
+
+
+def write_study_report(
+    rows: Sequence[StudyRow],
+    folder: str | Path,
+    *,
+    title: str = "Teacher-student study",
+    about: Mapping[str, str] | None = None,
+    baselines: Baselines | None = None,
+    notes: Sequence[str] = (),
+) -> Path:
+    """Write `report.html` and, in `report/`, its tables (CSV, Markdown) and figures.
+
+    Parameters
+    ----------
+    rows : sequence of StudyRow
+        All runs.
+    folder : path
+        Gets `report.html` and `report/`; made if absent.
+    title : str
+        Heading of the page.
+    about : mapping, optional
+        What, when, command, versions, seeds, data: shown as a list at the top, in this order.
+    baselines : mapping, optional
+        Published potentials: name to metrics.
+    notes : sequence of str
+        Paragraphs below the verdicts, in plain text.
+
+    Returns
+    -------
+    Path
+        Of `report.html`.
+
+    Raises
+    ------
+    DataError
+        If there are no rows, or two share a name.
+    """
+    tables = study_tables(rows, baselines)
+    folder = Path(folder)
+    parts = folder / "report"
+    figures = study_figures(rows, parts, baselines)
+    for table in tables:
+        table.write(parts)
+    *shown, runs = tables
+    sections = [
+        Section("Figures", figures=figures),
+        Section("Tables", tables=tuple(shown)),
+        Section("Every run", tables=(runs,)),
+    ]
+    verdicts = study_verdicts(rows) or ("There is no pair of strategies to compare.",)
+    page = Page(title, tuple((about or {}).items()), verdicts, (), tuple(notes), tuple(sections))
+    return write_page(page, folder / "report.html")
+
+
+# -- order -------------------------------------------------------------------------------------
+
+
+def _check(rows: Sequence[StudyRow]) -> None:
+    if not rows:
+        raise DataError("a study report needs at least one run")
+    names = [row.name for row in rows]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"two runs of the study are called '{name}': give each its own name")
+
+
+def _measured(rows: Sequence[StudyRow], keys: Iterable[str]) -> list[str]:
+    """Keys that at least one run has a finite value of."""
+    return [key for key in keys if any(math.isfinite(row.value(key)) for row in rows)]
+
+
+def _sorted(strategies: Iterable[str]) -> list[str]:
+    """Known strategies in the order of their looks, then the others by name."""
+    return sorted(strategies, key=_strategy_key)
+
+
+def _strategy_key(strategy: str) -> tuple[int, str]:
+    return (_ORDER.index(strategy) if strategy in _ORDER else len(_ORDER), strategy)
+
+
+def _sort_key(row: StudyRow) -> tuple[int, str, int, str, int]:
+    return (row.n_parameters, row.size, *_strategy_key(row.strategy), row.seed)
+
+
+def _sizes(rows: Sequence[StudyRow]) -> list[str]:
+    """Labels of sizes by increasing number of parameters."""
+    return list(dict.fromkeys(row.size for row in sorted(rows, key=_sort_key)))
+
+
+def _groups(rows: Sequence[StudyRow]) -> list[tuple[str, str, list[StudyRow]]]:
+    """(size, strategy, runs over seeds), small to large, in the order of strategies."""
+    groups: dict[tuple[str, str], list[StudyRow]] = {}
+    for row in sorted(rows, key=_sort_key):
+        groups.setdefault((row.size, row.strategy), []).append(row)
+    order = _sizes(rows)
+    return sorted(
+        ((size, strategy, group) for (size, strategy), group in groups.items()),
+        key=lambda g: (order.index(g[0]), _strategy_key(g[1])),
+    )
