@@ -29,7 +29,8 @@ def build_neighbor_list(structures: Structures, cutoff: float) -> NeighborList:
     Raises
     ------
     DataError
-        If a position is not finite or a periodic direction has no lattice vector.
+        If a position is not finite, a periodic direction has no lattice vector, or the lattice
+        vectors are linearly dependent.
     """
     offsets = structures.atom_offsets.tolist()
     positions = structures.positions.detach().cpu().numpy()
@@ -63,9 +64,7 @@ def system_pairs(
         raise DataError("positions or cell are not finite")
     if len(positions) == 0:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int64)
-    for axis in np.flatnonzero(pbc):
-        if not np.any(cell[axis]):
-            raise DataError(f"periodic along lattice vector {axis + 1}, which is zero")
+    check_cell(cell, pbc)
     box = np.where(np.asarray(pbc)[:, None], cell, 0.0)
     calculator = vesin.NeighborList(cutoff=float(cutoff), full_list=True, sorted=True)
     i, j, shift = calculator.compute(
@@ -77,12 +76,40 @@ def system_pairs(
     return i.astype(np.int64), j.astype(np.int64), shift.astype(np.int64)
 
 
+def check_cell(cell: np.ndarray, pbc: np.ndarray) -> None:
+    """Refuse periodicity that repeats nothing.
+
+    Parameters
+    ----------
+    cell : ndarray
+        (3, 3), rows are lattice vectors.
+    pbc : ndarray
+        (3,) bool.
+
+    Raises
+    ------
+    DataError
+        If a periodic lattice vector is zero, or the periodic ones are linearly dependent.
+    """
+    for axis in np.flatnonzero(pbc):
+        if not np.any(cell[axis]):
+            raise DataError(f"periodic along lattice vector {axis + 1}, which is zero")
+    periodic = cell[np.asarray(pbc, dtype=bool)]
+    if len(periodic) < 2:
+        return
+    directions = periodic / np.linalg.norm(periodic, axis=1, keepdims=True)
+    if np.linalg.svd(directions, compute_uv=False)[-1] < 1e-6:
+        raise DataError("the periodic lattice vectors are linearly dependent")
+
+
 def pair_vectors(structures: Structures, neighbors: NeighborList) -> Tensor:
     """(E, 3) float64 vectors r_ij = r_j - r_i + shift @ cell, differentiable in both."""
     system = structures.system_index[neighbors.center]
     shifts = neighbors.shifts.to(structures.positions.dtype)
     offset = torch.einsum("ek,ekd->ed", shifts, structures.cell[system])
-    return structures.positions[neighbors.neighbor] - structures.positions[neighbors.center] + offset
+    return (
+        structures.positions[neighbors.neighbor] - structures.positions[neighbors.center] + offset
+    )
 
 
 def shortest_distances(structures: Structures, neighbors: NeighborList) -> dict[str, float]:

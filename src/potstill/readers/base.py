@@ -17,7 +17,7 @@ from ase.data import chemical_symbols
 
 from potstill import units as conversion
 from potstill.errors import ConfigError, DataError, MissingLabelError
-from potstill.neighbors import system_pairs
+from potstill.neighbors import check_cell, system_pairs
 from potstill.properties import PROPERTIES, property_spec
 from potstill.structures import Properties, SpeciesTable, Structures
 
@@ -333,14 +333,10 @@ def _check_cell(frame: Frame, cell: np.ndarray, labels: set[str]) -> None:
     pbc = np.asarray(frame.pbc, dtype=bool).reshape(3)
     if not np.isfinite(cell).all():
         raise DataError(f"{frame.where}: 'cell' holds NaN or infinite numbers")
-    for axis in np.flatnonzero(pbc):
-        if not cell[axis].any():
-            raise DataError(
-                f"{frame.where} is periodic along lattice vector {axis + 1}, which is zero"
-            )
-    lengths = np.linalg.norm(cell[pbc], axis=1)
-    if pbc.any() and np.linalg.svd(cell[pbc] / lengths[:, None], compute_uv=False)[-1] < 1e-6:
-        raise DataError(f"{frame.where}: the periodic lattice vectors are linearly dependent")
+    try:
+        check_cell(cell, pbc)
+    except DataError as error:
+        raise DataError(f"{frame.where}: {error}") from None
     for name in labels & {"stress", "virial"}:
         if not pbc.all():
             raise DataError(
