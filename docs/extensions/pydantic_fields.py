@@ -47,7 +47,7 @@ def _constructor(class_: griffe.Class) -> griffe.Function:
             name,
             annotation=member.annotation,
             kind=griffe.ParameterKind.keyword_only,
-            default=member.value,
+            default=_default(member.value),
         )
         for part in _family(class_)
         for name, member in part.members.items()
@@ -57,3 +57,13 @@ def _constructor(class_: griffe.Class) -> griffe.Function:
     init = griffe.Function("__init__", lineno=0, endlineno=0, parent=class_, returns="None")
     init.parameters = griffe.Parameters(own, *fields.values())
     return init
+
+
+def _default(value: griffe.Expr | str | None) -> griffe.Expr | str | None:
+    """What `Field(default=...)` or `Field(default_factory=...)` stands for."""
+    if not isinstance(value, griffe.ExprCall) or str(value.function) != "Field":
+        return value
+    given = {a.name: a.value for a in value.arguments if isinstance(a, griffe.ExprKeyword)}
+    if "default_factory" in given:
+        return griffe.ExprCall(function=given["default_factory"], arguments=[])
+    return given.get("default")

@@ -1,0 +1,73 @@
+"""The Python examples of the documentation run, in the order in which a reader meets them."""
+
+import re
+from pathlib import Path
+
+import ase.io
+import pytest
+import torch
+from ase.build import bulk
+from ase.calculators.emt import EMT
+
+from potstill.checkpoint import save_potential
+from potstill.models import HIPNN
+from potstill.structures import SpeciesTable
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def examples(page: str) -> str:
+    """All Python blocks of a page, joined; each may use what those before it defined."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with the files that the examples read."""
+    monkeypatch.chdir(tmp_path)
+    frames = []
+    for k in range(3):
+        atoms = bulk("Cu", cubic=True)
+        atoms.rattle(0.05, seed=k)
+        atoms.calc = EMT()
+        atoms.get_stress()
+        frames.append(atoms)
+    ase.io.write("data.extxyz", frames)
+    for atoms in frames:
+        energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+        virial = -atoms.get_stress(voigt=False) * atoms.get_volume()
+        atoms.calc = None
+        atoms.info |= {"REF_energy": energy, "REF_virial": virial}
+        atoms.arrays["REF_forces"] = forces
+    ase.io.write("other.xyz", frames, format="extxyz")
+    torch.manual_seed(0)
+    shape = {"n_features": 4, "n_sensitivities": 4, "n_atom_layers": 1}
+    radii = {"dist_soft_min": 2.0, "dist_soft_max": 4.5, "dist_hard_max": 5.0}
+    model = HIPNN(SpeciesTable.from_symbols(["Si"]), **shape, **radii)
+    info = {"trained_on": {"elements": ["Si"]}, "teacher": None, "versions": {}, "seed": 0}
+    save_potential("model.pt", model, info)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", ["data-formats.md", "teachers.md"])
+def test_examples_run(folder, page):
+    code = examples(page)
+    assert code
+    exec(compile(code, page, "exec"), {})
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(folder, capsys):
+    names: dict = {}
+    exec(compile(examples("tutorial.md"), "tutorial.md", "exec"), names)
+    metrics = names["errors"].channels["student-teacher"]
+    assert metrics["forces_relative_rmse"] < 0.3
+    lattice = re.findall(r"a = (\d\.\d+) Å", capsys.readouterr().out)
+    teacher, student = (float(text) for text in lattice)
+    assert student == pytest.approx(teacher, rel=0.02)
+
+
+def test_every_page_with_examples_is_run():
+    with_code = {path.name for path in DOCS.glob("*.md") if examples(path.name)}
+    assert with_code == {"data-formats.md", "teachers.md", "tutorial.md"}
