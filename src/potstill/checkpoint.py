@@ -72,9 +72,9 @@ def load_potential(path: str | Path) -> tuple[Potential, dict[str, Any]]:
     table = SpeciesTable.from_json(header["species_table"])
     potential = build_model(header["kind"], table, header["hyperparameters"])
     state = payload["state"]
-    for name, parameter in potential.named_parameters():
+    for name, tensor in potential.state_dict(keep_vars=True).items():
         if name in state:
-            parameter.data = parameter.data.to(state[name].dtype)
+            tensor.data = tensor.data.to(state[name].dtype)
     try:
         potential.load_state_dict(state)
     except RuntimeError as error:

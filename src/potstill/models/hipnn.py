@@ -101,12 +101,23 @@ class Interaction(nn.Module):
     """The interaction layer: Z' = V S Z + W Z + b, and the norms of its tensor counterparts.
 
     The same weights V serve every rank (weights are tied); each rank has one scale per feature.
+    `unit_input` says that the only input feature is 1 on every atom, as one species' one-hot is.
     """
 
-    def __init__(self, n_in: int, n_out: int, l_max: int, cusp_reg: float, s: Sensitivity) -> None:
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        l_max: int,
+        cusp_reg: float,
+        s: Sensitivity,
+        *,
+        unit_input: bool = False,
+    ) -> None:
         super().__init__()
         self.l_max = l_max
         self.cusp_reg = cusp_reg
+        self.unit_input = unit_input
         self.sensitivity = s
         self.int_weights = nn.Parameter(torch.empty(s.mu.shape[0], n_out, n_in))
         nn.init.xavier_normal_(self.int_weights)
@@ -134,9 +145,8 @@ class Interaction(nn.Module):
         n_local, width, n_sens = sense.shape
         tensor = geometry.tensor  # (n, K, m)
         m, n_in = tensor.shape[2], features.shape[1]
-        if n_in == 1:  # one species: its one-hot feature is 1 on every atom
-            env = sense.transpose(1, 2) @ (tensor * features[0, 0])  # (n, n_sens, m)
-            return env.transpose(1, 2)
+        if self.unit_input:
+            return (sense.transpose(1, 2) @ tensor).transpose(1, 2)  # (n, m, n_sens)
         near = features.index_select(0, geometry.neighbor.flatten()).view(n_local, width, n_in)
         if n_in <= n_sens:
             pair = (tensor.unsqueeze(3) * near.unsqueeze(2)).flatten(2)  # (n, K, m * n_in)
@@ -245,11 +255,18 @@ class HIPNN(Potential):
         n_species = len(species_table)
         widths = [n_species] + [n_features] * n_interaction_layers
         self.blocks = nn.ModuleList()
-        for n_in in widths[:-1]:
+        for b, n_in in enumerate(widths[:-1]):
             sensitivity = Sensitivity(
                 n_sensitivities, dist_soft_min, dist_soft_max, dist_hard_max, cutoff_function
             )
-            interaction = Interaction(n_in, n_features, l_max, cusp_reg, sensitivity)
+            interaction = Interaction(
+                n_in,
+                n_features,
+                l_max,
+                cusp_reg,
+                sensitivity,
+                unit_input=b == 0 and n_species == 1,
+            )
             layers = [Residual(interaction, n_in, n_features)]
             for _ in range(n_atom_layers):
                 layers.append(Residual(_linear(n_features, n_features), n_features, n_features))
