@@ -32,6 +32,7 @@ from potstill.evaluate.memory import memory_per_atom
 from potstill.evaluate.nve import fit_drift, run_nve
 from potstill.evaluate.pareto import pareto_front
 from potstill.evaluate.rdf import (
+    RadialDistribution,
     angular_distribution,
     compare_radial,
     radial_distribution,
@@ -220,6 +221,14 @@ def test_difference_of_equal_liquids_is_noise_and_of_unequal_ones_is_not():
         compare_radial(first, radial_distribution(ideal_gas(2, 0), r_max=5.0, n_bins=30))
 
 
+def test_distributions_survive_json():
+    for n_frames in (1, 5):  # one frame has no error: NaN, which JSON does not know
+        rdf = radial_distribution(ideal_gas(n_frames, 4), r_max=5.0, n_bins=10)
+        copy = RadialDistribution.from_json(json.loads(json.dumps(rdf.to_json(), allow_nan=False)))
+        np.testing.assert_array_equal(copy.error, rdf.error)
+        assert compare_radial(copy, rdf).total_absolute_error == 0.0
+
+
 def test_distributions_refuse_open_and_empty_trajectories():
     with pytest.raises(DataError, match="at least one frame"):
         radial_distribution([])
@@ -260,7 +269,8 @@ def test_equation_of_state_of_silver_in_emt():
     assert state.lattice_constant == pytest.approx(4.064, abs=0.002)
     np.testing.assert_allclose(state.fitted_energy(state.volumes), state.energies, atol=1e-4)
     assert state.residual < 1e-4
-    json.dumps(state.to_json(), allow_nan=False)
+    record = json.loads(json.dumps(state.to_json(), allow_nan=False))
+    assert record["lattice_constant"] == state.lattice_constant
 
 
 def test_equation_of_state_finds_a_far_minimum():

@@ -6,9 +6,10 @@ import dataclasses
 import math
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import ase
 import numpy as np
@@ -27,9 +28,26 @@ from potstill.units import BOLTZMANN
 class Result:
     """Base of all results: a frozen dataclass that turns into plain JSON."""
 
+    #: Properties that `to_json` writes beside the fields.
+    derived: ClassVar[tuple[str, ...]] = ()
+
     def to_json(self) -> dict[str, Any]:
         """Fields as plain lists, numbers and strings; NaN and infinities become None."""
-        return {f.name: as_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        names = [f.name for f in dataclasses.fields(self)]
+        return {name: as_json(getattr(self, name)) for name in (*names, *self.derived)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_json` for results without nested ones; None becomes NaN."""
+        values = {}
+        for f in dataclasses.fields(cls):
+            value = data[f.name]
+            if f.type == "np.ndarray":
+                value = np.array([math.nan if x is None else x for x in value])
+            elif f.type == "float" and value is None:
+                value = math.nan
+            values[f.name] = value
+        return cls(**values)
 
 
 def as_json(value: Any) -> Any:

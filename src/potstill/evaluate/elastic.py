@@ -37,6 +37,8 @@ class ElasticConstants(Result):
     strain : float
     """
 
+    derived = ("c11", "c12", "c44", "cubic_deviation", "bulk_modulus", "stable")
+
     tensor: np.ndarray
     asymmetry: float
     pressure: float
@@ -76,11 +78,6 @@ class ElasticConstants(Result):
     def stable(self) -> bool:
         """Whether every small strain costs energy (Born's criterion)."""
         return bool(np.linalg.eigvalsh(self.tensor).min() > 0)
-
-    def to_json(self) -> dict:
-        """Fields and derived numbers."""
-        names = ("c11", "c12", "c44", "cubic_deviation", "bulk_modulus", "stable")
-        return {**super().to_json(), **{name: getattr(self, name) for name in names}}
 
 
 def elastic_constants(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ase
 import numpy as np
@@ -37,6 +37,8 @@ class EquationOfState(Result):
     residual : float
         Root mean square of the fit's residuals, eV per atom.
     """
+
+    derived = ("lattice_constant",)
 
     volumes: np.ndarray
     energies: np.ndarray
@@ -209,4 +211,4 @@ def _result(
         residual=0.0,
     )
     residual = np.sqrt(np.mean((state.fitted_energy(volumes) - energies) ** 2))
-    return EquationOfState(**{**vars(state), "residual": float(residual)})
+    return replace(state, residual=float(residual))

@@ -56,6 +56,8 @@ class NVERun(Result):
         Why it counts as exploded; empty if it does not.
     """
 
+    derived = ("stable",)
+
     temperature: float
     mean_temperature: float
     timestep: float

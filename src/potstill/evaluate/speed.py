@@ -40,6 +40,8 @@ class SpeedRow(Result):
         Rounds, and steps in each.
     """
 
+    derived = ("microseconds_per_atom",)
+
     name: str
     n_atoms: int
     seconds_per_step: float
@@ -52,10 +54,6 @@ class SpeedRow(Result):
     def microseconds_per_atom(self) -> float:
         """Time per step and atom, µs."""
         return 1e6 * self.seconds_per_step / self.n_atoms
-
-    def to_json(self) -> dict[str, Any]:
-        """Fields and time per atom."""
-        return {**super().to_json(), "microseconds_per_atom": self.microseconds_per_atom}
 
 
 @dataclass(frozen=True)
