@@ -23,9 +23,9 @@ _POWER = 0.23
 
 
 class ZBL(Potential):
-    r"""Screened nuclear repulsion, switched off smoothly between `inner` and `cutoff`.
+    """Screened nuclear repulsion, switched off smoothly between `inner` and `cutoff`.
 
-    .. math:: E_{ij} = \frac{e^2 Z_i Z_j}{4 \pi \epsilon_0 r} \phi(r/a) \, S(r)
+    `E_ij = e² Z_i Z_j / (4 π ε0 r) φ(r/a) S(r)`
 
     with Ziegler, Biersack and Littmark's universal screening; half of each pair's energy goes to
     each atom. S is the quintic that is 1 up to `inner` and 0 from `cutoff` on, with continuous
