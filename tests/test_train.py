@@ -199,7 +199,9 @@ def test_two_ranks_equal_one_rank_with_the_whole_batch(tmp_path: Path) -> None:
     here = str(Path(__file__).parent)
     path = tmp_path / "ddp.py"
     path.write_text(script)
-    subprocess.run([sys.executable, str(path), here, str(tmp_path / "two")], check=True, timeout=240)
+    subprocess.run(
+        [sys.executable, str(path), here, str(tmp_path / "two")], check=True, timeout=240
+    )
     one = train(settings(), emt_set(9), emt_set(3, seed=9), tmp_path / "one")
     first, second = weights(one.best), weights(tmp_path / "two/best.pt")
     for name, value in first.items():

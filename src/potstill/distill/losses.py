@@ -5,6 +5,7 @@ Distillation is nothing but more of them; a control student is the same run with
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -61,7 +62,7 @@ class LossTerm(BaseModel):
                 raise ValueError(str(error)) from None
         return name
 
-    @property
+    @builtins.property
     def name(self) -> str:
         """`property:source`, as in logs."""
         return f"{self.property}:{self.source}"
@@ -70,12 +71,12 @@ class LossTerm(BaseModel):
         """The weight in an epoch, counted from 1."""
         return self.weight.at(epoch) if isinstance(self.weight, Schedule) else self.weight
 
-    @property
+    @builtins.property
     def schedule_end(self) -> int:
         """The epoch from which on the weight is constant."""
         return self.weight.end if isinstance(self.weight, Schedule) else 1
 
-    @property
+    @builtins.property
     def ever_active(self) -> bool:
         """Whether the weight is ever different from zero."""
         values = self.weight.values if isinstance(self.weight, Schedule) else (self.weight,)

@@ -8,8 +8,8 @@ forces agree for equal weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +164,7 @@ class Interaction(nn.Module):
 class Residual(nn.Module):
     """x + W2 softplus(layer(x)) + b2, with a linear map of x where widths differ."""
 
-    def __init__(self, layer: nn.Module, n_in: int, n_out: int) -> None:
+    def __init__(self, layer: Interaction | nn.Linear, n_in: int, n_out: int) -> None:
         super().__init__()
         self.layer = layer
         self.res_layer = nn.Linear(n_out, n_out)
@@ -303,10 +303,10 @@ class HIPNN(Potential):
         features = nn.functional.one_hot(species, len(self.species_table)).to(self.dtype)
         tapped: dict[str, Tensor] = {}
         terms = [self.energy_layers[0](features[:n_local])]  # (n_local, 1) each
-        for b, block in enumerate(self.blocks):
-            features = block[0](features, geometry)
+        for b, (interaction, *atom_layers) in enumerate(self._layers()):
+            features = interaction(features, geometry)
             tapped[f"interaction_{b}"] = features
-            for layer in block[1:]:
+            for layer in atom_layers:
                 features = layer(features)
             tapped[f"block_{b}"] = features
             terms.append(self.energy_layers[b + 1](features))
@@ -336,7 +336,13 @@ class HIPNN(Potential):
 
         The same choice as hippynn's `LPReg` on the network.
         """
-        return [w for block in self.blocks for layer in block for w in layer.regularized_weights()]
+        return [
+            w for block in self._layers() for layer in block for w in layer.regularized_weights()
+        ]
+
+    def _layers(self) -> list[list[Residual]]:
+        """The layers of each block: the interaction layer, then the atom layers."""
+        return [list(cast(Iterable[Residual], block)) for block in self.blocks]
 
     @torch.no_grad()
     def initialize_energy_layers(self, e0: Tensor, decay_factor: float = 1e-2) -> None:
@@ -349,8 +355,9 @@ class HIPNN(Potential):
         decay_factor : float
             Energy layer n is multiplied by decay_factor^(2^(n-1)), as hippynn does.
         """
-        self.energy_layers[0].weight.copy_(e0.to(self.dtype).reshape(1, -1))
-        for layer in list(self.energy_layers)[1:]:
+        first, *later = cast(Iterable[nn.Linear], self.energy_layers)
+        first.weight.copy_(e0.to(self.dtype).reshape(1, -1))
+        for layer in later:
             layer.weight.mul_(decay_factor)
             layer.bias.mul_(decay_factor)
             decay_factor *= decay_factor

@@ -40,6 +40,7 @@ class ZBL(Potential):
     """
 
     kind = "zbl"
+    nuclear_charge: Tensor
 
     def __init__(self, species_table: SpeciesTable, inner: float, cutoff: float) -> None:
         super().__init__(species_table, cutoff)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class SpeciesOffsets(Potential):
     """
 
     kind = "offsets"
+    offsets: Tensor
 
     def __init__(self, species_table: SpeciesTable, offsets: Sequence[float] | Tensor) -> None:
         super().__init__(species_table, cutoff=0.5)  # any: pairs are not looked at
@@ -74,10 +75,15 @@ class SumPotential(Potential):
         if len(tables) > 1:
             raise ModelError("the potentials of a sum must share one species table")
         super().__init__(tables.pop(), max(c.cutoff for c in components.values()))
-        self.components = nn.ModuleDict(components)
+        self.parts = nn.ModuleDict(components)
+
+    @property
+    def components(self) -> dict[str, Potential]:
+        """The summands by name."""
+        return {name: cast(Potential, part) for name, part in self.parts.items()}
 
     def __getitem__(self, name: str) -> Potential:
-        return self.components[name]
+        return cast(Potential, self.parts[name])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,7 +123,7 @@ class SumPotential(Potential):
 
     def regularized_weights(self) -> list[Tensor]:
         """Those of the components."""
-        return [w for c in self.components.values() for w in c.regularized_weights()]
+        return [w for part in self.components.values() for w in part.regularized_weights()]
 
 
 def _tap_name(component: str, tap: str) -> str:

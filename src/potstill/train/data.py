@@ -171,4 +171,3 @@ def fit_offsets(structures: Structures, energy: Tensor) -> tuple[Tensor, int]:
     composition = structures.composition()[known]
     offsets = torch.linalg.pinv(composition) @ energy[known].to(torch.float64)
     return offsets, int(torch.linalg.matrix_rank(composition))
-

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning_fabric
 import torch
@@ -269,7 +269,7 @@ def _sum_over_ranks(local: Tensor, fabric: lightning_fabric.Fabric) -> Tensor:
     """Sum over ranks whose gradient reaches the local part only."""
     if fabric.world_size == 1:
         return local
-    total = fabric.all_reduce(local.detach().clone(), reduce_op="sum")
+    total = cast(Tensor, fabric.all_reduce(local.detach().clone(), reduce_op="sum"))
     return local + (total - local.detach())
 
 
@@ -294,7 +294,8 @@ def _validate(
             accumulator.update(prediction, batch.labels[source], batch.structures)
     result: dict[str, float] = {}
     for source, accumulator in accumulators.items():
-        accumulator.load_state(fabric.all_reduce(accumulator.state(), reduce_op="sum"))
+        total = fabric.all_reduce(accumulator.state(), reduce_op="sum")
+        accumulator.load_state(cast(Tensor, total))
         suffix = "" if source == settings.score.source else f":{source}"
         result |= {f"{key}{suffix}": value for key, value in accumulator.compute().items()}
     return result
@@ -309,7 +310,7 @@ def _score_term(metric: str, source: str) -> LossTerm:
     """The label that a metric of the score needs, as a loss term, so that it can be checked."""
     for name in ("atomic_energies", "energy", "forces", "stress"):
         if metric.startswith(name):
-            return LossTerm(property=name, source=source)  # type: ignore[arg-type]
+            return LossTerm(property=name, source=source)
     raise ConfigError(f"the score's metric '{metric}' is not one of potstill.metrics")
 
 

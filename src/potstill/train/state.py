@@ -366,7 +366,8 @@ def versions() -> dict[str, str]:
 
 
 def _optimizer(settings: OptimizerSettings, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    rate, decay = settings.learning_rate, settings.weight_decay
     if settings.name == "adam":
-        return torch.optim.Adam(parameters, **options)
-    return torch.optim.AdamW(parameters, **options, amsgrad=settings.name == "amsgrad_adamw")
+        return torch.optim.Adam(parameters, lr=rate, weight_decay=decay)
+    amsgrad = settings.name == "amsgrad_adamw"
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, amsgrad=amsgrad)

@@ -91,7 +91,7 @@ class Strategy(_Strict):
                 weights[name] = schedule.compressed(schedule_factor)
         return tuple(
             LossTerm(
-                property=name,  # type: ignore[arg-type]
+                property=name,
                 source="teacher" if name == "atomic_energies" else source,
                 weight=weight,
             )
@@ -360,9 +360,7 @@ def _training_sets(
             own = LabelledStore.open(config.data.train).labels(config.data.atomic_energies_from)
         else:
             potential, _ = load_potential(folder / f"teacher-teacher-{cell.seed}" / "best.pt")
-            own, failures = PotentialTeacher(potential).label(
-                data.structures, ["atomic_energies"]
-            )
+            own, failures = PotentialTeacher(potential).label(data.structures, ["atomic_energies"])
             if failures:
                 raise ConfigError(f"the teacher could not label {len(failures)} structures")
         labels["teacher"] = own

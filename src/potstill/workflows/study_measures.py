@@ -1,0 +1,200 @@
+"""What a study measures once its cells are trained: liquid structure, speed and memory.
+
+Timings are taken one after the other, never beside training; one model stands for all of its size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ase
+from ase.build import bulk
+from pydantic import BaseModel, ConfigDict, Field
+
+from potstill.calculators import PotstillCalculator
+from potstill.checkpoint import load_potential, write_atomically
+from potstill.errors import PotstillError
+from potstill.evaluate.memory import memory_per_atom
+from potstill.evaluate.rdf import RadialDistribution, compare_radial, radial_distribution
+from potstill.evaluate.speed import md_speed
+from potstill.sample.md import run_md
+from potstill.structures import Structures
+
+
+class MeasureSettings(BaseModel):
+    """Molecular dynamics with the trained models.
+
+    Parameters
+    ----------
+    element, crystal, lattice_constant : str, str, float
+        The crystal that is melted and timed, as `ase.build.bulk` takes it (Å).
+    repeat : int
+        Cubic cells along each axis for the liquid.
+    melting_temperature, temperature : float
+        K: the crystal is melted at the first, the distribution is taken at the second.
+    density_scale : float
+        Linear expansion of the cell before melting.
+    timestep : float
+        fs.
+    melting, equilibration, production : float
+        fs.
+    speed_sizes : tuple of int
+        Atoms of the timings.
+    memory_sizes : tuple of int
+        Atoms of the memory measurements.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    element: str
+    crystal: str
+    lattice_constant: float
+    repeat: int = 4
+    melting_temperature: float
+    temperature: float
+    density_scale: float = 1.0
+    timestep: float = 2.0
+    melting: float = 2000.0
+    equilibration: float = 2000.0
+    production: float = 8000.0
+    speed_sizes: tuple[int, ...] = (500, 4000)
+    memory_sizes: tuple[int, ...] = (1000, 2000, 4000)
+    seed: int = Field(default=0, ge=0)
+
+    @property
+    def crystal_cell(self) -> ase.Atoms:
+        """The cubic unit cell."""
+        return bulk(self.element, self.crystal, a=self.lattice_constant, cubic=True)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A finished cell: where its potential is, and which teacher it is compared with."""
+
+    name: str
+    size: str
+    path: Path
+    teacher_name: str | None
+
+
+def measure_study(
+    models: Iterable[TrainedModel],
+    settings: MeasureSettings,
+    folder: Path,
+    *,
+    on_model: Callable[[str], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Measure every model; what has been measured before is read from `folder`.
+
+    Returns
+    -------
+    dict of str to dict
+        By model name: `rdf_error` (sum over bins of the absolute difference to its teacher's RDF),
+        `rdf_error_noise`, `rdf_failure` (what went wrong in MD), `time_per_step_atom_us`,
+        `memory_per_atom_kib`.
+    """
+    models = list(models)
+    result: dict[str, dict[str, Any]] = {model.name: {} for model in models}
+    for model in models:
+        if on_model is not None:
+            on_model(model.name)
+        _cached(folder / f"rdf-{model.name}.json", lambda m=model: _liquid(m, settings))
+    for model in models:
+        result[model.name] |= _rdf_errors(model, folder)
+    representatives = {model.size: model for model in reversed(models)}
+    speeds = _cached(folder / "speed.json", lambda: _speeds(representatives, settings))
+    for model in models:
+        result[model.name]["time_per_step_atom_us"] = speeds[model.size]
+    for size, model in representatives.items():
+        memory = _cached(folder / f"memory-{size}.json", lambda m=model: _memory(m, settings))
+        for other in models:
+            if other.size == size:
+                result[other.name]["memory_per_atom_kib"] = memory["bytes_per_atom"] / 1024
+    return result
+
+
+def _liquid(model: TrainedModel, settings: MeasureSettings) -> dict[str, Any]:
+    """RDF of the liquid, or why there is none."""
+    crystal = settings.crystal_cell.repeat(settings.repeat)
+    crystal.set_cell(crystal.cell * settings.density_scale, scale_atoms=True)
+    potential, _ = load_potential(model.path)
+    calculator = PotstillCalculator(potential)
+    stride = 20.0 * settings.timestep
+    common: dict[str, Any] = {"timestep": settings.timestep, "stride": stride}
+    try:
+        melt = run_md(
+            Structures.from_ase(crystal),
+            calculator,
+            temperature=settings.melting_temperature,
+            n_frames=1,
+            seed=settings.seed,
+            equilibration=settings.melting,
+            **common,
+        )
+        frames = run_md(
+            melt.structures[-1],
+            calculator,
+            temperature=settings.temperature,
+            n_frames=round(settings.production / stride),
+            seed=settings.seed + 1,
+            equilibration=settings.equilibration,
+            **common,
+        )
+    except PotstillError as error:
+        return {"failure": str(error)}
+    return {"rdf": radial_distribution(frames.structures).to_json()}
+
+
+def _rdf_errors(model: TrainedModel, folder: Path) -> dict[str, Any]:
+    if model.teacher_name is None:
+        return {}
+    own = json.loads((folder / f"rdf-{model.name}.json").read_text())
+    teacher = json.loads((folder / f"rdf-{model.teacher_name}.json").read_text())
+    for record in (own, teacher):
+        if "failure" in record:
+            return {"rdf_failure": record["failure"]}
+    difference = compare_radial(
+        RadialDistribution.from_json(own["rdf"]), RadialDistribution.from_json(teacher["rdf"])
+    )
+    return {
+        "rdf_error": difference.integrated_absolute_error,
+        "rdf_error_sum": difference.total_absolute_error,
+        "rdf_error_noise": difference.expected_from_noise,
+    }
+
+
+def _speeds(models: dict[str, TrainedModel], settings: MeasureSettings) -> dict[str, float]:
+    calculators = {size: PotstillCalculator(m.path) for size, m in models.items()}
+    table = md_speed(
+        calculators,
+        settings.crystal_cell,
+        sizes=settings.speed_sizes,
+        rounds=3,
+        timestep=settings.timestep,
+    )
+    largest = max(settings.speed_sizes)
+    result = {}
+    for size in models:
+        rows = table.of(size)
+        row = rows[min(rows, key=lambda n: abs(n - largest))]
+        result[size] = 1e6 * row.seconds_per_step / row.n_atoms
+    return result
+
+
+def _memory(model: TrainedModel, settings: MeasureSettings) -> dict[str, float]:
+    use = memory_per_atom(str(model.path), settings.crystal_cell, sizes=settings.memory_sizes)
+    return {"bytes_per_atom": use.bytes_per_atom, "error": use.error}
+
+
+def _cached(file: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Read a measurement, or make and keep it."""
+    if file.is_file():
+        return json.loads(file.read_text())
+    value = measure()
+    text = json.dumps(value)
+    write_atomically(file, lambda f: f.write(text.encode()))
+    return value
