@@ -19,20 +19,18 @@ _COSINE_SCALE = 0.95
 
 
 class ANI(Potential):
-    r"""Atomic environment vectors (AEV) and one feed-forward network per species.
+    """Atomic environment vectors (AEV) and one feed-forward network per species.
 
     The AEV of atom i has a radial block per neighbor species and an angular block per unordered
     pair of neighbor species (Smith, Isayev, Roitberg, Chem. Sci. 8, 3192 (2017)):
 
-    .. math::
-        G^R_i = \tfrac14 \sum_j e^{-\eta_R (r_{ij} - R_s)^2} f_C(r_{ij}; R_{cr})
+        radial_i  = 1/4 Σ_j exp(-eta_r (r_ij - R_s)²) f(r_ij; radial_cutoff)
 
-        G^A_i = 2 \sum_{j<k} \left[\frac{1 + \cos(\theta_{jik} - \theta_s)}{2}\right]^\zeta
-        e^{-\eta_A ((r_{ij} + r_{ik})/2 - R_s)^2} f_C(r_{ij}; R_{ca}) f_C(r_{ik}; R_{ca})
+        angular_i = 2 Σ_j<k [(1 + cos(θ_jik - θ_s)) / 2]^zeta exp(-eta_a ((r_ij + r_ik)/2 - R_s)²)
+                    f(r_ij; angular_cutoff) f(r_ik; angular_cutoff)
 
-    with :math:`f_C(r; R) = (\cos(\pi r / R) + 1)/2` and
-    :math:`\theta = \arccos(0.95 \cos\theta_{jik})`. Networks give eV; the constant energies of the
-    species are `SpeciesOffsets`' work.
+    with `f(r; R) = (cos(π r / R) + 1) / 2` and `θ = arccos(0.95 cos θ_jik)`. Networks give eV;
+    the constant energies of the species are `SpeciesOffsets`' work.
 
     An ensemble is one model: its members share the AEV, and the atomic energy is their mean.
 
