@@ -8,7 +8,7 @@ from typing import Any
 import ase
 from torch import Tensor
 
-from potstill.errors import TeacherError, require
+from potstill.errors import TeacherError, require, suggest
 from potstill.structures import Structures
 from potstill.teachers.base import (
     ASE_NAMES,
@@ -47,6 +47,10 @@ class TBLiteTeacher(Teacher):
         if method not in _CITATIONS:
             raise TeacherError(f"unknown xTB method '{method}'; there are {', '.join(_CITATIONS)}")
         package = require("tblite.ase", extra="tblite", purpose="for the xTB teachers")
+        known = set(package.TBLite.default_parameters) - {"method", "verbosity"}
+        for name in settings:  # tblite ignores what it does not know
+            if name not in known and not name.endswith("_solvation"):
+                raise TeacherError(f"tblite has no setting '{name}'{suggest(name, known)}")
         try:
             self.calculator = package.TBLite(method=method, verbosity=0, **settings)
         except Exception as error:
