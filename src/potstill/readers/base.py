@@ -263,7 +263,7 @@ def gather(
     factors = units.factors()
     good = [_check_frame(_convert(frame, factors), checks) for frame in frames]
     if not good:
-        raise DataError(f"{path} holds no frames")
+        raise DataError(f"{path} holds no frames, or none at the index that was asked for")
     _check_presence(good, path, keys, checks)
     structures = _join_structures(good, checks.species)
     return structures, _join_labels(good)
@@ -404,9 +404,10 @@ def _check_presence(frames: Sequence[Frame], path: str, keys: KeyMap, checks: Ch
 def _near_miss(key: str, present: Sequence[str]) -> str:
     lower = {name.lower(): name for name in present}
     near = difflib.get_close_matches(key.lower(), lower, n=1)
-    near = near or [name for name in lower if key.lower() in name]
+    near = near or [name for name in lower if key.lower() in name][:4]
     if near:
-        return f"; did you mean '{lower[near[0]]}'? Then name it in the key map"
+        guess = " or ".join(f"'{lower[name]}'" for name in near)
+        return f"; did you mean {guess}? Then name it in the key map"
     return f"; it holds {_quoted(present)}" if present else "; it holds no labels at all"
 
 

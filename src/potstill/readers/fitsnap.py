@@ -52,9 +52,14 @@ def read_fitsnap(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame
     styles: dict[str, str] = {}
     for file, _, dataset, _ in loaded:
         _merge_styles(styles, dataset, file)
+    length = styles.get("PositionsStyle", "Angstrom")
+    if styles.get("LatticeStyle", length) != length:
+        raise DataError(
+            f"{path} gives the lattice in {styles['LatticeStyle']} and positions in {length}"
+        )
     units = Units(
         energy=styles.get("EnergyStyle", "eV"),
-        length=styles.get("PositionsStyle", "Angstrom"),
+        length=length,
         force=styles.get("ForcesStyle", "eV/Angstrom"),
         stress=styles.get("StressStyle", "bar"),
         positive_stress="compression",
