@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
@@ -73,10 +74,11 @@ LOOKS: dict[str, Look] = {
     "teacher": Look("teacher", "#222222", "*", ":"),
     "reference": Look("reference", "#888888", "P", "-"),
     "born_again": Look("born again (scheduled)", "#009E73", "^"),
+    "born_again_wf10": Look("born again (to $w_F$ = 10)", "#56B4E9", "<", "-."),
     "born_again_static": Look("born again (static)", "#CC79A7", "v", "--"),
 }
-_SPARE = ("#56B4E9", "#8C564B", "#6A3D9A", "#B2A000", "#7F7F7F", "#17A589", "#A93226", "#2E4053")
-_SPARE_MARKERS = ("X", "<", ">", "h", "p", "d", "8", "H")
+_SPARE = ("#8C564B", "#6A3D9A", "#B2A000", "#7F7F7F", "#17A589", "#A93226", "#2E4053")
+_SPARE_MARKERS = ("X", ">", "h", "p", "d", "8", "H")
 
 
 def looks(names: Iterable[str], labels: Mapping[str, str] | None = None) -> dict[str, Look]:
@@ -105,7 +107,7 @@ def looks(names: Iterable[str], labels: Mapping[str, str] | None = None) -> dict
 def plain_label(name: str) -> str:
     """What a model or strategy is called in tables and sentences."""
     label = LOOKS[name].label if name in LOOKS else name.replace("_", " ")
-    return label.replace("$w_F$", "w_F")
+    return label.replace("$w_F$", "w_F").replace("born again", "born-again student")
 
 
 Kind = Literal["points", "line", "thin", "dots", "level", "front"]
@@ -240,7 +242,8 @@ def write_figure(
     width = width or {1: 5.6, 2: 4.3}.get(n_columns, 3.5)
     files = {kind: folder / f"{name}.{kind}" for kind in ("png", "svg", "csv")}
     with matplotlib.rc_context(_STYLE):
-        canvas = Canvas(figsize=(width * n_columns, height * n_rows + 0.4), layout="constrained")
+        layout = ConstrainedLayoutEngine(w_pad=0.08, wspace=0.03)
+        canvas = Canvas((width * n_columns, height * n_rows + 0.4), layout=layout)
         FigureCanvasAgg(canvas)
         axes = canvas.subplots(n_rows, n_columns, squeeze=False).flatten()
         for k, (panel, axis) in enumerate(zip(panels, axes, strict=False)):

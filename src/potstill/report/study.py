@@ -72,7 +72,8 @@ class StudyRow:
         Of the initial weights and the order of configurations.
     metrics : mapping
         By the keys of `potstill.metrics` (test set, against the reference), and where measured
-        `rdf_error` (Å), `time_per_step_atom_us` (µs), `memory_per_atom_kib` (KiB).
+        `rdf_error` (sum over bins of the difference from the teacher's g(r)), `rdf_error_noise`
+        (what it would be by chance), `time_per_step_atom_us` (µs), `memory_per_atom_kib` (KiB).
     learning_curve : LearningCurves, optional
         What `potstill.evaluate.read_learning_curves` reads from the run's folder.
     """
@@ -255,6 +256,7 @@ def study_figures(
     folder.mkdir(parents=True, exist_ok=True)
     names = [*_sorted({row.strategy for row in rows}), *(baselines or {})]
     known = {**looks(names), "front": Look("Pareto front", "#9a9a9a", "")}
+    known["noise"] = Look("RDF error by chance", "#888888", "", "--")
     known |= {n: Look(n, known[n].color, "", ":") for n in baselines or {}}
     draw: Sequence[Callable[..., list[Figure]]] = (_pareto, _capacity, _learning, _cost, _seeds)
     return tuple(f for make in draw for f in make(rows, folder, known, baselines or {}))
@@ -300,6 +302,9 @@ def _capacity(
             for name, values in baselines.items()
             if key in values
         ]
+        if key == "rdf_error" and _measured(rows, ["rdf_error_noise"]):
+            noise = Spread.of(row.value("rdf_error_noise") for row in rows).mean
+            levels.append(Series("noise", [], [noise], kind="level"))
         series = _by_strategy(rows, "n_parameters", key)
         panels.append(
             Panel("Trainable parameters", METRICS[key].label, [*series, *levels], x_scale="log")
@@ -309,7 +314,8 @@ def _capacity(
     caption = (
         "Errors against the number of trainable parameters: means over seeds, bars are standard "
         "deviations. Force and energy errors are on the test set against the reference, the RDF "
-        "error is the total absolute difference from the teacher's RDF (Fig. 3 of the paper)."
+        "error is the total absolute difference from the teacher's RDF (Fig. 3 of the paper); what "
+        "lies near the line of chance cannot be told from sampling noise."
     )
     title = "Accuracy against size"
     return [write_figure(folder, "capacity", title, caption, panels, looks_of=known)]
@@ -354,8 +360,7 @@ def _cost(
         return []
     caption = (
         "Cost of molecular dynamics against the number of trainable parameters (Fig. 5 of the "
-        "paper). Student and control of one size have the same architecture, so that their "
-        "difference is the noise of the measurement."
+        "paper). Models of one size have the same architecture and the same cost."
     )
     return [write_figure(folder, "cost", "Cost against size", caption, panels, looks_of=known)]
 

@@ -90,11 +90,11 @@ def sentence(comparison: Comparison, ours: str, theirs: str) -> str:
     if c.outcome == "unknown":
         return f"{start}: no comparison, because a value is missing."
     if c.outcome == "equal":
-        return f"{start}: {ours} and {theirs} are equal."
+        return f"{start}: the {ours} and the {theirs} are equal."
     if c.outcome == "unclear":
         return (
-            f"{start}: no difference between {ours} and {theirs} beyond the spread over seeds "
-            f"({_percent(c.change)}, 95 % interval {_percent(c.low)} to {_percent(c.high)})."
+            f"{start}: no difference between the {ours} and the {theirs} beyond the spread over "
+            f"seeds ({_percent(c.change)}, 95 % interval {_percent(c.low)} to {_percent(c.high)})."
         )
     verdict = f"the {ours} is {c.outcome} than the {theirs} by {abs(100 * c.change):.2g} %"
     if abs(c.change) >= 1:
@@ -120,14 +120,16 @@ def over_sizes(group: Sequence[tuple[str, Comparison]], ours: str, theirs: str) 
     ahead = [c for _, c in group if c.change != 0 and (c.change < 0) == metric.lower_is_better]
     changes = ", ".join(f"{size} {_percent(c.change)}" for size, c in group)
     start = f"{metric.name}: the mean of the {ours} is better than that of the {theirs} at "
-    start += f"{len(ahead)} of {len(group)} sizes ({changes})"
+    start = f"{start}{len(ahead)} of {len(group)} sizes ({changes})"
     if not any(c.tested for _, c in group):
         return f"{start}; one run each, so the part of chance is not known."
     better = [size for size, c in group if c.tested and c.outcome == "better"]
     worse = [size for size, c in group if c.tested and c.outcome == "worse"]
     beyond = [f"better at {', '.join(better)}"] if better else []
     beyond += [f"worse at {', '.join(worse)}"] if worse else []
-    return f"{start}; beyond the spread over seeds it is {' and '.join(beyond) or 'not clear'}."
+    if not beyond:
+        return f"{start}; none of these differences is beyond the spread over seeds."
+    return f"{start}; beyond the spread over seeds it is {' and '.join(beyond)}."
 
 
 def _value(spread: Spread, metric: Metric) -> str:
