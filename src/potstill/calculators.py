@@ -96,7 +96,7 @@ class PotstillCalculator(Calculator):
         self._check_range(structures, neighbors, distance)
         periodic = bool(structures.pbc.all())
         wanted = ["energy", "atomic_energies", "forces", *(["stress"] if periodic else [])]
-        device = next((t.device for t in self.potential.state_dict().values()), "cpu")
+        device = self.potential.device
         prediction = self.potential.predict(structures.to(device), neighbors.to(device), wanted)
         self.results = {
             "energy": float(prediction["energy"][0]),

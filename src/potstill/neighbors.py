@@ -104,9 +104,12 @@ def check_cell(cell: np.ndarray, pbc: np.ndarray) -> None:
 
 def pair_vectors(structures: Structures, neighbors: NeighborList) -> Tensor:
     """(E, 3) float64 vectors r_ij = r_j - r_i + shift @ cell, differentiable in both."""
-    system = structures.system_index[neighbors.center]
     shifts = neighbors.shifts.to(structures.positions.dtype)
-    offset = torch.einsum("ek,ekd->ed", shifts, structures.cell[system])
+    if structures.n_systems == 1:  # as in molecular dynamics: no copy of the cell per pair
+        offset = shifts @ structures.cell[0]
+    else:
+        system = structures.system_index[neighbors.center]
+        offset = torch.einsum("ek,ekd->ed", shifts, structures.cell[system])
     return (
         structures.positions[neighbors.neighbor] - structures.positions[neighbors.center] + offset
     )

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -164,10 +165,17 @@ class Potential(nn.Module, ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Floating dtype the model computes in."""
-        for tensor in (*self.parameters(), *self.buffers()):
+        for tensor in chain(self.parameters(), self.buffers()):
             if tensor.is_floating_point():
                 return tensor.dtype
         return torch.float64
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        for tensor in chain(self.parameters(), self.buffers()):
+            return tensor.device
+        return torch.device("cpu")
 
     @property
     def n_parameters(self) -> int:

@@ -42,8 +42,8 @@ class PotentialTeacher(Teacher):
 
     def compute(self, structures: Structures, properties: Sequence[str]) -> dict[str, Tensor]:
         """Predict on the potential's device."""
-        device = next((t.device for t in self.potential.state_dict().values()), "cpu")
-        prediction = self.potential.predict(structures.to(device), properties=properties)
+        structures = structures.to(self.potential.device)
+        prediction = self.potential.predict(structures, properties=properties)
         return prediction.properties.to("cpu").values
 
 
