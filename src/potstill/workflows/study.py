@@ -7,6 +7,7 @@ study continues where it was interrupted, on as many processes as asked for.
 
 from __future__ import annotations
 
+import datetime
 import json
 import multiprocessing
 import time
@@ -22,10 +23,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from potstill.checkpoint import load_potential, write_atomically
 from potstill.distill import LossTerm, Schedule
 from potstill.errors import ConfigError, suggest
+from potstill.evaluate.base import machine_description
+from potstill.evaluate.learning import read_learning_curves
 from potstill.metrics import ErrorAccumulator
 from potstill.models import Potential
 from potstill.neighbors import build_neighbor_list, shortest_distances
 from potstill.readers import read
+from potstill.report.study import StudyRow, write_study_report
 from potstill.store import LabelledStore
 from potstill.structures import Properties, Structures
 from potstill.teachers.potential import PotentialTeacher
@@ -34,6 +38,7 @@ from potstill.train.data import atom_batches
 from potstill.train.settings import ScoreSettings
 from potstill.train.state import versions
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3
+from potstill.workflows.study_measures import MeasureSettings, TrainedModel, measure_study
 
 #: Table 1 of Matin et al.: first epoch of each stage, and the weights from there on.
 BORN_AGAIN_EPOCHS = (1, 200, 250, 300, 350, 400)
@@ -91,7 +96,7 @@ class Strategy(_Strict):
                 weights[name] = schedule.compressed(schedule_factor)
         return tuple(
             LossTerm(
-                property=name,
+                property=name,  # type: ignore[arg-type]
                 source="teacher" if name == "atomic_energies" else source,
                 weight=weight,
             )
@@ -163,6 +168,11 @@ class StudyConfig(_Strict):
         Strategies of the study's own.
     common : TrainSettings
         Everything else, shared by all runs; its model, loss, score and seed are filled in.
+    measure : MeasureSettings, optional
+        Molecular dynamics with the trained models; none if absent.
+    baselines : dict of str to dict
+        Published potentials and their errors on the first test set, by keys of
+        `potstill.metrics`.
     schedule_factor : float
         Table 1's epochs are multiplied by it.
     """
@@ -175,6 +185,8 @@ class StudyConfig(_Strict):
     strategies: tuple[str, ...] = tuple(STRATEGIES)
     extra_strategies: dict[str, Strategy] = Field(default_factory=dict)
     common: TrainSettings = Field(default_factory=TrainSettings)
+    measure: MeasureSettings | None = None
+    baselines: dict[str, dict[str, float]] = Field(default_factory=dict)
     schedule_factor: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")
@@ -200,8 +212,7 @@ class StudyConfig(_Strict):
             else:
                 sizes = strategy.sizes or [size for size in self.sizes if size != "teacher"]
             cells += [Cell(name, size, seed) for seed in self.seeds for size in sizes]
-        order = {"teacher": 0, "student": 1, "control": 1}
-        return sorted(cells, key=lambda c: (order[self.strategy(c.strategy).role], c.seed))
+        return sorted(cells, key=lambda cell: self.strategy(cell.strategy).role != "teacher")
 
 
 @dataclass(frozen=True)
@@ -318,6 +329,92 @@ def run_cell(config: StudyConfig, folder: Path, cell: Cell, threads: int) -> Non
     }
     text = json.dumps(record, indent=1)
     write_atomically(_result_file(folder, cell), lambda file: file.write(text.encode()))
+
+
+def report_study(
+    config: StudyConfig,
+    folder: str | Path,
+    *,
+    command: str = "",
+    on_model: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure what has been trained so far and write tables, figures and the report page.
+
+    Parameters
+    ----------
+    config : StudyConfig
+        The study.
+    folder : path
+        As given to `run_study`; gets `report.html`, `report/` and `results.json`.
+    command : str
+        What was typed, for the record.
+    on_model : callable, optional
+        Called with the name of each model before it is measured.
+
+    Returns
+    -------
+    dict
+        What `results.json` holds: one record per trained cell, config, versions and machine.
+    """
+    folder = Path(folder)
+    finished = [c for c in config.cells() if _result_file(folder, c).is_file()]
+    if not finished:
+        raise ConfigError(f"{folder} holds no finished run of the study '{config.name}'")
+    records = {c.name: json.loads(_result_file(folder, c).read_text()) for c in finished}
+    if config.measure is not None:
+        models = [_trained_model(config, folder, cell) for cell in finished]
+        measured = measure_study(models, config.measure, folder / "measures", on_model=on_model)
+        for name, values in measured.items():
+            records[name]["md"] = values
+    rows = [_row(config, folder, name, record) for name, record in records.items()]
+    result = {
+        "study": config.name,
+        "title": config.title,
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "n_cells": len(config.cells()),
+        "n_finished": len(finished),
+        "versions": versions(),
+        "machine": machine_description(),
+        "config": json.loads(config.model_dump_json()),
+        "cells": records,
+    }
+    text = json.dumps(result, indent=1)
+    write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
+    about = {
+        "study": config.name,
+        "command": command,
+        "date": result["date"],
+        "runs": f"{len(finished)} of {len(config.cells())}",
+        "seeds": ", ".join(str(seed) for seed in config.seeds),
+        "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
+    }
+    write_study_report(
+        rows, folder, title=config.title, about=about, baselines=config.baselines or None
+    )
+    return result
+
+
+def _trained_model(config: StudyConfig, folder: Path, cell: Cell) -> TrainedModel:
+    teacher = Cell("teacher", "teacher", cell.seed)
+    has_teacher = cell != teacher and _result_file(folder, teacher).is_file()
+    return TrainedModel(
+        cell.name, cell.size, folder / cell.name / "best.pt", teacher.name if has_teacher else None
+    )
+
+
+def _row(config: StudyConfig, folder: Path, name: str, record: dict[str, Any]) -> StudyRow:
+    first_test = next(iter(config.data.tests))
+    md = {k: v for k, v in record.get("md", {}).items() if isinstance(v, float)}
+    return StudyRow(
+        name=name,
+        strategy=record["strategy"],
+        size=record["size"],
+        n_parameters=record["n_parameters"],
+        seed=record["seed"],
+        metrics={**record["metrics"][f"test:{first_test}"], **md},
+        learning_curve=read_learning_curves(folder / name / "metrics.jsonl"),
+    )
 
 
 def errors(potential: Potential, structures: Structures, labels: Properties) -> dict[str, float]:

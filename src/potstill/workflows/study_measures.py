@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +103,15 @@ def measure_study(
     for model in models:
         if on_model is not None:
             on_model(model.name)
-        _cached(folder / f"rdf-{model.name}.json", lambda m=model: _liquid(m, settings))
+        _cached(folder / f"rdf-{model.name}.json", partial(_liquid, model, settings))
     for model in models:
         result[model.name] |= _rdf_errors(model, folder)
     representatives = {model.size: model for model in reversed(models)}
-    speeds = _cached(folder / "speed.json", lambda: _speeds(representatives, settings))
+    speeds = _cached(folder / "speed.json", partial(_speeds, representatives, settings))
     for model in models:
         result[model.name]["time_per_step_atom_us"] = speeds[model.size]
     for size, model in representatives.items():
-        memory = _cached(folder / f"memory-{size}.json", lambda m=model: _memory(m, settings))
+        memory = _cached(folder / f"memory-{size}.json", partial(_memory, model, settings))
         for other in models:
             if other.size == size:
                 result[other.name]["memory_per_atom_kib"] = memory["bytes_per_atom"] / 1024

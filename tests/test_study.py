@@ -1,0 +1,127 @@
+"""A whole small study: teachers, students and controls, resumed and reported."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ase.io import write as ase_write
+from pydantic import ValidationError
+from test_train import emt_set
+
+from potstill.checkpoint import load_potential
+from potstill.distill import Schedule
+from potstill.errors import ConfigError
+from potstill.workflows.study import (
+    STRATEGIES,
+    StudyConfig,
+    report_study,
+    run_study,
+    split_by_groups,
+)
+
+
+def _config(folder: Path, **changes: object) -> StudyConfig:
+    for name, n, seed in (("train", 14, 0), ("test", 4, 9)):
+        data = emt_set(n, seed)
+        frames = data.structures.to_ase()
+        offsets = data.structures.atom_offsets
+        for s, atoms in enumerate(frames):
+            atoms.info["energy"] = float(data.labels["reference"]["energy"][s])
+            part = slice(int(offsets[s]), int(offsets[s + 1]))
+            atoms.arrays["forces"] = data.labels["reference"]["forces"][part].numpy()
+        ase_write(folder / f"{name}.xyz", frames, format="extxyz")
+    hyper = {
+        "n_features": 6,
+        "n_sensitivities": 5,
+        "dist_soft_min": 1.6,
+        "dist_soft_max": 3.6,
+        "dist_hard_max": 4.0,
+        "n_atom_layers": 1,
+    }
+    settings: dict = {
+        "name": "copper",
+        "title": "A study of nothing much",
+        "data": {
+            "train": str(folder / "train.xyz"),
+            "tests": {"held out": str(folder / "test.xyz")},
+            "validation_fraction": 0.2,
+        },
+        "seeds": (0, 1),
+        "sizes": {"teacher": hyper, "small": {**hyper, "n_features": 3}},
+        "strategies": ("teacher", "student", "control_wf10", "born_again"),
+        "common": {"epochs": 3, "batch_size": 4, "early_stopping": None},
+        "schedule_factor": 0.005,
+        **changes,
+    }
+    return StudyConfig(**settings)
+
+
+def test_a_study_trains_every_cell_once_and_reports(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    done: list[str] = []
+    folder = tmp_path / "study"
+    results = run_study(
+        config, folder, on_progress=lambda p: done.append(p.cell.name if p.cell else "")
+    )
+    assert [r["strategy"] for r in results].count("student") == 2
+    assert len(done) == len(config.cells()) == 8
+    assert all(name.startswith("teacher") for name in done[:2])
+    student = load_potential(folder / "student-small-1" / "best.pt")[1]
+    terms = {t["property"]: t for t in student["settings"]["loss"]}
+    assert terms["atomic_energies"]["source"] == "teacher"
+    assert terms["atomic_energies"]["weight"] == 100.0
+    control = load_potential(folder / "control_wf10-small-1" / "best.pt")[1]
+    assert {t["property"] for t in control["settings"]["loss"]} == {"energy", "forces"}
+
+    before = (folder / "student-small-1" / "best.pt").stat().st_mtime_ns
+    again: list[str] = []
+    run_study(config, folder, on_progress=lambda p: again.append("cell"))
+    assert again == []
+    assert (folder / "student-small-1" / "best.pt").stat().st_mtime_ns == before
+
+    record = report_study(config, folder, command="a test")
+    assert record["n_finished"] == 8
+    assert json.loads((folder / "results.json").read_text())["command"] == "a test"
+    assert "A study of nothing much" in (folder / "report.html").read_text()
+
+
+def test_the_born_again_schedule_ends_where_it_is_told_to() -> None:
+    terms = {
+        t.property: t.weight
+        for t in STRATEGIES["born_again_wf10"].loss(source="reference", schedule_factor=0.25)
+    }
+    forces, energies = terms["forces"], terms["atomic_energies"]
+    assert isinstance(forces, Schedule)
+    assert isinstance(energies, Schedule)
+    assert (forces.at(1), forces.at(100)) == (75.0, 10.0)
+    assert (energies.at(1), energies.at(99), energies.at(100)) == (200.0, 40.0, 0.0)
+
+
+def test_another_study_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    config = _config(tmp_path, strategies=("teacher",), seeds=(0,))
+    run_study(config, tmp_path / "study")
+    other = _config(tmp_path, common={"epochs": 4})
+    with pytest.raises(ConfigError, match="another 'common'"):
+        run_study(other, tmp_path / "study")
+
+
+def test_a_study_without_a_teacher_size_or_with_a_misspelt_strategy_is_refused(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ValidationError, match="teacher's size"):
+        _config(tmp_path, sizes={"small": {}})
+    with pytest.raises(ValidationError, match="did you mean 'born_again'"):
+        _config(tmp_path, strategies=("born_agian",))
+
+
+def test_validation_is_spread_over_groups() -> None:
+    structures = emt_set(20).structures
+    grouped = replace(structures, group=("a",) * 10 + ("b",) * 10)
+    held_out = split_by_groups(grouped, 0.2, seed=3)
+    assert int(held_out[:10].sum()) == int(held_out[10:].sum()) == 2
+    assert torch.equal(held_out, split_by_groups(grouped, 0.2, seed=3))
+    assert not torch.equal(held_out, split_by_groups(grouped, 0.2, seed=4))
