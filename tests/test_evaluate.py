@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import ase
 import numpy as np
@@ -17,6 +18,7 @@ from ase.calculators.lj import LennardJones
 from ase.constraints import FixAtoms
 
 from potstill.errors import ConfigError, DataError, ModelError
+from potstill.evaluate import memory
 from potstill.evaluate.base import as_json, make_calculator, repeat_to, set_temperature
 from potstill.evaluate.elastic import deform, elastic_constants
 from potstill.evaluate.eos import equation_of_state, fit_birch_murnaghan
@@ -495,6 +497,23 @@ def test_memory_per_atom_of_a_fresh_process(tmp_path, monkeypatch):
     budget = (use.baseline_bytes + 10_000 * use.bytes_per_atom) / 2**30
     assert use.largest_system(budget) == pytest.approx(10_000, abs=1)
     assert use.largest_system(0.0) == 0
+
+
+def test_memory_leaves_out_what_may_not_fit(monkeypatch):
+    asked = []
+
+    def measure(job, label, timeout):
+        asked.append(job["n_atoms"])
+        return job["n_atoms"], 2**28 + job["n_atoms"] * 2**22
+
+    monkeypatch.setattr(memory, "_measure", measure)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**33))
+    use = memory_per_atom("any", bulk("Cu"), sizes=(4000, 100, 1000, 200))
+    assert asked == [100, 200, 1000]
+    assert use.left_out == (4000,)
+    assert use.bytes_per_atom == pytest.approx(2**22)
+    with pytest.raises(DataError, match="choose smaller sizes"):
+        memory_per_atom("any", bulk("Cu"), sizes=(100, 10_000))
 
 
 def test_memory_says_why_a_process_failed():

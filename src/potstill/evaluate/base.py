@@ -41,11 +41,13 @@ class Result:
         """Inverse of `to_json` for results without nested ones; None becomes NaN."""
         values = {}
         for f in dataclasses.fields(cls):
-            value = data[f.name]
-            if f.type == "np.ndarray":
+            value, kind = data[f.name], str(f.type)
+            if kind == "np.ndarray":
                 value = np.array([math.nan if x is None else x for x in value])
-            elif f.type == "float" and value is None:
+            elif kind == "float" and value is None:
                 value = math.nan
+            elif kind.startswith("tuple"):
+                value = tuple(value)
             values[f.name] = value
         return cls(**values)
 

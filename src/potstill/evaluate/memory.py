@@ -12,6 +12,7 @@ from typing import Any
 
 import ase
 import numpy as np
+import psutil
 from ase.md.verlet import VelocityVerlet
 
 from potstill.errors import ConfigError, DataError
@@ -25,6 +26,9 @@ from potstill.evaluate.base import (
 from potstill.units import FS_IN_ASE_TIME
 
 _GIB = 2**30
+
+#: Share of the free memory that a measurement may take.
+_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class MemoryUse(Result):
         Slope of the fitted line and its standard error (NaN from two sizes).
     baseline_bytes : float
         The line at no atoms: interpreter, libraries and weights.
+    left_out : tuple of int
+        Sizes asked for that would not have fitted into the free memory.
     """
 
     name: str
@@ -49,6 +55,7 @@ class MemoryUse(Result):
     bytes_per_atom: float
     error: float
     baseline_bytes: float
+    left_out: tuple[int, ...] = ()
 
     def largest_system(self, budget_gib: float) -> int:
         """Number of atoms that fit into a budget in GiB, by the fitted line.
@@ -72,7 +79,7 @@ def memory_per_atom(
     *,
     args: dict[str, Any] | None = None,
     name: str | None = None,
-    sizes: Sequence[int] = (500, 1000, 2000, 4000),
+    sizes: Sequence[int] = (250, 500, 1000, 2000),
     n_steps: int = 2,
     threads: int = 1,
     timeout: float = 600.0,
@@ -80,7 +87,8 @@ def memory_per_atom(
     """Measure peak memory of molecular dynamics in a fresh process for each size.
 
     A process of its own is needed because memory, once taken, is seldom given back: the second
-    size in one process would be measured on top of the first.
+    size in one process would be measured on top of the first. Sizes are measured in increasing
+    order, and those that may not fit into the memory that is free are left out.
 
     Parameters
     ----------
@@ -109,14 +117,18 @@ def memory_per_atom(
     Raises
     ------
     DataError
-        If a process fails or does not end in time.
+        If a process fails or does not end in time, or if fewer than two sizes fit.
     """
     require_periodic(atoms, "memory per atom")
     if len(set(sizes)) < 2:
         raise ConfigError(f"memory per atom needs at least two sizes, not {list(sizes)}")
     label = name or spec
-    measured = []
-    for size in sizes:
+    measured: list[tuple[int, int]] = []
+    left_out: list[int] = []
+    for size in sorted(set(sizes)):
+        if left_out or (measured and not _fits(measured, size)):
+            left_out.append(int(size))
+            continue
         job = {
             "spec": spec,
             "args": args or {},
@@ -129,8 +141,26 @@ def memory_per_atom(
         }
         measured.append(_measure(job, label, timeout))
     n_atoms, peaks = np.array(measured).T
+    if len(set(n_atoms.tolist())) < 2:
+        raise DataError(
+            f"'{label}' needs too much memory for a second size beside {n_atoms[0]} atoms: choose "
+            "smaller sizes"
+        )
     slope, intercept, error = _line(n_atoms.astype(float), peaks.astype(float))
-    return MemoryUse(label, n_atoms, peaks, slope, error, intercept)
+    return MemoryUse(label, n_atoms, peaks, slope, error, intercept, tuple(left_out))
+
+
+def _fits(measured: list[tuple[int, int]], size: int) -> bool:
+    """Whether a size surely fits into the free memory, judged by smaller ones.
+
+    The kernel ends processes, perhaps others than ours, when memory runs out: we do not try.
+    """
+    n_atoms, peak = measured[-1]
+    expected = peak * size / n_atoms  # too much: the libraries' share does not grow
+    if len(measured) > 1:
+        line = _line(*np.array(measured, dtype=float).T)
+        expected = 1.2 * (line[1] + line[0] * size)
+    return expected < _SHARE * psutil.virtual_memory().available
 
 
 def _measure(job: dict[str, Any], label: str, timeout: float) -> tuple[int, int]:
