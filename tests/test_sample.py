@@ -14,7 +14,9 @@ from ase.calculators.lj import LennardJones
 from ase.constraints import FixAtoms
 
 from kill_helper import kill_until_done
+from potstill.calculators import PotstillCalculator
 from potstill.errors import ConfigError, DataError, DivergenceError
+from potstill.models.prior import ZBL
 from potstill.neighbors import build_neighbor_list
 from potstill.sample import (
     MDJob,
@@ -422,6 +424,32 @@ def test_resumes_after_dying_at_every_replacement_of_a_file(tmp_path, monkeypatc
     assert_same(frames, whole)
     left = sorted(path.name for path in (tmp_path / "killed").iterdir())
     assert left == [*(f"job_{k:03d}.npz" for k in range(5)), "plan.json"]
+
+
+def test_reused_neighbor_lists_do_not_disturb_resuming(tmp_path, monkeypatch):
+    start = copper(32)
+    potential = ZBL(start.species_table, inner=2.0, cutoff=4.5)
+    job = MDJob(temperature=1500.0, n_frames=8, stride=40.0, timestep=4.0, equilibration=0.0)
+
+    def calculator():
+        return PotstillCalculator(potential, skin=1.5)
+
+    once = calculator()
+    whole = job.run(start, once, seed=0)
+    assert once.n_neighbor_lists < job.n_evaluations / 2
+    monkeypatch.setattr(md_module.History, "append", _append_and_die(md_module.History.append))
+    for _ in range(8):
+        with pytest.raises(Died):
+            job.run(start, calculator(), seed=0, folder=tmp_path)
+    assert_same(job.run(start, calculator(), seed=0, folder=tmp_path), whole)
+
+
+def _append_and_die(append):
+    def dying(history, state, *, taken):
+        append(history, state, taken=taken)
+        raise Died
+
+    return dying
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])

@@ -90,6 +90,10 @@ class PotstillCalculator(Calculator):
     ) -> None:
         """Compute all properties at once: they share nearly all of the work."""
         super().calculate(atoms, properties, system_changes)
+        # As in ASE's own calculators: after `reset()` all counts as changed, and nothing of the
+        # past may shape the result, not even the order of a sum.
+        if "numbers" in system_changes:
+            self._list = None
         structures = self._take(self.atoms)
         neighbors = self._neighbors(structures)
         neighbors, distance = _trim(structures, neighbors, self.potential.cutoff)

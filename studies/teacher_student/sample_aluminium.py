@@ -6,11 +6,11 @@ cells of 50 to 250 atoms, melts and several crystal phases, surfaces, vacancies 
 frame of a short run of its own with an embedded-atom potential in LAMMPS, so that no two frames
 share a trajectory.
 
-    python sample_aluminium.py /work/runs/al/structures.xyz --n 300 --max-atoms 108
+    python sample_aluminium.py runs/al/structures.xyz --n 300 --max-atoms 108
 
 writes `structures.xyz` and the held-out `structures_test.xyz`, each with a note of its settings
-and versions (`.json`). The held-out structures depend on
-the seed, `--max-atoms` and `--n-test` only. Interrupted, the same command goes on.
+and versions (`.json`). The held-out structures depend on the seed, `--max-atoms` and `--n-test`
+only. Interrupted, the same command goes on.
 """
 
 from __future__ import annotations

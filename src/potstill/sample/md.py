@@ -3,9 +3,9 @@
 The integrator is ASE's `LangevinBAOAB`: Langevin dynamics at constant volume, Langevin-Hoover
 (Quigley and Probert, J. Chem. Phys. 120, 11432 (2004)) at constant pressure, both sampling the
 right ensemble. A run is a chain of segments, each a pure function from one `MDState` to the next;
-the calculator forgets its history (`calculator.reset()`) before each segment. A resumed run
-therefore repeats the undisturbed one bit for bit, provided that the calculator is deterministic
-and that `reset` makes it forget neighbor lists and starting guesses.
+before each segment the calculator is reset, so that it sees a new system and forgets neighbor
+lists and starting guesses. A resumed run therefore repeats the undisturbed one bit for bit,
+provided that the calculator itself is deterministic.
 """
 
 from __future__ import annotations

@@ -88,8 +88,7 @@ def run_plan(
     plan : SamplingPlan
         What to sample.
     calculator : ase calculator, optional
-        Drives molecular dynamics. Its `reset()` must make it forget neighbor lists and starting
-        guesses.
+        Drives molecular dynamics; it must be deterministic for runs to be the same bit for bit.
     out_folder : path
         Holds `plan.json`, one file of frames per finished job, and the checkpoints.
     progress : callable, optional
