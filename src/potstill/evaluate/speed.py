@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,9 @@ class SpeedRow(Result):
         Rounds with the least and most seconds per step.
     n_rounds, n_steps : int
         Rounds, and steps in each.
+    cpu_seconds_per_step : float
+        Processor time of all threads, median over rounds: on a busy machine it tells more than
+        the time on the clock, if the calculator runs on one thread.
     """
 
     derived = ("microseconds_per_atom",)
@@ -49,6 +53,7 @@ class SpeedRow(Result):
     slowest: float
     n_rounds: int
     n_steps: int
+    cpu_seconds_per_step: float = math.nan
 
     @property
     def microseconds_per_atom(self) -> float:
@@ -76,10 +81,14 @@ class SpeedTable(Result):
             raise DataError(f"no timing of '{name}'{suggest(name, self.names)}")
         return {row.n_atoms: row for row in self.rows if row.name == name}
 
-    def speedup(self, fast: str, slow: str) -> dict[int, float]:
-        """How many times less time `fast` takes than `slow`, by number of atoms."""
+    def speedup(self, fast: str, slow: str, *, cpu: bool = False) -> dict[int, float]:
+        """How many times less time `fast` takes than `slow`, by number of atoms.
+
+        With `cpu`, of the processor instead of on the clock.
+        """
         quick, long = self.of(fast), self.of(slow)
-        return {n: long[n].seconds_per_step / quick[n].seconds_per_step for n in quick if n in long}
+        key = "cpu_seconds_per_step" if cpu else "seconds_per_step"
+        return {n: getattr(long[n], key) / getattr(quick[n], key) for n in quick if n in long}
 
 
 def md_speed(
@@ -133,30 +142,33 @@ def md_speed(
             moving = with_calculator(start, calculator)
             set_temperature(moving, temperature, np.random.default_rng(seed))
             runs[name] = VelocityVerlet(moving, timestep=timestep * FS_IN_ASE_TIME)
-            _seconds(runs[name], 1)  # imports, compilation, first neighbor list
+            _timed(runs[name], 1)  # imports, compilation, first neighbor list
         steps = {
-            name: int(np.clip(seconds_per_round / _seconds(run, 1), 1, max_steps))
+            name: int(np.clip(seconds_per_round / _timed(run, 1)[0], 1, max_steps))
             for name, run in runs.items()
         }
-        times: dict[str, list[float]] = {name: [] for name in runs}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
         for _ in range(rounds):
             for name, run in runs.items():
-                times[name].append(_seconds(run, steps[name]) / steps[name])
-        for name, taken in times.items():
+                times[name].append(_timed(run, steps[name]))
+        for name, pairs in times.items():
+            clock, processor = np.array(pairs).T / steps[name]
             row = SpeedRow(
                 name=name,
                 n_atoms=len(start),
-                seconds_per_step=float(np.median(taken)),
-                fastest=min(taken),
-                slowest=max(taken),
+                seconds_per_step=float(np.median(clock)),
+                fastest=float(clock.min()),
+                slowest=float(clock.max()),
                 n_rounds=rounds,
                 n_steps=steps[name],
+                cpu_seconds_per_step=float(np.median(processor)),
             )
             rows.append(row)
     return SpeedTable(tuple(rows), timestep, temperature, machine_description())
 
 
-def _seconds(run: VelocityVerlet, steps: int) -> float:
-    started = time.perf_counter()
+def _timed(run: VelocityVerlet, steps: int) -> tuple[float, float]:
+    """Seconds on the clock and of the processor."""
+    clock, processor = time.perf_counter(), time.process_time()
     run.run(steps)
-    return time.perf_counter() - started
+    return time.perf_counter() - clock, time.process_time() - processor
