@@ -373,12 +373,17 @@ FILES = {
 assert len(FILES) >= 15
 
 
-@pytest.fixture
-def store(tmp_path):
-    """An existing output with structures, reference labels and half of a teacher's labels."""
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """An existing output with structures, reference labels and half of a teacher's labels.
+
+    One for all tests: none may change it.
+    """
     frames = [good_frame(k) for k in range(4)]
     structures = Structures.from_ase(frames)
-    store = LabelledStore.create(tmp_path / "out" / "kept.store", info={"licence": "CC0"})
+    store = LabelledStore.create(
+        tmp_path_factory.mktemp("out") / "kept.store", info={"licence": "CC0"}
+    )
     energy = torch.arange(4, dtype=torch.float64)
     store.append(structures, Properties({"energy": energy}))
     store.begin_labels("teacher", {"fingerprint": "abc", "properties": ["energy"]})

@@ -133,7 +133,12 @@ class LabelledStore:
         """
         if mode not in ("r", "a"):
             raise StoreError(f"a store is opened with mode 'r' or 'a', not '{mode}'")
-        return cls(Path(path), writable=mode == "a")
+        store = cls(Path(path), writable=mode == "a")
+        if mode == "a":
+            with _lock(store.path):  # only writers, who hold the lock, make such files
+                for litter in store.path.rglob("*.partial"):
+                    litter.unlink()
+        return store
 
     # -- what is there -------------------------------------------------------------------------
 
