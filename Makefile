@@ -21,10 +21,6 @@ OUT_SHORT ?= runs/silicon-short
 # More for pytest, as in `make test PYTEST_ARGS="-k layers"`.
 PYTEST_ARGS ?=
 
-# glibc gives every tensor above 32 MB back to the system and asks for it anew. Keeping the memory
-# made training steps several times faster, at the price of a larger process (docs/performance.md).
-KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=34359738368 MALLOC_TRIM_THRESHOLD_=34359738368
-
 # Tests are many small problems: one thread each, one process per core.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
@@ -53,10 +49,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 distill: $(INSTALLED)
-	$(KEEP_MEMORY) $(BIN)/potstill distill --out $(OUT)
+	$(BIN)/potstill distill --out $(OUT)
 
 distill-short: $(INSTALLED)
-	$(KEEP_MEMORY) $(BIN)/potstill distill --budget 3min --out $(OUT_SHORT)
+	$(BIN)/potstill distill --budget 3min --out $(OUT_SHORT)
 
 test: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)

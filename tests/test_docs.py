@@ -6,10 +6,12 @@ from pathlib import Path
 import ase.io
 import pytest
 import torch
+import typer
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
 from potstill.checkpoint import save_potential
+from potstill.cli import app
 from potstill.models import HIPNN
 from potstill.structures import SpeciesTable
 
@@ -71,3 +73,31 @@ def test_the_tutorial_runs(folder, capsys):
 def test_every_page_with_examples_is_run():
     with_code = {path.name for path in DOCS.glob("*.md") if examples(path.name)}
     assert with_code == {"data-formats.md", "teachers.md", "tutorial.md"}
+
+
+def shell_commands() -> list[str]:
+    """All calls of `potstill` in the shell blocks of the documentation, and where they stand."""
+    found = []
+    for path in [*DOCS.glob("*.md"), DOCS.parent / "README.md", DOCS.parent / "Makefile"]:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".md":
+            blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+            text = "\n".join([*blocks, *re.findall(r"`(potstill [^`]+)`", text)])
+        found += re.findall(r"(?:^|[\t/])potstill ([a-z][^#\n]*)", text, re.MULTILINE)
+    return found
+
+
+def test_documented_commands_and_options_exist():
+    known = {
+        name: {option for parameter in command.params for option in parameter.opts}
+        for name, command in typer.main.get_command(app).commands.items()
+    }
+    calls = [call.split() for call in shell_commands()]
+    assert {call[0] for call in calls} == set(known)
+    wrong = [
+        f"{call[0]} {word}"
+        for call in calls
+        for word in call[1:]
+        if word.startswith("--") and word.partition("=")[0] not in known[call[0]]
+    ]
+    assert wrong == []

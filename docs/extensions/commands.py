@@ -1,0 +1,59 @@
+"""Write the command reference from the commands themselves, when the documentation is built."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import typer
+
+from potstill.cli import app
+
+PAGE, MARK = "commands.md", "<!-- commands -->"
+
+
+def on_page_markdown(markdown: str, *, page: Any, **kwargs: Any) -> str:
+    """Hook of mkdocs: put the reference in the place of the mark."""
+    return markdown.replace(MARK, reference()) if page.file.src_uri == PAGE else markdown
+
+
+def reference() -> str:
+    """All commands in Markdown, grouped as in `potstill --help`."""
+    group = typer.main.get_command(app)
+    parts, panel = [], None
+    for command in group.commands.values():
+        if command.rich_help_panel != panel:
+            panel = command.rich_help_panel
+            parts.append(f"## {panel}")
+        parts += [f"### potstill {command.name}", _prose(command.help)]
+        parameters = [p for p in command.params if "--help" not in p.opts]
+        rows = [f"| {_names(p)} | {_cell(p.help)} |" for p in parameters]
+        parts.append("\n".join(["| argument or option | meaning |", "|---|---|", *rows]))
+    return "\n\n".join(parts)
+
+
+def _prose(text: str | None) -> str:
+    """Help text with its headings in bold and its indented lines as one block of commands."""
+    text = re.sub(r"\[bold\](.*?)\[/bold\]", r"**\1**", inspect.cleandoc(text or ""))
+    paragraphs: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        code = paragraph.startswith("  ")
+        if code and paragraphs and paragraphs[-1].endswith("```"):
+            paragraphs[-1] = f"{paragraphs[-1][:-3]}{inspect.cleandoc(paragraph)}\n```"
+        elif code:
+            paragraphs.append(f"```bash\n{inspect.cleandoc(paragraph)}\n```")
+        else:
+            paragraphs.append(paragraph)
+    return "\n\n".join(paragraphs)
+
+
+def _names(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        name = parameter.name.upper()
+        return f"`{name}`" if parameter.required else f"`[{name}]`"
+    return ", ".join(f"`{name}`" for name in parameter.opts)
+
+
+def _cell(text: str | None) -> str:
+    return (text or "").replace("|", "\\|")
