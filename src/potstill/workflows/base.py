@@ -231,8 +231,7 @@ def read_start(spec: str) -> Structures:
         return Structures.from_ase(BUILT_IN[spec]())
     if not Path(spec).exists():
         raise DataError(
-            f"{spec}: no such file, and no built-in structure of that name"
-            f"{suggest(spec, BUILT_IN)}"
+            f"{spec}: no such file, and no built-in structure of that name{suggest(spec, BUILT_IN)}"
         )
     return read(spec, allow_partial=True)[0]
 

@@ -193,5 +193,3 @@ def _teacher(settings: TrainSettings, sources: Mapping[str, Any]) -> Mapping[str
     if len(unique) > 1:
         return {"name": " + ".join(unique), "all": {name: sources.get(name) for name in unique}}
     return {"name": unique[0], **sources.get(unique[0], {})} if unique else None
-
-

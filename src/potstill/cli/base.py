@@ -1,0 +1,180 @@
+"""Around the commands: the process's memory, errors in one sentence, the display."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from potstill.errors import PotstillError
+from potstill.workflows.base import Display, Task, seconds_in_words
+from potstill.workflows.doctor import MALLOC
+
+#: Turns the settings of the memory allocator off.
+NO_TUNING = "POTSTILL_NO_MALLOC_TUNING"
+
+#: Exit codes: a mistake that the user can mend; an interruption.
+MISTAKE, INTERRUPTED = 2, 130
+
+
+def keep_memory() -> None:
+    """Start this process anew with glibc told to keep large tensors, unless it is already.
+
+    glibc gives every tensor above 32 MB back to the system and asks for it again in the next step;
+    keeping them makes training several times faster. The settings are read when a process starts.
+    """
+    set_already = all(name in os.environ for name in MALLOC)
+    if set_already or os.environ.get(NO_TUNING) or platform.libc_ver()[0] != "glibc":
+        return
+    for name in MALLOC:
+        os.environ.setdefault(name, str(2**35))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def print_tables(console: Console, title: str, columns: Sequence[str], rows: Sequence) -> None:
+    """Show a table; a header without words is left out."""
+    table = Table(title=title or None, title_justify="left", show_header=any(columns))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*[str(cell) for cell in row])
+    console.print(table)
+
+
+class RichDisplay(Display):
+    """Progress bars with time left on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        self.console.print(text, highlight=False)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Show a table."""
+        print_tables(self.console, title, columns, rows)
+
+    @contextmanager
+    def task(self, title: str, total: float | None = None) -> Iterator[Task]:
+        """Show a progress bar; its last state stays as a line."""
+        columns: list[ProgressColumn] = [
+            SpinnerColumn(finished_text="✓"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        ]
+        if not self.console.is_terminal:
+            with _Lines(self.console, title, total) as task:
+                yield task
+            return
+        with Progress(*columns, console=self.console) as progress:
+            bar = progress.add_task(title, total=total, note="")
+            yield _Bar(progress, bar)
+            whole = progress.tasks[0].total
+            progress.update(bar, total=whole or 1, completed=whole or 1)
+
+
+class _Bar(Task):
+    """A bar of rich."""
+
+    def __init__(self, progress: Progress, bar: TaskID) -> None:
+        self._progress, self._bar = progress, bar
+
+    def update(self, done: float, total: float | None = None, note: str = "") -> None:
+        """Move the bar."""
+        self._progress.update(self._bar, completed=done, total=total, note=note)
+
+
+class _Lines(Task):
+    """A line at the start, one every half minute, and one at the end: for logs."""
+
+    EVERY = 30.0
+
+    def __init__(self, console: Console, title: str, total: float | None) -> None:
+        self._clock = time.monotonic
+        self._console, self._title, self._total = console, title, total
+        self._began = self._last = self._clock()
+        self._note = ""
+
+    def __enter__(self) -> _Lines:
+        self._print(f"{self._title} ...")
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        words = "done" if kind is None else "stopped"
+        taken = seconds_in_words(self._clock() - self._began)
+        note = f" ({self._note})" if self._note else ""
+        self._print(f"{self._title}: {words} after {taken}{note}")
+
+    def update(self, done: float, total: float | None = None, note: str = "") -> None:
+        """Print a line if the last is half a minute old."""
+        self._note, total = note, total or self._total
+        now = self._clock()
+        if now - self._last < self.EVERY or not total:
+            return
+        self._last = now
+        left = (now - self._began) * (total - done) / done if done else 0.0
+        words = f", about {seconds_in_words(left)} left" if done else ""
+        tail = f": {note}" if note else ""
+        self._print(f"  {100.0 * done / total:3.0f} %{words}{tail}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False)
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Print potstill's own errors as one sentence and exit; all others keep their traceback."""
+    console = Console(stderr=True)
+    try:
+        yield
+    except PotstillError as error:
+        console.print(
+            f"potstill: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        raise typer.Exit(MISTAKE) from None
+    except KeyboardInterrupt:
+        console.print("potstill: interrupted; the same command goes on from here", style="yellow")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def quiet_warnings(console: Console) -> None:
+    """Show warnings as one line without the place in the source."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, UserWarning):
+            console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+
+    warnings.showwarning = show

@@ -1,0 +1,161 @@
+"""Reading configs: YAML 1.2, strict, every mistake told in one sentence with its place.
+
+The settings themselves stand beside the workflows that they belong to; this module reads them from
+files, merges what the command line adds, and words what is wrong.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from potstill.errors import ConfigError, suggest
+from potstill.workflows.base import write_settings as write_settings
+from potstill.workflows.distill import DistillConfig as DistillConfig
+from potstill.workflows.dynamics import MdConfig as MdConfig
+from potstill.workflows.evaluation import EvaluateConfig as EvaluateConfig
+from potstill.workflows.labeling import LabelConfig as LabelConfig
+from potstill.workflows.study import StudyConfig as StudyConfig
+from potstill.workflows.training import TrainConfig as TrainConfig
+from potstill.workflows.training import merged
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_config(
+    path: str | Path | None, model: type[Model], overrides: Mapping[str, Any] | None = None
+) -> Model:
+    """Read a config file.
+
+    Parameters
+    ----------
+    path : path, optional
+        A YAML file; without one everything comes from `overrides` and defaults.
+    model : type
+        The settings that it must fit.
+    overrides : mapping, optional
+        Values that replace those of the file, nested alike; None leaves a value alone.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, or a key or value is wrong; one sentence with file and key.
+    """
+    data = {} if path is None else read_yaml(path)
+    data = merged(data, _given(overrides or {}))
+    return validate(data, model, where="" if path is None else str(path))
+
+
+def validate(data: Mapping[str, Any], model: type[Model], *, where: str = "") -> Model:
+    """Turn plain values into settings; `where` names their file in messages."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_in_words(error, model, where)) from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML 1.2 file whose top level is a mapping.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such file, or it is not such YAML; also where a key is given twice.
+    """
+    path = Path(path)
+    try:
+        data = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file") from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{path}{line}: not YAML ({error.problem})") from None
+    except YAMLError as error:
+        raise ConfigError(f"{path}: not YAML ({error})") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise ConfigError(f"{path}: a config is a mapping of names to values")
+    return data
+
+
+def _given(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop what is None, at all levels."""
+    result = {}
+    for key, value in overrides.items():
+        if isinstance(value, Mapping):
+            value = _given(value)
+            if not value:
+                continue
+        if value is not None:
+            result[key] = value
+    return result
+
+
+def _in_words(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    """One sentence about the first mistake, and how many more there are."""
+    found = error.errors()
+    # An unknown key is the likeliest reason of all others.
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+    place = _key_path(first["loc"])
+    if first["type"] == "extra_forbidden":
+        name = str(first["loc"][-1])
+        parent = _key_path(first["loc"][:-1])
+        inside = f" in '{parent}'" if parent else ""
+        text = f"unknown key '{name}'{inside}{suggest(name, known_keys(model, first['loc']))}"
+    elif first["type"] == "missing":
+        text = f"'{place}' is missing"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
+        given = repr(first["input"])
+        shown = f" (it is {given})" if len(given) <= 60 and place else ""
+        text = f"'{place}': {message}{shown}" if place else message
+    more = len(found) - 1
+    tail = f"; and {more} more" if more and first["type"] != "extra_forbidden" else ""
+    return f"{where}: {text}{tail}" if where else f"{text}{tail}"
+
+
+def _key_path(location: tuple[int | str, ...]) -> str:
+    """`data.files[0].path`; names that pydantic adds for unions and functions are left out."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part.isidentifier() and not part[:1].isupper() and part not in _TAGS:
+            path += f".{part}" if path else part
+    return path
+
+
+_TAGS = frozenset({"float", "int", "str", "bool", "tuple", "list", "dict"})
+
+
+def known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Keys that are legal where the last part of a location was found."""
+    models = [model]
+    for part in location[:-1]:
+        if not isinstance(part, str):
+            continue
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        if fields:
+            models = [m for f in fields for m in _models_in(f.annotation)]
+    return sorted({name for m in models for name in m.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Settings that an annotation mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if isinstance(annotation, types.GenericAlias | types.UnionType) or typing.get_args(annotation):
+        return [m for part in typing.get_args(annotation) for m in _models_in(part)]
+    return []

