@@ -1,0 +1,78 @@
+"""Make a store, or label one with a cheap teacher; run by tests that kill it at random moments.
+
+Usage: label_worker.py STORE SECONDS_PER_FRAME
+"""
+
+import sys
+import time
+
+import ase.build
+import numpy as np
+import torch
+from ase.calculators.lj import LennardJones
+
+from kill_helper import announce
+from potstill.label import label_store
+from potstill.store import LabelledStore
+from potstill.structures import Properties, Structures
+from potstill.teachers.base import Teacher, TeacherInfo, ask_ase_calculator
+
+N_FRAMES, APPENDED_AT_ONCE = 40, 5
+
+
+class SlowLennardJones(Teacher):
+    """Lennard-Jones argon that takes its time and cannot do every seventh frame."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.info = TeacherInfo("lj", "fingerprint-of-lj", licence="none", versions={"ase": "any"})
+        self.properties = frozenset({"energy", "forces", "stress", "atomic_energies"})
+        self.seconds = seconds
+
+    def compute(self, structures, properties):
+        time.sleep(self.seconds)
+        if int(structures.frame_id[0].split(":")[1]) % 7 == 3:
+            raise RuntimeError("did not converge")
+        calculator = LennardJones(sigma=3.4, epsilon=0.01, rc=8.0, smooth=True)
+        return ask_ase_calculator(calculator, structures, properties)
+
+
+def argon() -> tuple[Structures, Properties]:
+    """Rattled crystals of 1 to 8 atoms, and an energy for each as reference."""
+    frames = []
+    for k in range(N_FRAMES):
+        atoms = ase.build.bulk("Ar", "fcc", a=5.2, cubic=k % 2 == 0)
+        atoms.positions += np.random.default_rng(k).normal(0.0, 0.1, atoms.positions.shape)
+        atoms.info.update(frame_id=f"argon:{k}", config_type="warm" if k % 3 else "cold")
+        frames.append(atoms)
+    energy = torch.arange(N_FRAMES, dtype=torch.float64)
+    return Structures.from_ase(frames), Properties({"energy": energy})
+
+
+def fill(path: str) -> LabelledStore:
+    """Append the structures in parts, going on where a killed run stopped."""
+    try:
+        store = LabelledStore.open(path, "a")
+    except Exception:
+        store = LabelledStore.create(path, info={"licence": "none", "seed": 0})
+    structures, reference = argon()
+    for start in range(0, N_FRAMES, APPENDED_AT_ONCE):
+        part = range(start, start + APPENDED_AT_ONCE)
+        store.append(
+            structures.select(part), reference.select(part, structures), skip_existing=True
+        )
+    return store
+
+
+def run(path: str, seconds: float) -> LabelledStore:
+    """Fill a store and label it."""
+    store = fill(path)
+    label_store(
+        store, SlowLennardJones(seconds), ("energy", "forces", "stress", "atomic_energies"), chunk=3
+    )
+    return store
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    announce()
+    run(sys.argv[1], float(sys.argv[2]))

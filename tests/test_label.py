@@ -1,0 +1,168 @@
+"""Labelling stores with a cheap teacher: refusals, failures, progress, and kill -9."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kill_helper import kill_until_done
+from label_worker import N_FRAMES, SlowLennardJones, argon, fill, run
+from potstill.errors import ConfigError, StoreError, TeacherError
+from potstill.label import label_store
+from potstill.store import LabelledStore
+from potstill.structures import Properties
+from potstill.teachers.base import TeacherInfo
+
+ALL = ("energy", "forces", "stress", "atomic_energies")
+FAILING = [k for k in range(N_FRAMES) if k % 7 == 3]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return fill(str(tmp_path / "s"))
+
+
+def test_labels_failures_and_progress(store):
+    calls = []
+    report = label_store(
+        store,
+        SlowLennardJones(),
+        ALL,
+        chunk=9,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert (report.n_labelled, report.n_failed, report.n_new) == (34, 6, 40)
+    assert calls == [(0, 40), (9, 40), (18, 40), (27, 40), (36, 40), (40, 40)]
+    assert [failure["system"] for failure in report.failures] == FAILING
+    assert report.failures[0] == {"system": 3, "frame_id": "argon:3", "reason": "did not converge"}
+    labels, structures = store.labels("lj"), store.structures()
+    absent = ~labels.presence("forces", N_FRAMES)
+    assert absent.nonzero().flatten().tolist() == FAILING
+    atomic = labels["atomic_energies"]
+    total = torch.zeros(N_FRAMES, dtype=torch.float64).index_add(
+        0, structures.system_index, atomic.nan_to_num()
+    )
+    assert torch.allclose(total[~absent], labels["energy"][~absent])
+    direct, _ = SlowLennardJones().label(structures, ("forces",))
+    assert torch.equal(direct["forces"].nan_to_num(), labels["forces"].nan_to_num())
+    info = store.source_info("lj")
+    assert info["fingerprint"] == "fingerprint-of-lj"
+    assert info["versions"] == {"ase": "any"}
+    assert info["units"]["stress"] == "eV/Å³"
+    # Nothing is left to do.
+    again = label_store(store, SlowLennardJones(), ALL)
+    assert (again.n_labelled, again.n_failed, again.n_new) == (34, 6, 0)
+    assert again.failures == report.failures
+
+
+def test_the_reference_stays_beside_the_teacher(store):
+    label_store(store, SlowLennardJones(), ("energy",))
+    assert store.sources == ("reference", "lj")
+    assert store.labels("reference")["energy"].tolist() == list(range(N_FRAMES))
+
+
+def test_structures_that_come_later_are_labelled_later(tmp_path):
+    structures, _ = argon()
+    store = LabelledStore.create(tmp_path / "s")
+    store.append(structures.select(range(10)))
+    label_store(store, SlowLennardJones(), ALL)
+    store.append(structures.select(range(10, N_FRAMES)))
+    report = label_store(store, SlowLennardJones(), ALL)
+    assert (report.n_new, report.n_labelled) == (30, 34)
+    whole = LabelledStore.create(tmp_path / "whole")
+    whole.append(structures)
+    label_store(whole, SlowLennardJones(), ALL)
+    assert store.fingerprint() == whole.fingerprint()
+
+
+def test_what_the_teacher_cannot_give_is_refused_first(store):
+    before = store.fingerprint()
+    with pytest.raises(TeacherError, match="'lj' does not give 'charges'"):
+        label_store(store, SlowLennardJones(), ("energy", "charges"))
+    with pytest.raises(ConfigError, match="unknown property 'force'; did you mean 'forces'"):
+        label_store(store, SlowLennardJones(), ("force",))
+    with pytest.raises(TeacherError, match="at least one property"):
+        label_store(store, SlowLennardJones(), ())
+    with pytest.raises(TeacherError, match="at least one frame, not 0"):
+        label_store(store, SlowLennardJones(), ALL, chunk=0)
+    with pytest.raises(StoreError, match="opened for reading"):
+        label_store(LabelledStore.open(store.path), SlowLennardJones(), ALL)
+    assert store.fingerprint() == before
+    assert store.sources == ("reference",)
+
+
+def test_another_teacher_or_other_properties_under_the_name_are_refused(store):
+    label_store(store, SlowLennardJones(), ("energy",))
+    with pytest.raises(StoreError, match=r"begun with the properties \['energy'\]"):
+        label_store(store, SlowLennardJones(), ALL)
+    other = SlowLennardJones()
+    other.info = TeacherInfo("lj", "another-fingerprint")
+    with pytest.raises(StoreError, match="of a different teacher"):
+        label_store(store, other, ("energy",))
+
+
+class Faulty(SlowLennardJones):
+    """Spoils some of its answers after the fact, as a teacher with a bug would."""
+
+    def __init__(self, spoil):
+        super().__init__()
+        self.spoil = spoil
+
+    def label(self, structures, properties):
+        labels, failures = super().label(structures, properties)
+        self.spoil(labels.values, structures)
+        return labels, failures
+
+
+def test_atomic_energies_that_do_not_sum_are_refused(store):
+    def spoil(values, structures):
+        values["energy"] += 2e-6 * structures.n_atoms_per_system
+
+    with pytest.raises(TeacherError, match=r"do not sum to its energy in argon:0: .* 2e-06"):
+        label_store(store, Faulty(spoil), ALL)
+    assert store.n_labelled("lj") == 0
+
+    def spoil_less(values, structures):
+        values["energy"] += 2e-7 * structures.n_atoms_per_system
+
+    assert label_store(store, Faulty(spoil_less), ALL).n_labelled == 34
+
+
+def test_labels_that_are_not_finite_are_failures(store):
+    def spoil(values, structures):
+        for s, name in enumerate(structures.frame_id):
+            if name == "argon:5":
+                values["forces"][structures.system_index == s] = torch.inf
+
+    report = label_store(store, Faulty(spoil), ALL)
+    assert report.n_failed == 7
+    assert {"system": 5, "frame_id": "argon:5", "reason": "forces is not finite"} in report.failures
+    assert not store.labels("lj").presence("energy", N_FRAMES)[5]
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_kill_dash_nine(tmp_path, kills):
+    """Filling and labelling, killed at random moments, ends as if nothing had happened."""
+    script = str(Path(__file__).with_name("label_worker.py"))
+    killed = tmp_path / "killed"
+    met = kill_until_done([script, str(killed), "0.02"], kills=kills, longest=1.5)
+    assert any(met)
+    undisturbed = run(str(tmp_path / "undisturbed"), 0.0)
+    store = LabelledStore.open(killed)
+    store.verify()
+    assert store.fingerprint() == undisturbed.fingerprint()
+    assert store.structures().fingerprints() == undisturbed.structures().fingerprints()
+    assert store.structures().frame_id == undisturbed.structures().frame_id
+    for source in ("reference", "lj"):
+        found, expected = store.labels(source), undisturbed.labels(source)
+        assert_equal(found, expected)
+        assert store.failures(source) == undisturbed.failures(source)
+        assert store.n_labelled(source) == N_FRAMES
+    assert [failure["system"] for failure in store.failures("lj")] == FAILING
+
+
+def assert_equal(found: Properties, expected: Properties) -> None:
+    assert found.names == expected.names
+    for name in found.names:
+        assert torch.equal(found[name].nan_to_num(9), expected[name].nan_to_num(9))
+        assert torch.equal(found.present[name], expected.present[name])
