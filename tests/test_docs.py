@@ -76,14 +76,16 @@ def test_every_page_with_examples_is_run():
 
 
 def shell_commands() -> list[str]:
-    """All calls of `potstill` in the shell blocks of the documentation, and where they stand."""
-    found = []
-    for path in [*DOCS.glob("*.md"), DOCS.parent / "README.md", DOCS.parent / "Makefile"]:
+    """All calls of `potstill` in documentation, Makefile and comments of the studies' configs."""
+    root, found = DOCS.parent, []
+    configs = root.glob("studies/**/*.yaml")
+    for path in [*DOCS.glob("*.md"), root / "README.md", root / "Makefile", *configs]:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".md":
             blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
             text = "\n".join([*blocks, *re.findall(r"`(potstill [^`]+)`", text)])
-        found += re.findall(r"(?:^|[\t/])potstill ([a-z][^#\n]*)", text, re.MULTILINE)
+        text = text.replace("\\\n#", "")
+        found += re.findall(r"(?:^|[\t/]|^# +)potstill ([a-z][^#\n]*)", text, re.MULTILINE)
     return found
 
 
