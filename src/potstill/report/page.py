@@ -21,13 +21,14 @@ class Fact:
 
     Parameters
     ----------
-    value, label : str
-        "0.041 eV/Å", "force RMSE of the student".
+    value, unit, label : str
+        "0.041", "eV/Å", "force RMSE of the student".
     note : str
         In small print below.
     """
 
     value: str
+    unit: str
     label: str
     note: str = ""
 

@@ -9,7 +9,7 @@ longer than one figure.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -315,6 +315,7 @@ def _draw_panel(axis: Axes, panel: Panel, known: Mapping[str, Look]) -> None:
     for direction in ("x", "y"):
         if _is_log(panel, direction):
             (axis.set_xscale if direction == "x" else axis.set_yscale)("log")
+    _widen_single_values(axis, panel)
     for series in panel.series:
         _draw_series(axis, series, known[series.name])
     axis.set_xlabel(panel.x_label)
@@ -353,9 +354,10 @@ def _draw_series(axis: Axes, series: Series, look: Look) -> None:
         axis.plot(x, y, color=look.color, linewidth=0.7, alpha=0.4, zorder=1.8)
         return
     if series.kind == "dots":
+        many = len(x) > 300  # a cloud, drawn as a bitmap to keep the SVG small
         axis.plot(
-            x, y, linestyle="none", marker="o", markersize=2.6, markeredgewidth=0, alpha=0.45,
-            color=look.color, rasterized=True, zorder=2,
+            x, y, linestyle="none", marker="o", markersize=2.6 if many else 4.0, alpha=0.5,
+            markeredgewidth=0, color=look.color, rasterized=many, zorder=2,
         )  # fmt: skip
         return
     if series.kind == "line":
@@ -369,8 +371,18 @@ def _draw_series(axis: Axes, series: Series, look: Look) -> None:
         x, y, xerr=bars[0], yerr=bars[1], color=look.color, marker=look.marker,
         markersize=_marker_size(look), markeredgecolor="white", markeredgewidth=0.7,
         linestyle=look.line if series.joined else "none", linewidth=1.1, capsize=3,
-        elinewidth=1.2, zorder=3,
+        elinewidth=1.2, zorder=3, clip_on=False,
     )  # fmt: skip
+
+
+def _widen_single_values(axis: Axes, panel: Panel) -> None:
+    """Give logarithmic axes with one value only a width, which matplotlib does with a warning."""
+    directions: tuple[Literal["x", "y"], ...] = ("x", "y")
+    for direction in directions:
+        values = _finite_values(panel, direction)
+        if _is_log(panel, direction) and len(values) and values.min() == values.max():
+            limits = (0.5 * values[0], 2.0 * values[0])
+            (axis.set_xlim if direction == "x" else axis.set_ylim)(*limits)
 
 
 def _marker_size(look: Look) -> float:
@@ -429,15 +441,19 @@ def _is_log(panel: Panel, direction: Literal["x", "y"]) -> bool:
     scale = panel.x_scale if direction == "x" else panel.y_scale
     if scale != "auto":
         return scale == "log"
-    values = np.concatenate([np.ravel(v) for v in _values(panel, direction)] or [np.zeros(0)])
-    values = values[np.isfinite(values)]
+    values = _finite_values(panel, direction)
     return bool(len(values)) and bool(values.min() > 0) and bool(values.max() > 10 * values.min())
 
 
-def _values(panel: Panel, direction: Literal["x", "y"]) -> Iterator[np.ndarray]:
-    for series in panel.series:
-        if not (series.kind == "level" and direction == "x"):
-            yield np.asarray(series.x if direction == "x" else series.y, dtype=float)
+def _finite_values(panel: Panel, direction: Literal["x", "y"]) -> np.ndarray:
+    """All finite coordinates of a panel along one direction."""
+    values = [
+        np.ravel(np.asarray(series.x if direction == "x" else series.y, dtype=float))
+        for series in panel.series
+        if not (series.kind == "level" and direction == "x")
+    ]
+    joined = np.concatenate(values) if values else np.zeros(0)
+    return joined[np.isfinite(joined)]
 
 
 def _set_ticks(axis: Axes, panel: Panel) -> None:

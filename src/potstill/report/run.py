@@ -85,7 +85,7 @@ def write_report(run: str | Path | ReportData, *, about: Mapping[str, str] | Non
             table.write(parts)
     page = Page(
         title=data.title,
-        about=tuple({**data.about, **(about or {})}.items()),
+        about=tuple({**(about or {}), **data.about}.items()),
         verdicts=verdicts(data) or ("Nothing has been evaluated yet.",),
         facts=_facts(data),
         notes=data.problems,
@@ -193,21 +193,21 @@ def _facts(data: ReportData) -> tuple[Fact, ...]:
     for model in ("student", *data.controls):
         value = data.errors(model).get("forces_rmse", math.nan)
         if math.isfinite(value):
-            label = f"force RMSE, {plain_label(model)}"
-            facts.append(Fact(f"{number(value)} eV/Å", label, against))
+            facts.append(Fact(number(value), "eV/Å", f"force RMSE, {plain_label(model)}", against))
     relative = data.errors("student").get("forces_relative_rmse", math.nan)
     if math.isfinite(relative):
-        facts.append(Fact(f"{number(100 * relative)} %", "relative force RMSE, student", against))
+        label = "relative force RMSE, student"
+        facts.append(Fact(number(100 * relative), "%", label, against))
     ratios = speed_ratio(data)
     if ratios:
         n = max(ratios)
-        facts.append(Fact(f"{number(ratios[n])} ×", "speed over the teacher", f"{n:,} atoms"))
+        facts.append(Fact(number(ratios[n]), "×", "speed over the teacher", f"{n:,} atoms"))
     run = data.test("nve").get("student")
     if run and run.get("exploded_at") is None:
         note = f"in {run['duration']:g} ps at {run['temperature']:g} K"
-        facts.append(Fact(f"{_signed(run['drift'])} meV/atom", "NVE drift, student", note))
+        facts.append(Fact(_signed(run["drift"]), "meV/atom", "NVE drift, student", note))
     elif run:
-        facts.append(Fact("unstable", "NVE, student", f"after {run['exploded_at']:g} ps"))
+        facts.append(Fact("unstable", "", "NVE, student", f"after {run['exploded_at']:g} ps"))
     return tuple(facts)
 
 
@@ -346,32 +346,38 @@ _Drawing = dict[str, Any]  # arguments of write_figure
 
 def _parity(data: ReportData) -> _Drawing | None:
     titles = {
-        "forces": ("Forces", "eV/Å", 1.0),
-        "energy": ("Energies, from their mean", "eV/atom", 1.0),
-        "atomic_energies": ("Atomic energies, from their mean", "eV", 1.0),
+        "forces": ("forces", "eV/Å"),
+        "energy": ("energies from their mean", "eV/atom"),
+        "atomic_energies": ("atomic energies from their mean", "eV"),
     }
     stored = data.test("parity")
+    names = [n for n in titles if any(points.get(n) for points in stored.values())]
     panels = []
-    for name, (title, unit, scale) in titles.items():
-        series = []
-        for model in reversed(list(stored)):  # the student is drawn last, on top
-            points = stored[model].get(name)
-            if points and points["label"]:
-                label = scale * np.asarray(points["label"], dtype=float)
-                zero = 0.0 if name == "forces" else label.mean()
-                predicted = scale * np.asarray(points["prediction"], dtype=float)
-                series.append(Series(model, label - zero, predicted - zero, kind="dots"))
-        if series:
+    for model, properties in stored.items():
+        for name in names:
+            title, unit = titles[name]
+            points = properties.get(name) or {"label": [], "prediction": []}
+            label, predicted = (_floats(points[side]) for side in ("label", "prediction"))
+            # large offsets would hide all structure; both sides are shifted by the same number
+            zero = label.mean() if name != "forces" and len(label) else 0.0
             panels.append(
-                Panel(f"Label ({unit})", f"Prediction ({unit})", series, title, diagonal=True)
-            )
+                Panel(
+                    f"Label ({unit})", f"Prediction ({unit})",
+                    [Series(model, label - zero, predicted - zero, kind="dots")],
+                    f"{plain_label(model)}: {title}" if name == names[0] else title,
+                    diagonal=True,
+                )
+            )  # fmt: skip
     if not panels:
         return None
     caption = (
         f"Predictions against the labels of the {data.target} on held-out structures; the line is "
         "perfect agreement. Large sets are thinned by a seeded sample."
     )
-    return {"name": "parity", "title": "Parity", "caption": caption, "panels": panels}
+    return {
+        "name": "parity", "title": "Parity", "caption": caption, "panels": panels,
+        "n_columns": len(names), "legend": False,
+    }  # fmt: skip
 
 
 def _groups(data: ReportData) -> _Drawing | None:
@@ -410,7 +416,7 @@ def _groups(data: ReportData) -> _Drawing | None:
 
 
 def _learning(data: ReportData) -> _Drawing | None:
-    panels = learning_panels(data.curves)
+    panels = learning_panels({m: data.curves[m] for m in data.models if m in data.curves})
     caption = (
         "Force error while training: the force term of the loss on the training set (RMSE + MAE "
         "unless the loss was changed; mean of the batches), and the RMSE on the validation set "
@@ -474,7 +480,7 @@ def _cost(data: ReportData) -> _Drawing | None:
         for m, r in data.test("memory").items()
     ]
     if memory:
-        panels.append(Panel("Atoms", "Peak memory (MiB)", memory, x_scale="auto", from_zero=True))
+        panels.append(Panel("Atoms", "Peak memory (MiB)", memory, x_scale="auto", y_scale="auto"))
     caption = (
         "Time per step and atom in ASE dynamics, and peak memory of a fresh process, against the "
         "number of atoms."
@@ -492,7 +498,7 @@ def _eos(data: ReportData) -> _Drawing | None:
         for m, r in results.items()
     }
     series = [Series(m, v, e, joined=True) for m, (v, e) in curves.items()]
-    panels = [Panel("Volume (Å³/atom)", "E − E_min (meV/atom)", series, "E(V)")]
+    panels = [Panel("Volume (Å³/atom)", "Energy from minimum (meV/atom)", series, "E(V)")]
     if "teacher" in curves and len(curves) > 1:
         volumes, energies = curves["teacher"]
         differences = []
@@ -516,13 +522,19 @@ def _nve(data: ReportData) -> _Drawing | None:
     runs = data.test("nve")
     if not runs:
         return None
-    series = [Series(m, r["time"], _floats(r["energy"]), kind="line") for m, r in runs.items()]
-    panel = Panel("Time (ps)", "E − E(0) (meV/atom)", series, zero_line=True)
+    series = []
+    for model, run in runs.items():
+        time, energy = _floats(run["time"]), _floats(run["energy"])
+        series.append(Series(model, time, energy, kind="thin"))
+        if run.get("slope") is not None and len(time):
+            fit = energy.mean() + run["slope"] * (time - time.mean())
+            series.append(Series(model, time[[0, -1]], fit[[0, -1]], kind="line"))
+    panel = Panel("Time (ps)", "Total energy from start (meV/atom)", series, zero_line=True)
     first = next(iter(runs.values()))
     caption = (
         f"Total energy in NVE dynamics of {first['n_atoms']} atoms at {first['temperature']:g} K "
-        f"with a timestep of {first['timestep']:g} fs. A slope is drift; noise of constant width "
-        "is the integrator's."
+        f"with a timestep of {first['timestep']:g} fs (thin), and the fitted drift (thick). Noise "
+        "of constant width is the integrator's."
     )
     title = "Energy at constant energy"
     return {"name": "nve", "title": title, "caption": caption, "panels": [panel], "width": 7.0}

@@ -51,7 +51,7 @@ class Metric:
 _SHOWN = (
     Metric("forces_rmse", "Force RMSE", "eV/Å"),
     Metric("forces_mae", "Force MAE", "eV/Å"),
-    Metric("forces_relative_rmse", "Relative force RMSE", "%", 100.0),
+    Metric("forces_relative_rmse", "Rel. force RMSE", "%", 100.0),
     Metric("forces_cosine", "Force cosine", lower_is_better=False),
     Metric("energy_per_atom_rmse", "Energy RMSE", "meV/atom", 1e3),
     Metric("energy_per_atom_mae", "Energy MAE", "meV/atom", 1e3),
