@@ -123,7 +123,7 @@ def test_every_module_is_in_the_api_reference():
     modules = {
         "potstill." + ".".join(path.relative_to(SOURCE).with_suffix("").parts)
         for path in SOURCE.rglob("*.py")
-        if not path.stem.startswith("_")
+        if not path.stem.startswith("_") and path.parent.name != "cli"  # has its own page
     }
     # Packages' own pages are optional: most only gather their modules.
     missing = modules - documented
