@@ -21,7 +21,7 @@ COUNTS = {
     "draft_epochs": 10,
     "epochs": 3,
     "nve_duration": 0.02,
-    "md_duration": 0.2,
+    "md_duration": 0.16,
 }
 
 
@@ -46,6 +46,7 @@ def settings(tmp_path):
         "counts": COUNTS,
         "controls": [10.0],
         "pressure": [],
+        "trainings_at_once": 1,
         "tests": {"errors": ["student", "control"], "eos": ["student", "teacher"]},
     }
 
@@ -59,6 +60,8 @@ class Killed(BaseException):
     """Stands in for a kill."""
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:constrained_layout:UserWarning")  # tiny figures
 def test_a_run_killed_at_every_stage_ends_like_one_that_was_not(settings, tmp_path, monkeypatch):
     whole = run(settings, tmp_path / "whole")
     stages = dict(job.STAGES)
@@ -82,7 +85,7 @@ def test_a_run_killed_at_every_stage_ends_like_one_that_was_not(settings, tmp_pa
         assert all((x == y).all() for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
     folder = whole.folder
-    for name in ("plan.json", "config.yaml", "student.pt", "md/trajectory.extxyz", "md/thermo.csv"):
+    for name in ("student.pt", "report.html", "md/trajectory.extxyz", "md/thermo.csv"):
         assert (folder / name).is_file()
     errors = json.loads((folder / "evaluation" / "errors.json").read_text())
     assert set(errors) == {"student", "control_wf10"}
@@ -125,11 +128,11 @@ def test_plans_keep_to_their_budget(budget, label):
     from potstill.workflows.base import read_start
 
     start = read_start("silicon")
-    order = Order(start, budget, lambda n: 2 * n, 1, True, Counts())
+    order = Order(start, budget, lambda n: 2 * n, 1, 2, True, Counts())
     timings = Timings(label=label, step=0.7 * label, train=0.012, student_step=0.004)
     counts = decide(order, timings, 2.0)
     expected = sum(expected_seconds(order, counts, timings, 2.0).values())
-    assert counts.n_md_frames >= 12
+    assert counts.n_md_frames >= 10
     assert counts.epochs >= 8
-    if label <= 0.3 and budget >= 180.0:
-        assert expected < 1.6 * budget
+    if label <= 0.3 and budget >= 600.0:
+        assert expected < 1.1 * budget

@@ -105,8 +105,10 @@ def _given(overrides: Mapping[str, Any]) -> dict[str, Any]:
 def _in_words(error: ValidationError, model: type[BaseModel], where: str) -> str:
     """One sentence about the first mistake, and how many more there are."""
     found = error.errors()
-    # An unknown key is the likeliest reason of all others.
-    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+    # An unknown key is the likeliest reason of all others; where a value may be one of several
+    # things, what a setting's own check says helps most.
+    ranks = {"extra_forbidden": 0, "value_error": 1}
+    first = min(found, key=lambda e: ranks.get(e["type"], 2))
     place = _key_path(first["loc"])
     if first["type"] == "extra_forbidden":
         name = str(first["loc"][-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -145,23 +146,34 @@ def claim_folder(folder: Path, settings: BaseModel) -> None:
     Raises
     ------
     ConfigError
-        If the folder holds a run with other settings; the message names one that differs.
+        As of `check_folder`.
+    """
+    if not check_folder(folder, settings):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_settings(folder / "config.yaml", settings)
+
+
+def check_folder(folder: Path, settings: BaseModel) -> bool:
+    """Whether a folder holds the run of these settings already; False if it is new.
+
+    Raises
+    ------
+    ConfigError
+        If it holds something else; of another run, the message names a setting that differs.
     """
     file = folder / "config.yaml"
-    own = json.loads(settings.model_dump_json())
     if not file.is_file():
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise ConfigError(f"{folder} exists and is no run folder: choose another --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_settings(file, settings)
-        return
+        return False
     stored = json.loads(json.dumps(YAML(typ="safe", pure=True).load(file)))
-    for key, value in own.items():
+    for key, value in json.loads(settings.model_dump_json()).items():
         if stored.get(key) != value:
             raise ConfigError(
                 f"{folder} holds a run with another '{key}' ({_short(stored.get(key))}, not "
                 f"{_short(value)}): choose another folder, or remove it"
             )
+    return True
 
 
 def _short(value: Any) -> str:
@@ -289,3 +301,19 @@ def seconds_in_words(seconds: float) -> str:
 def threads() -> int:
     """Threads that torch computes with."""
     return torch.get_num_threads()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def limited_threads(n: int) -> Iterator[None]:
+    """Let torch compute with `n` threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -7,6 +7,7 @@ be repeated and resumed whatever the machine does meanwhile.
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,22 +26,24 @@ from potstill.sample import RattleJob
 from potstill.structures import Structures
 from potstill.teachers import Teacher
 from potstill.train import TrainingSet, TrainSettings, train
-from potstill.workflows.base import Settings, seconds_in_words
+from potstill.workflows.base import Settings, limited_threads, seconds_in_words, threads
 
 #: Shares of the time that is left for sampling and training.
-TEACHER_SHARE = 0.45
+TEACHER_SHARE = 0.4
 #: Of the teacher's time: molecular dynamics; the rest labels frames that cost no dynamics.
-DYNAMICS_SHARE = 0.6
+DYNAMICS_SHARE = 0.55
 #: Of the training time: the draft that explores.
-DRAFT_SHARE = 0.12
+DRAFT_SHARE = 0.25
 #: Share of the budget for the student's own dynamics at the end.
 STUDENT_MD_SHARE = 0.2
 #: More structures than this do not help one material as much as more epochs.
 MAX_FRAMES = 400
+#: Rattled and strained structures beside on-policy ones: they teach what dynamics do not visit.
+MAX_RANDOM = 60
 #: Seconds that evaluation takes at least: starting processes, timing rounds, figures.
 EVALUATION_SECONDS = 40.0
 #: fs between frames of the teacher's dynamics, and before the first.
-STRIDE, EQUILIBRATION = 40.0, 120.0
+STRIDE, EQUILIBRATION = 30.0, 90.0
 #: fs between frames of the draft's dynamics.
 EXPLORING_STRIDE = 100.0
 
@@ -162,6 +165,8 @@ class Order:
         Number of the teacher's runs for a number of temperatures.
     n_controls : int
         Controls beside the student.
+    at_once : int
+        Trainings that run side by side.
     on_policy : bool
         Whether a draft student explores.
     fixed : Counts
@@ -172,6 +177,7 @@ class Order:
     budget: float
     n_runs: Callable[[int], int]
     n_controls: int
+    at_once: int
     on_policy: bool
     fixed: Counts
 
@@ -192,7 +198,7 @@ def make_plan(
     TeacherError
         If the teacher fails on the starting structure.
     """
-    timings = measure(order.start[0], teacher, properties, settings)
+    timings = measure(order.start[0], teacher, properties, settings, order.at_once)
     timestep = timestep_for(order.start)
     counts = decide(order, timings, timestep)
     return Plan(
@@ -216,15 +222,15 @@ def decide(order: Order, timings: Timings, timestep: float) -> Counts:
     own = (nve + md) * 1000.0 / timestep * timings.student_step + EVALUATION_SECONDS
     rest = max(order.budget - own, 0.3 * order.budget)
     teacher_time = TEACHER_SHARE * rest
-    n_temperatures = 3 if order.budget >= 300.0 else 2
+    n_temperatures = 3 if order.budget >= 1200.0 else 2
     n_runs = order.n_runs(n_temperatures)
     frame = STRIDE / timestep * timings.step + timings.label
     warm_up = n_runs * EQUILIBRATION / timestep * timings.step
     n_md = int((DYNAMICS_SHARE * teacher_time - warm_up) / frame)
-    n_md = min(max(n_md, 6 * n_runs), MAX_FRAMES // 2)
+    n_md = min(max(n_md, 5 * n_runs), MAX_FRAMES // 2)
     left = teacher_time - warm_up - n_md * frame
     n_free = min(max(int(left / timings.label), 24), MAX_FRAMES - n_md)
-    n_random = n_free // 4 if order.on_policy else n_free
+    n_random = min(n_free // 4, MAX_RANDOM) if order.on_policy else n_free
     n_on_policy = n_free - n_random
     counts = Counts(
         n_temperatures=n_temperatures,
@@ -243,8 +249,9 @@ def _with_epochs(counts: Counts, order: Order, timings: Timings, seconds: float)
     n_all = n_draft + (counts.n_on_policy_frames or 0)
     share = DRAFT_SHARE if counts.n_on_policy_frames else 0.0
     draft = int(share * seconds / (n_draft * timings.train))
-    final = int((1.0 - share) * seconds / ((1 + order.n_controls) * n_all * timings.train))
-    epochs = {"draft_epochs": min(max(draft, 5), 60), "epochs": min(max(final, 8), 300)}
+    rounds = math.ceil((1 + order.n_controls) / order.at_once)
+    final = int((1.0 - share) * seconds / (rounds * n_all * timings.train))
+    epochs = {"draft_epochs": min(max(draft, 10), 100), "epochs": min(max(final, 8), 300)}
     return counts.model_copy(update={**epochs, **order.fixed.given()})
 
 
@@ -264,7 +271,8 @@ def expected_seconds(
         seconds["draft"] = (counts.draft_epochs or 0) * (n_md + n_random) * timings.train
         seconds["explore"] = n_policy * (timings.label + EXPLORING_STRIDE / 1000.0 * student)
     n_all = n_md + n_random + n_policy
-    seconds["train"] = (1 + order.n_controls) * (counts.epochs or 0) * n_all * timings.train
+    rounds = math.ceil((1 + order.n_controls) / order.at_once)
+    seconds["train"] = rounds * (counts.epochs or 0) * n_all * timings.train
     seconds["dynamics"] = (counts.md_duration or 0.0) * student
     seconds["evaluate"] = (counts.nve_duration or 0.0) * student + EVALUATION_SECONDS
     return {name: round(value, 1) for name, value in seconds.items()}
@@ -274,7 +282,11 @@ def expected_seconds(
 
 
 def measure(
-    start: Structures, teacher: Teacher, properties: Sequence[str], settings: TrainSettings
+    start: Structures,
+    teacher: Teacher,
+    properties: Sequence[str],
+    settings: TrainSettings,
+    at_once: int = 1,
 ) -> Timings:
     """Time the teacher and the student's training and dynamics on a few rattled structures."""
     frames = RattleJob(n_frames=4, displacement=(0.02, 0.1)).run(start, None, seed=0).structures
@@ -291,7 +303,8 @@ def measure(
     step = _time_steps(rest, teacher.ase_calculator())
     data = TrainingSet(rest, {teacher.name: labels})
     with tempfile.TemporaryDirectory() as folder:
-        per_frame, path = _time_training(data, settings, Path(folder))
+        with limited_threads(max(1, threads() // at_once)):
+            per_frame, path = _time_training(data, settings, Path(folder))
         student_step = _time_steps(rest, PotstillCalculator(load_potential(path)[0]), repeats=5)
     return Timings(label=label, step=step, train=per_frame, student_step=student_step)
 

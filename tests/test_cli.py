@@ -1,0 +1,187 @@
+"""The commands: options, sentences for mistakes, files that they leave."""
+
+import csv
+import json
+import sys
+
+import pytest
+import torch
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.io import read, write
+from typer.testing import CliRunner
+
+from potstill import __version__
+from potstill.checkpoint import save_potential
+from potstill.cli import app, base
+from potstill.models import HIPNN, SpeciesOffsets, SumPotential
+from potstill.store import LabelledStore
+from potstill.structures import SpeciesTable
+
+TRAIN = """
+out: FOLDER/run
+data:
+  files: [{path: FOLDER/frames.xyz}]
+  split: {fractions: {train: 0.5, validation: 0.25, test: 0.25}}
+train:
+  epochs: 2
+  model:
+    hyperparameters:
+      {n_features: 4, n_sensitivities: 4, dist_soft_min: 1.8, dist_soft_max: 4.0,
+       dist_hard_max: 4.5, n_atom_layers: 1}
+"""
+
+runner = CliRunner()
+
+
+def call(*args, code=0):
+    result = runner.invoke(app, [str(a) for a in args], env={"COLUMNS": "160", "NO_COLOR": "1"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture
+def copper(tmp_path):
+    """A file of labelled frames, and one with a structure."""
+    frames = []
+    for k in range(8):
+        atoms = bulk("Cu", cubic=True)
+        atoms.rattle(0.1, seed=k)
+        atoms.calc = EMT()
+        atoms.get_forces()
+        frames.append(atoms)
+    write(tmp_path / "frames.xyz", frames)
+    write(tmp_path / "Cu.xyz", bulk("Cu", cubic=True))
+    return tmp_path
+
+
+@pytest.fixture
+def checkpoint(copper):
+    torch.manual_seed(0)
+    table = SpeciesTable.from_symbols(["Cu"])
+    network = HIPNN(table, 4, 4, 1.8, 4.0, 4.5, 1)
+    student = SumPotential({"offsets": SpeciesOffsets(table, [1.0]), "network": network})
+    save_potential(copper / "student.pt", student, {"trained_on": {"elements": ["Cu"]}})
+    return copper / "student.pt"
+
+
+def test_help_and_version():
+    text = call("--help").output
+    for command in ("distill", "label", "train", "evaluate", "study", "md", "inspect", "doctor"):
+        assert command in text
+        assert "Usage" in call(command, "--help").output
+    assert __version__ in call("--version").output
+
+
+def test_label_and_inspect_a_store(copper):
+    store = copper / "labels.zarr"
+    emt = ("--teacher", "ase.calculators.emt:EMT", "--teacher-arg", "name=emt")
+    assert (
+        "8 structures labelled, 0 failed"
+        in call("label", store, copper / "frames.xyz", *emt).output
+    )
+    # Once more: nothing is added, nothing is done again.
+    call("label", store, copper / "frames.xyz", *emt)
+    assert LabelledStore.open(store).n_systems == 8
+    text = call("inspect", store).output
+    assert "labels of 'emt'" in text
+    assert "labels of 'reference'" in text
+
+
+def test_train_then_inspect_and_evaluate(copper):
+    config = copper / "train.yaml"
+    config.write_text(TRAIN.replace("FOLDER", str(copper)))
+    assert "finished after 2 epochs" in call("train", config).output
+    assert json.loads((copper / "run" / "test.json").read_text())["reference"]["n_systems"] == 2
+    assert "trained on" in call("inspect", copper / "run").output
+    best = copper / "run" / "best.pt"
+    text = call(
+        *("evaluate", f"mine={best}", "--data", copper / "frames.xyz", "--tests", "errors"),
+        *("--out", copper / "results"),
+    ).output
+    assert "forces_rmse" in text
+    errors = json.loads((copper / "results" / "errors.json").read_text())
+    assert "mine-reference" in errors["mine"]["channels"]
+
+
+@pytest.mark.parametrize("ensemble", ["nve", "langevin", "npt"])
+def test_md_writes_a_trajectory_and_goes_on(copper, checkpoint, ensemble):
+    out = copper / ensemble
+    args = ("md", checkpoint, copper / "Cu.xyz", "--ensemble", ensemble, "--duration", 0.05)
+    args += ("--stride", 10, "--out", out)
+    call(*args, "--config", _short(copper))
+    frames = read(out / "trajectory.extxyz", ":")
+    assert len(frames) == 5
+    assert frames[-1].get_momenta().any()
+    before = (out / "trajectory.extxyz").read_bytes()
+    call(*args, "--config", _short(copper))
+    assert (out / "trajectory.extxyz").read_bytes() == before
+    rows = list(csv.DictReader((out / "thermo.csv").read_text().splitlines()))
+    totals = [float(row["total_eV"]) for row in rows]
+    if ensemble == "nve":
+        assert max(totals) - min(totals) < 1e-3
+    assert float(rows[0]["time_fs"]) > 0
+
+
+def _short(folder):
+    path = folder / "md.yaml"
+    path.write_text("equilibration: 0.02\n")
+    return path
+
+
+def test_inspect_structures_and_a_checkpoint(copper, checkpoint):
+    text = call("inspect", copper / "frames.xyz").output
+    assert "Cu" in text
+    assert "energy" in text
+    assert "parameters" in call("inspect", checkpoint).output
+
+
+def test_doctor_finds_itself_well():
+    text = call("doctor").output
+    assert "self-test" in text
+    assert "FAILS" not in text
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("inspect", "nope"), "nope does not exist"),
+        (("distill", "--teacher", "chgnett", "--out", "{}/run"), "did you mean 'chgnet'?"),
+        (("distill", "--structure", "silicone", "--out", "{}/run"), "did you mean 'silicon'?"),
+        (("distill", "--budget", "soon", "--out", "{}/run"), "'budget'"),
+        (("label", "{}/labels.zarr", "--teacher", "chgnet"), "no such store"),
+        (("train", "{}/nope.yaml"), "cannot be read"),
+        (("md", "{}/nope.pt", "silicon", "--out", "{}/md"), "nope.pt"),
+        (("md", "chgnet"), "'structure' is missing"),
+        (("evaluate", "--out", "{}/x"), "'models'"),
+        (("evaluate", "a.pt", "b/a.pt", "--out", "{}/x"), "two models are called 'a'"),
+        (("study", "{}/nope.yaml", "--out", "{}/x"), "cannot be read"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, args, expected):
+    result = call(*[a.replace("{}", str(tmp_path)) for a in args], code=base.MISTAKE)
+    text = result.stderr
+    assert text.startswith("potstill: ")
+    assert expected in text
+    assert text.count("\n") == 1
+    assert "Traceback" not in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_is_kept_by_a_new_start_unless_told_otherwise(monkeypatch):
+    started = []
+    monkeypatch.setattr(base.os, "execv", lambda *args: started.append(args))
+    monkeypatch.setattr(base.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    for name in base.MALLOC:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(base.NO_TUNING, "1")
+    base.keep_memory()
+    assert not started
+    monkeypatch.delenv(base.NO_TUNING)
+    base.keep_memory()
+    assert started[0][0] == sys.executable
+    started.clear()
+    base.keep_memory()  # the variables are set now
+    assert not started

@@ -1,0 +1,158 @@
+"""Configs: what is legal, and the sentence that each mistake gets."""
+
+import pytest
+from ruamel.yaml import YAML
+
+from potstill.config import (
+    DistillConfig,
+    EvaluateConfig,
+    LabelConfig,
+    MdConfig,
+    StudyConfig,
+    TrainConfig,
+    known_keys,
+    load_config,
+    write_settings,
+)
+from potstill.errors import ConfigError
+from potstill.workflows.base import claim_folder
+
+TRAIN = """
+out: run
+data:
+  files: [{path: train.xyz, keys: {energy: dft_energy}, units: {energy: Hartree}}]
+train:
+  epochs: 5
+  loss:
+    - {property: energy, source: reference}
+    - {property: forces, source: reference, weight: {epochs: [1, 3], values: [75, 15]}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "config.yaml"
+
+    def write(text):
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_defaults_of_the_main_job():
+    config = load_config(None, DistillConfig)
+    assert config.teacher.spec == "chgnet"
+    assert config.structure == "silicon"
+    assert config.student.energy.prior == "zbl"
+    assert config.weights.atomic_energies == 100.0
+
+
+def test_a_training_config(file):
+    config = load_config(file(TRAIN), TrainConfig, {"train": {"seed": 4, "epochs": None}})
+    assert (config.train.seed, config.train.epochs) == (4, 5)
+    assert config.train.loss[1].weight_at(3) == 15.0
+
+
+def test_stages_change_the_common_settings(file):
+    stages = """
+stages:
+  - {name: synthetic, data: {store: labels.zarr}, train: {optimizer: {learning_rate: 0.01}}}
+  - {name: reference, train: {epochs: 2}}
+"""
+    config = load_config(file(TRAIN + stages), TrainConfig)
+    first, second = (config.settings_of(stage) for stage in config.stages)
+    assert (first.optimizer.learning_rate, first.epochs) == (0.01, 5)
+    assert (second.optimizer.learning_rate, second.epochs) == (1e-3, 2)
+
+
+def test_quantities(file):
+    config = load_config(file("budget: 10min\ntemperature: 300:900\n"), DistillConfig)
+    assert (config.budget, config.temperature) == (600.0, (300.0, 900.0))
+    config = load_config(file("budget: 45\ntemperature: 500\n"), DistillConfig)
+    assert (config.budget, config.temperature) == (45.0, (500.0, 500.0))
+    # YAML 1.2: `1e-3` is a number and `no` is a word.
+    text = "model: {spec: no.pt}\nstructure: no\nout: x\ntimestep: 5e-1\n"
+    config = load_config(file(text), MdConfig)
+    assert (config.timestep, config.structure) == (0.5, "no")
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "expected"),
+    [
+        (DistillConfig, "bugdet: 3", "unknown key 'bugdet'; did you mean 'budget'?"),
+        (DistillConfig, "student: {epoch: 3}", "unknown key 'epoch' in 'student'; did you mean"),
+        (
+            DistillConfig,
+            "student: {model: {kin: hipnn}}",
+            "unknown key 'kin' in 'student.model'; did you mean 'kind'?",
+        ),
+        (DistillConfig, "budget: soon", "'budget': input should be a valid number"),
+        (DistillConfig, "budget: -3", "'budget': input should be greater than 0 (it is -3)"),
+        (DistillConfig, "temperature: 3:4:5", "'temperature'"),
+        (DistillConfig, "- 1\n- 2", "a config is a mapping of names to values"),
+        (DistillConfig, "seed: 1\nseed: 2", 'line 2: not YAML (found duplicate key "seed"'),
+        (DistillConfig, "seed: [1", "not YAML"),
+        (TrainConfig, "out: x", "there is no 'data' section"),
+        (TrainConfig, TRAIN.replace("out: run", ""), "'out' is missing"),
+        (TrainConfig, TRAIN.replace("energy,", "enrgy,"), "'train.loss[0].property'"),
+        (
+            TrainConfig,
+            TRAIN.replace("units: {energy", "units: {enrgy"),
+            "'data.files[0].units': there is no 'enrgy'; did you mean 'energy'?",
+        ),
+        (TrainConfig, TRAIN.replace("[1, 3]", "[2, 3]"), "start at 1"),
+        (
+            TrainConfig,
+            TRAIN.replace("data:", "data:\n  store: labels.zarr"),
+            "'data': give either 'store' or 'files'",
+        ),
+        (LabelConfig, "store: x\nteacher: {spek: chgnet}", "unknown key 'spek' in 'teacher'"),
+        (
+            EvaluateConfig,
+            "models: {a: {spec: a.pt}}\nout: x\ntests: [speeed]",
+            "'tests': there is no test 'speeed'; did you mean 'speed'?",
+        ),
+        (StudyConfig, "name: x\ntitle: y\ndata: {train: a, tests: {}}\nsizes: {}", "'teacher'"),
+    ],
+)
+def test_mistakes_are_one_sentence_with_file_and_key(file, model, text, expected):
+    path = file(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, model)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"nope.yaml cannot be read: No such file"):
+        load_config(tmp_path / "nope.yaml", DistillConfig)
+
+
+def test_written_settings_read_back(tmp_path, file):
+    config = load_config(file(TRAIN), TrainConfig)
+    write_settings(tmp_path / "again.yaml", config)
+    assert load_config(tmp_path / "again.yaml", TrainConfig) == config
+
+
+def test_a_folder_belongs_to_one_config(tmp_path, file):
+    config = load_config(file(TRAIN), TrainConfig)
+    folder = tmp_path / "run"
+    claim_folder(folder, config)
+    claim_folder(folder, config)
+    assert YAML(typ="safe").load(folder / "config.yaml")["train"]["epochs"] == 5
+    other = load_config(file(TRAIN), TrainConfig, {"train": {"epochs": 6}})
+    with pytest.raises(ConfigError, match="a run with another 'train'"):
+        claim_folder(folder, other)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match="no run folder"):
+        claim_folder(tmp_path / "full", config)
+
+
+def test_known_keys_follow_the_settings():
+    assert "learning_rate" in known_keys(DistillConfig, ("student", "optimizer", "x"))
+    assert "weight" in known_keys(TrainConfig, ("train", "loss", 0, "x"))
+    assert "epochs" in known_keys(TrainConfig, ("train", "loss", 0, "weight", "Schedule", "x"))
