@@ -121,7 +121,7 @@ def rdf(model):
     r = np.linspace(0.05, 7.95, 80)
     g = 1.0 + np.exp(-((r - 2.4) ** 2) / 0.02) * (3 - 0.1 * SCALE[model]) - np.exp(-r)
     g = np.where(r < 1.9, 0.0, g)
-    error = np.full_like(r, 0.02 if model != "teacher" else np.nan)
+    error = np.full_like(r, 0.02 if model == "teacher" else np.nan)
     return RadialDistribution(r, g, error, np.cumsum(g), "all", 0.05, 100, 5)
 
 
@@ -202,11 +202,11 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(run):
     path = write_report(run, about={"Command": "potstill distill --teacher chgnet"})
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8").replace("\u00a0", " ")
 
 
 FIGURES = ("parity", "groups", "learning", "pareto", "cost", "eos", "nve", "rdf")
-TABLES = ("table_errors", "table_cost", "table_crystal", "table_nve")
+TABLES = ("table_errors", "table_cost", "table_crystal", "table_nve", "table_rdf")
 
 
 # -- pages -------------------------------------------------------------------------------------
@@ -310,6 +310,10 @@ def test_tables_hold_the_numbers(run, page):
     crystal = read_csv(run / "report" / "table_crystal.csv")
     bulk_modulus = next(r for r in crystal if r["Quantity"].startswith("Bulk modulus, E(V)"))
     assert float(bulk_modulus["student − teacher (%)"]) == pytest.approx(100 / 95)
+    distance = read_csv(run / "report" / "table_rdf.csv")
+    assert len(distance) == 1
+    total = sum(abs(a - b) for a, b in zip(rdf("student").g, rdf("teacher").g, strict=True))
+    assert float(distance[0]["Sum of absolute differences"]) == pytest.approx(total)
     cost = read_csv(run / "report" / "table_cost.csv")
     assert float(cost[0]["Times faster than teacher"]) == pytest.approx(155.0)
     assert float(cost[0]["Memory per atom (KiB)"]) == pytest.approx(21e3 / 1024)
@@ -557,8 +561,8 @@ def test_bad_studies_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0123456, "0.0123"), (123456.0, "123,456"), (0.0, "0"), (2.0, "2.00"), (-0.5, "-0.500"),
-     (1.5e-7, "1.50e-07"), (math.nan, "–")],
+    [(0.0123456, "0.0123"), (123456.0, "123,456"), (0.0, "0"), (2.0, "2.00"), (-0.5, "−0.500"),
+     (1.5e-7, "1.50e−07"), (math.nan, "–")],
 )  # fmt: skip
 def test_numbers_are_readable(value, text):
     assert number(value) == text

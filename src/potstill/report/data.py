@@ -28,6 +28,7 @@ from potstill.checkpoint import load_potential
 from potstill.errors import DataError, PotstillError
 from potstill.evaluate.learning import LearningCurves, read_learning_curves
 from potstill.properties import property_spec
+from potstill.store import LabelledStore
 from potstill.structures import Properties, Structures
 
 #: Tests whose results a report shows, by the names of their files.
@@ -278,6 +279,7 @@ def _about(
     versions = info.get("versions") or machine.get("versions") or {}
     seconds = {name: entry.get("seconds") for name, entry in stages.items() if entry}
     entries = {
+        "Command": config.get("command"),
         "Run": str(folder.resolve()),
         "Written": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "Seed": str(config.get("seed", info.get("seed", ""))),
@@ -285,6 +287,7 @@ def _about(
         "Teacher": _joined(
             [teacher.get("name"), teacher.get("level_of_theory"), _known("fingerprint", teacher)]
         ),
+        "Labels": _labels(folder / "labels.zarr"),
         "Licence": teacher.get("licence"),
         "Citation": teacher.get("citation"),
         "Versions": ", ".join(f"{name} {v}" for name, v in versions.items()),
@@ -311,6 +314,17 @@ def _trained_on(known: Mapping[str, Any]) -> str:
     if known.get("density_g_cm3"):
         parts.append("{:.3g} to {:.3g} g/cm³".format(*known["density_g_cm3"]))
     return "; ".join(parts)
+
+
+def _labels(path: Path) -> str:
+    """Fingerprint of the labelled store, as far as there is one."""
+    if not path.is_dir():
+        return ""
+    try:
+        store = LabelledStore.open(path)
+    except PotstillError:
+        return ""
+    return f"{store.n_systems:,} structures, fingerprint {store.fingerprint()}"
 
 
 def _machine(machine: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,7 @@ def render_page(page: Page) -> str:
         lstrip_blocks=True,
     )
     environment.filters["embedded"] = _embedded
+    environment.filters["tidy"] = _tidy
     sections = [s for s in page.sections if s.text or s.figures or s.tables]
     template = environment.get_template("page.html")
     return template.render(page=page, sections=sections, version=__version__)
@@ -105,6 +107,12 @@ def write_page(page: Page, path: Path) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def _tidy(text: str) -> str:
+    """Keep numbers and their units, and the sides of small equations, on one line."""
+    text = re.sub(r"(?<=\d) (?=(%|[mµ]?eV|µs|Å|GPa|K|ps|fs)\b|%)", "\u00a0", text)
+    return text.replace(" = ", "\u00a0=\u00a0").replace(" ± ", "\u00a0±\u00a0")
 
 
 def _embedded(figure: Figure) -> str:

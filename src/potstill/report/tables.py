@@ -131,6 +131,8 @@ class Table:
         Strings, integers, floats, `Spread` or None.
     note : str
         One or two sentences below it.
+    digits : int
+        Significant digits of numbers without a spread.
     """
 
     name: str
@@ -138,12 +140,15 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
+    digits: int = 3
 
     def markdown(self) -> str:
         """As a Markdown table with title and note."""
         align = ["---" if left else "---:" for left in self._left_aligned()]
         lines = [f"**{self.title}**", "", _line(self.columns), _line(align)]
-        lines += [_line([shown(cell).replace("|", "\\|") for cell in row]) for row in self.rows]
+        lines += [
+            _line([self._shown(cell).replace("|", "\\|") for cell in row]) for row in self.rows
+        ]
         return "\n".join([*lines, *(["", self.note] if self.note else [])]) + "\n"
 
     def html(self) -> str:
@@ -158,7 +163,7 @@ class Table:
             return f"<tr>{''.join(inner)}</tr>"
 
         head = line(self.columns, "th")
-        body = "\n".join(line([shown(cell) for cell in row], "td") for row in self.rows)
+        body = "\n".join(line([self._shown(cell) for cell in row], "td") for row in self.rows)
         return f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
     def csv(self) -> str:
@@ -188,6 +193,9 @@ class Table:
     def _width(self) -> int:
         return len(self.columns)
 
+    def _shown(self, cell: Cell) -> str:
+        return shown(cell, self.digits)
+
     def _left_aligned(self) -> list[bool]:
         """Whether a column holds text."""
         return [
@@ -204,17 +212,17 @@ def number(value: float, digits: int = 3) -> str:
         return "0"
     size = math.floor(math.log10(abs(value)))
     if not -5 <= size < 7:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:,.{max(0, digits - 1 - size)}f}"
+        return f"{value:.{digits - 1}e}".replace("-", "−")
+    return f"{value:,.{max(0, digits - 1 - size)}f}".replace("-", "−")
 
 
-def shown(cell: Cell) -> str:
+def shown(cell: Cell, digits: int = 3) -> str:
     """One cell as people read it."""
     if cell is None:
         return "–"
     if isinstance(cell, bool | str | Spread):
         return str(cell)
-    return f"{cell:,}" if isinstance(cell, int) else number(cell)
+    return f"{cell:,}" if isinstance(cell, int) else number(cell, digits)
 
 
 def _exact(cell: Cell) -> str:
