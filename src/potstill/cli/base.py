@@ -13,6 +13,7 @@ from typing import TextIO
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -53,11 +54,11 @@ def keep_memory() -> None:
 
 def print_tables(console: Console, title: str, columns: Sequence[str], rows: Sequence) -> None:
     """Show a table; a header without words is left out."""
-    table = Table(title=title or None, title_justify="left", show_header=any(columns))
+    table = Table(title=escape(title) or None, title_justify="left", show_header=any(columns))
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*[str(cell) for cell in row])
+        table.add_row(*[escape(str(cell)) for cell in row])
     console.print(table)
 
 
@@ -69,7 +70,7 @@ class RichDisplay(Display):
 
     def say(self, text: str) -> None:
         """Show a line."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Show a table."""
@@ -144,7 +145,7 @@ class _Lines(Task):
         self._print(f"  {100.0 * done / total:3.0f} %{words}{tail}")
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False)
 
 
 @contextmanager

@@ -25,7 +25,14 @@ from potstill.readers import split_from_file, write_split
 from potstill.report import write_report
 from potstill.sample import SampledFrames, run_plan, split_in_blocks
 from potstill.structures import Structures
-from potstill.workflows.base import Display, TeacherSettings, read_json, read_start, write_json
+from potstill.workflows.base import (
+    Display,
+    TeacherSettings,
+    limited_threads,
+    read_json,
+    read_start,
+    write_json,
+)
 from potstill.workflows.distill_run import DistillConfig, Run, student_settings
 from potstill.workflows.distill_run import default_student as default_student
 from potstill.workflows.dynamics import MdConfig, simulate
@@ -140,7 +147,10 @@ def _explore(run: Run) -> str | None:
     )
     note = None
     try:
-        with run.display.task("dynamics with the draft", plan.n_evaluations) as task:
+        with (
+            run.display.task("dynamics with the draft", plan.n_evaluations) as task,
+            limited_threads(1),  # one system of the student is too small for more
+        ):
             run_plan(plan, PotstillCalculator(potential), run.folder / "explore", task.update)
     except DivergenceError as error:
         note = f"the draft's dynamics went astray, and what came after is left out: {error}"
@@ -180,7 +190,8 @@ def _dynamics(run: Run) -> None:
     )
     potential, info = load_potential(run.folder / "student.pt")
     calculator = PotstillCalculator(potential, info=info)
-    simulate(config, run.start[0], calculator, run.folder / "md", run.display)
+    with limited_threads(1):
+        simulate(config, run.start[0], calculator, run.folder / "md", run.display)
 
 
 def _evaluate(run: Run) -> None:

@@ -27,7 +27,7 @@ from potstill.structures import Structures
 from potstill.teachers import make_teacher
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.settings import EnergySettings, ModelSettings, ScoreSettings
-from potstill.workflows.base import BUILT_IN, Display, threads
+from potstill.workflows.base import BUILT_IN, Display, limited_threads, threads
 
 #: Extra, module to import, and what it is for.
 EXTRAS = (
@@ -79,7 +79,8 @@ def examine(display: Display | None = None) -> Diagnosis:
             task.update(done, note=name)
             began = time.perf_counter()
             try:
-                note = test(Path(folder))
+                with limited_threads(1):  # small problems only wait for more
+                    note = test(Path(folder))
                 checks.append(Check(name, True, f"{note} ({time.perf_counter() - began:.1f} s)"))
             except Exception as error:  # anything may be wrong with an installation
                 checks.append(Check(name, False, f"{type(error).__name__}: {error}"))

@@ -38,6 +38,7 @@ from potstill.workflows.base import (
     Settings,
     TeacherSettings,
     claim_folder,
+    limited_threads,
     read_json,
     read_start,
     threads,
@@ -219,14 +220,15 @@ def _memory(bench: Bench, candidate: Candidate) -> Any:
 
 
 def _nve(bench: Bench, candidate: Candidate) -> Any:
-    return run_nve(
-        bench.supercell,
-        candidate.calculator,
-        temperature=bench.settings.temperature,
-        duration=bench.settings.nve_duration,
-        timestep=bench.settings.timestep,
-        seed=bench.settings.seed,
-    ).to_json()
+    with limited_threads(1 if candidate.is_checkpoint else threads()):
+        return run_nve(
+            bench.supercell,
+            candidate.calculator,
+            temperature=bench.settings.temperature,
+            duration=bench.settings.nve_duration,
+            timestep=bench.settings.timestep,
+            seed=bench.settings.seed,
+        ).to_json()
 
 
 def _eos(bench: Bench, candidate: Candidate) -> Any:

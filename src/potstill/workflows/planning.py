@@ -305,7 +305,9 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         with limited_threads(max(1, threads() // at_once)):
             per_frame, path = _time_training(data, settings, Path(folder))
-        student_step = _time_steps(rest, PotstillCalculator(load_potential(path)[0]), repeats=5)
+        with limited_threads(1):
+            calculator = PotstillCalculator(load_potential(path)[0])
+            student_step = _time_steps(rest, calculator, repeats=5)
     return Timings(label=label, step=step, train=per_frame, student_step=student_step)
 
 
