@@ -1,4 +1,7 @@
-"""Make a store, or label one with a cheap teacher; run by tests that kill it at random moments.
+"""Make a store and label it with a cheap teacher; run by tests that kill it at random moments.
+
+It prints a line before each append and each frame, so that a test knows how far it came, however
+slow the machine is.
 
 Usage: label_worker.py STORE SECONDS_PER_FRAME
 """
@@ -11,7 +14,6 @@ import numpy as np
 import torch
 from ase.calculators.lj import LennardJones
 
-from kill_helper import announce
 from potstill.label import label_store
 from potstill.store import LabelledStore
 from potstill.structures import Properties, Structures
@@ -29,6 +31,7 @@ class SlowLennardJones(Teacher):
         self.seconds = seconds
 
     def compute(self, structures, properties):
+        print("frame", flush=True)
         time.sleep(self.seconds)
         if int(structures.frame_id[0].split(":")[1]) % 7 == 3:
             raise RuntimeError("did not converge")
@@ -57,6 +60,7 @@ def fill(path: str) -> LabelledStore:
     structures, reference = argon()
     for start in range(0, N_FRAMES, APPENDED_AT_ONCE):
         part = range(start, start + APPENDED_AT_ONCE)
+        print("append", flush=True)
         store.append(
             structures.select(part), reference.select(part, structures), skip_existing=True
         )
@@ -74,5 +78,4 @@ def run(path: str, seconds: float) -> LabelledStore:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    announce()
     run(sys.argv[1], float(sys.argv[2]))

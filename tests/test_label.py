@@ -1,11 +1,15 @@
 """Labelling stores with a cheap teacher: refusals, failures, progress, and kill -9."""
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from kill_helper import kill_until_done
 from label_worker import N_FRAMES, SlowLennardJones, argon, fill, run
 from potstill.errors import ConfigError, StoreError, TeacherError
 from potstill.label import label_store
@@ -140,13 +144,33 @@ def test_labels_that_are_not_finite_are_failures(store):
     assert not store.labels("lj").presence("energy", N_FRAMES)[5]
 
 
+def work_and_be_killed(path, random, longest):
+    """Run the worker for some steps and a random moment more, then kill it."""
+    command = [sys.executable, str(Path(__file__).with_name("label_worker.py")), str(path), "0.02"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        for _ in range(random.integers(4, longest)):  # eight of them see what is there already
+            process.stdout.readline()
+        time.sleep(random.uniform(0.0, 0.2))
+        process.kill()
+
+
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_kill_dash_nine(tmp_path, kills):
     """Filling and labelling, killed at random moments, ends as if nothing had happened."""
-    script = str(Path(__file__).with_name("label_worker.py"))
-    killed = tmp_path / "killed"
-    met = kill_until_done([script, str(killed), "0.02"], kills=kills, longest=1.5)
-    assert any(met)
+    killed, random = tmp_path / "killed", np.random.default_rng(kills)
+    reached = []
+    for _ in range(kills):
+        work_and_be_killed(killed, random, longest=9 + 2 * N_FRAMES // kills)
+        if killed.exists():
+            store = LabelledStore.open(killed)
+            store.verify()
+            done = store.n_labelled("lj") if "lj" in store.sources else 0
+            reached.append((store.n_systems, done))
+    assert reached == sorted(reached), "nothing that was committed is lost"
+    assert any(0 < done < N_FRAMES for _, done in reached), "some kill met the labelling"
+    run(str(killed), 0.0)
     undisturbed = run(str(tmp_path / "undisturbed"), 0.0)
     store = LabelledStore.open(killed)
     store.verify()
