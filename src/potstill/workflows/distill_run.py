@@ -77,7 +77,7 @@ def default_student() -> TrainSettings:
         regularization=RegularizationSettings(l2=1e-6, hierarchicality=0.0),
         optimizer=OptimizerSettings(learning_rate=3e-3, ema_decay=0.99, clip_norm=None),
         learning_rate=LearningRateSettings(schedule="exponential"),
-        batch_size=4,
+        batch_size=2,
         early_stopping=None,
     )
 
