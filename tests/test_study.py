@@ -10,7 +10,6 @@ import pytest
 import torch
 from ase.io import write as ase_write
 from pydantic import ValidationError
-from test_train import emt_set
 
 from potstill.checkpoint import load_potential
 from potstill.distill import Schedule
@@ -22,6 +21,7 @@ from potstill.workflows.study import (
     run_study,
     split_by_groups,
 )
+from test_train import emt_set
 
 
 def _config(folder: Path, **changes: object) -> StudyConfig:

@@ -1,1 +1,1 @@
-"""deploy"""
+"""Students in engines other than ASE; none yet (ASE: `potstill.calculators`)."""
