@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -287,23 +289,34 @@ def study(
 ) -> None:
     """Train sizes x strategies x seeds from one config, and continue where it was interrupted.
 
+    Then measure liquid structure, speed and memory as the config asks, and write report.html and
+    results.json.
+
     [bold]Example[/bold]
 
       potstill study studies/teacher_student/molybdenum.yaml --out run/mo --workers 2
     """
     from potstill.config import StudyConfig, load_config
-    from potstill.workflows.study import run_study
+    from potstill.workflows.base import seconds_in_words
+    from potstill.workflows.study import StudyProgress, report_study, run_study
+
+    def note(progress: StudyProgress) -> str:
+        cell = progress.cell.name if progress.cell else ""
+        return f"{cell}, about {seconds_in_words(progress.seconds_left)} left"
 
     with one_sentence():
         settings = load_config(config, StudyConfig)
-        with RichDisplay(console).task(settings.title, len(settings.cells())) as task:
+        display = RichDisplay(console)
+        with display.task(settings.title, len(settings.cells())) as task:
             run_study(
                 settings,
                 out,
                 workers=workers,
-                on_progress=lambda p: task.update(p.done, note=p.cell.name if p.cell else ""),
+                on_progress=lambda p: task.update(p.done, note=note(p)),
             )
-        console.print(f"All cells are in {out}", highlight=False)
+        command = shlex.join(["potstill", *sys.argv[1:]])
+        report_study(settings, out, command=command, on_model=display.say)
+        console.print(f"The report is {out / 'report.html'}", highlight=False)
 
 
 @app.command(rich_help_panel="Looking around")
