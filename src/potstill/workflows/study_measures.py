@@ -107,7 +107,9 @@ def measure_study(
     for model in models:
         result[model.name] |= _rdf_errors(model, folder)
     representatives = {model.size: model for model in reversed(models)}
-    speeds = _cached(folder / "speed.json", partial(_speeds, representatives, settings))
+    # All sizes are timed in one go, so that they can be compared: a new size means new timings.
+    speed_file = folder / f"speed-{'-'.join(sorted(representatives))}.json"
+    speeds = _cached(speed_file, partial(_speeds, representatives, settings))
     for model in models:
         result[model.name]["time_per_step_atom_us"] = speeds[model.size]
     for size, model in representatives.items():
