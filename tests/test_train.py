@@ -235,6 +235,20 @@ def test_divergence_stops_and_says_why(tmp_path: Path) -> None:
     assert (tmp_path / "settings.json").exists()
 
 
+def test_tensorboard_gets_the_numbers_of_metrics_jsonl(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="the extra 'tensorboard' is not installed",
+    )
+    data = emt_set(4)
+    train(settings(epochs=2, tensorboard=True), data, data, tmp_path)
+    events = accumulator.EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    written = [event.value for event in events.Scalars("validation/forces_rmse")]
+    expected = [record["validation"]["forces_rmse"] for record in records_of(tmp_path)]
+    assert written == pytest.approx(expected, rel=1e-6)
+
+
 def test_early_stopping_waits_for_the_schedule(tmp_path: Path) -> None:
     data = emt_set(2)
     schedule = Schedule(epochs=(1, 6), values=(1.0, 2.0))

@@ -133,7 +133,7 @@ def train(
     step_module = fabric.setup_module(_PredictForLoss(network))
     restore(run, trainee)
 
-    with Interruption() as interruption:
+    with Interruption() as interruption, run.event_log(settings, trainee) as events:
         while trainee.epoch <= settings.epochs and not trainee.should_stop(settings):
             # -- one pass over the training set ------------------------------------------------
             started = time.perf_counter()
@@ -186,6 +186,8 @@ def train(
             }
             trainee.next_epoch(settings)
             run.log(record)
+            if events is not None:
+                events.log(record)
             snapshot(run, trainee)
             if on_epoch is not None and fabric.is_global_zero:
                 on_epoch(record)

@@ -119,6 +119,8 @@ class TrainSettings(_Settings):
         Of the network; geometry and energy sums are in float64 always.
     seed : int
         Initial weights and the order of configurations.
+    tensorboard : bool
+        Write `events/` for TensorBoard beside `metrics.jsonl`; needs the extra of that name.
     """
 
     model: ModelSettings = Field(default_factory=ModelSettings)
@@ -134,6 +136,7 @@ class TrainSettings(_Settings):
     early_stopping: int | None = Field(default=50, ge=1)
     precision: Literal["float32", "float64"] = "float32"
     seed: int = 0
+    tensorboard: bool = False
 
     @field_validator("loss")
     @classmethod

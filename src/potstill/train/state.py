@@ -21,6 +21,7 @@ from potstill.checkpoint import FORMAT_VERSION, read_payload, write_atomically
 from potstill.errors import ConfigError, DivergenceError
 from potstill.models import SumPotential
 from potstill.train.data import TrainingSet
+from potstill.train.events import EventLog
 from potstill.train.settings import OptimizerSettings, TrainSettings
 
 
@@ -204,12 +205,16 @@ class RunFolder:
         file = path / "settings.json"
         if file.is_file():
             stored = json.loads(file.read_text())
-            for key, value in identity.items():
-                if stored.get(key) != value:
-                    what = "other settings" if key == "settings" else "other training data"
-                    raise ConfigError(
-                        f"{path} holds a run with {what}: choose another folder, or remove it"
-                    )
+            what = None
+            # Through the class, so that settings that are newer than the run take their defaults.
+            if TrainSettings.model_validate(stored["settings"]) != settings:
+                what = "other settings"
+            elif stored["data_fingerprint"] != identity["data_fingerprint"]:
+                what = "other training data"
+            if what is not None:
+                raise ConfigError(
+                    f"{path} holds a run with {what}: choose another folder, or remove it"
+                )
         elif run.writes:
             record = {**identity, "versions": versions(), "labels": training.summary()}
             text = json.dumps(record, indent=2)
@@ -237,6 +242,18 @@ class RunFolder:
         if self.writes:
             with self.metrics.open("a") as file:
                 file.write(json.dumps(record) + "\n")
+
+    @contextmanager
+    def event_log(self, settings: TrainSettings, trainee: Trainee) -> Iterator[EventLog | None]:
+        """TensorBoard's log while the run lasts, if the settings ask for one."""
+        if not (settings.tensorboard and self.writes):
+            yield None
+            return
+        events = EventLog(self.path / "events", trainee.epoch)
+        try:
+            yield events
+        finally:
+            events.close()
 
     def drop_records_from(self, epoch: int) -> None:
         """Remove records of epochs that a resumed run will do again."""
