@@ -190,18 +190,15 @@ def test_two_ranks_equal_one_rank_with_the_whole_batch(tmp_path: Path) -> None:
     # an odd number of frames: in the last step one rank has nothing
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1)\n"
+        "import warnings; warnings.simplefilter('ignore')\n"
         "from test_train import emt_set, settings, train\n"
-        "import lightning_fabric, warnings; warnings.simplefilter('ignore')\n"
-        "fabric = lightning_fabric.Fabric(accelerator='cpu', devices=2, strategy='ddp')\n"
-        "fabric.launch()\n"
-        "train(settings(), emt_set(9), emt_set(3, seed=9), sys.argv[2], fabric=fabric)\n"
+        "train(settings(), emt_set(9), emt_set(3, seed=9), sys.argv[2])\n"
     )
-    here = str(Path(__file__).parent)
     path = tmp_path / "ddp.py"
     path.write_text(script)
-    subprocess.run(
-        [sys.executable, str(path), here, str(tmp_path / "two")], check=True, timeout=240
-    )
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(path))
+    arguments = (str(Path(__file__).parent), str(tmp_path / "two"))
+    subprocess.run([sys.executable, *run, *arguments], check=True, timeout=300)
     one = train(settings(), emt_set(9), emt_set(3, seed=9), tmp_path / "one")
     first, second = weights(one.best), weights(tmp_path / "two/best.pt")
     for name, value in first.items():

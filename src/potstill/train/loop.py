@@ -33,6 +33,7 @@ from potstill.models import (
 from potstill.models.hipnn import hierarchicality
 from potstill.structures import NeighborList, Properties, SpeciesTable, Structures
 from potstill.train.data import Batch, TrainingSet, atom_batches, epoch_batches, fit_offsets
+from potstill.train.devices import default_fabric
 from potstill.train.settings import TrainSettings
 from potstill.train.state import Interruption, RunFolder, Trainee, restore, snapshot
 
@@ -97,7 +98,7 @@ def train(
     on_epoch : callable, optional
         Progress display.
     fabric : lightning_fabric.Fabric, optional
-        Devices and processes; one CPU process if absent.
+        Devices and processes; by default a GPU if there is one, and what `torchrun` started.
 
     Returns
     -------
@@ -113,7 +114,7 @@ def train(
     ConfigError
         If the folder holds a run with other settings or data.
     """
-    fabric = fabric or lightning_fabric.Fabric(accelerator="cpu", devices=1)
+    fabric = fabric or default_fabric()
     check_signals(settings.loss, training.labels, "training set")
     score_needs = [_score_term(key, settings.score.source) for key in settings.score.weights]
     check_signals(score_needs, validation.labels, "validation set")
@@ -164,7 +165,7 @@ def train(
             if interruption.requested and trainee.step < len(batches):
                 trainee.seconds += time.perf_counter() - started
                 snapshot(run, trainee)
-                return _result(run, run.close("interrupted", trainee))
+                return _result(run, trainee, "interrupted", fabric)
 
             # -- validation, best weights, snapshot ----------------------------------------------
             with trainee.averaged_weights():
@@ -192,9 +193,9 @@ def train(
             if on_epoch is not None and fabric.is_global_zero:
                 on_epoch(record)
             if interruption.requested:
-                return _result(run, run.close("interrupted", trainee))
+                return _result(run, trainee, "interrupted", fabric)
     status = "finished" if trainee.epoch > settings.epochs else "stopped early"
-    return _result(run, run.close(status, trainee))
+    return _result(run, trainee, status, fabric)
 
 
 class _PredictForLoss(nn.Module):
@@ -386,5 +387,9 @@ def _info(
     }
 
 
-def _result(run: RunFolder, record: dict[str, Any]) -> TrainResult:
+def _result(
+    run: RunFolder, trainee: Trainee, status: str, fabric: lightning_fabric.Fabric
+) -> TrainResult:
+    record = run.close(status, trainee)
+    fabric.barrier()  # what rank 0 writes is there when any rank goes on
     return TrainResult(best=run.best, **record)

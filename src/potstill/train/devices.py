@@ -1,0 +1,28 @@
+"""Which devices and processes a training run uses."""
+
+from __future__ import annotations
+
+import os
+
+import lightning_fabric
+import torch
+
+
+def default_fabric() -> lightning_fabric.Fabric:
+    """One process on a GPU if there is one, else on the CPU; under `torchrun`, all its processes.
+
+    Returns
+    -------
+    lightning_fabric.Fabric
+        Launched; data-parallel (DDP) where `torchrun` has started several processes.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    fabric = lightning_fabric.Fabric(
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",
+        devices=local,
+        num_nodes=world // local,
+        strategy="ddp" if world > 1 else "auto",
+    )
+    fabric.launch()
+    return fabric
