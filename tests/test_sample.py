@@ -570,6 +570,20 @@ def test_blocks_keep_held_out_frames_away_in_time():
         split_in_blocks(frames, {"train": 0.5}, seed=0)
 
 
+@pytest.mark.parametrize(("n_runs", "n_frames"), [(1, 16), (2, 8), (4, 5)])
+def test_short_runs_still_leave_frames_to_hold_out(n_runs, n_frames):
+    n = n_runs * n_frames
+    frames = replace(
+        SampledFrames.independent(Structures.concatenate([copper()] * n)),
+        time=torch.arange(n_frames, dtype=torch.float64).repeat(n_runs),
+        job=torch.arange(n_runs).repeat_interleave(n_frames),
+    )
+    fractions = {"train": 0.5, "validation": 0.2, "test": 0.3}
+    for seed in range(10):
+        split = split_in_blocks(frames, fractions, seed=seed, block=4, gap=1)
+        assert min(len(systems) for systems in split.values()) >= 2
+
+
 def test_even_in_temperature():
     frames = fake_frames(80, 0)  # one ramp, and as many frames at 300 K
     chosen = even_in_temperature(frames, 40, n_bins=8)

@@ -36,7 +36,7 @@ def split_in_blocks(
     seed : int
         Shuffles the blocks.
     block : int
-        Frames per block.
+        Frames per block, roughly: the blocks of a run are of about one size.
     gap : int
         Frames between blocks of different splits; zero keeps all frames.
 
@@ -108,12 +108,16 @@ def even_in_temperature(frames: SampledFrames, n: int, *, n_bins: int = 8, seed:
 
 
 def _blocks_by_job(frames: SampledFrames, block: int) -> list[list[Tensor]]:
-    """Cut each job's frames into blocks; independent frames are blocks of one."""
+    """Cut each job's frames into blocks of about one size; independent frames are blocks of one.
+
+    A small rest would be lost to the gaps around it.
+    """
     jobs = []
     for job in torch.unique(frames.job):
         members = (frames.job == job).nonzero()[:, 0]
         independent = bool(torch.isnan(frames.time[members]).all())
-        jobs.append(list(members.split(1 if independent else block)))
+        size = 1 if independent else block
+        jobs.append(list(members.tensor_split(max(1, round(len(members) / size)))))
     return jobs
 
 

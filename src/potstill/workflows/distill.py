@@ -20,7 +20,7 @@ import torch
 
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential
-from potstill.errors import DivergenceError
+from potstill.errors import DataError, DivergenceError
 from potstill.readers import split_from_file, write_split
 from potstill.report import write_report
 from potstill.sample import SampledFrames, run_plan, split_in_blocks
@@ -112,11 +112,23 @@ def _sample(run: Run) -> None:
 
 
 def split_frames(frames: SampledFrames, seed: int) -> dict[str, torch.Tensor]:
-    """Split dynamics in blocks of time; independent frames are all for training."""
+    """Split dynamics in blocks of time; independent frames are all for training.
+
+    Raises
+    ------
+    DataError
+        If a part would be empty.
+    """
     moving = ~torch.isnan(frames.time)
     own = moving.nonzero()[:, 0]
     parts = split_in_blocks(frames.select(own), SPLIT, seed=seed, block=BLOCK, gap=GAP)
     split = {name: own[index] for name, index in parts.items()}
+    for name, systems in split.items():
+        if not len(systems):
+            raise DataError(
+                f"{len(own)} frames of dynamics are too few to leave some for '{name}': "
+                f"raise the budget, or n_md_frames among the counts"
+            )
     split["train"] = torch.cat([split["train"], (~moving).nonzero()[:, 0]]).sort().values
     return split
 

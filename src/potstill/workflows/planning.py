@@ -40,6 +40,8 @@ STUDENT_MD_SHARE = 0.2
 MAX_FRAMES = 400
 #: Rattled and strained structures beside on-policy ones: they teach what dynamics do not visit.
 MAX_RANDOM = 60
+#: Fewer frames of the teacher's dynamics leave nothing to hold out: four blocks of the split.
+MIN_MD_FRAMES = 16
 #: Seconds that evaluation takes at least: starting processes, timing rounds, figures.
 EVALUATION_SECONDS = 40.0
 #: fs between frames of the teacher's dynamics, and before the first.
@@ -227,7 +229,7 @@ def decide(order: Order, timings: Timings, timestep: float) -> Counts:
     frame = STRIDE / timestep * timings.step + timings.label
     warm_up = n_runs * EQUILIBRATION / timestep * timings.step
     n_md = int((DYNAMICS_SHARE * teacher_time - warm_up) / frame)
-    n_md = min(max(n_md, 5 * n_runs), MAX_FRAMES // 2)
+    n_md = min(max(n_md, 5 * n_runs, MIN_MD_FRAMES), MAX_FRAMES // 2)
     left = teacher_time - warm_up - n_md * frame
     n_free = min(max(int(left / timings.label), 24), MAX_FRAMES - n_md)
     n_random = min(n_free // 4, MAX_RANDOM) if order.on_policy else n_free
