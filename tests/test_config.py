@@ -143,6 +143,10 @@ def test_a_folder_belongs_to_one_config(tmp_path, file):
     claim_folder(folder, config)
     claim_folder(folder, config)
     assert YAML(typ="safe").load(folder / "config.yaml")["train"]["epochs"] == 5
+    # A setting that is newer than the run has its default there.
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("  batch_atoms:\n", ""))
+    claim_folder(folder, config)
     other = load_config(file(TRAIN), TrainConfig, {"train": {"epochs": 6}})
     with pytest.raises(ConfigError, match="a run with another 'train'"):
         claim_folder(folder, other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 import ase
 import torch
 from ase.build import bulk
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 
 from potstill.checkpoint import write_atomically
@@ -166,8 +167,11 @@ def check_folder(folder: Path, settings: BaseModel) -> bool:
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise ConfigError(f"{folder} exists and is no run folder: choose another --out")
         return False
-    stored = json.loads(json.dumps(YAML(typ="safe", pure=True).load(file)))
-    for key, value in json.loads(settings.model_dump_json()).items():
+    stored = YAML(typ="safe", pure=True).load(file)
+    # Settings that are newer than the run have their defaults in it.
+    with contextlib.suppress(ValidationError):
+        stored = type(settings).model_validate(stored).model_dump(mode="json")
+    for key, value in settings.model_dump(mode="json").items():
         if stored.get(key) != value:
             raise ConfigError(
                 f"{folder} holds a run with another '{key}' ({_short(stored.get(key))}, not "

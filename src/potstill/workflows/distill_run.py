@@ -75,7 +75,7 @@ def default_student() -> TrainSettings:
         energy=EnergySettings(zero="least_squares", prior="zbl"),
         # With the energies' zero subtracted the ratios of L_R would be ratios of noise.
         regularization=RegularizationSettings(l2=1e-6, hierarchicality=0.0),
-        optimizer=OptimizerSettings(learning_rate=3e-3, ema_decay=0.99, clip_norm=None),
+        optimizer=OptimizerSettings(learning_rate=6e-3, ema_decay=0.99, clip_norm=None),
         learning_rate=LearningRateSettings(schedule="exponential"),
         batch_size=2,
         early_stopping=None,
