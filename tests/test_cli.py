@@ -170,18 +170,18 @@ def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, args, expected):
     assert not list(tmp_path.iterdir())
 
 
-def test_memory_is_kept_by_a_new_start_unless_told_otherwise(monkeypatch):
+def test_a_new_start_keeps_memory_and_lets_threads_sleep_unless_told_otherwise(monkeypatch):
     started = []
     monkeypatch.setattr(base.os, "execv", lambda *args: started.append(args))
     monkeypatch.setattr(base.platform, "libc_ver", lambda: ("glibc", "2.36"))
-    for name in base.MALLOC:
+    for name in (*base.MALLOC, "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(base.NO_TUNING, "1")
-    base.keep_memory()
+    base.tune_process()
     assert not started
     monkeypatch.delenv(base.NO_TUNING)
-    base.keep_memory()
+    base.tune_process()
     assert started[0][0] == sys.executable
     started.clear()
-    base.keep_memory()  # the variables are set now
+    base.tune_process()  # the variables are set now
     assert not started

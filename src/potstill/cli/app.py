@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from potstill import __version__
-from potstill.cli.base import RichDisplay, keep_memory, one_sentence, print_tables, quiet_warnings
+from potstill.cli.base import RichDisplay, one_sentence, print_tables, quiet_warnings, tune_process
 from potstill.errors import ConfigError
 
 app = typer.Typer(
@@ -40,7 +40,7 @@ Seed = Annotated[int | None, typer.Option(help="Seed of all random numbers.")]
 
 def main() -> None:
     """Entry point of the command `potstill`."""
-    keep_memory()
+    tune_process()
     app()
 
 
