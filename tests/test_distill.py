@@ -91,7 +91,10 @@ def test_a_run_killed_at_every_stage_ends_like_one_that_was_not(settings, tmp_pa
     errors = json.loads((folder / "evaluation" / "errors.json").read_text())
     assert set(errors) == {"student", "control_wf10"}
     assert whole.summary["errors"]["student"]["forces_relative_rmse"] > 0
-    assert set(whole.summary["bulk_modulus"]) == {"student", "teacher"}
+    # A student of three epochs may have no equation of state: then that is its result.
+    eos = json.loads((folder / "evaluation" / "eos.json").read_text())
+    assert set(eos) == {"student", "teacher"}
+    assert "teacher" in whole.summary["bulk_modulus"]
     info = load_potential(folder / "student.pt")[1]
     assert info["trained_on"]["temperature_K"] == [300.0, 300.0]
     assert info["teacher"]["fingerprint"]
