@@ -1,0 +1,105 @@
+"""Files of potentials: round trip, versions, damage."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from ase.build import molecule
+
+from potstill import checkpoint
+from potstill.checkpoint import load_potential, potential_fingerprint, save_potential
+from potstill.errors import ModelError
+from potstill.models import HIPNN, ZBL, SpeciesOffsets, SumPotential
+from potstill.structures import SpeciesTable, Structures
+
+
+def _potential(seed: int = 0) -> SumPotential:
+    table = SpeciesTable.from_symbols("CHO")
+    torch.manual_seed(seed)
+    network = HIPNN(table, 4, 5, 0.8, 3.5, 4.0, 1)
+    offsets = SpeciesOffsets(table, [-13.6, -1029.0, -2041.0])
+    return SumPotential({"offsets": offsets, "prior": ZBL(table, 0.6, 0.9), "network": network})
+
+
+def test_what_is_loaded_predicts_what_was_saved(tmp_path: Path) -> None:
+    structures = Structures.from_ase([molecule("CH3CH2OH"), molecule("H2O")])
+    potential = _potential()
+    save_potential(tmp_path / "model.pt", potential, {"seed": 3})
+    loaded, info = load_potential(tmp_path / "model.pt")
+    assert info == {"seed": 3}
+    assert loaded["network"].dtype == torch.float32
+    names = ("energy", "forces", "atomic_energies")
+    before, after = (p.predict(structures, properties=names) for p in (potential, loaded))
+    for name in names:
+        assert torch.equal(before[name], after[name])
+    assert potential_fingerprint(loaded) == potential_fingerprint(potential)
+    assert potential_fingerprint(_potential(seed=1)) != potential_fingerprint(potential)
+
+
+def test_offsets_stay_in_float64_when_a_model_is_cast() -> None:
+    potential = _potential().to(torch.float32)
+    assert potential["offsets"].dtype == torch.float64
+    assert float(potential["offsets"].offsets[2]) == -2041.0
+
+
+def test_a_file_of_a_newer_potstill_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    save_potential(path, _potential(), {})
+    payload = torch.load(path, weights_only=True)
+    payload["potstill_format"] = checkpoint.FORMAT_VERSION + 1
+    torch.save(payload, path)
+    with pytest.raises(ModelError, match="newer potstill"):
+        load_potential(path)
+
+
+def test_an_older_file_goes_through_the_upgrades(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.pt"
+    save_potential(path, _potential(), {})
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", checkpoint.FORMAT_VERSION + 1)
+    upgraded = []
+
+    def upgrade(payload: dict) -> dict:
+        upgraded.append(payload["potstill_format"])
+        return {**payload, "potstill_format": payload["potstill_format"] + 1}
+
+    monkeypatch.setitem(checkpoint.UPGRADES, checkpoint.FORMAT_VERSION - 1, upgrade)
+    load_potential(path)
+    assert upgraded == [checkpoint.FORMAT_VERSION - 1]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"PK\x03\x04 half a zip"])
+def test_damaged_and_foreign_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="not a potstill file"):
+        load_potential(path)
+    with pytest.raises(ModelError, match="no such file"):
+        load_potential(tmp_path / "absent.pt")
+
+
+def test_a_pickled_object_is_never_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"potstill_format": 1, "object": Path("x")}, path)
+    with pytest.raises(ModelError, match="not a potstill file"):
+        load_potential(path)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    checkpoint.write_atomically(path, lambda file: file.write(b"old"))
+
+    def fail(file: object) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
