@@ -11,7 +11,7 @@ import datetime
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -530,10 +530,11 @@ def _claim(folder: Path, config: StudyConfig) -> None:
     if not file.is_file():
         write_atomically(file, lambda f: f.write(json.dumps(own, indent=1).encode()))
         return
-    stored: Mapping[str, Any] = json.loads(file.read_text())
-    # Seeds, sizes and strategies may be added to a study that runs already.
+    # Through the class, so that settings that are newer than the study take their defaults. Seeds,
+    # sizes and strategies may be added to a study that runs already.
+    stored = StudyConfig.model_validate_json(file.read_text())
     for key in ("data", "common", "schedule_factor"):
-        if stored.get(key) != own[key]:
+        if getattr(stored, key) != getattr(config, key):
             raise ConfigError(f"{folder} holds a study with another '{key}': choose another folder")
     write_atomically(file, lambda f: f.write(json.dumps(own, indent=1).encode()))
 
