@@ -121,7 +121,7 @@ def rdf(model):
     r = np.linspace(0.05, 7.95, 80)
     g = 1.0 + np.exp(-((r - 2.4) ** 2) / 0.02) * (3 - 0.1 * SCALE[model]) - np.exp(-r)
     g = np.where(r < 1.9, 0.0, g)
-    error = np.full_like(r, 0.02 if model == "teacher" else np.nan)
+    error = np.full_like(r, 0.02 if model == "teacher" else 0.01)
     return RadialDistribution(r, g, error, np.cumsum(g), "all", 0.05, 100, 5)
 
 

@@ -120,7 +120,7 @@ def over_sizes(group: Sequence[tuple[str, Comparison]], ours: str, theirs: str) 
     ahead = [c for _, c in group if c.change != 0 and (c.change < 0) == metric.lower_is_better]
     changes = ", ".join(f"{size} {_percent(c.change)}" for size, c in group)
     start = f"{metric.name}: the mean of the {ours} is better than that of the {theirs} at "
-    start = f"{start}{len(ahead)} of {len(group)} sizes ({changes})"
+    start = f"{start}{len(ahead)} of {len(group)} sizes (change: {changes})"
     if not any(c.tested for _, c in group):
         return f"{start}; one run each, so the part of chance is not known."
     better = [size for size, c in group if c.tested and c.outcome == "better"]
