@@ -312,7 +312,11 @@ def property_table(data: ReportData) -> Table | None:
         return None
     columns = ("Quantity", *(plain_label(m) for m in models))
     deviations = (f"{plain_label(m)} − teacher (%)" for m in compared)
-    note = "E(V): Birch-Murnaghan fit. Elastic constants: averages over the cubic axes."
+    strains = sorted({r["strain"] for r in data.test("elastic").values() if "strain" in r})
+    note = "E(V): Birch-Murnaghan fit. Elastic constants: averages over the cubic axes"
+    if strains:
+        note += f", from strains of {' or '.join(f'{s:g}' for s in strains)}"
+    note += "."
     return Table("table_crystal", "Crystal at 0 K", (*columns, *deviations), tuple(rows), note, 4)
 
 
@@ -329,7 +333,7 @@ def nve_table(data: ReportData) -> Table | None:
         rows.append((plain_label(model), *setting, *fit, *near, state))
     if not rows:
         return None
-    columns = ("Model", "Atoms", "Temperature (K)", "Timestep (fs)", "Duration (ps)")
+    columns = ("Model", "Atoms", "T (K)", "Timestep (fs)", "Time (ps)")
     fitted = ("Slope (meV/atom/ps)", "Error of slope", "Drift (meV/atom)", "Fluctuation (meV/atom)")
     last = ("Closest pair (Å)", "Over shortest in training", "Ran")
     note = (
@@ -465,8 +469,8 @@ def _pareto(data: ReportData) -> _Drawing | None:
             m: (x, _force_error(data, m)) for m, x in by_model.items()
             if math.isfinite(_force_error(data, m))
         }  # fmt: skip
-        if len(points) < 2:
-            continue
+        if len({x for x, _ in points.values()}) < 2:
+            continue  # nothing to trade: all cost the same
         table = np.array(list(points.values()))
         front = table[pareto_front(table)]
         front = front[np.argsort(front[:, 0])]
