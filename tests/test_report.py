@@ -112,7 +112,7 @@ def eos(model):
 
 
 def elastic(model):
-    c11, c12, c44 = 150.0 + SCALE[model], 60.0, 75.0
+    c11, c12, c44 = 150.0 + SCALE[model], 60.0, 75.0 + SCALE[model]
     tensor = np.diag([c11] * 3 + [c44] * 3) + np.pad(c12 * (1 - np.eye(3)), (0, 3))
     return ElasticConstants(tensor, 0.1, 0.0, "stress", True, 0.005)
 
@@ -285,7 +285,8 @@ def test_every_figure_and_table_has_its_files(run, page):
 def test_header_says_what_when_and_whose(page):
     for text in ("chgnet distilled for Si", "potstill distill --teacher chgnet", "abc123",
                  "Deng 2023", "BSD-3-Clause &lt;all&gt;", "torch 2.13.0", "<dt>Seed</dt><dd>7",
-                 "300 structures of Si", "A processor; 2 threads", "label 301 s"):  # fmt: skip
+                 "300 structures of Si", "A processor; 2 threads", "label 301 s",
+                 "potstill distill --config"):  # fmt: skip
         assert text in page
 
 
@@ -295,7 +296,8 @@ def test_summary_is_computed(page):
                  "the student is better than the control (w_F = 10) by 17 %",
                  "one run each, so the part of chance is not known",
                  "155 times faster", "drifts by +0.080 ± 0.0080 meV/atom",
-                 "2.01 Å apart, 0.96 times",
+                 "2.01 Å apart, 0.96 times", "strains of 0.005",
+                 "C11 151 (150) GPa, C12 60.0 (60.0) GPa, C44 76.0 (75.0) GPa; close to",
                  "Lattice constant 5.440 Å (teacher 5.430 Å, +0.18 %)"):  # fmt: skip
         assert text in page
 
@@ -330,6 +332,25 @@ def test_verdict_is_honest_when_the_control_wins(tmp_path):
     assert "the student is worse than the control (w_F = 10) by 100 %" in text
     assert "12.4 % (RMSE over the standard deviation of the forces), above the 10 %" in text
     assert "is better than" not in text
+
+
+def test_wrong_elastic_constants_are_said(tmp_path):
+    write_evaluation(tmp_path / "evaluation")
+    wrong = {**elastic("student").to_json(), "c12": -90.0}
+    write_only(tmp_path, eos={m: as_json(eos(m)) for m in MODELS},
+               elastic={"student": wrong, "teacher": elastic("teacher").to_json()})  # fmt: skip
+    assert "C12 −90.0 (60.0) GPa, C44 76.0 (75.0) GPa; far from the teacher's" in summary(tmp_path)
+
+
+def test_untimed_controls_are_drawn_at_the_cost_of_the_student(run, tmp_path):
+    data = collect(run)
+    results = {**data.results, "speed": {m: as_json(speed(m)) for m in ("student", "teacher")}}
+    results = {name: results[name] for name in ("errors", "speed")}
+    write_report(dataclasses.replace(data, folder=tmp_path, results=results, curves={},
+                                     n_parameters={"student": 9, "control_wf10": 9}))  # fmt: skip
+    rows = read_csv(tmp_path / "report" / "pareto.csv")
+    x = {row["series"]: float(row["x"]) for row in rows if row["kind"] == "points"}
+    assert x["control_wf10"] == x["student"] < x["teacher"]
 
 
 def test_unstable_dynamics_is_said(tmp_path):
@@ -486,6 +507,8 @@ def test_study_verdicts_follow_the_numbers():
     assert "it is worse at small, large" in worse
     equal = study_verdicts(study_rows(control=1.003))[0]
     assert "none of these differences is beyond the spread over seeds" in equal
+    mixed = [r for r in study_rows() if r.strategy != "student" or r.seed == 0]
+    assert "one of them has a single run, so the part" in study_verdicts(mixed)[0]
     single = study_verdicts(study_rows(seeds=1))[0]
     assert "one run each, so the part of chance is not known" in single
 

@@ -279,7 +279,7 @@ def _about(
     versions = info.get("versions") or machine.get("versions") or {}
     seconds = {name: entry.get("seconds") for name, entry in stages.items() if entry}
     entries = {
-        "Command": config.get("command"),
+        "Repeat with": _command(folder) if config else None,
         "Run": str(folder.resolve()),
         "Written": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "Seed": str(config.get("seed", info.get("seed", ""))),
@@ -314,6 +314,11 @@ def _trained_on(known: Mapping[str, Any]) -> str:
     if known.get("density_g_cm3"):
         parts.append("{:.3g} to {:.3g} g/cm³".format(*known["density_g_cm3"]))
     return "; ".join(parts)
+
+
+def _command(folder: Path) -> str:
+    """What does the run again; `config.yaml` holds all settings, defaults included."""
+    return f"potstill distill --config {folder / 'config.yaml'} --out another-folder"
 
 
 def _labels(path: Path) -> str:

@@ -41,6 +41,8 @@ _GROUPED = ("forces_rmse", "energy_per_atom_rmse")
 _KIB = 1024.0
 #: What the student of the main job should stay below: relative force RMSE, NVE drift in meV/atom.
 AIM_RELATIVE_FORCES, AIM_DRIFT = 0.10, 1.0
+#: Elastic constants are close when none is off by more than this part of the largest.
+AIM_ELASTIC = 0.2
 
 
 def write_report(run: str | Path | ReportData, *, about: Mapping[str, str] | None = None) -> Path:
@@ -181,11 +183,25 @@ def _crystal_verdict(data: ReportData) -> list[str]:
         return []
     lengths = [r["cell_lengths"][0] for r in (ours, theirs)]
     moduli = [r["bulk_modulus"] for r in (ours, theirs)]
-    return [
+    texts = [
         f"Lattice constant {lengths[0]:.3f} Å (teacher {lengths[1]:.3f} Å, "
         f"{_change(*lengths)}), bulk modulus {number(moduli[0])} GPa (teacher "
         f"{number(moduli[1])} GPa, {_change(*moduli)})."
     ]
+    ours, theirs = (data.test("elastic").get(name) for name in ("student", "teacher"))
+    if ours and theirs:
+        values = {name: (ours[name], theirs[name]) for name in ("c11", "c12", "c44")}
+        pairs = ", ".join(
+            f"{k.upper()} {number(a)} ({number(b)}) GPa" for k, (a, b) in values.items()
+        )
+        worst = max(abs(a - b) for a, b in values.values())
+        far = worst > AIM_ELASTIC * max(abs(b) for _, b in values.values())
+        verdict = "far from the teacher's" if far else "close to the teacher's"
+        texts.append(
+            f"Elastic constants from strains of {ours['strain']:g}, the teacher's in brackets: "
+            f"{pairs}; {verdict}."
+        )
+    return texts
 
 
 def _facts(data: ReportData) -> tuple[Fact, ...]:
@@ -326,7 +342,7 @@ def nve_table(data: ReportData) -> Table | None:
     for model, run in data.test("nve").items():
         closest = _closest(run, data.trained_on)
         broken = run.get("exploded_at")
-        state = "to the end" if broken is None else f"broke down after {broken:g} ps"
+        state = "sound" if broken is None else f"broke down after {broken:g} ps"
         setting = (run["n_atoms"], run["temperature"], run["timestep"], run["duration"])
         fit = (run["slope"], run["slope_error"], run["drift"], run["fluctuation"])
         near = (None, None) if closest is None else (f"{closest[0]} {closest[1]:.2f}", closest[2])
@@ -335,7 +351,7 @@ def nve_table(data: ReportData) -> Table | None:
         return None
     columns = ("Model", "Atoms", "T (K)", "Timestep (fs)", "Time (ps)")
     fitted = ("Slope (meV/atom/ps)", "Error of slope", "Drift (meV/atom)", "Fluctuation (meV/atom)")
-    last = ("Closest pair (Å)", "Over shortest in training", "Ran")
+    last = ("Closest pair (Å)", "Over shortest in training", "Run")
     note = (
         "Slope: least squares, with its standard error for correlated samples; drift: slope times "
         "duration; fluctuation: root mean square about the fitted line."
@@ -452,15 +468,15 @@ def _learning(data: ReportData) -> _Drawing | None:
 
 
 def _pareto(data: ReportData) -> _Drawing | None:
-    costs: dict[str, dict[str, float]] = {"time_per_step_atom_us": {}, "memory_per_atom_kib": {}}
     timed = [set(_timings(data, m)) for m in data.test("speed")]
     common = set.intersection(*timed) if timed else set()
+    costs: dict[str, dict[str, float]] = {"time_per_step_atom_us": {}, "memory_per_atom_kib": {}}
     for model in data.models:
-        if common:
-            time = _timings(data, model).get(max(common))
-            if time is not None:
-                costs["time_per_step_atom_us"][model] = 1e6 * time
-        slope = data.test("memory").get(model, {}).get("bytes_per_atom")
+        time = _timings(data, _measured_as(data, "speed", model)).get(max(common, default=0))
+        if time is not None:
+            costs["time_per_step_atom_us"][model] = 1e6 * time
+        memory = data.test("memory").get(_measured_as(data, "memory", model), {})
+        slope = memory.get("bytes_per_atom")
         if slope is not None and slope > 0:
             costs["memory_per_atom_kib"][model] = slope / _KIB
     panels = []
@@ -482,6 +498,8 @@ def _pareto(data: ReportData) -> _Drawing | None:
         return None
     atoms = f" Times are those of {max(common):,} atoms." if common else ""
     own = " The teacher's error against itself is zero." if data.target == "teacher" else ""
+    if any(_measured_as(data, "speed", control) != control for control in data.controls):
+        own += " Controls have the student's architecture and are drawn at its cost."
     caption = (
         f"Force RMSE against the {data.target} over the cost of molecular dynamics; lower and "
         f"further left is better (Fig. 2 of Matin et al.).{atoms}{own}"
@@ -602,6 +620,15 @@ def _timings(data: ReportData, model: str) -> dict[int, float]:
     """Seconds per step and atom by number of atoms."""
     rows = data.test("speed").get(model, {}).get("rows", ())
     return {row["n_atoms"]: row["seconds_per_step"] / row["n_atoms"] for row in rows}
+
+
+def _measured_as(data: ReportData, test: str, model: str) -> str:
+    """Whose cost is a model's: its own, or that of the student of the same architecture."""
+    sizes = data.n_parameters
+    same = sizes.get(model) is not None and sizes.get(model) == sizes.get("student")
+    if model not in data.test(test) and model in data.controls and same:
+        return "student"
+    return model
 
 
 def _force_error(data: ReportData, model: str) -> float:

@@ -180,6 +180,18 @@ def _runs_table(rows: Sequence[StudyRow]) -> Table:
     return Table("table_runs", "Every run, in stored units", columns, body)
 
 
+def _short_runs_table(rows: Sequence[StudyRow]) -> Table:
+    """What fits on the page; `_runs_table` has everything."""
+    metrics = [METRICS[key] for key in _measured(rows, (*_COMPARED, *_COST_COLUMNS))]
+    body: tuple[tuple[Cell, ...], ...] = tuple(
+        (plain_label(r.strategy), r.size, r.seed, *(r.value(m.key) * m.scale for m in metrics))
+        for r in sorted(rows, key=_sort_key)
+    )
+    columns = ("Strategy", "Size", "Seed", *(m.label for m in metrics))
+    note = "All metrics of every run, in stored units, are in the file."
+    return Table("table_runs", "Main numbers of every run", columns, body, note)
+
+
 def _comparison_table(rows: Sequence[StudyRow]) -> Table:
     body = []
     for size, ours, theirs, c in _comparisons(rows):
@@ -485,11 +497,11 @@ def write_study_report(
     figures = study_figures(rows, parts, baselines)
     for table in tables:
         table.write(parts)
-    *shown, runs = tables
+    shown = tables[:-1]
     sections = [
         Section("Figures", figures=figures),
-        Section("Tables", tables=tuple(shown)),
-        Section("Every run", tables=(runs,)),
+        Section("Tables", tables=shown),
+        Section("Every run", tables=(_short_runs_table(rows),)),
     ]
     verdicts = study_verdicts(rows) or ("There is no pair of strategies to compare.",)
     page = Page(title, tuple((about or {}).items()), verdicts, (), tuple(notes), tuple(sections))

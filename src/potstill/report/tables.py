@@ -153,11 +153,11 @@ class Table:
 
     def html(self) -> str:
         """As an HTML table; all text is escaped."""
-        classes = ["text" if left else "number" for left in self._left_aligned()]
+        classes = [self._html_class(k, left) for k, left in enumerate(self._left_aligned())]
 
         def line(cells: Sequence[str], tag: str) -> str:
-            inner = (
-                f'<{tag} class="{kind}">{escape(cell)}</{tag}>'
+            inner = (  # the word joiner keeps units such as eV/Å on one line
+                f'<{tag} class="{kind}">{escape(cell).replace("/", "/&#8288;")}</{tag}>'
                 for kind, cell in zip(classes, cells, strict=True)
             )
             return f"<tr>{''.join(inner)}</tr>"
@@ -192,6 +192,11 @@ class Table:
     @property
     def _width(self) -> int:
         return len(self.columns)
+
+    def _html_class(self, column: int, left: bool) -> str:
+        """`number` and `text` stay on one line, `words` may break."""
+        longest = max((len(self._shown(row[column])) for row in self.rows), default=0)
+        return "number" if not left else "words" if longest > 24 else "text"
 
     def _shown(self, cell: Cell) -> str:
         return shown(cell, self.digits)

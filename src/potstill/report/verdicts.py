@@ -101,7 +101,7 @@ def sentence(comparison: Comparison, ours: str, theirs: str) -> str:
         verdict = f"the {ours} is {c.outcome} than the {theirs} by {100 * abs(c.change):,.0f} %"
     if c.tested:
         return f"{start}: {verdict} (95 % interval {_percent(c.low)} to {_percent(c.high)})."
-    return f"{start}: {verdict}; one run each, so the part of chance is not known."
+    return f"{start}: {verdict}; {_untested(comparison)}, so the part of chance is not known."
 
 
 def over_sizes(group: Sequence[tuple[str, Comparison]], ours: str, theirs: str) -> str:
@@ -122,7 +122,7 @@ def over_sizes(group: Sequence[tuple[str, Comparison]], ours: str, theirs: str) 
     start = f"{metric.name}: the mean of the {ours} is better than that of the {theirs} at "
     start = f"{start}{len(ahead)} of {len(group)} sizes (change: {changes})"
     if not any(c.tested for _, c in group):
-        return f"{start}; one run each, so the part of chance is not known."
+        return f"{start}; {_untested(group[0][1])}, so the part of chance is not known."
     better = [size for size, c in group if c.tested and c.outcome == "better"]
     worse = [size for size, c in group if c.tested and c.outcome == "worse"]
     beyond = [f"better at {', '.join(better)}"] if better else []
@@ -130,6 +130,11 @@ def over_sizes(group: Sequence[tuple[str, Comparison]], ours: str, theirs: str) 
     if not beyond:
         return f"{start}; none of these differences is beyond the spread over seeds."
     return f"{start}; beyond the spread over seeds it is {' and '.join(beyond)}."
+
+
+def _untested(comparison: Comparison) -> str:
+    runs = {comparison.ours.n, comparison.theirs.n}
+    return "one run each" if runs == {1} else "one of them has a single run"
 
 
 def _value(spread: Spread, metric: Metric) -> str:
