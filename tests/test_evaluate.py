@@ -23,7 +23,6 @@ from potstill.evaluate.base import as_json, make_calculator, repeat_to, set_temp
 from potstill.evaluate.elastic import deform, elastic_constants
 from potstill.evaluate.eos import equation_of_state, fit_birch_murnaghan
 from potstill.evaluate.errors import (
-    batches_by_atoms,
     compare,
     evaluate_errors,
     gap_closed,
@@ -136,13 +135,6 @@ def test_ase_calculators_are_predictors_too(labelled):
     open_system = Structures.from_ase([molecule("O2"), bulk("Cu", cubic=True)])
     stress = predict_all(EMT(), open_system, ("energy", "stress"))
     assert stress.present["stress"].tolist() == [False, True]
-
-
-def test_batches_respect_the_atom_budget():
-    structures = Structures.from_ase(frames_of())  # 4, 8, 12, 4, 8, 12 atoms
-    assert batches_by_atoms(structures, 12) == [[0, 1], [2], [3, 4], [5]]
-    assert batches_by_atoms(structures, 1) == [[k] for k in range(6)]
-    assert batches_by_atoms(structures, 10**6) == [list(range(6))]
 
 
 def test_errors_refuse_unknown_sources(labelled):

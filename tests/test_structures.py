@@ -107,6 +107,20 @@ def test_concatenate_merges_species_and_fills_optional_fields():
         Structures.concatenate([])
 
 
+def test_batches_respect_the_atom_budget():
+    cells = [ase.build.bulk("Cu", cubic=True).repeat((1, 1, n)) for n in (1, 2, 3)]
+    structures = Structures.from_ase(cells * 2)  # 4, 8, 12, 4, 8, 12 atoms
+
+    def cut(*arguments):
+        return [batch.tolist() for batch in structures.batches(*arguments)]
+
+    assert cut(12) == [[0, 1], [2], [3, 4], [5]]
+    assert cut(1) == [[k] for k in range(6)]
+    assert cut(10**6) == [list(range(6))]
+    assert cut(16, torch.tensor([5, 3, 0, 2])) == [[5, 3], [0, 2]]
+    assert structures.select([]).batches(10) == []
+
+
 def test_an_empty_batch_and_a_system_without_atoms():
     empty = Structures.from_ase([], table=SpeciesTable.from_symbols(["Si"]))
     assert (empty.n_systems, empty.n_atoms) == (0, 0)

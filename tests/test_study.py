@@ -16,7 +16,10 @@ from potstill.distill import Schedule
 from potstill.errors import ConfigError
 from potstill.workflows.study import (
     STRATEGIES,
+    Cell,
     StudyConfig,
+    _training_sets,
+    load_set,
     report_study,
     run_study,
     split_by_groups,
@@ -99,6 +102,44 @@ def test_the_born_again_schedule_ends_where_it_is_told_to() -> None:
     assert isinstance(energies, Schedule)
     assert (forces.at(1), forces.at(100)) == (75.0, 10.0)
     assert (energies.at(1), energies.at(99), energies.at(100)) == (200.0, 40.0, 0.0)
+
+
+def test_students_learn_from_the_teacher_that_their_strategy_names(tmp_path: Path) -> None:
+    config = _config(
+        tmp_path,
+        seeds=(0,),
+        extra_strategies={
+            "other_teacher": {"role": "teacher", "w_forces": 30.0},
+            "other_student": {
+                "role": "student",
+                "teacher": "other_teacher",
+                "w_atomic_energies": 9.0,
+            },
+        },
+        strategies=("teacher", "other_teacher", "other_student", "control_wf10"),
+    )
+    folder = tmp_path / "study"
+    run_study(config, folder)
+    data = load_set(config.data.train, "reference")
+    cell = next(c for c in config.cells() if c.strategy == "other_student")
+    training, _ = _training_sets(config, folder, cell, config.strategy("other_student"))
+    teacher, _ = load_potential(folder / "other_teacher-teacher-0" / "best.pt")
+    known = training.structures.fingerprints()
+    rows = torch.tensor([data.structures.fingerprints().index(f) for f in known])
+    expected = teacher.predict(data.structures.select(rows), properties=("atomic_energies",))
+    torch.testing.assert_close(
+        training.labels["teacher"]["atomic_energies"], expected["atomic_energies"]
+    )
+    first, _ = load_potential(folder / "teacher-teacher-0" / "best.pt")
+    other = first.predict(training.structures, properties=("atomic_energies",))
+    assert not torch.allclose(other["atomic_energies"], expected["atomic_energies"])
+    assert config.teacher_of(cell) == Cell("other_teacher", "teacher", 0)
+    assert config.teacher_of(Cell("control_wf10", "small", 0)) == Cell("teacher", "teacher", 0)
+
+
+def test_a_student_without_its_teacher_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="'student' learns from 'teacher', which is not"):
+        _config(tmp_path, strategies=("student",))
 
 
 def test_another_study_in_the_same_folder_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from potstill.distill import LossTerm, Schedule
 from potstill.errors import ConfigError, DivergenceError, MissingLabelError
 from potstill.structures import Properties, Structures
 from potstill.train import TrainingSet, TrainSettings, train
-from potstill.train.data import atom_batches, epoch_batches, fit_offsets
+from potstill.train.data import epoch_batches, fit_offsets
 from potstill.train.settings import EnergySettings, ModelSettings, OptimizerSettings
 
 SMALL = ModelSettings(
@@ -285,8 +285,6 @@ def test_batches_cover_everything_once_and_respect_the_atom_budget() -> None:
     for batches in (
         epoch_batches(structures, batch_size=3, batch_atoms=None, seed=1, epoch=2),
         epoch_batches(structures, batch_size=3, batch_atoms=12, seed=1, epoch=2),
-        atom_batches(structures, 12),
-        atom_batches(structures, 1),
     ):
         assert sorted(torch.cat(batches).tolist()) == list(range(7))
     sizes = structures.n_atoms_per_system

@@ -195,6 +195,34 @@ class Structures:
         """(S+1,) int64: atoms of system s are `atom_offsets[s]:atom_offsets[s + 1]`."""
         return offsets_from_counts(self.n_atoms_per_system)
 
+    def batches(self, max_atoms: int, order: Tensor | None = None) -> list[Tensor]:
+        """Cut the systems into consecutive batches of at most `max_atoms` atoms.
+
+        Parameters
+        ----------
+        max_atoms : int
+            A larger system is a batch of its own.
+        order : Tensor, optional
+            (n,) int64 systems to be cut, in their order; all systems if absent.
+
+        Returns
+        -------
+        list of Tensor
+            Indices of systems, int64.
+        """
+        if order is None:
+            order = torch.arange(self.n_systems)
+        batches: list[list[int]] = []
+        held = 0
+        n_atoms = self.n_atoms_per_system[order].tolist()
+        for system, n in zip(order.tolist(), n_atoms, strict=True):
+            if not batches or held + n > max_atoms:
+                batches.append([])
+                held = 0
+            batches[-1].append(system)
+            held += n
+        return [torch.tensor(batch) for batch in batches]
+
     @property
     def volume(self) -> Tensor:
         """(S,) Å³; zero where the cell is not three-dimensional."""

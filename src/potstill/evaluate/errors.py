@@ -158,25 +158,12 @@ def predict_all(
         return _predict_with_ase(predictor, structures, wanted)
     device = next((p.device for p in predictor.parameters()), torch.device("cpu"))
     parts, sizes = [], []
-    for systems in batches_by_atoms(structures, max_atoms):
+    for systems in structures.batches(max_atoms):
         batch = structures.select(systems)
         prediction = predictor.predict(batch.to(device), properties=wanted)
         parts.append(prediction.properties.to("cpu"))
         sizes.append(batch)
     return Properties.concatenate(parts, sizes)
-
-
-def batches_by_atoms(structures: Structures, max_atoms: int) -> list[list[int]]:
-    """Consecutive systems in batches of at most `max_atoms` atoms, or one larger system."""
-    batches: list[list[int]] = []
-    held = 0
-    for system, n_atoms in enumerate(structures.n_atoms_per_system.tolist()):
-        if not batches or held + n_atoms > max_atoms:
-            batches.append([])
-            held = 0
-        batches[-1].append(system)
-        held += n_atoms
-    return batches
 
 
 def gap_closed(student: float, control: float, teacher: float) -> float:

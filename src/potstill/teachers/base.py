@@ -182,7 +182,7 @@ class Teacher(ABC):
         self, structures: Structures, names: tuple[str, ...]
     ) -> Iterator[tuple[int, Properties | Failure]]:
         """Yield results system by system; a batch that fails is tried again one at a time."""
-        queue = list(reversed(_batches(structures.n_atoms_per_system.tolist(), self.batch_atoms)))
+        queue = [b.tolist() for b in reversed(structures.batches(self.batch_atoms))]
         while queue:
             systems = queue.pop()
             part = structures.select(systems)
@@ -309,19 +309,6 @@ def versions_of(*packages: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _batches(n_atoms: Sequence[int], limit: int) -> list[list[int]]:
-    """Group consecutive systems up to a number of atoms; a larger system is alone."""
-    groups: list[list[int]] = []
-    total = 0
-    for s, n in enumerate(n_atoms):
-        if not groups or total + n > limit:
-            groups.append([])
-            total = 0
-        groups[-1].append(s)
-        total += n
-    return groups
 
 
 def _absent(name: str, structures: Structures) -> Tensor:

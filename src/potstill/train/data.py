@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -126,27 +126,7 @@ def epoch_batches(
     order = torch.randperm(structures.n_systems, generator=generator)
     if batch_atoms is None:
         return list(order.split(batch_size))
-    return list(_fill(order, structures.n_atoms_per_system, batch_atoms))
-
-
-def atom_batches(structures: Structures, budget: int) -> list[Tensor]:
-    """All configurations in order, in batches of at most `budget` atoms (one at the least)."""
-    order = torch.arange(structures.n_systems)
-    return list(_fill(order, structures.n_atoms_per_system, budget))
-
-
-def _fill(order: Tensor, sizes: Tensor, budget: int) -> Iterator[Tensor]:
-    batch: list[int] = []
-    atoms = 0
-    for system in order.tolist():
-        size = int(sizes[system])
-        if batch and atoms + size > budget:
-            yield torch.tensor(batch)
-            batch, atoms = [], 0
-        batch.append(system)
-        atoms += size
-    if batch:
-        yield torch.tensor(batch)
+    return structures.batches(batch_atoms, order)
 
 
 def fit_offsets(structures: Structures, energy: Tensor) -> tuple[Tensor, int]:

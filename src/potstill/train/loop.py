@@ -32,7 +32,7 @@ from potstill.models import (
 )
 from potstill.models.hipnn import hierarchicality
 from potstill.structures import NeighborList, Properties, SpeciesTable, Structures
-from potstill.train.data import Batch, TrainingSet, atom_batches, epoch_batches, fit_offsets
+from potstill.train.data import Batch, TrainingSet, epoch_batches, fit_offsets
 from potstill.train.devices import default_fabric
 from potstill.train.settings import TrainSettings
 from potstill.train.state import Interruption, RunFolder, Trainee, restore, snapshot
@@ -289,7 +289,7 @@ def _validate(
     sources &= set(data.labels)
     accumulators = {source: ErrorAccumulator(fabric.device) for source in sorted(sources)}
     names = _validated_properties(settings)
-    batches = atom_batches(data.structures, _EVALUATION_ATOMS)
+    batches = data.structures.batches(_EVALUATION_ATOMS)
     for systems in batches[fabric.global_rank :: fabric.world_size]:
         batch = data.batch(systems).to(fabric.device)
         prediction = network.predict(batch.structures, batch.neighbors, names).properties

@@ -24,9 +24,10 @@ from potstill.checkpoint import load_potential, write_atomically
 from potstill.distill import LossTerm, Schedule
 from potstill.errors import ConfigError, suggest
 from potstill.evaluate.base import machine_description
+from potstill.evaluate.errors import compare, predict_all
 from potstill.evaluate.learning import read_learning_curves
-from potstill.metrics import ErrorAccumulator
 from potstill.models import Potential
+from potstill.models.base import PREDICTABLE
 from potstill.neighbors import build_neighbor_list, shortest_distances
 from potstill.readers import read
 from potstill.report.study import StudyRow, write_study_report
@@ -34,7 +35,6 @@ from potstill.store import LabelledStore
 from potstill.structures import Properties, Structures
 from potstill.teachers.potential import PotentialTeacher
 from potstill.train import TrainingSet, TrainSettings, train
-from potstill.train.data import atom_batches
 from potstill.train.settings import ScoreSettings
 from potstill.train.state import versions
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3
@@ -61,7 +61,9 @@ class Strategy(_Strict):
     Parameters
     ----------
     role : {"teacher", "student", "control"}
-        Controls see no atomic energies; students see the teacher's of the same seed.
+        Controls see no atomic energies; students see their teacher's of the same seed.
+    teacher : str
+        With the role `student`: the strategy, of role `teacher`, whose models are its teachers.
     w_energy, w_forces, w_atomic_energies : float
         Static weights of Eq. 5.
     born_again : bool
@@ -74,6 +76,7 @@ class Strategy(_Strict):
     """
 
     role: Role
+    teacher: str = "teacher"
     w_energy: float = 1.0
     w_forces: float = 10.0
     w_atomic_energies: float = 0.0
@@ -165,7 +168,7 @@ class StudyConfig(_Strict):
     strategies : tuple of str
         Keys of `STRATEGIES`, or of `extra_strategies`.
     extra_strategies : dict of str to Strategy
-        Strategies of the study's own.
+        Strategies of the study's own, such as a second teacher and its students.
     common : TrainSettings
         Everything else, shared by all runs; its model, loss, score and seed are filled in.
     measure : MeasureSettings, optional
@@ -196,11 +199,35 @@ class StudyConfig(_Strict):
         for name in self.strategies:
             if name not in {**STRATEGIES, **self.extra_strategies}:
                 raise ValueError(f"unknown strategy '{name}'{suggest(name, STRATEGIES)}")
+            strategy = self.strategy(name)
+            if strategy.role == "student" and self.data.atomic_energies_from is None:
+                self._check_teacher(name, strategy.teacher)
         return self
+
+    def _check_teacher(self, student: str, teacher: str) -> None:
+        if teacher not in self.strategies or self.strategy(teacher).role != "teacher":
+            raise ValueError(
+                f"the strategy '{student}' learns from '{teacher}', which is not among the "
+                "study's strategies of role 'teacher'"
+            )
 
     def strategy(self, name: str) -> Strategy:
         """The strategy of that name."""
         return {**STRATEGIES, **self.extra_strategies}[name]
+
+    def teacher_of(self, cell: Cell) -> Cell | None:
+        """The run that a cell is compared with, and whose atomic energies its student learns.
+
+        Controls are compared with the first teacher of the study; teachers with none.
+        """
+        strategy = self.strategy(cell.strategy)
+        if strategy.role == "teacher":
+            return None
+        name = strategy.teacher
+        if strategy.role == "control":
+            teachers = [s for s in self.strategies if self.strategy(s).role == "teacher"]
+            name = teachers[0] if teachers else name
+        return Cell(name, "teacher", cell.seed)
 
     def cells(self) -> list[Cell]:
         """All runs, teachers first."""
@@ -396,10 +423,13 @@ def report_study(
 
 
 def _trained_model(config: StudyConfig, folder: Path, cell: Cell) -> TrainedModel:
-    teacher = Cell("teacher", "teacher", cell.seed)
-    has_teacher = cell != teacher and _result_file(folder, teacher).is_file()
+    teacher = config.teacher_of(cell)
+    has_teacher = teacher is not None and _result_file(folder, teacher).is_file()
     return TrainedModel(
-        cell.name, cell.size, folder / cell.name / "best.pt", teacher.name if has_teacher else None
+        cell.name,
+        cell.size,
+        folder / cell.name / "best.pt",
+        teacher.name if teacher is not None and has_teacher else None,
     )
 
 
@@ -418,14 +448,9 @@ def _row(config: StudyConfig, folder: Path, name: str, record: dict[str, Any]) -
 
 
 def errors(potential: Potential, structures: Structures, labels: Properties) -> dict[str, float]:
-    """Metrics of a potential against labels, in batches."""
-    accumulator = ErrorAccumulator()
-    names = [n for n in ("energy", "forces", "stress", "atomic_energies") if n in labels]
-    for systems in atom_batches(structures, 4096):
-        part = structures.select(systems)
-        prediction = potential.predict(part, properties=names).properties
-        accumulator.update(prediction, labels.select(systems, structures), part)
-    return accumulator.compute()
+    """Metrics of a potential against labels."""
+    names = [name for name in PREDICTABLE if name in labels]
+    return compare(predict_all(potential, structures, names), labels, structures)
 
 
 # -- parts of run_cell ---------------------------------------------------------------------------
@@ -456,7 +481,8 @@ def _training_sets(
         if config.data.atomic_energies_from is not None:
             own = LabelledStore.open(config.data.train).labels(config.data.atomic_energies_from)
         else:
-            potential, _ = load_potential(folder / f"teacher-teacher-{cell.seed}" / "best.pt")
+            teacher = Cell(strategy.teacher, "teacher", cell.seed)
+            potential, _ = load_potential(folder / teacher.name / "best.pt")
             own, failures = PotentialTeacher(potential).label(data.structures, ["atomic_energies"])
             if failures:
                 raise ConfigError(f"the teacher could not label {len(failures)} structures")
@@ -516,7 +542,7 @@ def _is_ready(config: StudyConfig, folder: Path, cell: Cell) -> bool:
     strategy = config.strategy(cell.strategy)
     if strategy.role != "student" or config.data.atomic_energies_from is not None:
         return True
-    return _result_file(folder, Cell("teacher", "teacher", cell.seed)).is_file()
+    return _result_file(folder, Cell(strategy.teacher, "teacher", cell.seed)).is_file()
 
 
 def _result_file(folder: Path, cell: Cell) -> Path:
