@@ -131,6 +131,29 @@ def _short(folder):
     return path
 
 
+def test_dynamics_that_explode_leave_their_trajectory(copper, monkeypatch):
+    class Bomb(EMT):
+        """Copper, until its fortieth evaluation."""
+
+        n_calls = 0
+
+        def calculate(self, *args, **kwargs):
+            super().calculate(*args, **kwargs)
+            self.n_calls += 1
+            if self.n_calls > 40:
+                self.results["forces"] = self.results["forces"] + 1e6
+
+    monkeypatch.setattr(sys.modules[__name__], "Bomb", Bomb, raising=False)
+    out = copper / "md"
+    settings = ("--duration", 1.0, "--stride", 10, "--out", out, "--config", _short(copper))
+    result = call("md", f"{__name__}:Bomb", copper / "Cu.xyz", *settings, code=2)
+    assert "exploded" in result.output
+    frames = read(out / "trajectory.extxyz", ":")
+    assert 1 <= len(frames) < 100
+    rows = list(csv.DictReader((out / "thermo.csv").read_text().splitlines()))
+    assert [float(r["time_fs"]) for r in rows] == [f.info["time_fs"] for f in frames]
+
+
 def test_inspect_structures_and_a_checkpoint(copper, checkpoint):
     text = call("inspect", copper / "frames.xyz").output
     assert "Cu" in text

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect as inspect_module
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -14,12 +16,14 @@ from potstill import __version__
 from potstill.cli.base import RichDisplay, one_sentence, print_tables, quiet_warnings, tune_process
 from potstill.errors import ConfigError
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 app = typer.Typer(
     name="potstill",
     help="""Distil accurate interatomic potentials into fast ones.
 
-    A teacher (any potential) labels structures; a small student learns its energies, forces and
-    atomic energies; the student runs in ASE.
+    A teacher (any potential) labels structures; a small student learns from them; it runs in ASE.
 
     Start with: [bold]potstill distill[/bold]
     """,
@@ -44,6 +48,17 @@ def main() -> None:
     app()
 
 
+def _command(panel: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Register a command; the lines of each paragraph of its help are joined, to fill any width."""
+
+    def register(function: Callable[P, T]) -> Callable[P, T]:
+        paragraphs = inspect_module.cleandoc(function.__doc__ or "").split("\n\n")
+        text = "\n\n".join(" ".join(paragraph.splitlines()) for paragraph in paragraphs)
+        return app.command(help=text, rich_help_panel=panel)(function)
+
+    return register
+
+
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
@@ -54,7 +69,7 @@ def _version(
         raise typer.Exit
 
 
-@app.command(rich_help_panel="From a teacher to a student")
+@_command("From a teacher to a student")
 def distill(
     teacher: Annotated[
         str | None,
@@ -117,7 +132,7 @@ def distill(
         console.print(f"Report:  {result.folder}/report.html", highlight=False)
 
 
-@app.command(rich_help_panel="Step by step")
+@_command("Step by step")
 def label(
     store: Annotated[Path, typer.Argument(help="The labelled store; made if it does not exist.")],
     files: Annotated[
@@ -155,7 +170,7 @@ def label(
         console.print(f"{report.n_labelled} structures labelled, {report.n_failed} failed")
 
 
-@app.command(rich_help_panel="Step by step")
+@_command("Step by step")
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file: out, data, train, stages.")],
     out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
@@ -186,7 +201,7 @@ def train(
         )
 
 
-@app.command(rich_help_panel="Step by step")
+@_command("Step by step")
 def evaluate(
     models: Annotated[
         list[str] | None,
@@ -234,7 +249,7 @@ def evaluate(
             print_tables(console, card.title, card.columns, card.rows)
 
 
-@app.command(rich_help_panel="Step by step")
+@_command("Step by step")
 def md(
     model: Annotated[str | None, typer.Argument(help="A checkpoint, or a teacher.")] = None,
     structure: Annotated[str | None, typer.Argument(help="A structure file, or silicon.")] = None,
@@ -281,7 +296,7 @@ def md(
         console.print(f"Temperature and energies in {result.thermo}", highlight=False)
 
 
-@app.command(rich_help_panel="Studies")
+@_command("Studies")
 def study(
     config: Annotated[Path, typer.Argument(help="A YAML file of a study.")],
     out: Annotated[Path, typer.Option(help="Folder of the study.")],
@@ -319,7 +334,7 @@ def study(
         console.print(f"The report is {out / 'report.html'}", highlight=False)
 
 
-@app.command(rich_help_panel="Looking around")
+@_command("Looking around")
 def inspect(
     path: Annotated[Path, typer.Argument(help="Store, checkpoint, run folder or structures.")],
 ) -> None:
@@ -331,7 +346,7 @@ def inspect(
             print_tables(console, card.title, card.columns, card.rows)
 
 
-@app.command(rich_help_panel="Looking around")
+@_command("Looking around")
 def doctor() -> None:
     """Say what is installed and which extras work, and do a self-test of about ten seconds."""
     from potstill.workflows.doctor import examine

@@ -99,7 +99,8 @@ def standard_plan(
                 )
         kinds = ["rattle", "strain", "volume"] if bool(start.pbc[system].any()) else ["rattle"]
         for kind, n in zip(kinds, even_parts(quota - n_md, len(kinds)), strict=True):
-            extra = {} if kind == "rattle" else {"displacement": 0.05}
+            # The volume scan keeps the perfect crystal: E(V) at rest decides on elasticity.
+            extra = {"displacement": 0.05} if kind == "strain" else {}
             if n:
                 jobs.append(make_job({"kind": kind, "n_frames": n, "system": system, **extra}))
     return SamplingPlan(start, jobs, seed)

@@ -219,6 +219,11 @@ class MDJob(Job):
                 )
         return self._frames(start, history.taken)
 
+    def frames_so_far(self, start: Structures, folder: Path) -> SampledFrames | None:
+        """Frames that a run which did not come to its end has left in its folder; None if none."""
+        taken = History(folder).taken
+        return self._frames(one_system(start), taken) if taken else None
+
     def _takes(self, state: MDState, segment: int, history: History) -> bool:
         """Decide whether the end of a segment becomes a frame."""
         if segment < self.n_equilibration_segments:

@@ -124,6 +124,11 @@ def run_plan(
     return SampledFrames.concatenate(parts)
 
 
+def scratch_folder(folder: Path, number: int) -> Path:
+    """Where a job of a plan keeps its checkpoints until it is done."""
+    return folder / f"job_{number:03d}"
+
+
 def _run_job(
     plan: SamplingPlan,
     number: int,
@@ -133,7 +138,7 @@ def _run_job(
 ) -> SampledFrames:
     """Frames of one job: read if it is done, else run or go on."""
     path = folder / f"job_{number:03d}.npz"
-    scratch = folder / f"job_{number:03d}"
+    scratch = scratch_folder(folder, number)
     job = plan.jobs[number]
     if not path.exists():
         frames = job.run(

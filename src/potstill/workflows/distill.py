@@ -41,8 +41,8 @@ from potstill.workflows.planning import EQUILIBRATION, EXPLORING_STRIDE, STRIDE,
 from potstill.workflows.students import train_model, train_students
 from potstill.workflows.summary import summarize
 
-#: Shares of the teacher's dynamics; what is sampled otherwise is for training.
-SPLIT = {"train": 0.5, "validation": 0.2, "test": 0.3}
+#: Shares of the teacher's dynamics; what is sampled otherwise, the larger part, is for training.
+SPLIT = {"train": 0.3, "validation": 0.25, "test": 0.45}
 #: Frames per block of the split, and frames left out between blocks.
 BLOCK, GAP = 4, 1
 

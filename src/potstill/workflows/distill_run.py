@@ -48,11 +48,15 @@ FINAL_RATE = 0.02
 
 
 class Weights(Settings):
-    """Weights of the student's loss; zero leaves a term out."""
+    """Weights of the student's loss; zero leaves a term out.
 
-    energy: float = Field(default=1.0, ge=0)
+    Those of forces and atomic energies are the paper's. More weight on energy and stress than
+    there costs little in forces and makes elasticity better.
+    """
+
+    energy: float = Field(default=4.0, ge=0)
     forces: float = Field(default=30.0, ge=0)
-    stress: float = Field(default=100.0, ge=0)
+    stress: float = Field(default=1000.0, ge=0)
     atomic_energies: float = Field(default=100.0, ge=0)
 
 

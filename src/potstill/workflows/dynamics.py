@@ -14,10 +14,11 @@ from ase.io import write
 from pydantic import Field
 
 from potstill.checkpoint import write_atomically
-from potstill.errors import ConfigError
+from potstill.errors import ConfigError, DivergenceError
 from potstill.evaluate.base import make_calculator
 from potstill.sample import MDJob, SampledFrames, SamplingPlan, run_plan, smallest_supercell
 from potstill.sample.base import Progress
+from potstill.sample.plan import scratch_folder
 from potstill.structures import Structures
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3, BOLTZMANN, FS_IN_ASE_TIME
 from potstill.workflows.base import (
@@ -107,16 +108,24 @@ def simulate(
     folder: Path,
     display: Display,
 ) -> MdResult:
-    """Run the dynamics of a config from one structure, in a folder that exists."""
+    """Run the dynamics of a config from one structure, in a folder that exists.
+
+    A run that is interrupted or explodes leaves its trajectory up to there.
+    """
     if config.ensemble == "nve" and config.equilibration > 0:
         warm = _run(_thermalization(config), start, calculator, folder / "equilibration", config)
         start = warm.structures[-1]
+    job = production(config)
     with display.task(f"molecular dynamics ({config.ensemble})", 1.0) as task:
-        frames = _run(production(config), start, calculator, folder / "frames", config, task.update)
-    trajectory, thermo = folder / "trajectory.extxyz", folder / "thermo.csv"
-    write_trajectory(trajectory, frames)
-    write_thermo(thermo, frames)
-    return MdResult(frames, trajectory, thermo)
+        try:
+            frames = _run(job, start, calculator, folder / "frames", config, task.update)
+        except (KeyboardInterrupt, DivergenceError):
+            # What led to an explosion is what one wants to see.
+            so_far = job.frames_so_far(start, scratch_folder(folder / "frames", 0))
+            if so_far is not None:
+                _write(folder, so_far)
+            raise
+    return _write(folder, frames)
 
 
 def production(config: MdConfig) -> MDJob:
@@ -158,6 +167,13 @@ def _run(
 ) -> SampledFrames:
     plan = SamplingPlan(start, [job], config.seed)
     return run_plan(plan, calculator, folder, progress, driver=config.model.spec)
+
+
+def _write(folder: Path, frames: SampledFrames) -> MdResult:
+    trajectory, thermo = folder / "trajectory.extxyz", folder / "thermo.csv"
+    write_trajectory(trajectory, frames)
+    write_thermo(thermo, frames)
+    return MdResult(frames, trajectory, thermo)
 
 
 def write_trajectory(path: Path, frames: SampledFrames) -> None:
