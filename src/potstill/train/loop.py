@@ -31,9 +31,10 @@ from potstill.models import (
     build_model,
 )
 from potstill.models.hipnn import hierarchicality
-from potstill.structures import NeighborList, Properties, SpeciesTable, Structures
+from potstill.structures import Properties, SpeciesTable
 from potstill.train.data import Batch, TrainingSet, atom_batches, epoch_batches, fit_offsets
 from potstill.train.devices import default_fabric
+from potstill.train.force_gradient import ForceGradient, LossValue, NetworkPasses
 from potstill.train.settings import TrainSettings
 from potstill.train.state import Interruption, RunFolder, Trainee, restore, snapshot
 
@@ -124,14 +125,16 @@ def train(
     student = _initial_student(settings, training, table, initial)
     network = student["network"]
     baseline = SumPotential({k: c for k, c in student.components.items() if k != "network"})
-    training = training.minus(baseline).with_neighbors(network.cutoff)
+    force_gradient = ForceGradient(settings.force_gradient, network)
+    reach = network.cutoff + force_gradient.margin
+    training = training.minus(baseline).with_neighbors(reach)
     validation = validation.minus(baseline).with_neighbors(network.cutoff)
     if initial is None and isinstance(network, HIPNN):
         network.initialize_energy_layers(_residual_offsets(settings, training))
 
     run = RunFolder.open(Path(folder), settings, training, fabric)
     trainee = Trainee.create(student, settings, fabric)
-    step_module = fabric.setup_module(_PredictForLoss(network))
+    passes = fabric.setup_module(NetworkPasses(network))
     restore(run, trainee)
 
     with Interruption() as interruption, run.event_log(settings, trainee) as events:
@@ -153,15 +156,16 @@ def train(
                     break
                 mine = systems[fabric.global_rank :: fabric.world_size]
                 batch = training.batch(mine).to(fabric.device)
-                loss, parts = _loss(settings, epoch, step_module, network, batch, fabric)
-                if not math.isfinite(parts["loss"]):
-                    run.report_divergence(epoch, trainee.step, parts)
+                objective = _Objective(settings, epoch, network, batch, fabric)
+                gradient = force_gradient(passes, batch, objective.wanted, objective)
+                if not math.isfinite(gradient.parts["loss"]):
+                    run.report_divergence(epoch, trainee.step, gradient.parts)
                 trainee.optimizer.zero_grad(set_to_none=True)
-                fabric.backward(loss)
+                gradient.backward(fabric, passes)
                 if settings.optimizer.clip_norm is not None:
                     nn.utils.clip_grad_norm_(network.parameters(), settings.optimizer.clip_norm)
                 trainee.optimizer.step()
-                trainee.after_step(parts)
+                trainee.after_step(gradient.parts)
             if interruption.requested and trainee.step < len(batches):
                 trainee.seconds += time.perf_counter() - started
                 snapshot(run, trainee)
@@ -198,74 +202,64 @@ def train(
     return _result(run, trainee, status, fabric)
 
 
-class _PredictForLoss(nn.Module):
-    """`predict` as a module's forward, so that data-parallel wrappers see the call."""
+class _Objective:
+    """The loss of Eqs. 2 and 5 of Matin et al. on one batch, as a function of predicted values."""
 
-    def __init__(self, network: Potential) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(
+    def __init__(
         self,
-        structures: Structures,
-        neighbors: NeighborList,
-        names: tuple[str, ...],
-        taps: tuple[str, ...],
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        prediction = self.network.predict(
-            structures, neighbors, names, taps=taps, create_graph=True
-        )
-        return prediction.properties.values, prediction.features
+        settings: TrainSettings,
+        epoch: int,
+        network: Potential,
+        batch: Batch,
+        fabric: lightning_fabric.Fabric,
+    ) -> None:
+        self.epoch, self.network, self.batch, self.fabric = epoch, network, batch, fabric
+        self.active = [term for term in settings.loss if term.weight_at(epoch) != 0.0]
+        self.regularization = settings.regularization
+        self.hierarchical = self.regularization.hierarchicality > 0 and isinstance(network, HIPNN)
 
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Names of the values that the loss is a function of."""
+        names = dict.fromkeys(term.property for term in self.active)
+        return (*names, "hierarchical_energies") if self.hierarchical else tuple(names)
 
-def _loss(
-    settings: TrainSettings,
-    epoch: int,
-    module: nn.Module,
-    network: Potential,
-    batch: Batch,
-    fabric: lightning_fabric.Fabric,
-) -> tuple[Tensor, dict[str, float]]:
-    """The loss of Eqs. 2 and 5 of Matin et al. on one batch, and its parts for the log."""
-    active = [term for term in settings.loss if term.weight_at(epoch) != 0.0]
-    names = tuple(dict.fromkeys(term.property for term in active))
-    regularization = settings.regularization
-    hierarchical = regularization.hierarchicality > 0 and isinstance(network, HIPNN)
-    taps = ("hierarchical_energies",) if hierarchical else ()
-    values, features = module(batch.structures, batch.neighbors, names, taps)
-    prediction = Properties(values)
+    def __call__(self, values: Mapping[str, Tensor]) -> LossValue:
+        """The loss, with its parts for the log."""
+        batch, fabric = self.batch, self.fabric
+        prediction = Properties({term.property: values[term.property] for term in self.active})
 
-    # One all-reduce for everything: sums of every error term, then those of the regularizer.
-    rows = [
-        error_sums(term, prediction, batch.labels[term.source], batch.structures).stacked()
-        for term in active
-    ]
-    if hierarchical:
-        per_atom = hierarchicality(features["hierarchical_energies"].to(torch.float64))
-        n_systems = per_atom.new_tensor(float(batch.structures.n_systems))
-        rows.append(torch.stack([per_atom.sum(), n_systems, n_systems]))
-    sums = _sum_over_ranks(torch.stack(rows), fabric)
+        # One all-reduce for everything: sums of every error term, then those of the regularizer.
+        rows = [
+            error_sums(term, prediction, batch.labels[term.source], batch.structures).stacked()
+            for term in self.active
+        ]
+        if self.hierarchical:
+            per_atom = hierarchicality(values["hierarchical_energies"])
+            n_systems = per_atom.new_tensor(float(batch.structures.n_systems))
+            rows.append(torch.stack([per_atom.sum(), n_systems, n_systems]))
+        sums = _sum_over_ranks(torch.stack(rows), fabric)
 
-    loss = sums.new_zeros(())
-    parts: dict[str, float] = {}
-    for term, row in zip(active, sums, strict=False):
-        error = error_measure(term.error, row)
-        loss = loss + term.weight_at(epoch) * error
-        parts[term.name] = float(error.detach())
-    if hierarchical:
-        mean = sums[-1, 0] / sums[-1, 1]  # over configurations, of the sum over their atoms
-        loss = loss + regularization.hierarchicality * mean
-        parts["hierarchicality"] = float(mean.detach())
-    penalty = loss.new_zeros(())
-    if regularization.l2 > 0:
-        weights = network.regularized_weights()
-        penalty = sum((w.square().sum() for w in weights), start=penalty)
-        parts["l2"] = float(penalty.detach())
-        penalty = regularization.l2 * penalty
-    parts["loss"] = float((loss + penalty).detach())
-    # Data-parallel gradients are averaged over ranks. What depends on data is complete only in
-    # the sum over ranks; the penalty is the same on each.
-    return loss * fabric.world_size + penalty, parts
+        loss = sums.new_zeros(())
+        parts: dict[str, float] = {}
+        for term, row in zip(self.active, sums, strict=False):
+            error = error_measure(term.error, row)
+            loss = loss + term.weight_at(self.epoch) * error
+            parts[term.name] = float(error.detach())
+        if self.hierarchical:
+            mean = sums[-1, 0] / sums[-1, 1]  # over configurations, of the sum over their atoms
+            loss = loss + self.regularization.hierarchicality * mean
+            parts["hierarchicality"] = float(mean.detach())
+        penalty = loss.new_zeros(())
+        if self.regularization.l2 > 0:
+            weights = self.network.regularized_weights()
+            penalty = sum((w.square().sum() for w in weights), start=penalty)
+            parts["l2"] = float(penalty.detach())
+            penalty = self.regularization.l2 * penalty
+        parts["loss"] = float((loss + penalty).detach())
+        # Data-parallel gradients are averaged over ranks. What depends on data is complete only in
+        # the sum over ranks; the penalty is the same on each.
+        return LossValue(loss * fabric.world_size, penalty, parts)
 
 
 def _sum_over_ranks(local: Tensor, fabric: lightning_fabric.Fabric) -> Tensor:
