@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -13,8 +16,12 @@ import numpy as np
 import pytest
 import torch
 from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.io import write
 from torch import Tensor
+from typer.testing import CliRunner
 
+from potstill.cli import app
 from potstill.distill import LossTerm
 from potstill.errors import ConfigError, ModelError
 from potstill.models import ANI, HIPNN, Potential
@@ -23,6 +30,7 @@ from potstill.neighbors import build_neighbor_list
 from potstill.structures import Properties, SpeciesTable, Structures
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.devices import default_fabric
+from potstill.train.epsilon import EpsilonScan, scan_epsilon
 from potstill.train.force_gradient import (
     Cotangents,
     Displacement,
@@ -32,7 +40,7 @@ from potstill.train.force_gradient import (
     loss_cotangents,
     proxy_error,
 )
-from potstill.train.loop import _Objective
+from potstill.train.objective import BatchLoss
 from potstill.train.settings import ForceGradientSettings, OptimizerSettings, RegularizationSettings
 from test_train import SMALL, assert_same_weights, emt_set, settings, weights
 
@@ -139,7 +147,7 @@ def gradient_of(
     data = data.with_species_table(network.species_table)
     batch = data.with_neighbors(network.cutoff + method.margin).batch(torch.arange(len(data)))
     module = fabric.setup_module(NetworkPasses(network))
-    objective = _Objective(run, 1, network, batch, fabric)
+    objective = BatchLoss(run, 1, network, batch, fabric)
     network.zero_grad(set_to_none=True)
     found = method(module, batch, objective.wanted, objective)
     found.backward(fabric, module)
@@ -292,7 +300,7 @@ def test_a_list_without_the_margin_is_refused(fabric: lightning_fabric.Fabric) -
     data = emt_set(1)
     network = hipnn(data.structures.species_table)
     batch = data.with_neighbors(network.cutoff).batch(torch.tensor([0]))
-    objective = _Objective(TrainSettings(loss=EVERYTHING), 1, network, batch, fabric)
+    objective = BatchLoss(TrainSettings(loss=EVERYTHING), 1, network, batch, fabric)
     with pytest.raises(ModelError, match="displaced atoms need"):
         ForceGradient(FOLDED, network)(NetworkPasses(network), batch, objective.wanted, objective)
 
@@ -316,7 +324,7 @@ def test_a_loss_of_second_derivatives_needs_backpropagation(
     data = emt_set(1)
     network = hipnn(data.structures.species_table)
     batch = data.with_neighbors(5.0).batch(torch.tensor([0]))
-    objective = _Objective(TrainSettings(loss=EVERYTHING), 1, network, batch, fabric)
+    objective = BatchLoss(TrainSettings(loss=EVERYTHING), 1, network, batch, fabric)
     with pytest.raises(ConfigError, match="hessian_rows"):
         ForceGradient(EXACT, network)(
             NetworkPasses(network), batch, ("forces", "hessian_rows"), objective
@@ -386,7 +394,7 @@ def proxy_of(network: Potential, data: TrainingSet, epsilon: float) -> float:
     run = TrainSettings(loss=FORCES_AND_STRESS)
     batch = data.with_neighbors(network.cutoff + 0.3).batch(torch.arange(len(data)))
     point = Point.of(network, batch.structures, batch.neighbors)
-    objective = _Objective(run, 1, network, batch, default_fabric())
+    objective = BatchLoss(run, 1, network, batch, default_fabric())
     _, cotangents = loss_cotangents(network, point, objective.wanted, objective)
     return proxy_error(network, point, cotangents, Displacement.along(cotangents, point, epsilon))
 
@@ -430,9 +438,6 @@ def test_training_takes_the_same_path(how: ForceGradientSettings, tmp_path: Path
 
 
 def test_resume_is_bitwise(tmp_path: Path) -> None:
-    import os
-    import signal
-
     data, held_out = emt_set(8), emt_set(2, seed=9)
     run = settings(epochs=4, force_gradient=FOLDED)
     whole = train(run, data, held_out, tmp_path / "whole")
@@ -472,3 +477,92 @@ def test_two_ranks_equal_one_rank(tmp_path: Path) -> None:
         first, second = weights(one.best), weights(tmp_path / f"two/{name}/best.pt")
         for key, value in first.items():
             torch.testing.assert_close(value, second[key], rtol=tolerance, atol=1e-2 * tolerance)
+
+
+# -- the scan of epsilon ---------------------------------------------------------------------------
+
+
+def scanned(network: Potential, data: TrainingSet, **options: object) -> EpsilonScan:
+    return scan_epsilon(network, data, TrainSettings(loss=EVERYTHING), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("loss", ["quadratic", "training"])
+def test_a_scan_falls_with_curvature_and_rises_with_rounding(loss: str) -> None:
+    data = emt_set(4)
+    network = hipnn(data.structures.species_table)
+    scan = scanned(network, data, loss=loss, epsilons=[1e-10, 1e-5, 1e-3, 3e-2])
+    assert scan.gradient is not None
+    for errors in (scan.proxy, scan.gradient):
+        assert errors[1] < 1e-7
+        assert errors[0] > 3 * errors[1]
+        assert errors[3] / errors[2] == pytest.approx(900.0, rel=0.3)  # second order
+    assert scan.backpropagation == 0.0
+    single = scanned(network.float(), data, loss=loss)
+    assert single.precision == "float32"
+    assert single.backpropagation is not None
+    assert 1e-9 < single.backpropagation < 1e-5
+    assert 1e-4 <= single.recommended <= 1e-2
+    assert min(single.gradient or ()) > single.backpropagation
+
+
+def test_the_quadratic_proxy_is_equation_14() -> None:
+    data = emt_set(2)
+    network = hipnn(data.structures.species_table)
+    scan = scanned(network, data, epsilons=[1e-2], exact=False)
+    assert scan.gradient is None
+    errors, losses = [], []
+    for k in range(2):
+        one = data.select(torch.tensor([k]))
+        positions, reference = one.structures.positions, one.labels["reference"]["forces"]
+        forces = network.predict(one.structures)["forces"]
+        g = forces - reference
+        eta = 1e-2 / g.norm(dim=1).max()
+        plus, minus = (
+            network.predict(replace(one.structures, positions=positions + sign * eta * g))["energy"]
+            for sign in (1, -1)
+        )
+        loss = 0.5 * g.square().sum()
+        approximate = -(plus - minus) / (4 * eta) - 0.5 * (g * reference).sum()
+        errors.append(float(approximate - loss))
+        losses.append(float(loss))
+    expected = np.linalg.norm(errors) / np.linalg.norm(losses)
+    assert scan.proxy[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_fixed_scale_moves_the_best_epsilon_with_the_size_of_the_errors() -> None:
+    data = emt_set(3)
+    network = hipnn(data.structures.species_table, cutoff_function="polynomial")
+    own = scanned(network, data, epsilons=[1e-2])
+    fixed = [scanned(network, data, epsilons=[e], scale=1.0).proxy[0] for e in (1e-2, 1e-3)]
+    assert fixed[0] / fixed[1] == pytest.approx(100.0, rel=0.2)
+    assert fixed[0] != pytest.approx(own.proxy[0], rel=0.05)
+
+
+def test_the_command_writes_numbers_and_plot(tmp_path: Path) -> None:
+    frames = []
+    for k in range(6):
+        atoms = bulk("Cu", cubic=True)
+        atoms.rattle(0.1, seed=k)
+        atoms.calc = EMT()
+        atoms.get_forces()
+        frames.append(atoms)
+    write(tmp_path / "frames.xyz", frames)
+    (tmp_path / "train.yaml").write_text(
+        f"out: {tmp_path}/run\n"
+        f"data: {{files: [{{path: {tmp_path}/frames.xyz}}]}}\n"
+        "train:\n  model:\n    hyperparameters:\n"
+        "      {n_features: 4, n_sensitivities: 4, dist_soft_min: 1.8, dist_soft_max: 4.0,\n"
+        "       dist_hard_max: 4.5, n_atom_layers: 1}\n"
+    )
+    out = tmp_path / "epsilon"
+    options = ["--precision", "float64", "--n-structures", "2", "--out", str(out)]
+    result = CliRunner().invoke(app, ["epsilon", str(tmp_path / "train.yaml"), *options])
+    assert result.exit_code == 0, result.output
+    found = json.loads((out / "epsilon.json").read_text())
+    assert found["precision"] == "float64"
+    assert found["n_structures"] == 2
+    assert f"{found['recommended']:.1e}" in result.output
+    lines = (out / "epsilon.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(found["epsilons"])
+    for kind in ("svg", "png"):
+        assert (out / f"epsilon_scan.{kind}").stat().st_size > 1000

@@ -22,7 +22,7 @@ passes give: its gradient needs `backpropagation`, or dual numbers once more.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,45 +36,23 @@ from potstill.models.base import Edges, forces_from_pairs, stress_from_pairs
 from potstill.neighbors import pair_vectors
 from potstill.structures import NeighborList, Structures
 from potstill.train.data import Batch
+from potstill.train.objective import LossValue, Objective
 from potstill.train.settings import ForceGradientSettings
 
 #: The length a0 of Eq. 9, Å: atoms move by at most epsilon times this.
 LENGTH = 1.0
 
 #: Epsilon by the network's precision; see docs/force-training.md for the measurements.
-DEFAULT_EPSILON = {torch.float64: 1e-5, torch.float32: 3e-3}
+DEFAULT_EPSILON = {torch.float64: 3e-6, torch.float32: 1e-3}
 
 #: Largest error of the proxy (see `proxy_error`) that training accepts without a warning.
-SAFE_PROXY_ERROR = {torch.float64: 1e-5, torch.float32: 3e-2}
+SAFE_PROXY_ERROR = {torch.float64: 1e-5, torch.float32: 1e-2}
 
 #: Steps between two looks at the proxy.
 CHECK_EVERY = 100
 
 #: Predicted values that a loss may be a function of, if first-order passes are to be enough.
 FIRST_ORDER = ("energy", "forces", "stress", "atomic_energies", "hierarchical_energies")
-
-
-@dataclass(frozen=True)
-class LossValue:
-    """A loss on a batch.
-
-    Parameters
-    ----------
-    data : Tensor
-        Scalar, a function of the predicted values.
-    penalty : Tensor
-        Scalar, a function of the parameters alone (L2).
-    parts : dict of str to float
-        What goes into the log; `loss` is the sum of all.
-    """
-
-    data: Tensor
-    penalty: Tensor
-    parts: dict[str, float]
-
-
-#: From predicted values by name to the loss.
-Objective = Callable[[Mapping[str, Tensor]], LossValue]
 
 
 @dataclass(frozen=True)
@@ -272,9 +250,11 @@ class Displacement:
     rate: Tensor
 
     @classmethod
-    def along(cls, cotangents: Cotangents, point: Point, epsilon: float) -> Displacement:
-        """η = epsilon a0 / g0 (Eq. 9), system by system."""
-        g0 = cotangents.scale(point)
+    def along(
+        cls, cotangents: Cotangents, point: Point, epsilon: float, g0: Tensor | None = None
+    ) -> Displacement:
+        """η = epsilon a0 / g0 (Eq. 9), system by system; g0 is that of Eq. 10 unless given."""
+        g0 = cotangents.scale(point) if g0 is None else g0
         step = epsilon * LENGTH
         eta = torch.where(g0 > 0, step / torch.where(g0 > 0, g0, 1.0), 0.0)
         moved = cotangents.direction(point) * eta[point.pair_system].unsqueeze(1)
@@ -345,7 +325,9 @@ class ForceGradient:
         point = Point.of(self.network, batch.structures, batch.neighbors)
         value, cotangents = loss_cotangents(self.network, point, wanted, objective)
         if self.method == "central_difference":
-            *earlier, last = self._differences(module, point, cotangents)
+            move = Displacement.along(cotangents, point, self.epsilon)
+            self._watch(point, cotangents, move)
+            *earlier, last = difference_passes(module, point, cotangents, move, folded=self.folded)
         else:
             *earlier, last = [self._exact(module, point, cotangents)]
         return LossGradient(value.parts, [*earlier, lambda: last() + value.penalty])
@@ -363,25 +345,6 @@ class ForceGradient:
                 f"the neighbor list reaches {batch.neighbors.cutoff:g} Å, but displaced atoms need "
                 f"{reach:g} Å"
             )
-
-    def _differences(
-        self, module: nn.Module, point: Point, cotangents: Cotangents
-    ) -> list[Callable[[], Tensor]]:
-        """Weighted energies at r+ and r-, and at r unless they are folded in (Eq. 7)."""
-        move = Displacement.along(cotangents, point, self.epsilon)
-        self._watch(point, cotangents, move)
-        rate = move.rate[point.structures.system_index].unsqueeze(1)
-        rate = rate.expand(-1, self.network.n_terms)  # (N, T)
-        c = cotangents.partial
-
-        def at(sign: float, weights: Tensor) -> Callable[[], Tensor]:
-            return lambda: module("weighted_energy", point, point.r_ij + sign * move.r_ij, weights)
-
-        if c is None:
-            return [at(1.0, -rate), at(-1.0, rate)]
-        if self.folded:
-            return [at(1.0, 0.5 * c - rate), at(-1.0, 0.5 * c + rate)]
-        return [at(0.0, c), at(1.0, -rate), at(-1.0, rate)]
 
     def _exact(
         self, module: nn.Module, point: Point, cotangents: Cotangents
@@ -406,6 +369,34 @@ class ForceGradient:
                 f"by a share of {error:.1e}: find a better epsilon with `potstill epsilon`",
                 stacklevel=2,
             )
+
+
+def difference_passes(
+    module: nn.Module, point: Point, cotangents: Cotangents, move: Displacement, *, folded: bool
+) -> list[Callable[[], Tensor]]:
+    """Weighted energies at r+ and r-, and at r unless they are folded in (Eq. 7).
+
+    Parameters
+    ----------
+    module : nn.Module
+        `NetworkPasses` of the network, possibly wrapped.
+    point, cotangents, move
+        Where the loss was evaluated, its derivatives there, and the step to r+.
+    folded : bool
+        Two passes instead of three.
+    """
+    rate = move.rate[point.structures.system_index].unsqueeze(1)  # (N, 1), for all terms alike
+    c = cotangents.partial
+
+    def at(sign: float, weights: Tensor) -> Callable[[], Tensor]:
+        return lambda: module("weighted_energy", point, point.r_ij + sign * move.r_ij, weights)
+
+    if c is None:
+        return [at(1.0, -rate), at(-1.0, rate)]
+    if folded:
+        return [at(1.0, 0.5 * c - rate), at(-1.0, 0.5 * c + rate)]
+    rate = rate.expand_as(c)
+    return [at(0.0, c), at(1.0, -rate), at(-1.0, rate)]
 
 
 def epsilon_for(epsilon: float | None, dtype: torch.dtype) -> float:

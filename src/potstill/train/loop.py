@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.checkpoint import save_potential
-from potstill.distill.losses import LossTerm, check_signals, error_measure, error_sums
+from potstill.distill.losses import LossTerm, check_signals
 from potstill.errors import ConfigError
 from potstill.metrics import ErrorAccumulator
 from potstill.models import (
@@ -30,11 +30,11 @@ from potstill.models import (
     SumPotential,
     build_model,
 )
-from potstill.models.hipnn import hierarchicality
-from potstill.structures import Properties, SpeciesTable
-from potstill.train.data import Batch, TrainingSet, atom_batches, epoch_batches, fit_offsets
+from potstill.structures import SpeciesTable
+from potstill.train.data import TrainingSet, atom_batches, epoch_batches, fit_offsets
 from potstill.train.devices import default_fabric
-from potstill.train.force_gradient import ForceGradient, LossValue, NetworkPasses
+from potstill.train.force_gradient import ForceGradient, NetworkPasses
+from potstill.train.objective import BatchLoss
 from potstill.train.settings import TrainSettings
 from potstill.train.state import Interruption, RunFolder, Trainee, restore, snapshot
 
@@ -122,15 +122,12 @@ def train(
 
     table = initial.species_table if initial is not None else training.structures.species_table
     training, validation = (d.with_species_table(table) for d in (training, validation))
-    student = _initial_student(settings, training, table, initial)
+    student, baseline = initial_student(settings, training, initial)
     network = student["network"]
-    baseline = SumPotential({k: c for k, c in student.components.items() if k != "network"})
     force_gradient = ForceGradient(settings.force_gradient, network)
     reach = network.cutoff + force_gradient.margin
     training = training.minus(baseline).with_neighbors(reach)
     validation = validation.minus(baseline).with_neighbors(network.cutoff)
-    if initial is None and isinstance(network, HIPNN):
-        network.initialize_energy_layers(_residual_offsets(settings, training))
 
     run = RunFolder.open(Path(folder), settings, training, fabric)
     trainee = Trainee.create(student, settings, fabric)
@@ -156,7 +153,7 @@ def train(
                     break
                 mine = systems[fabric.global_rank :: fabric.world_size]
                 batch = training.batch(mine).to(fabric.device)
-                objective = _Objective(settings, epoch, network, batch, fabric)
+                objective = BatchLoss(settings, epoch, network, batch, fabric)
                 gradient = force_gradient(passes, batch, objective.wanted, objective)
                 if not math.isfinite(gradient.parts["loss"]):
                     run.report_divergence(epoch, trainee.step, gradient.parts)
@@ -202,74 +199,6 @@ def train(
     return _result(run, trainee, status, fabric)
 
 
-class _Objective:
-    """The loss of Eqs. 2 and 5 of Matin et al. on one batch, as a function of predicted values."""
-
-    def __init__(
-        self,
-        settings: TrainSettings,
-        epoch: int,
-        network: Potential,
-        batch: Batch,
-        fabric: lightning_fabric.Fabric,
-    ) -> None:
-        self.epoch, self.network, self.batch, self.fabric = epoch, network, batch, fabric
-        self.active = [term for term in settings.loss if term.weight_at(epoch) != 0.0]
-        self.regularization = settings.regularization
-        self.hierarchical = self.regularization.hierarchicality > 0 and isinstance(network, HIPNN)
-
-    @property
-    def wanted(self) -> tuple[str, ...]:
-        """Names of the values that the loss is a function of."""
-        names = dict.fromkeys(term.property for term in self.active)
-        return (*names, "hierarchical_energies") if self.hierarchical else tuple(names)
-
-    def __call__(self, values: Mapping[str, Tensor]) -> LossValue:
-        """The loss, with its parts for the log."""
-        batch, fabric = self.batch, self.fabric
-        prediction = Properties({term.property: values[term.property] for term in self.active})
-
-        # One all-reduce for everything: sums of every error term, then those of the regularizer.
-        rows = [
-            error_sums(term, prediction, batch.labels[term.source], batch.structures).stacked()
-            for term in self.active
-        ]
-        if self.hierarchical:
-            per_atom = hierarchicality(values["hierarchical_energies"])
-            n_systems = per_atom.new_tensor(float(batch.structures.n_systems))
-            rows.append(torch.stack([per_atom.sum(), n_systems, n_systems]))
-        sums = _sum_over_ranks(torch.stack(rows), fabric)
-
-        loss = sums.new_zeros(())
-        parts: dict[str, float] = {}
-        for term, row in zip(self.active, sums, strict=False):
-            error = error_measure(term.error, row)
-            loss = loss + term.weight_at(self.epoch) * error
-            parts[term.name] = float(error.detach())
-        if self.hierarchical:
-            mean = sums[-1, 0] / sums[-1, 1]  # over configurations, of the sum over their atoms
-            loss = loss + self.regularization.hierarchicality * mean
-            parts["hierarchicality"] = float(mean.detach())
-        penalty = loss.new_zeros(())
-        if self.regularization.l2 > 0:
-            weights = self.network.regularized_weights()
-            penalty = sum((w.square().sum() for w in weights), start=penalty)
-            parts["l2"] = float(penalty.detach())
-            penalty = self.regularization.l2 * penalty
-        parts["loss"] = float((loss + penalty).detach())
-        # Data-parallel gradients are averaged over ranks. What depends on data is complete only in
-        # the sum over ranks; the penalty is the same on each.
-        return LossValue(loss * fabric.world_size, penalty, parts)
-
-
-def _sum_over_ranks(local: Tensor, fabric: lightning_fabric.Fabric) -> Tensor:
-    """Sum over ranks whose gradient reaches the local part only."""
-    if fabric.world_size == 1:
-        return local
-    total = cast(Tensor, fabric.all_reduce(local.detach().clone(), reduce_op="sum"))
-    return local + (total - local.detach())
-
-
 @torch.no_grad()
 def _validate(
     settings: TrainSettings,
@@ -311,16 +240,34 @@ def _score_term(metric: str, source: str) -> LossTerm:
     raise ConfigError(f"the score's metric '{metric}' is not one of potstill.metrics")
 
 
-def _initial_student(
-    settings: TrainSettings, data: TrainingSet, table: SpeciesTable, initial: Potential | None
-) -> SumPotential:
-    """Offsets, prior and network as one potential, the network in the run's precision."""
+def initial_student(
+    settings: TrainSettings, data: TrainingSet, initial: Potential | None = None
+) -> tuple[SumPotential, SumPotential]:
+    """Make the student that training starts from.
+
+    Parameters
+    ----------
+    settings : TrainSettings
+        Model, energy zero, prior, precision and seed.
+    data : TrainingSet
+        The training set, with species indexed as in `initial`, if that is given.
+    initial : Potential, optional
+        Take this potential's network, offsets and prior instead of new ones.
+
+    Returns
+    -------
+    student : SumPotential
+        Offsets, prior and network, the network in the run's precision.
+    baseline : SumPotential
+        The same without the network: what is subtracted from labels.
+    """
     dtype = getattr(torch, settings.precision)
+    table = data.structures.species_table
     if initial is not None:
         if not isinstance(initial, SumPotential) or "network" not in initial.components:
             raise ConfigError("fine-tuning starts from a potential that potstill has trained")
         initial.components["network"].to(dtype)
-        return initial
+        return initial, _baseline(initial)
     torch.manual_seed(settings.seed)
     network = build_model(settings.model.kind, table, settings.model.hyperparameters).to(dtype)
     components: dict[str, Potential] = {
@@ -328,7 +275,15 @@ def _initial_student(
     }
     if settings.energy.prior == "zbl":
         components["prior"] = _zbl(settings, table)
-    return SumPotential({**components, "network": network})
+    student = SumPotential({**components, "network": network})
+    baseline = _baseline(student)
+    if isinstance(network, HIPNN):
+        network.initialize_energy_layers(_residual_offsets(settings, data.minus(baseline)))
+    return student, baseline
+
+
+def _baseline(student: SumPotential) -> SumPotential:
+    return SumPotential({k: c for k, c in student.components.items() if k != "network"})
 
 
 def _zbl(settings: TrainSettings, table: SpeciesTable) -> ZBL:
