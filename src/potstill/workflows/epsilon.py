@@ -99,12 +99,14 @@ def scan_table(scan: EpsilonScan) -> Table:
     return Table("epsilon", "Errors of central differences", columns, rows)
 
 
-#: Crosses and circles, as in the paper's Fig. 1.
-_LOOKS = {
-    "proxy": Look("proxy (Eq. 14)", "#D55E00", "X"),
-    "gradient": Look("gradient (Eq. 11)", "#0072B2", "o"),
-    "backpropagation": Look("backpropagation in this precision", "#222222", "*", ":"),
-}
+def _looks(scan: EpsilonScan) -> dict[str, Look]:
+    """Crosses and circles, as in the paper's Fig. 1."""
+    proxy = "Eq. 14" if scan.loss == "quadratic" else "slope of the energy"
+    return {
+        "proxy": Look(f"proxy ({proxy})", "#D55E00", "X"),
+        "gradient": Look("gradient (Eq. 11)", "#0072B2", "o"),
+        "backpropagation": Look("backpropagation in this precision", "#222222", "*", ":"),
+    }
 
 
 def plot_scan(folder: Path, scan: EpsilonScan) -> Figure:
@@ -122,7 +124,13 @@ def plot_scan(folder: Path, scan: EpsilonScan) -> Figure:
         f"epsilon = {scan.recommended:.1e}."
     )
     return write_figure(
-        folder, "epsilon_scan", "Choice of epsilon", caption, [panel], looks_of=_LOOKS, height=3.8
+        folder,
+        "epsilon_scan",
+        "Choice of epsilon",
+        caption,
+        [panel],
+        looks_of=_looks(scan),
+        height=3.8,
     )
 
 
