@@ -20,6 +20,7 @@ from potstill.errors import ConfigError, suggest
 from potstill.workflows.base import write_settings as write_settings
 from potstill.workflows.distill import DistillConfig as DistillConfig
 from potstill.workflows.dynamics import MdConfig as MdConfig
+from potstill.workflows.epsilon import EpsilonConfig as EpsilonConfig
 from potstill.workflows.evaluation import EvaluateConfig as EvaluateConfig
 from potstill.workflows.labeling import LabelConfig as LabelConfig
 from potstill.workflows.study import StudyConfig as StudyConfig

@@ -202,6 +202,52 @@ def train(
 
 
 @_command("Step by step")
+def epsilon(
+    config: Annotated[Path, typer.Argument(help="A YAML file: data, train; as of train.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    model: Annotated[
+        Path | None, typer.Option(help="A checkpoint; without one, a fresh model.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="quadratic (the default), or training: that of the config.")
+    ] = None,
+    n_structures: Annotated[int | None, typer.Option(help="How many to draw.")] = None,
+    exact: Annotated[
+        bool | None,
+        typer.Option("--exact/--proxy-only", help="Compare with exact gradients as well."),
+    ] = None,
+) -> None:
+    """Find the epsilon of central-difference force training for a model, data and precision.
+
+    Writes the errors of the gradient and of its proxy by epsilon as JSON, CSV and plot, and
+    recommends the value with the smallest proxy.
+
+    [bold]Example[/bold]
+
+      potstill epsilon train.yaml --model run/student/best.pt --precision float32 --out epsilon
+    """
+    from potstill.config import EpsilonConfig, load_config
+    from potstill.workflows.epsilon import find_epsilon, scan_table
+
+    overrides = {
+        "out": str(out),
+        "initial": None if model is None else str(model),
+        "train": {"precision": precision},
+        "loss": loss,
+        "n_structures": n_structures,
+        "exact": exact,
+    }
+    with one_sentence():
+        scan = find_epsilon(load_config(config, EpsilonConfig, overrides), RichDisplay(console))
+        table = scan_table(scan)
+        rows = [["" if x is None else f"{x:.1e}" for x in row] for row in table.rows]
+        print_tables(console, table.title, table.columns, rows)
+        console.print(f"Recommended: epsilon = {scan.recommended:.1e}", highlight=False)
+        console.print(f"The plot is {out / 'epsilon_scan.svg'}", highlight=False)
+
+
+@_command("Step by step")
 def evaluate(
     models: Annotated[
         list[str] | None,

@@ -8,7 +8,8 @@ class turns dE/dr_ij into forces, virial and stress once, for every model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -186,6 +187,62 @@ class Potential(nn.Module, ABC):
         """Weights (no biases) whose squares the L2 term of the loss sums."""
         return [p for p in self.parameters() if p.ndim > 1]
 
+    # -- first-order passes: all that training by directional derivatives and dynamics need ------
+
+    @property
+    def n_terms(self) -> int:
+        """Number of terms T of an atomic energy that a loss can take apart."""
+        return 1
+
+    def partial_energies(self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int) -> Tensor:
+        """(n_local, T) eV, float64: the terms that sum to the atomic energies.
+
+        Arguments are those of `forward`. Always in torch operations, differentiable to any order.
+        """
+        return self(species, edges, r_ij, n_local).atomic_energies.to(torch.float64).unsqueeze(1)
+
+    def first_order(
+        self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int
+    ) -> tuple[Tensor, Tensor]:
+        """Energies and their derivative with respect to the pair vectors, without any graph.
+
+        Parameters
+        ----------
+        species, edges, r_ij, n_local
+            As of `forward`.
+
+        Returns
+        -------
+        partial : Tensor
+            (n_local, T) eV, float64, as of `partial_energies`.
+        gradient : Tensor
+            (E, 3) dE/dr_ij in eV/Å of the sum of all terms.
+        """
+        r_ij = r_ij.detach().requires_grad_(True)
+        with torch.enable_grad(), _frozen(self):
+            partial = self.partial_energies(species, edges, r_ij, n_local)
+            gradient = _pair_gradient(partial.sum(), r_ij, create_graph=False)
+        return partial.detach(), gradient
+
+    def weighted_energy(
+        self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, weights: Tensor
+    ) -> Tensor:
+        """Weighted sum of the terms of all atomic energies.
+
+        Parameters
+        ----------
+        species, edges, r_ij, n_local
+            As of `forward`.
+        weights : Tensor
+            (n_local, T) float64.
+
+        Returns
+        -------
+        Tensor
+            Scalar, float64; differentiable once with respect to the parameters.
+        """
+        return (weights * self.partial_energies(species, edges, r_ij, n_local)).sum()
+
     # -- derived once for every model ----------------------------------------------------------
 
     def predict(
@@ -233,19 +290,25 @@ class Potential(nn.Module, ABC):
         structures = structures.with_species_table(self.species_table)
         neighbors = self._check_neighbors(structures, neighbors)
         derivative = bool(wanted & {"forces", "stress"})
-        with torch.set_grad_enabled(create_graph or derivative):
+        edges = Edges(neighbors.center, neighbors.neighbor)
+        with torch.set_grad_enabled(create_graph):
             r_ij = pair_vectors(structures, neighbors)
-            if derivative and not r_ij.requires_grad:
-                r_ij.requires_grad_(True)
-            edges = Edges(neighbors.center, neighbors.neighbor)
-            local = self(structures.species, edges, r_ij, structures.n_atoms, taps)
-            atomic = local.atomic_energies.to(torch.float64)
-            energy = atomic.new_zeros(structures.n_systems)
-            energy = energy.index_add(0, structures.system_index, atomic)
-            gradient = _pair_gradient(atomic.sum(), r_ij, create_graph) if derivative else r_ij
+        if derivative and not create_graph and not taps:
+            partial, gradient = self.first_order(
+                structures.species, edges, r_ij, structures.n_atoms
+            )
+            atomic, features = partial.sum(dim=1), {}
+        else:
+            with torch.set_grad_enabled(create_graph or derivative):
+                if derivative and not r_ij.requires_grad:
+                    r_ij.requires_grad_(True)
+                local = self(structures.species, edges, r_ij, structures.n_atoms, taps)
+                atomic, features = local.atomic_energies.to(torch.float64), local.features
+                gradient = _pair_gradient(atomic.sum(), r_ij, create_graph) if derivative else r_ij
         values, present = {}, {}
         if "energy" in wanted:
-            values["energy"] = energy
+            energy = atomic.new_zeros(structures.n_systems)
+            values["energy"] = energy.index_add(0, structures.system_index, atomic)
         if "forces" in wanted:
             values["forces"] = forces_from_pairs(gradient, edges, structures.n_atoms)
         if "stress" in wanted:
@@ -253,7 +316,6 @@ class Potential(nn.Module, ABC):
             present["stress"] = structures.pbc.all(dim=1)
         if "atomic_energies" in wanted:
             values["atomic_energies"] = atomic
-        features = local.features
         if not create_graph:
             values = {name: value.detach() for name, value in values.items()}
             features = {name: value.detach() for name, value in features.items()}
@@ -316,9 +378,23 @@ def stress_from_pairs(
     virial = gradient.new_zeros(structures.n_systems, 3, 3)
     virial = virial.index_add(0, structures.system_index[edges.center], outer)
     virial = 0.5 * (virial + virial.transpose(1, 2))
-    periodic = structures.pbc.all(dim=1)
-    volume = torch.where(periodic, structures.volume, torch.nan)
-    return virial / volume[:, None, None]
+    periodic = structures.pbc.all(dim=1)[:, None, None]
+    # Divided by 1 and replaced afterwards: a division by NaN would leave NaN in gradients, too.
+    volume = torch.where(periodic, structures.volume[:, None, None], 1.0)
+    return torch.where(periodic, virial / volume, torch.nan)
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Take the parameters out of the graph for a while: nothing is kept for their gradients."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def _pair_gradient(scalar: Tensor, r_ij: Tensor, create_graph: bool) -> Tensor:

@@ -316,6 +316,16 @@ class HIPNN(Potential):
         atomic = hierarchy.to(torch.float64).sum(dim=1)
         return LocalOutput(atomic, {name: tapped[name] for name in taps})
 
+    @property
+    def n_terms(self) -> int:
+        """E0 and one term per block."""
+        return self.n_interaction_layers + 1
+
+    def partial_energies(self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int) -> Tensor:
+        """(n_local, T) eV, float64: the energies of the hierarchy."""
+        name = "hierarchical_energies"
+        return self(species, edges, r_ij, n_local, (name,)).features[name].to(torch.float64)
+
     def hyperparameters(self) -> dict[str, Any]:
         """All arguments but the species table."""
         return {

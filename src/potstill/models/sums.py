@@ -112,6 +112,18 @@ class SumPotential(Potential):
             features |= {_tap_name(name, tap): f for tap, f in output.features.items()}
         return LocalOutput(total, features)
 
+    def first_order(
+        self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int
+    ) -> tuple[Tensor, Tensor]:
+        """Sums over the components, each in its own way."""
+        energies = torch.zeros(n_local, 1, dtype=torch.float64, device=species.device)
+        gradient = torch.zeros_like(r_ij)
+        for component in self.components.values():
+            partial, slope = component.first_order(species, edges, r_ij, n_local)
+            energies = energies + partial.sum(dim=1, keepdim=True)
+            gradient = gradient + slope
+        return energies, gradient
+
     def hyperparameters(self) -> dict[str, Any]:
         """Kinds and hyper-parameters of the components."""
         return {

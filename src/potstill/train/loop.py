@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.checkpoint import save_potential
-from potstill.distill.losses import LossTerm, check_signals, error_measure, error_sums
+from potstill.distill.losses import LossTerm, check_signals
 from potstill.errors import ConfigError
 from potstill.metrics import ErrorAccumulator
 from potstill.models import (
@@ -30,10 +30,11 @@ from potstill.models import (
     SumPotential,
     build_model,
 )
-from potstill.models.hipnn import hierarchicality
-from potstill.structures import NeighborList, Properties, SpeciesTable, Structures
-from potstill.train.data import Batch, TrainingSet, epoch_batches, fit_offsets
+from potstill.structures import SpeciesTable
+from potstill.train.data import TrainingSet, epoch_batches, fit_offsets
 from potstill.train.devices import default_fabric
+from potstill.train.force_gradient import ForceGradient, NetworkPasses
+from potstill.train.objective import BatchLoss
 from potstill.train.settings import TrainSettings
 from potstill.train.state import Interruption, RunFolder, Trainee, restore, snapshot
 
@@ -121,17 +122,16 @@ def train(
 
     table = initial.species_table if initial is not None else training.structures.species_table
     training, validation = (d.with_species_table(table) for d in (training, validation))
-    student = _initial_student(settings, training, table, initial)
+    student, baseline = initial_student(settings, training, initial)
     network = student["network"]
-    baseline = SumPotential({k: c for k, c in student.components.items() if k != "network"})
-    training = training.minus(baseline).with_neighbors(network.cutoff)
+    force_gradient = ForceGradient(settings.force_gradient, network)
+    reach = network.cutoff + force_gradient.margin
+    training = training.minus(baseline).with_neighbors(reach)
     validation = validation.minus(baseline).with_neighbors(network.cutoff)
-    if initial is None and isinstance(network, HIPNN):
-        network.initialize_energy_layers(_residual_offsets(settings, training))
 
     run = RunFolder.open(Path(folder), settings, training, fabric)
     trainee = Trainee.create(student, settings, fabric)
-    step_module = fabric.setup_module(_PredictForLoss(network))
+    passes = fabric.setup_module(NetworkPasses(network))
     restore(run, trainee)
 
     with Interruption() as interruption, run.event_log(settings, trainee) as events:
@@ -153,15 +153,16 @@ def train(
                     break
                 mine = systems[fabric.global_rank :: fabric.world_size]
                 batch = training.batch(mine).to(fabric.device)
-                loss, parts = _loss(settings, epoch, step_module, network, batch, fabric)
-                if not math.isfinite(parts["loss"]):
-                    run.report_divergence(epoch, trainee.step, parts)
+                objective = BatchLoss(settings, epoch, network, batch, fabric)
+                gradient = force_gradient(passes, batch, objective.wanted, objective)
+                if not math.isfinite(gradient.parts["loss"]):
+                    run.report_divergence(epoch, trainee.step, gradient.parts)
                 trainee.optimizer.zero_grad(set_to_none=True)
-                fabric.backward(loss)
+                gradient.backward(fabric, passes)
                 if settings.optimizer.clip_norm is not None:
                     nn.utils.clip_grad_norm_(network.parameters(), settings.optimizer.clip_norm)
                 trainee.optimizer.step()
-                trainee.after_step(parts)
+                trainee.after_step(gradient.parts)
             if interruption.requested and trainee.step < len(batches):
                 trainee.seconds += time.perf_counter() - started
                 snapshot(run, trainee)
@@ -196,84 +197,6 @@ def train(
                 return _result(run, trainee, "interrupted", fabric)
     status = "finished" if trainee.epoch > settings.epochs else "stopped early"
     return _result(run, trainee, status, fabric)
-
-
-class _PredictForLoss(nn.Module):
-    """`predict` as a module's forward, so that data-parallel wrappers see the call."""
-
-    def __init__(self, network: Potential) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(
-        self,
-        structures: Structures,
-        neighbors: NeighborList,
-        names: tuple[str, ...],
-        taps: tuple[str, ...],
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        prediction = self.network.predict(
-            structures, neighbors, names, taps=taps, create_graph=True
-        )
-        return prediction.properties.values, prediction.features
-
-
-def _loss(
-    settings: TrainSettings,
-    epoch: int,
-    module: nn.Module,
-    network: Potential,
-    batch: Batch,
-    fabric: lightning_fabric.Fabric,
-) -> tuple[Tensor, dict[str, float]]:
-    """The loss of Eqs. 2 and 5 of Matin et al. on one batch, and its parts for the log."""
-    active = [term for term in settings.loss if term.weight_at(epoch) != 0.0]
-    names = tuple(dict.fromkeys(term.property for term in active))
-    regularization = settings.regularization
-    hierarchical = regularization.hierarchicality > 0 and isinstance(network, HIPNN)
-    taps = ("hierarchical_energies",) if hierarchical else ()
-    values, features = module(batch.structures, batch.neighbors, names, taps)
-    prediction = Properties(values)
-
-    # One all-reduce for everything: sums of every error term, then those of the regularizer.
-    rows = [
-        error_sums(term, prediction, batch.labels[term.source], batch.structures).stacked()
-        for term in active
-    ]
-    if hierarchical:
-        per_atom = hierarchicality(features["hierarchical_energies"].to(torch.float64))
-        n_systems = per_atom.new_tensor(float(batch.structures.n_systems))
-        rows.append(torch.stack([per_atom.sum(), n_systems, n_systems]))
-    sums = _sum_over_ranks(torch.stack(rows), fabric)
-
-    loss = sums.new_zeros(())
-    parts: dict[str, float] = {}
-    for term, row in zip(active, sums, strict=False):
-        error = error_measure(term.error, row)
-        loss = loss + term.weight_at(epoch) * error
-        parts[term.name] = float(error.detach())
-    if hierarchical:
-        mean = sums[-1, 0] / sums[-1, 1]  # over configurations, of the sum over their atoms
-        loss = loss + regularization.hierarchicality * mean
-        parts["hierarchicality"] = float(mean.detach())
-    penalty = loss.new_zeros(())
-    if regularization.l2 > 0:
-        weights = network.regularized_weights()
-        penalty = sum((w.square().sum() for w in weights), start=penalty)
-        parts["l2"] = float(penalty.detach())
-        penalty = regularization.l2 * penalty
-    parts["loss"] = float((loss + penalty).detach())
-    # Data-parallel gradients are averaged over ranks. What depends on data is complete only in
-    # the sum over ranks; the penalty is the same on each.
-    return loss * fabric.world_size + penalty, parts
-
-
-def _sum_over_ranks(local: Tensor, fabric: lightning_fabric.Fabric) -> Tensor:
-    """Sum over ranks whose gradient reaches the local part only."""
-    if fabric.world_size == 1:
-        return local
-    total = cast(Tensor, fabric.all_reduce(local.detach().clone(), reduce_op="sum"))
-    return local + (total - local.detach())
 
 
 @torch.no_grad()
@@ -317,16 +240,34 @@ def _score_term(metric: str, source: str) -> LossTerm:
     raise ConfigError(f"the score's metric '{metric}' is not one of potstill.metrics")
 
 
-def _initial_student(
-    settings: TrainSettings, data: TrainingSet, table: SpeciesTable, initial: Potential | None
-) -> SumPotential:
-    """Offsets, prior and network as one potential, the network in the run's precision."""
+def initial_student(
+    settings: TrainSettings, data: TrainingSet, initial: Potential | None = None
+) -> tuple[SumPotential, SumPotential]:
+    """Make the student that training starts from.
+
+    Parameters
+    ----------
+    settings : TrainSettings
+        Model, energy zero, prior, precision and seed.
+    data : TrainingSet
+        The training set, with species indexed as in `initial`, if that is given.
+    initial : Potential, optional
+        Take this potential's network, offsets and prior instead of new ones.
+
+    Returns
+    -------
+    student : SumPotential
+        Offsets, prior and network, the network in the run's precision.
+    baseline : SumPotential
+        The same without the network: what is subtracted from labels.
+    """
     dtype = getattr(torch, settings.precision)
+    table = data.structures.species_table
     if initial is not None:
         if not isinstance(initial, SumPotential) or "network" not in initial.components:
             raise ConfigError("fine-tuning starts from a potential that potstill has trained")
         initial.components["network"].to(dtype)
-        return initial
+        return initial, _baseline(initial)
     torch.manual_seed(settings.seed)
     network = build_model(settings.model.kind, table, settings.model.hyperparameters).to(dtype)
     components: dict[str, Potential] = {
@@ -334,7 +275,15 @@ def _initial_student(
     }
     if settings.energy.prior == "zbl":
         components["prior"] = _zbl(settings, table)
-    return SumPotential({**components, "network": network})
+    student = SumPotential({**components, "network": network})
+    baseline = _baseline(student)
+    if isinstance(network, HIPNN):
+        network.initialize_energy_layers(_residual_offsets(settings, data.minus(baseline)))
+    return student, baseline
+
+
+def _baseline(student: SumPotential) -> SumPotential:
+    return SumPotential({k: c for k, c in student.components.items() if k != "network"})
 
 
 def _zbl(settings: TrainSettings, table: SpeciesTable) -> ZBL:

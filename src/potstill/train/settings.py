@@ -74,6 +74,27 @@ class RegularizationSettings(_Settings):
     hierarchicality: float = Field(default=0.01, ge=0)
 
 
+class ForceGradientSettings(_Settings):
+    """How the gradient of a loss of forces and stress is taken; see docs/force-training.md.
+
+    Parameters
+    ----------
+    method : {"backpropagation", "central_difference", "forward_over_reverse"}
+        Backpropagate twice; or take the loss' gradient as a directional derivative of the energy's
+        gradient, by a central difference (needs first derivatives only) or exactly.
+    epsilon : float, optional
+        Of the central difference: the largest displacement of an atom in Å; by precision if absent.
+    folded : bool
+        Of the central difference: two passes over the parameters instead of three.
+    """
+
+    method: Literal["backpropagation", "central_difference", "forward_over_reverse"] = (
+        "backpropagation"
+    )
+    epsilon: float | None = Field(default=None, gt=0, le=0.1)
+    folded: bool = True
+
+
 class ScoreSettings(_Settings):
     """The validation score that plateau, early stopping and the choice of the best weights use.
 
@@ -105,7 +126,7 @@ class TrainSettings(_Settings):
 
     Parameters
     ----------
-    model, energy, loss, regularization, optimizer, learning_rate, score
+    model, energy, loss, force_gradient, regularization, optimizer, learning_rate, score
         See the classes.
     epochs : int
         At most this many.
@@ -126,6 +147,7 @@ class TrainSettings(_Settings):
     model: ModelSettings = Field(default_factory=ModelSettings)
     energy: EnergySettings = Field(default_factory=EnergySettings)
     loss: tuple[LossTerm, ...] = Field(default_factory=paper_loss)
+    force_gradient: ForceGradientSettings = Field(default_factory=ForceGradientSettings)
     regularization: RegularizationSettings = Field(default_factory=RegularizationSettings)
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
     learning_rate: LearningRateSettings = Field(default_factory=LearningRateSettings)

@@ -1,0 +1,481 @@
+"""How the gradient of a loss of forces and stress is taken: one switch, three ways.
+
+Smith, Lubbers, Thompson, Barros, arXiv:2006.05475. Let g_i = dL/dF_i, G = dL/dσ and c = dL/de, the
+cotangents of forces, stress and the terms e of the atomic energies. With F = -dE/dr and
+σ = (dE/d strain) / V the gradient of the loss is a directional derivative of the energy's gradient,
+
+    ∇L = Σ c ∇e(r) - d/dη ∇E(r + η u) at η = 0        (Eqs. 5 and 6)
+
+where u displaces the atoms by g and strains positions and cell together by -G / V. In pair vectors,
+u_ij = g_j - g_i - r_ij G / V (V the volume; G is symmetric), and nothing but pair vectors moves.
+
+`backpropagation` differentiates twice. `central_difference` takes the slope between r+ and r-, with
+η = epsilon a0 / g0 per system (Eqs. 7 to 10): three first-order passes over the parameters, at r,
+r+ and r-. Folded, two are enough: ∇e(r) is replaced by the mean over r+ and r-, an O(η²) change, so
+that atom i weighs c_i / 2 - 1 / (2η) at r+ and c_i / 2 + 1 / (2η) at r-. `forward_over_reverse`
+(Pearlmutter) takes the slope exactly, by dual numbers. Both take E and dE/dr without a graph first.
+
+A loss of second derivatives of the energy (rows of the Hessian) is no function of what first-order
+passes give: its gradient needs `backpropagation`, or dual numbers once more.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning_fabric
+import torch
+from torch import Tensor, nn
+
+from potstill.errors import ConfigError, ModelError
+from potstill.models import Potential
+from potstill.models.base import Edges, forces_from_pairs, stress_from_pairs
+from potstill.neighbors import pair_vectors
+from potstill.structures import NeighborList, Structures
+from potstill.train.data import Batch
+from potstill.train.objective import LossValue, Objective
+from potstill.train.settings import ForceGradientSettings
+
+#: The length a0 of Eq. 9, Å: atoms move by at most epsilon times this.
+LENGTH = 1.0
+
+#: Epsilon by the network's precision; see docs/force-training.md for the measurements.
+DEFAULT_EPSILON = {torch.float64: 3e-6, torch.float32: 1e-3}
+
+#: Largest error of the proxy (see `proxy_error`) that training accepts without a warning.
+SAFE_PROXY_ERROR = {torch.float64: 1e-5, torch.float32: 1e-2}
+
+#: Steps between two looks at the proxy.
+CHECK_EVERY = 100
+
+#: Predicted values that a loss may be a function of, if first-order passes are to be enough.
+FIRST_ORDER = ("energy", "forces", "stress", "atomic_energies", "hierarchical_energies")
+
+
+@dataclass(frozen=True)
+class LossGradient:
+    """The passes whose gradients add up to that of the loss, one graph alive at a time.
+
+    Parameters
+    ----------
+    parts : dict of str to float
+        The loss and its parts.
+    passes : sequence of callables
+        Each runs one pass and returns a scalar to be differentiated.
+    """
+
+    parts: dict[str, float]
+    passes: Sequence[Callable[[], Tensor]]
+
+    def backward(self, fabric: lightning_fabric.Fabric, module: nn.Module) -> None:
+        """Accumulate the gradient in the parameters; processes exchange it in the last pass."""
+        last = len(self.passes) - 1
+        for k, run in enumerate(self.passes):
+            with fabric.no_backward_sync(module, enabled=k < last):  # type: ignore[arg-type]
+                fabric.backward(run())
+
+
+class NetworkPasses(nn.Module):
+    """Everything of a network that is differentiated, as a module's forward.
+
+    Data-parallel wrappers see only calls of `forward`, so these go through it by name.
+
+    Parameters
+    ----------
+    network : Potential
+        The network.
+    """
+
+    def __init__(self, network: Potential) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, name: str, *args: Any) -> Any:
+        """Call `predict`, `weighted_energy` or `directional` with `args`."""
+        return getattr(self, f"_{name}")(*args)
+
+    def _predict(
+        self, structures: Structures, neighbors: NeighborList, wanted: tuple[str, ...]
+    ) -> dict[str, Tensor]:
+        taps = tuple(name for name in wanted if name in self.network.taps)
+        names = [name for name in wanted if name not in taps]
+        found = self.network.predict(structures, neighbors, names, taps=taps, create_graph=True)
+        return found.properties.values | {
+            name: feature.to(torch.float64) for name, feature in found.features.items()
+        }
+
+    def _weighted_energy(self, point: Point, r_ij: Tensor, weights: Tensor) -> Tensor:
+        arguments = (point.species, point.edges, r_ij, point.n_local, weights)
+        return self.network.weighted_energy(*arguments)
+
+    def _directional(self, point: Point, direction: Tensor, weights: Tensor) -> Tensor:
+        """Scalar whose gradient is Σ weights ∇e(r) + d/dη ∇E(r + η direction).
+
+        One sweep of dual numbers through the first-order gradient gives both: the weights of the
+        terms are 1 + η weights.
+        """
+        twin = _TorchEnergy(self.network)
+        trained = {k: p for k, p in twin.named_parameters() if p.requires_grad}
+
+        def energy(parameters: dict[str, Tensor], r_ij: Tensor, weights: Tensor) -> Tensor:
+            return torch.func.functional_call(twin, parameters, (point, r_ij, weights))
+
+        def gradient(r_ij: Tensor, weights: Tensor) -> dict[str, Tensor]:
+            return torch.func.grad(energy)(
+                {k: p.detach() for k, p in trained.items()}, r_ij, weights
+            )
+
+        primals = (point.r_ij, torch.ones_like(weights))
+        slope = torch.func.jvp(gradient, primals, (direction, weights))[1]
+        products = [(p * slope[name]).sum() for name, p in trained.items()]
+        return torch.stack(products).sum()
+
+
+class _TorchEnergy(nn.Module):
+    """The weighted energy in torch operations, which alone know dual numbers."""
+
+    def __init__(self, network: Potential) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, point: Point, r_ij: Tensor, weights: Tensor) -> Tensor:
+        partial = self.network.partial_energies(point.species, point.edges, r_ij, point.n_local)
+        return (weights * partial).sum()
+
+
+@dataclass(frozen=True)
+class Point:
+    """A batch as a network sees it: the graph, frozen, and the pair vectors.
+
+    Parameters
+    ----------
+    structures : Structures
+        In the network's species table.
+    edges : Edges
+        Pairs up to the cutoff and a margin.
+    r_ij : Tensor
+        (E, 3) float64, Å, without graph.
+    reach : float
+        The neighbor list's cutoff, Å.
+    """
+
+    structures: Structures
+    edges: Edges
+    r_ij: Tensor
+    reach: float
+
+    @classmethod
+    def of(cls, network: Potential, structures: Structures, neighbors: NeighborList) -> Point:
+        """The point where a batch stands."""
+        structures = structures.with_species_table(network.species_table)
+        edges = Edges(neighbors.center, neighbors.neighbor)
+        r_ij = pair_vectors(structures, neighbors).detach()
+        return cls(structures, edges, r_ij, neighbors.cutoff)
+
+    @property
+    def species(self) -> Tensor:
+        """(N,) int64."""
+        return self.structures.species
+
+    @property
+    def n_local(self) -> int:
+        """Number of atoms."""
+        return self.structures.n_atoms
+
+    @property
+    def pair_system(self) -> Tensor:
+        """(E,) index of the system of a pair."""
+        return self.structures.system_index[self.edges.center]
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """Derivatives of a loss with respect to what was predicted at r, all in float64.
+
+    Parameters
+    ----------
+    partial : Tensor, optional
+        (N, T) c, with respect to the terms of the atomic energies; None if there are no energies in
+        the loss.
+    forces : Tensor
+        (N, 3) g.
+    strain : Tensor, optional
+        (S, 3, 3) G / V, symmetric; zero where a cell is not periodic, None if there is no stress in
+        the loss.
+    slope : Tensor
+        (S,) s = Σ g·F + G:σ of each system, which is -dE/dη.
+    """
+
+    partial: Tensor | None
+    forces: Tensor
+    strain: Tensor | None
+    slope: Tensor
+
+    def scale(self, point: Point) -> Tensor:
+        """(S,) g0 of Eq. 10: max |g_i|, and what the strain moves at half the list's reach.
+
+        Then no pair vector within that reach changes by more than 2 epsilon a0.
+        """
+        largest = self.forces.new_zeros(point.structures.n_systems)
+        norm = torch.linalg.vector_norm(self.forces, dim=1)
+        largest = largest.scatter_reduce(0, point.structures.system_index, norm, "amax")
+        if self.strain is None:
+            return largest
+        return largest + 0.5 * point.reach * torch.linalg.matrix_norm(self.strain)
+
+    def direction(self, point: Point) -> Tensor:
+        """(E, 3) u_ij = g_j - g_i - r_ij G / V."""
+        moved = self.forces[point.edges.neighbor] - self.forces[point.edges.center]
+        if self.strain is None:
+            return moved
+        return moved - torch.einsum("ed,edk->ek", point.r_ij, self.strain[point.pair_system])
+
+
+@dataclass(frozen=True)
+class Displacement:
+    """The step from r to r+ of Eq. 8 in pair vectors.
+
+    Parameters
+    ----------
+    r_ij : Tensor
+        (E, 3) η u_ij, float64, Å.
+    rate : Tensor
+        (S,) 1 / (2η); zero for systems with g0 = 0, which do not move.
+    """
+
+    r_ij: Tensor
+    rate: Tensor
+
+    @classmethod
+    def along(
+        cls, cotangents: Cotangents, point: Point, epsilon: float, g0: Tensor | None = None
+    ) -> Displacement:
+        """η = epsilon a0 / g0 (Eq. 9), system by system; g0 is that of Eq. 10 unless given."""
+        g0 = cotangents.scale(point) if g0 is None else g0
+        step = epsilon * LENGTH
+        eta = torch.where(g0 > 0, step / torch.where(g0 > 0, g0, 1.0), 0.0)
+        moved = cotangents.direction(point) * eta[point.pair_system].unsqueeze(1)
+        return cls(moved, g0 / (2.0 * step))
+
+
+class ForceGradient:
+    """The switch: turns a loss on a batch into passes that are differentiated once.
+
+    Parameters
+    ----------
+    settings : ForceGradientSettings
+        Which method, and its epsilon.
+    network : Potential
+        What is trained.
+
+    Raises
+    ------
+    ConfigError
+        If the method does not work for this network.
+    """
+
+    def __init__(self, settings: ForceGradientSettings, network: Potential) -> None:
+        self.method = settings.method
+        self.folded = settings.folded
+        self.network = network
+        self.epsilon = 0.0
+        if self.method != "backpropagation" and network.direct_forces:
+            raise ConfigError(
+                f"{network.kind} predicts forces directly: train it with force_gradient.method = "
+                "backpropagation"
+            )
+        if self.method == "central_difference":
+            self.epsilon = epsilon_for(settings.epsilon, network.dtype)
+        self._steps = 0
+        self._warned = False
+
+    @property
+    def margin(self) -> float:
+        """Å beyond the cutoff that the neighbor list must reach, so that it holds for r+ and r-."""
+        return 2.0 * self.epsilon * LENGTH
+
+    def __call__(
+        self, module: nn.Module, batch: Batch, wanted: tuple[str, ...], objective: Objective
+    ) -> LossGradient:
+        """Evaluate the loss on a batch and prepare the passes of its gradient.
+
+        Parameters
+        ----------
+        module : nn.Module
+            `NetworkPasses` of the network, possibly wrapped.
+        batch : Batch
+            Structures and neighbor list.
+        wanted : tuple of str
+            Names of the predicted values that `objective` asks for.
+        objective : Objective
+            The loss as a function of them.
+
+        Returns
+        -------
+        LossGradient
+            `backward` leaves the gradient of the loss in the parameters.
+        """
+        if self.method == "backpropagation" or not {"forces", "stress"} & set(wanted):
+            value = objective(module("predict", batch.structures, batch.neighbors, wanted))
+            return LossGradient(value.parts, [lambda: value.data + value.penalty])
+        self._check(batch, wanted)
+        point = Point.of(self.network, batch.structures, batch.neighbors)
+        value, cotangents = loss_cotangents(self.network, point, wanted, objective)
+        if self.method == "central_difference":
+            move = Displacement.along(cotangents, point, self.epsilon)
+            self._watch(point, cotangents, move)
+            *earlier, last = difference_passes(module, point, cotangents, move, folded=self.folded)
+        else:
+            *earlier, last = [self._exact(module, point, cotangents)]
+        return LossGradient(value.parts, [*earlier, lambda: last() + value.penalty])
+
+    def _check(self, batch: Batch, wanted: tuple[str, ...]) -> None:
+        for name in set(wanted) - set(FIRST_ORDER):
+            # A Hessian is a second derivative already: its loss' gradient takes a third.
+            raise ConfigError(
+                f"a loss of '{name}' needs force_gradient.method = backpropagation: "
+                f"{self.method} knows {', '.join(FIRST_ORDER)}"
+            )
+        reach = self.network.cutoff + self.margin
+        if batch.neighbors.cutoff < reach - 1e-9:
+            raise ModelError(
+                f"the neighbor list reaches {batch.neighbors.cutoff:g} Å, but displaced atoms need "
+                f"{reach:g} Å"
+            )
+
+    def _exact(
+        self, module: nn.Module, point: Point, cotangents: Cotangents
+    ) -> Callable[[], Tensor]:
+        """Forward over reverse along -u."""
+        weights = cotangents.partial
+        if weights is None:
+            weights = point.r_ij.new_zeros(point.n_local, self.network.n_terms)
+        return lambda: module("directional", point, -cotangents.direction(point), weights)
+
+    def _watch(self, point: Point, cotangents: Cotangents, move: Displacement) -> None:
+        """Look at the proxy now and then, and warn once if epsilon no longer suits the network."""
+        due = self._steps % CHECK_EVERY == 0
+        self._steps += 1
+        if self._warned or not due:
+            return
+        error = proxy_error(self.network, point, cotangents, move)
+        if error > SAFE_PROXY_ERROR[self.network.dtype]:
+            self._warned = True
+            warnings.warn(
+                f"central differences with epsilon = {self.epsilon:g} miss the slope of the energy "
+                f"by a share of {error:.1e}: find a better epsilon with `potstill epsilon`",
+                stacklevel=2,
+            )
+
+
+def difference_passes(
+    module: nn.Module, point: Point, cotangents: Cotangents, move: Displacement, *, folded: bool
+) -> list[Callable[[], Tensor]]:
+    """Weighted energies at r+ and r-, and at r unless they are folded in (Eq. 7).
+
+    Parameters
+    ----------
+    module : nn.Module
+        `NetworkPasses` of the network, possibly wrapped.
+    point, cotangents, move
+        Where the loss was evaluated, its derivatives there, and the step to r+.
+    folded : bool
+        Two passes instead of three.
+    """
+    rate = move.rate[point.structures.system_index].unsqueeze(1)  # (N, 1), for all terms alike
+    c = cotangents.partial
+
+    def at(sign: float, weights: Tensor) -> Callable[[], Tensor]:
+        return lambda: module("weighted_energy", point, point.r_ij + sign * move.r_ij, weights)
+
+    if c is None:
+        return [at(1.0, -rate), at(-1.0, rate)]
+    if folded:
+        return [at(1.0, 0.5 * c - rate), at(-1.0, 0.5 * c + rate)]
+    rate = rate.expand_as(c)
+    return [at(0.0, c), at(1.0, -rate), at(-1.0, rate)]
+
+
+def epsilon_for(epsilon: float | None, dtype: torch.dtype) -> float:
+    """Epsilon as it is set, or that of the precision.
+
+    Raises
+    ------
+    ConfigError
+        If the precision leaves no digits for differences.
+    """
+    if dtype not in DEFAULT_EPSILON:
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"central differences need float32 or float64, and the network is in {name}: use "
+            "force_gradient.method = backpropagation or forward_over_reverse"
+        )
+    return DEFAULT_EPSILON[dtype] if epsilon is None else epsilon
+
+
+def loss_cotangents(
+    network: Potential, point: Point, wanted: Sequence[str], objective: Objective
+) -> tuple[LossValue, Cotangents]:
+    """The loss at r, and its derivatives with respect to the predicted values.
+
+    One inference of energies and dE/dr_ij; no graph of the parameters is built.
+    """
+    structures = point.structures
+    partial, gradient = network.first_order(point.species, point.edges, point.r_ij, point.n_local)
+    gradient = gradient.to(torch.float64)
+    partial.requires_grad_(True)
+    atomic = partial.sum(dim=1)
+    energy = atomic.new_zeros(structures.n_systems)
+    forces = forces_from_pairs(gradient, point.edges, point.n_local).requires_grad_(True)
+    values = {
+        "energy": energy.index_add(0, structures.system_index, atomic),
+        "atomic_energies": atomic,
+        "hierarchical_energies": partial,
+        "forces": forces,
+    }
+    leaves = [partial, forces]
+    if "stress" in wanted:
+        stress = stress_from_pairs(gradient, point.r_ij, point.edges, structures)
+        values["stress"] = stress.requires_grad_(True)
+        leaves.append(values["stress"])
+    value = objective(values)
+    c, g, *rest = torch.autograd.grad(value.data, leaves, allow_unused=True)
+    g = torch.zeros_like(forces) if g is None else g
+    slope = g.new_zeros(structures.n_systems)
+    slope = slope.index_add(0, structures.system_index, (g * forces.detach()).sum(dim=1))
+    strain = None
+    if rest and rest[0] is not None:
+        periodic = structures.pbc.all(dim=1)[:, None, None]
+        work = torch.where(periodic, rest[0] * values["stress"].detach(), 0.0)  # NaN elsewhere
+        slope = slope + work.sum(dim=(1, 2))
+        symmetric = 0.5 * (rest[0] + rest[0].transpose(1, 2))
+        strain = torch.where(periodic, symmetric / structures.volume[:, None, None], 0.0)
+    return value, Cotangents(c, g, strain, slope)
+
+
+def proxy_error(
+    network: Potential, point: Point, cotangents: Cotangents, move: Displacement
+) -> float:
+    """How well differences of the energy give s = Σ g·F + G:σ: |s~ - s| / |s| over the systems.
+
+    s~ = -(E(r+) - E(r-)) / (2η), Eq. 12. Differences are taken term by term and atom by atom, so
+    that constant energies of the species drop out before anything is summed.
+    """
+    exact = cotangents.slope
+    error = torch.linalg.vector_norm(difference_slope(network, point, move) - exact)
+    size = torch.linalg.vector_norm(exact)
+    return float(error / size) if size > 0 else 0.0
+
+
+def difference_slope(network: Potential, point: Point, move: Displacement) -> Tensor:
+    """(S,) s~ = -(E(r+) - E(r-)) / (2η) of each system, float64."""
+
+    def terms(r_ij: Tensor) -> Tensor:
+        return network.first_order(point.species, point.edges, r_ij, point.n_local)[0]
+
+    change = (terms(point.r_ij + move.r_ij) - terms(point.r_ij - move.r_ij)).sum(dim=1)
+    total = change.new_zeros(point.structures.n_systems)
+    return -move.rate * total.index_add(0, point.structures.system_index, change)

@@ -1,0 +1,153 @@
+"""`potstill epsilon`: which epsilon suits central differences for a model, data and precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from potstill.checkpoint import load_potential, write_atomically
+from potstill.distill import LossTerm
+from potstill.distill.losses import check_signals
+from potstill.report.plots import Figure, Look, Panel, Series, write_figure
+from potstill.report.tables import Table
+from potstill.train import TrainingSet, TrainSettings
+from potstill.train.epsilon import EpsilonScan, scan_epsilon
+from potstill.train.loop import initial_student
+from potstill.workflows.base import Display, Settings, claim_folder, write_json
+from potstill.workflows.data import DataSettings, load_parts
+
+
+class EpsilonConfig(Settings):
+    """Settings of `potstill epsilon`; a config of `potstill train` without stages is one.
+
+    Parameters
+    ----------
+    out : str
+        Folder of the results.
+    data : DataSettings
+        The structures are drawn from the training set.
+    train : TrainSettings
+        Model, loss, precision and `force_gradient.folded`.
+    initial : str, optional
+        A checkpoint to look at; a fresh model without one.
+    loss : {"quadratic", "training"}
+        The paper's loss, half the squared force error of each structure; or that of `train`.
+    epsilons : tuple of float, optional
+        Half decades by default.
+    n_structures : int
+        How many structures to draw.
+    exact : bool
+        Compare gradients with backpropagation in float64, which takes most of the time.
+    """
+
+    out: str
+    data: DataSettings
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    initial: str | None = None
+    loss: Literal["quadratic", "training"] = "quadratic"
+    epsilons: tuple[float, ...] | None = None
+    n_structures: int = Field(default=16, ge=1)
+    exact: bool = True
+
+
+def find_epsilon(config: EpsilonConfig, display: Display | None = None) -> EpsilonScan:
+    """Scan, and write `epsilon.json`, `epsilon.csv` and the plot `epsilon_scan.png` and `.svg`.
+
+    Raises
+    ------
+    MissingLabelError
+        If a label that the loss asks for is absent.
+    """
+    display = display or Display()
+    folder = Path(config.out)
+    parts, _ = load_parts(config.data)
+    initial = None if config.initial is None else load_potential(config.initial)[0]
+    data = parts["train"]
+    if initial is not None:
+        data = data.with_species_table(initial.species_table)
+    quadratic = config.loss == "quadratic"
+    terms = (LossTerm(property="forces"),) if quadratic else config.train.loss
+    check_signals(terms, data.labels, "training set")
+    claim_folder(folder, config)
+    student, baseline = initial_student(config.train, data, initial)
+    drawn = _draw(data, terms, config.n_structures, config.train.seed).minus(baseline)
+    with display.task("epsilon", len(drawn)) as task:
+        scan = scan_epsilon(
+            student["network"],
+            drawn,
+            config.train,
+            loss=config.loss,
+            epsilons=config.epsilons,
+            exact=config.exact,
+            on_point=task.update,
+        )
+    write_json(folder / "epsilon.json", scan.to_json())
+    table = scan_table(scan).csv()
+    write_atomically(folder / "epsilon.csv", lambda file: file.write(table.encode()))
+    plot_scan(folder, scan)
+    return scan
+
+
+def scan_table(scan: EpsilonScan) -> Table:
+    """The errors by epsilon."""
+    gradient = scan.gradient or (None,) * len(scan.epsilons)
+    rows = tuple(zip(scan.epsilons, scan.proxy, gradient, strict=True))
+    columns = ("epsilon", "error of the proxy", "error of the gradient")
+    return Table("epsilon", "Errors of central differences", columns, rows)
+
+
+def _looks(scan: EpsilonScan) -> dict[str, Look]:
+    """Crosses and circles, as in the paper's Fig. 1."""
+    proxy = "Eq. 14" if scan.loss == "quadratic" else "slope of the energy"
+    return {
+        "proxy": Look(f"proxy ({proxy})", "#D55E00", "X"),
+        "gradient": Look("gradient (Eq. 11)", "#0072B2", "o"),
+        "backpropagation": Look("backpropagation in this precision", "#222222", "*", ":"),
+    }
+
+
+def plot_scan(folder: Path, scan: EpsilonScan) -> Figure:
+    """Draw both errors against epsilon."""
+    series = [_points("proxy", scan.epsilons, scan.proxy)]
+    if scan.gradient is not None:
+        series.append(_points("gradient", scan.epsilons, scan.gradient))
+    if scan.backpropagation:
+        series.append(Series("backpropagation", [], [scan.backpropagation], kind="level"))
+    panel = Panel(
+        "epsilon", "relative error", series, f"{scan.precision}, {scan.loss} loss", "log", "log"
+    )
+    caption = (
+        f"Errors of central differences over {scan.n_structures} structures; the proxy recommends "
+        f"epsilon = {scan.recommended:.1e}."
+    )
+    return write_figure(
+        folder,
+        "epsilon_scan",
+        "Choice of epsilon",
+        caption,
+        [panel],
+        looks_of=_looks(scan),
+        height=3.8,
+    )
+
+
+def _points(name: str, x: tuple[float, ...], y: tuple[float, ...]) -> Series:
+    """Zeros, which have no place on a logarithmic axis, are left out."""
+    kept = [(a, b) for a, b in zip(x, y, strict=True) if b > 0]
+    return Series(name, [a for a, _ in kept], [b for _, b in kept], joined=True)
+
+
+def _draw(
+    data: TrainingSet, terms: tuple[LossTerm, ...], n_structures: int, seed: int
+) -> TrainingSet:
+    """Some structures that have a label of the loss."""
+    labelled = torch.zeros(len(data), dtype=torch.bool)
+    for term in terms:
+        labelled |= data.labels[term.source].presence(term.property, len(data))
+    systems = labelled.nonzero()[:, 0]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(systems), generator=generator)[:n_structures]
+    return data.select(systems[order.sort().values])
