@@ -1,21 +1,46 @@
-"""The seam for native kernels; today every kernel is its PyTorch twin.
+"""Native kernels: HIP-NN with tensor sensitivities, fused for whole models.
 
-The native core is to be an optional extension module `potstill.core._native` (C++, nanobind, not
-linked to torch) built by the same `pip install`; CONTRIBUTING.md says how it joins. Layers above
-ask this package alone whether it is there, so that they need not change when it comes, and the
-PyTorch twin of a kernel stays its oracle and its fallback.
+Everything works on CPU tensors; `available()` says whether the kernels were compiled.
 """
 
-from __future__ import annotations
+from potstill.core.base import (
+    available,
+    describe_core,
+    instruction_set,
+    instruction_sets,
+    release_memory,
+    select_instruction_set,
+    why_unavailable,
+)
+from potstill.core.hipnn import (
+    CompactNeighbors,
+    HipnnParameters,
+    HipnnShape,
+    MdResult,
+    PassResult,
+    ZblParameters,
+    compact_neighbors,
+    hipnn_md,
+    hipnn_pass,
+    weighted_partial_energies,
+)
 
-import importlib.util
-
-#: Whether compiled kernels were built with this installation.
-NATIVE_AVAILABLE: bool = importlib.util.find_spec("potstill.core._native") is not None
-
-
-def describe_core() -> str:
-    """Say in one sentence which kernels are in use, for `potstill doctor` and run folders."""
-    if NATIVE_AVAILABLE:
-        return "native kernels (C++)"
-    return "PyTorch kernels (this version has no native ones)"
+__all__ = [
+    "available",
+    "why_unavailable",
+    "describe_core",
+    "instruction_set",
+    "instruction_sets",
+    "select_instruction_set",
+    "release_memory",
+    "HipnnShape",
+    "HipnnParameters",
+    "ZblParameters",
+    "CompactNeighbors",
+    "compact_neighbors",
+    "PassResult",
+    "hipnn_pass",
+    "MdResult",
+    "hipnn_md",
+    "weighted_partial_energies",
+]

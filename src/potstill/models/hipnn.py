@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from potstill.core import HipnnParameters, HipnnShape
 from potstill.errors import ConfigError, ModelError, suggest
 from potstill.models.base import Edges, LocalOutput, Potential, TapSpec
 from potstill.structures import SpeciesTable
@@ -340,6 +341,27 @@ class HIPNN(Potential):
             "cusp_reg": self.cusp_reg,
             "cutoff_function": self.cutoff_function,
         }
+
+    def native_parameters(self) -> HipnnParameters:
+        """Shape and parameters for the kernels of `potstill.core`, in the order of `parameters()`.
+
+        Raises
+        ------
+        ModelError
+            If the parameters are not on the CPU, in float32 or float64.
+        """
+        shape = HipnnShape(
+            n_species=len(self.species_table),
+            n_features=self.n_features,
+            n_sensitivities=self.n_sensitivities,
+            l_max=self.l_max,
+            n_interaction_layers=self.n_interaction_layers,
+            n_atom_layers=self.n_atom_layers,
+            cutoff=self.cutoff,
+            cusp_reg=self.cusp_reg,
+            cutoff_function=self.cutoff_function,
+        )
+        return HipnnParameters(shape, tuple(self.parameters()))
 
     def regularized_weights(self) -> list[Tensor]:
         """Interaction and atom layers, without biases and without the energy layers.

@@ -1,0 +1,180 @@
+// Python bindings: arrays in, arrays filled. Everything is checked by potstill.core, which is the
+// only caller; here only the addresses are taken, without copies, and the lock is released.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "potstill_core.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+template <class T>
+using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Optional = std::optional<Array<T>>;
+
+void check(int code) {
+    if (code < 0) throw std::runtime_error(potstill_error());
+}
+
+template <class T>
+T *address(const Optional<T> &array) {
+    return array ? array->data() : nullptr;
+}
+
+potstill_hipnn hipnn(int n_species, int n_features, int n_sensitivities, int l_max,
+                     int n_interaction_layers, int n_atom_layers, int cutoff_function, double cutoff,
+                     double cusp_reg) {
+    return {n_species,     n_features,      n_sensitivities, l_max, n_interaction_layers,
+            n_atom_layers, cutoff_function, cutoff,          cusp_reg};
+}
+
+potstill_pairs pairs(const Array<const int32_t> &species, const Array<const int64_t> &row_ptr,
+                     const Array<const int32_t> &neighbor) {
+    return {int64_t(species.size()), int64_t(row_ptr.size()) - 1, species.data(), row_ptr.data(),
+            neighbor.data()};
+}
+
+template <class T, class R, class F>
+void run_pass(F function, const potstill_hipnn &model, Array<const T> parameters,
+              Array<const int32_t> species, Array<const int64_t> row_ptr, Array<const int32_t> neighbor,
+              Array<const R> r_ij, Optional<const double> weights, Optional<double> terms,
+              Optional<T> gradient, Optional<double> parameter_gradient, int n_threads) {
+    const potstill_pairs list = pairs(species, row_ptr, neighbor);
+    const potstill_pass what{r_ij.data(),    sizeof(R) == 8,    address(weights),
+                             address(terms), address(gradient), address(parameter_gradient)};
+    int code;
+    {
+        nb::gil_scoped_release release;
+        code = function(&model, parameters.data(), &list, &what, n_threads);
+    }
+    check(code);
+}
+
+template <class T, class F>
+void run_md(F function, const potstill_hipnn *model, Optional<const T> parameters,
+            Array<const int32_t> species, Array<const int64_t> row_ptr, Array<const int32_t> neighbor,
+            Array<const double> positions, Optional<const uint16_t> image,
+            Array<const double> offsets, Optional<const double> zbl_charge, double zbl_coulomb,
+            double zbl_inner, double zbl_cutoff, Array<double> energies, Optional<double> forces,
+            Optional<double> virial, int n_threads) {
+    const potstill_pairs list = pairs(species, row_ptr, neighbor);
+    const potstill_zbl zbl{address(zbl_charge), zbl_coulomb, zbl_inner, zbl_cutoff};
+    const potstill_md what{positions.data(),
+                           address(image),
+                           offsets.data(),
+                           int64_t(offsets.shape(0)),
+                           zbl_charge ? &zbl : nullptr,
+                           energies.data(),
+                           address(forces),
+                           address(virial)};
+    int code;
+    {
+        nb::gil_scoped_release release;
+        code = function(model, address(parameters), &list, &what, n_threads);
+    }
+    check(code);
+}
+
+int pack_pairs(Array<const int64_t> center, Array<const int64_t> neighbor, Array<const int64_t> shifts,
+               Array<int64_t> row_ptr, Array<int32_t> neighbor_out, Array<uint16_t> image,
+               Array<int32_t> images) {
+    int code;
+    {
+        nb::gil_scoped_release release;
+        code = potstill_pack_pairs(int64_t(center.size()), int64_t(row_ptr.size()) - 1, center.data(),
+                                   neighbor.data(), shifts.data(), row_ptr.data(),
+                                   neighbor_out.data(), image.data(), images.data());
+    }
+    check(code);
+    return code;
+}
+
+std::vector<std::string> compiled() {
+    std::vector<std::string> names;
+    for (const char *const *name = potstill_compiled_instruction_sets(); *name; ++name)
+        names.emplace_back(*name);
+    return names;
+}
+
+std::string instruction_set() {
+    const char *name = potstill_instruction_set();
+    if (!name) throw std::runtime_error(potstill_error());
+    return name;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    nb::class_<potstill_hipnn>(m, "Hipnn").def(
+        "__init__",
+        [](potstill_hipnn *self, int n_species, int n_features, int n_sensitivities, int l_max,
+           int n_interaction_layers, int n_atom_layers, int cutoff_function, double cutoff,
+           double cusp_reg) {
+            new (self) potstill_hipnn(hipnn(n_species, n_features, n_sensitivities, l_max,
+                                            n_interaction_layers, n_atom_layers, cutoff_function,
+                                            cutoff, cusp_reg));
+        });
+    m.def("n_parameters", [](const potstill_hipnn &model) {
+        const int64_t n = potstill_n_parameters(&model);
+        if (n < 0) throw std::runtime_error(potstill_error());
+        return n;
+    });
+#define POTSTILL_DEFINE_PASS(NAME, T, R, FUNCTION)                                                  \
+    m.def(                                                                                          \
+        NAME,                                                                                       \
+        [](const potstill_hipnn &model, Array<const T> parameters, Array<const int32_t> species,    \
+           Array<const int64_t> row_ptr, Array<const int32_t> neighbor, Array<const R> r_ij,        \
+           Optional<const double> weights, Optional<double> terms, Optional<T> gradient,            \
+           Optional<double> parameter_gradient, int n_threads) {                                    \
+            run_pass<T, R>(FUNCTION, model, parameters, species, row_ptr, neighbor, r_ij, weights,  \
+                           terms, gradient, parameter_gradient, n_threads);                         \
+        },                                                                                          \
+        nb::arg("model"), nb::arg("parameters"), nb::arg("species"), nb::arg("row_ptr"),            \
+        nb::arg("neighbor"), nb::arg("r_ij"), nb::arg("weights").none(), nb::arg("terms").none(),   \
+        nb::arg("gradient").none(), nb::arg("parameter_gradient").none(), nb::arg("n_threads"))
+    POTSTILL_DEFINE_PASS("pass_f32_f32", float, float, potstill_pass_f32);
+    POTSTILL_DEFINE_PASS("pass_f32_f64", float, double, potstill_pass_f32);
+    POTSTILL_DEFINE_PASS("pass_f64_f32", double, float, potstill_pass_f64);
+    POTSTILL_DEFINE_PASS("pass_f64_f64", double, double, potstill_pass_f64);
+#define POTSTILL_DEFINE_MD(NAME, T, FUNCTION)                                                       \
+    m.def(                                                                                          \
+        NAME,                                                                                       \
+        [](const potstill_hipnn *model, Optional<const T> parameters, Array<const int32_t> species, \
+           Array<const int64_t> row_ptr, Array<const int32_t> neighbor,                             \
+           Array<const double> positions, Optional<const uint16_t> image,                           \
+           Array<const double> offsets, Optional<const double> zbl_charge, double zbl_coulomb,      \
+           double zbl_inner, double zbl_cutoff, Array<double> energies, Optional<double> forces,                      \
+           Optional<double> virial, int n_threads) {                                                \
+            run_md<T>(FUNCTION, model, parameters, species, row_ptr, neighbor, positions, image,    \
+                      offsets, zbl_charge, zbl_coulomb, zbl_inner, zbl_cutoff, energies, forces, virial,         \
+                      n_threads);                                                                   \
+        },                                                                                          \
+        nb::arg("model").none(), nb::arg("parameters").none(), nb::arg("species"),                  \
+        nb::arg("row_ptr"), nb::arg("neighbor"), nb::arg("positions"), nb::arg("image").none(),     \
+        nb::arg("offsets"), nb::arg("zbl_charge").none(), nb::arg("zbl_coulomb"), nb::arg("zbl_inner"),                     \
+        nb::arg("zbl_cutoff"), nb::arg("energies"), nb::arg("forces").none(),                       \
+        nb::arg("virial").none(), nb::arg("n_threads"))
+    POTSTILL_DEFINE_MD("md_f32", float, potstill_md_f32);
+    POTSTILL_DEFINE_MD("md_f64", double, potstill_md_f64);
+    m.def("pack_pairs", &pack_pairs);
+    m.def("compiled_instruction_sets", &compiled);
+    m.def("runnable", [](const std::string &name) { return potstill_runnable(name.c_str()) != 0; });
+    m.def("select", [](std::optional<std::string> name) {
+        check(potstill_select(name ? name->c_str() : nullptr));
+    }, nb::arg("instruction_set").none());
+    m.def("instruction_set", &instruction_set);
+    m.def("gflops_f32", &potstill_measure_gflops_f32, nb::call_guard<nb::gil_scoped_release>());
+    m.def("gflops_f64", &potstill_measure_gflops_f64, nb::call_guard<nb::gil_scoped_release>());
+    m.def("release_memory", &potstill_release_memory);
+    m.def("scratch_bytes", &potstill_scratch_bytes);
+}

@@ -1,0 +1,127 @@
+/* The plain C interface of potstill's native core: HIP-NN with tensor sensitivities.
+ *
+ * Units are those of potstill: angstrom, eV. All arrays are contiguous, row-major and owned by the
+ * caller. Functions return 0, or a negative number whose meaning `potstill_error` spells out.
+ * They may be called from several threads at a time, each with its own output arrays.
+ */
+#ifndef POTSTILL_CORE_H
+#define POTSTILL_CORE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { POTSTILL_COSINE_SQUARED = 0, POTSTILL_POLYNOMIAL = 1 };
+
+/* Hyper-parameters of a model.
+ *
+ * Its parameters are one flat array. Per block, first the interaction layer: int_weights
+ * (n_sensitivities, n_features, n_in), mu (n_sensitivities), sigma (n_sensitivities), selfint.weight
+ * (n_features, n_in), selfint.bias (n_features), scales of rank 1 and 2 as far as l_max goes
+ * (n_features each), res_layer.weight (n_features, n_features), res_layer.bias (n_features), and
+ * adjust.weight (n_features, n_in) if n_in != n_features; then per atom layer: layer.weight,
+ * layer.bias, res_layer.weight, res_layer.bias. After all blocks the energy layers: E0 (n_species),
+ * then weight (n_features) and bias (1) per block. n_in is n_species in the first block and
+ * n_features in the others. */
+typedef struct {
+    int32_t n_species;
+    int32_t n_features;
+    int32_t n_sensitivities;
+    int32_t l_max;                /* 0, 1 or 2 */
+    int32_t n_interaction_layers; /* at least 1 */
+    int32_t n_atom_layers;        /* at least 0 */
+    int32_t cutoff_function;      /* POTSTILL_COSINE_SQUARED or POTSTILL_POLYNOMIAL */
+    double cutoff;
+    double cusp_reg;
+} potstill_hipnn;
+
+/* Neighbors of the local atoms: pairs of atom i are row_ptr[i] .. row_ptr[i + 1] - 1. */
+typedef struct {
+    int64_t n_atoms;         /* local atoms, then ghosts */
+    int64_t n_local;
+    const int32_t *species;  /* (n_atoms) */
+    const int64_t *row_ptr;  /* (n_local + 1), starts at 0 */
+    const int32_t *neighbor; /* (row_ptr[n_local]) */
+} potstill_pairs;
+
+/* Ziegler-Biersack-Littmark repulsion; charge per species, radii as in potstill.models.prior. */
+typedef struct {
+    const double *charge; /* (n_species) */
+    double coulomb;       /* e^2 / (4 pi epsilon_0), eV angstrom */
+    double inner;
+    double cutoff;
+} potstill_zbl;
+
+/* One pass over given pair vectors. Sum over atoms and terms of weight * partial energy is what the
+ * gradients derive. Outputs that are NULL are not computed. */
+typedef struct {
+    const void *r_ij;          /* (E, 3) float or double */
+    int32_t r_ij_is_double;
+    const double *weights;     /* (n_local, n_interaction_layers + 1), or NULL for ones */
+    double *terms;             /* (n_local, n_interaction_layers + 1): E0 term first */
+    void *gradient;            /* (E, 3) in the model's type: d(weighted sum)/d r_ij */
+    double *parameter_gradient; /* (n_parameters), summed in double precision */
+} potstill_pass;
+
+/* Energies, forces and virial at given positions. A pair's vector is
+ * positions[neighbor] - positions[center] + offsets[image]; pairs may lie beyond the cutoff. */
+typedef struct {
+    const double *positions;   /* (n_atoms, 3) */
+    const uint16_t *image;     /* (E), or NULL where no pair crosses a boundary */
+    const double *offsets;     /* (n_images, 3): whole lattice vectors, Cartesian */
+    int64_t n_images;
+    const potstill_zbl *zbl;   /* added if not NULL */
+    double *energies;          /* (n_local) */
+    double *forces;            /* (n_atoms, 3), ghosts included; or NULL */
+    double *virial;            /* (9) sum of r_ij outer dE/dr_ij; or NULL; needs forces */
+} potstill_md;
+
+/* Number of parameters, or -1 for hyper-parameters out of range. */
+int64_t potstill_n_parameters(const potstill_hipnn *model);
+
+int potstill_pass_f32(const potstill_hipnn *, const float *parameters, const potstill_pairs *,
+                      const potstill_pass *, int n_threads);
+int potstill_pass_f64(const potstill_hipnn *, const double *parameters, const potstill_pairs *,
+                      const potstill_pass *, int n_threads);
+
+/* The model may be NULL: then only the ZBL term is computed. */
+int potstill_md_f32(const potstill_hipnn *, const float *parameters, const potstill_pairs *,
+                    const potstill_md *, int n_threads);
+int potstill_md_f64(const potstill_hipnn *, const double *parameters, const potstill_pairs *,
+                    const potstill_md *, int n_threads);
+
+/* Pack a list of pairs sorted by center. Returns the number of images n_images, or a negative
+ * error. `image` holds, per pair, the row of `images` with its cell shift. `images` has room for
+ * 65536 rows of 3. */
+int potstill_pack_pairs(int64_t n_pairs, int64_t n_local, const int64_t *center,
+                        const int64_t *neighbor, const int64_t *shifts, int64_t *row_ptr,
+                        int32_t *neighbor_out, uint16_t *image, int32_t *images);
+
+/* Instruction sets: "baseline", "avx2", "avx512". NULL-terminated lists. */
+const char *const *potstill_compiled_instruction_sets(void);
+int potstill_runnable(const char *instruction_set);
+/* Choose one; NULL returns to the default: POTSTILL_SIMD, or the best that runs. */
+int potstill_select(const char *instruction_set);
+/* The one in use, or NULL with `potstill_error` saying what is wrong with POTSTILL_SIMD. */
+const char *potstill_instruction_set(void);
+
+/* Peak rates of one thread, for rooflines: 1e9 fused multiply-adds x 2 per second, and GB/s of a
+ * triad over `bytes` of memory. */
+double potstill_measure_gflops_f32(double seconds);
+double potstill_measure_gflops_f64(double seconds);
+
+/* Last error of this thread, as one sentence. */
+const char *potstill_error(void);
+
+/* Scratch memory is kept from call to call, per calling thread; this returns it. */
+void potstill_release_memory(void);
+size_t potstill_scratch_bytes(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

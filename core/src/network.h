@@ -1,0 +1,169 @@
+// What happens on atoms: interaction weights, norms, residual layers and energies of a block of
+// atoms, forward and backward. Arrays are (feature, atom): lanes of the vectors are atoms.
+#pragma once
+
+#include "gemm.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace potstill::POTSTILL_ISA {
+
+// Atoms of a block.
+constexpr int block_atoms = 32;
+
+template <class T>
+constexpr int padded(int n) {
+    return (n + lanes<T> - 1) / lanes<T> * lanes<T>;
+}
+
+// Places memory: run once to measure, once to assign.
+class Carver {
+  public:
+    explicit Carver(char *start) : start_(start) {}
+    template <class U>
+    U *take(size_t n) {
+        U *at = start_ ? reinterpret_cast<U *>(start_ + used_) : nullptr;
+        used_ += (n * sizeof(U) + 127) / 64 * 64;  // a cache line apart
+        return at;
+    }
+    size_t used() const { return used_; }
+
+  private:
+    char *start_;
+    size_t used_ = 0;
+};
+
+// Sums over atoms of a matrix' gradient, in the model's type for some blocks at a time: rows padded
+// to whole vectors. They are added to the double sums of the whole call by `flush`.
+template <class T>
+struct MatrixGradient {
+    T *sums;
+    int n_rows, n_columns, ld;
+    int64_t start;        // in the flat array
+    int n_in;             // > 0: int_weights, whose column n n_in + c lies at [n, row, c]
+};
+
+template <class T>
+inline void flush(MatrixGradient<T> &g, double *flat) {
+    for (int r = 0; r < g.n_rows; ++r)
+        for (int c = 0; c < g.n_columns; ++c) {
+            int64_t at = int64_t(r) * g.n_columns + c;
+            if (g.n_in) at = (int64_t(c / g.n_in) * g.n_rows + r) * g.n_in + c % g.n_in;
+            flat[g.start + at] += double(g.sums[r * g.ld + c]);
+            g.sums[r * g.ld + c] = T(0);
+        }
+}
+
+// sums(r, c) += sum over b of rows(r, b) columns(c, b); `scratch` takes the transpose of `columns`.
+template <class T>
+inline void add_outer(MatrixGradient<T> &g, int n_b, const T *rows, ptrdiff_t ld_rows, const T *columns,
+                      ptrdiff_t ld_columns, T *scratch) {
+    transpose(g.n_columns, n_b, columns, ld_columns, scratch, g.ld);
+    gemm<T, Order::rows>(g.n_rows, g.ld, n_b, rows, ld_rows, scratch, g.ld, g.sums, g.ld,
+                         Start::keep);
+}
+
+// flat[start + r] += sum over b of x(r, b) (times y(r, b))
+template <class T>
+inline void add_rows(double *flat, int64_t start, int n_rows, const T *x, const T *y = nullptr) {
+    constexpr int L = lanes<T>;
+    for (int r = 0; r < n_rows; ++r) {
+        Vector<T> sum{};
+        for (int b = r * block_atoms; b < (r + 1) * block_atoms; b += L)
+            sum += y ? load(x + b) * load(y + b) : load(x + b);
+        flat[start + r] += double(sum_lanes<T>(sum));
+    }
+}
+
+// softplus and its derivative of n numbers, a multiple of the lanes.
+template <class T>
+inline void softplus_all(int n, const T *x, T *value, T *derivative) {
+    for (int k = 0; k < n; k += lanes<T>) {
+        Vector<T> v, d;
+        softplus<T>(load(x + k), v, d);
+        store(value + k, v);
+        store(derivative + k, d);
+    }
+}
+
+template <class T>
+inline void multiply(int n, T *x, const T *y) {
+    for (int k = 0; k < n; k += lanes<T>) store(x + k, load(x + k) * load(y + k));
+}
+
+template <class T>
+inline void copy(int n, const T *from, T *to) {
+    for (int k = 0; k < n; k += lanes<T>) store(to + k, load(from + k));
+}
+
+template <class T>
+inline void add(int n, T *x, const T *y) {
+    for (int k = 0; k < n; k += lanes<T>) store(x + k, load(x + k) + load(y + k));
+}
+
+template <class T>
+inline void clear(size_t n, T *x) {
+    for (size_t k = 0; k < n; ++k) x[k] = T(0);
+}
+
+// out = s + sum over ranks of scale norm, where y(f, m, b) holds the tensor components.
+template <class T, int M>
+inline void add_norms(int n_features, const T *y, const T *scale1, const T *scale2, T cusp_reg,
+                      T *out) {
+    constexpr int B = block_atoms, L = lanes<T>;
+    for (int f = 0; f < n_features; ++f)
+        for (int b = 0; b < B; b += L) {
+            const T *at = y + f * M * B + b;
+            Vector<T> sum = load(out + f * B + b) + load(at);
+            if constexpr (M >= 4) {
+                const Vector<T> u = load(at + B), v = load(at + 2 * B), w = load(at + 3 * B);
+                sum += scale1[f] * square_root<T>(u * u + v * v + w * w + cusp_reg);
+            }
+            if constexpr (M == 9) {
+                const Vector<T> xx = load(at + 4 * B), xy = load(at + 5 * B), xz = load(at + 6 * B),
+                                yy = load(at + 7 * B), yz = load(at + 8 * B);
+                const Vector<T> square =
+                    T(2) * (xx * xx + xy * xy + xz * xz + yy * yy + yz * yz + xx * yy);
+                sum += scale2[f] * square_root<T>(square + cusp_reg);
+            }
+            store(out + f * B + b, sum);
+        }
+}
+
+// Replace y by its cotangent, given that of the sum; norms go to `norms` (rank - 1, f, b) if asked.
+template <class T, int M>
+inline void norms_backward(int n_features, const T *cotangent, const T *scale1, const T *scale2,
+                           T cusp_reg, T *y, T *norms) {
+    constexpr int B = block_atoms, L = lanes<T>;
+    for (int f = 0; f < n_features; ++f)
+        for (int b = 0; b < B; b += L) {
+            T *at = y + f * M * B + b;
+            const Vector<T> d = load(cotangent + f * B + b);
+            store(at, d);
+            if constexpr (M >= 4) {
+                const Vector<T> u = load(at + B), v = load(at + 2 * B), w = load(at + 3 * B);
+                const Vector<T> norm = square_root<T>(u * u + v * v + w * w + cusp_reg);
+                const Vector<T> c = norm > T(0) ? d * scale1[f] / norm : Vector<T>{};
+                store(at + B, c * u);
+                store(at + 2 * B, c * v);
+                store(at + 3 * B, c * w);
+                if (norms) store(norms + f * B + b, norm);
+            }
+            if constexpr (M == 9) {
+                const Vector<T> xx = load(at + 4 * B), xy = load(at + 5 * B), xz = load(at + 6 * B),
+                                yy = load(at + 7 * B), yz = load(at + 8 * B);
+                const Vector<T> square =
+                    T(2) * (xx * xx + xy * xy + xz * xz + yy * yy + yz * yz + xx * yy);
+                const Vector<T> norm = square_root<T>(square + cusp_reg);
+                const Vector<T> c = norm > T(0) ? d * scale2[f] / norm : Vector<T>{};
+                store(at + 4 * B, c * (T(2) * xx + yy));
+                store(at + 5 * B, c * T(2) * xy);
+                store(at + 6 * B, c * T(2) * xz);
+                store(at + 7 * B, c * (T(2) * yy + xx));
+                store(at + 8 * B, c * T(2) * yz);
+                if (norms) store(norms + (n_features + f) * B + b, norm);
+            }
+        }
+}
+
+}  // namespace potstill::POTSTILL_ISA

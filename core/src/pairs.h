@@ -1,0 +1,321 @@
+// Pairs of one atom: geometry, cutoff function, radial sensitivities and the sums over neighbors,
+// forward and backward. Lanes of the vectors are neighbors.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace potstill::POTSTILL_ISA {
+
+// Components of the tensors up to rank l_max.
+constexpr int n_components(int l_max) { return l_max == 0 ? 1 : l_max == 1 ? 4 : 9; }
+
+// The pairs within the cutoff, by fields, each run of pairs padded to whole vectors with pairs
+// beyond the cutoff: unit vector, distance, its inverse, cutoff function and its derivative.
+template <class T>
+struct PairFields {
+    T *unit[3], *r, *inverse_r, *envelope, *slope;
+    int32_t *slot;  // position in the row of the neighbor list
+};
+
+// A run of vectors in the fields of a block: the pairs of one atom with one species of neighbors.
+struct Run {
+    int32_t first;      // offset of the first pair, a multiple of the lanes
+    int32_t n_pairs;    // without the padding
+    int32_t n_vectors;
+};
+
+// Gaussians in inverse distance as 2^-(a/r - b)^2, with d/d(1/r) = slope (a/r - b) x value.
+template <class T>
+struct Radial {
+    int n;
+    const T *a, *b, *slope;
+};
+
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+
+// Copy the pairs with r < cutoff and species `wanted` (any, if `species` is NULL) to the front.
+// Returns how many; up to a vector beyond them is overwritten.
+template <class T>
+inline int compress(int n_raw, const T *x, const T *y, const T *z, const T *species, T wanted,
+                    T cutoff_square, T *x_out, T *y_out, T *z_out, int32_t *slot) {
+    int n = 0;
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+    constexpr int L = lanes<T>;
+    if constexpr (sizeof(T) == 4) {
+        __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512 limit = _mm512_set1_ps(cutoff_square), kind = _mm512_set1_ps(wanted);
+        for (int k = 0; k < n_raw; k += L) {
+            const __m512 vx = _mm512_loadu_ps(x + k), vy = _mm512_loadu_ps(y + k),
+                         vz = _mm512_loadu_ps(z + k);
+            const __m512 square =
+                _mm512_fmadd_ps(vx, vx, _mm512_fmadd_ps(vy, vy, _mm512_mul_ps(vz, vz)));
+            __mmask16 mask = _mm512_cmp_ps_mask(square, limit, _CMP_LT_OQ);
+            if (species)
+                mask = _mm512_mask_cmp_ps_mask(mask, _mm512_loadu_ps(species + k), kind, _CMP_EQ_OQ);
+            _mm512_storeu_ps(x_out + n, _mm512_maskz_compress_ps(mask, vx));
+            _mm512_storeu_ps(y_out + n, _mm512_maskz_compress_ps(mask, vy));
+            _mm512_storeu_ps(z_out + n, _mm512_maskz_compress_ps(mask, vz));
+            _mm512_storeu_si512(slot + n, _mm512_maskz_compress_epi32(mask, at));
+            at = _mm512_add_epi32(at, _mm512_set1_epi32(L));
+            n += __builtin_popcount(mask);
+        }
+    } else {
+        __m256i at = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        const __m512d limit = _mm512_set1_pd(cutoff_square), kind = _mm512_set1_pd(wanted);
+        for (int k = 0; k < n_raw; k += L) {
+            const __m512d vx = _mm512_loadu_pd(x + k), vy = _mm512_loadu_pd(y + k),
+                          vz = _mm512_loadu_pd(z + k);
+            const __m512d square =
+                _mm512_fmadd_pd(vx, vx, _mm512_fmadd_pd(vy, vy, _mm512_mul_pd(vz, vz)));
+            __mmask8 mask = _mm512_cmp_pd_mask(square, limit, _CMP_LT_OQ);
+            if (species)
+                mask = _mm512_mask_cmp_pd_mask(mask, _mm512_loadu_pd(species + k), kind, _CMP_EQ_OQ);
+            _mm512_storeu_pd(x_out + n, _mm512_maskz_compress_pd(mask, vx));
+            _mm512_storeu_pd(y_out + n, _mm512_maskz_compress_pd(mask, vy));
+            _mm512_storeu_pd(z_out + n, _mm512_maskz_compress_pd(mask, vz));
+            _mm256_storeu_si256((__m256i *)(slot + n), _mm256_maskz_compress_epi32(mask, at));
+            at = _mm256_add_epi32(at, _mm256_set1_epi32(L));
+            n += __builtin_popcount(mask);
+        }
+    }
+#else
+    for (int k = 0; k < n_raw; ++k) {
+        x_out[n] = x[k], y_out[n] = y[k], z_out[n] = z[k], slot[n] = k;
+        const T square = x[k] * x[k] + (y[k] * y[k] + z[k] * z[k]);
+        n += (square < cutoff_square) & (!species || species[k] == wanted);
+    }
+#endif
+    return n;
+}
+
+// Cutoff function and its derivative; both vanish from the cutoff on.
+template <class T>
+POTSTILL_INLINE void cutoff_function(Vector<T> r, T cutoff, bool is_polynomial, Vector<T> &value,
+                                     Vector<T> &slope) {
+    if (is_polynomial) {
+        const Vector<T> x = minimum<T>(r * (T(1) / cutoff), broadcast(T(1)));
+        value = T(1) - x * x * x * (T(10) - T(15) * x + T(6) * x * x);
+        slope = (T(-30) / cutoff) * x * x * (T(1) - x) * (T(1) - x);
+    } else {
+        // cos^2(pi r / 2 rc) = sin^2(y) with y = pi (rc - r) / 2 rc, exact near the cutoff.
+        constexpr T pi = T(3.141592653589793238);
+        const Vector<T> y = maximum<T>(cutoff - r, Vector<T>{}) * (T(0.5) * pi / cutoff);
+        const Vector<T> square = y * y;
+        const Vector<T> sine = y * polynomial(square, Coefficients<T>::sin_ratio);
+        const Vector<T> cosine = polynomial(square, Coefficients<T>::cos_even);
+        value = sine * sine;
+        slope = (-pi / cutoff) * sine * cosine;
+    }
+}
+
+// Turn the pair vectors in `unit` of a run, after padding it, into all fields.
+template <class T>
+inline void complete_fields(const PairFields<T> &f, Run &run, T cutoff, bool is_polynomial) {
+    constexpr int L = lanes<T>;
+    store(f.unit[0] + run.first + run.n_pairs, broadcast(T(2) * cutoff));
+    store(f.unit[1] + run.first + run.n_pairs, Vector<T>{});
+    store(f.unit[2] + run.first + run.n_pairs, Vector<T>{});
+    run.n_vectors = (run.n_pairs + L - 1) / L;
+    for (int k = run.first; k < run.first + run.n_vectors * L; k += L) {
+        const Vector<T> x = load(f.unit[0] + k), y = load(f.unit[1] + k), z = load(f.unit[2] + k);
+        const Vector<T> r = square_root<T>(x * x + (y * y + z * z));
+        const Vector<T> inverse = T(1) / r;
+        store(f.unit[0] + k, x * inverse);
+        store(f.unit[1] + k, y * inverse);
+        store(f.unit[2] + k, z * inverse);
+        store(f.r + k, r);
+        store(f.inverse_r + k, inverse);
+        Vector<T> value, slope;
+        cutoff_function<T>(r, cutoff, is_polynomial, value, slope);
+        store(f.envelope + k, value);
+        store(f.slope + k, slope);
+    }
+}
+
+// Tensor components of a unit vector: 1; x, y, z; xx, xy, xz, yy, yz of u u - 1/3.
+template <class T, int M>
+POTSTILL_INLINE void components(Vector<T> x, Vector<T> y, Vector<T> z, Vector<T> (&t)[M]) {
+    t[0] = broadcast(T(1));
+    if constexpr (M >= 4) t[1] = x, t[2] = y, t[3] = z;
+    if constexpr (M == 9) {
+        const Vector<T> third = (x * x + y * y + z * z) * T(1.0 / 3.0);
+        t[4] = x * x - third, t[5] = x * y, t[6] = x * z, t[7] = y * y - third, t[8] = y * z;
+    }
+}
+
+// Cutoff function times tensor components of `n_vectors` vectors, side by side: `out` holds
+// M arrays of length `ld`.
+template <class T, int M>
+inline void weighted_components(const PairFields<T> &f, int first, int n_vectors, T *out,
+                                ptrdiff_t ld) {
+    constexpr int L = lanes<T>;
+    for (int v = 0; v < n_vectors; ++v) {
+        const int k = first + v * L;
+        Vector<T> t[M];
+        components<T, M>(load(f.unit[0] + k), load(f.unit[1] + k), load(f.unit[2] + k), t);
+        const Vector<T> envelope = load(f.envelope + k);
+#pragma GCC unroll 9
+        for (int m = 0; m < M; ++m) store(out + m * ld + v * L, t[m] * envelope);
+    }
+}
+
+template <class T>
+POTSTILL_INLINE Vector<T> gaussian(Vector<T> inverse_r, T a, T b, Vector<T> &tau) {
+    tau = a * inverse_r - b;
+    return exp2_of_negative<T>(-(tau * tau));
+}
+
+template <class T, int M, int N>
+POTSTILL_INLINE void environment_tile(int n_vectors, const T *inverse_r, const T *weighted, ptrdiff_t ld,
+                                      const T *a, const T *b, T *out, ptrdiff_t ld_out) {
+    constexpr int L = lanes<T>;
+    Vector<T> sum[N][M] = {};
+    for (int v = 0; v < n_vectors; ++v) {
+        const Vector<T> inverse = load(inverse_r + v * L);
+        Vector<T> g[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            Vector<T> tau;
+            g[n] = gaussian<T>(inverse, a[n], b[n], tau);
+        }
+#pragma GCC unroll 9
+        for (int m = 0; m < M; ++m) {
+            const Vector<T> t = load(weighted + m * ld + v * L);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) sum[n][m] += g[n] * t;
+        }
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n)
+#pragma GCC unroll 9
+        for (int m = 0; m < M; ++m) out[n * ld_out + m] = sum_lanes<T>(sum[n][m]);
+}
+
+// out(n, m) = sum over the pairs of a run of sensitivity n times tensor component m.
+template <class T, int M>
+inline void environment(int n_vectors, const T *inverse_r, const T *weighted, ptrdiff_t ld,
+                        const Radial<T> &radial, T *out, ptrdiff_t ld_out) {
+    constexpr int N = M == 1 ? 4 : n_registers == 32 ? 2 : M == 4 ? 2 : 1;
+    int n = 0;
+    for (; n + N <= radial.n; n += N)
+        environment_tile<T, M, N>(n_vectors, inverse_r, weighted, ld, radial.a + n, radial.b + n,
+                                  out + n * ld_out, ld_out);
+    for (; n < radial.n; ++n)
+        environment_tile<T, M, 1>(n_vectors, inverse_r, weighted, ld, radial.a + n, radial.b + n,
+                                  out + n * ld_out, ld_out);
+}
+
+// out(n M + m, pair) = sensitivity n times tensor component m, for dense features.
+template <class T, int M>
+inline void spell_out(int n_vectors, const T *inverse_r, const T *weighted, ptrdiff_t ld,
+                      const Radial<T> &radial, T *out, ptrdiff_t ld_out) {
+    constexpr int L = lanes<T>;
+    for (int n = 0; n < radial.n; ++n)
+        for (int v = 0; v < n_vectors; ++v) {
+            Vector<T> tau;
+            const Vector<T> g =
+                gaussian<T>(load(inverse_r + v * L), radial.a[n], radial.b[n], tau);
+#pragma GCC unroll 9
+            for (int m = 0; m < M; ++m)
+                store(out + (n * M + m) * ld_out + v * L, g * load(weighted + m * ld + v * L));
+        }
+}
+
+// Backward of a run. `cotangent` is dE/d(environment): for one-hot features the same for all pairs
+// of the run, at [n ld + m]; for dense features one per pair, at [(n M + m) ld + pair]. Writes
+// dE/dr_ij to the three arrays `out`; adds to `moments`, if given, per sensitivity the sums over
+// pairs of q and q tau with q = tau dE/d(ln sensitivity), a vector of partial sums each.
+template <class T, int M, bool dense, int U>
+POTSTILL_INLINE void backward_tile(const PairFields<T> &f, int k0, const Radial<T> &radial,
+                                   const T *cotangent, ptrdiff_t ld, T *moments, T *const *out) {
+    constexpr int L = lanes<T>;
+    Vector<T> inverse[U], envelope[U], t[U][M], sums[U][M] = {}, by_inverse[U] = {};
+#pragma GCC unroll 2
+    for (int u = 0; u < U; ++u) {
+        const int k = k0 + u * L;
+        inverse[u] = load(f.inverse_r + k);
+        envelope[u] = load(f.envelope + k);
+        components<T, M>(load(f.unit[0] + k), load(f.unit[1] + k), load(f.unit[2] + k), t[u]);
+    }
+    for (int n = 0; n < radial.n; ++n) {
+        Vector<T> first{}, second{};
+#pragma GCC unroll 2
+        for (int u = 0; u < U; ++u) {
+            Vector<T> tau;
+            const Vector<T> g = gaussian<T>(inverse[u], radial.a[n], radial.b[n], tau);
+            Vector<T> h;
+#pragma GCC unroll 9
+            for (int m = 0; m < M; ++m) {
+                Vector<T> c;
+                if constexpr (dense)
+                    c = load(cotangent + (n * M + m) * ld + u * L);
+                else
+                    c = broadcast(cotangent[n * ld + m]);
+                h = m == 0 ? c : h + c * t[u][m];
+                sums[u][m] += c * g;
+            }
+            const Vector<T> q = g * h * tau;
+            by_inverse[u] += radial.slope[n] * q;
+            if (moments) {
+                const Vector<T> w = envelope[u] * q;
+                first += w;
+                second += w * tau;
+            }
+        }
+        if (moments) {
+            T *at = moments + 2 * n * L;
+            store(at, load(at) + first);
+            store(at + L, load(at + L) + second);
+        }
+    }
+#pragma GCC unroll 2
+    for (int u = 0; u < U; ++u) {
+        const int k = k0 + u * L;
+        const Vector<T> x = load(f.unit[0] + k), y = load(f.unit[1] + k), z = load(f.unit[2] + k);
+        Vector<T> by_envelope = sums[u][0];
+#pragma GCC unroll 9
+        for (int m = 1; m < M; ++m) by_envelope += t[u][m] * sums[u][m];
+        Vector<T> radial_part =
+            load(f.slope + k) * by_envelope - envelope[u] * by_inverse[u] * inverse[u] * inverse[u];
+        Vector<T> px{}, py{}, pz{};
+        if constexpr (M >= 4) px = sums[u][1], py = sums[u][2], pz = sums[u][3];
+        if constexpr (M == 9) {
+            // What is parallel to the unit vector drops out below, the trace among it.
+            const Vector<T> xx = sums[u][4], xy = sums[u][5], xz = sums[u][6], yy = sums[u][7],
+                            yz = sums[u][8];
+            px += T(2) * x * xx + y * xy + z * xz;
+            py += x * xy + T(2) * y * yy + z * yz;
+            pz += x * xz + y * yz;
+        }
+        if constexpr (M >= 4) {
+            const Vector<T> scale = envelope[u] * inverse[u];
+            px *= scale, py *= scale, pz *= scale;
+            radial_part -= px * x + py * y + pz * z;
+        }
+        store(out[0] + u * L, radial_part * x + px);
+        store(out[1] + u * L, radial_part * y + py);
+        store(out[2] + u * L, radial_part * z + pz);
+    }
+}
+
+template <class T, int M, bool dense>
+inline void backward_run(const PairFields<T> &f, const Run &run, const Radial<T> &radial,
+                         const T *cotangent, ptrdiff_t ld, T *moments, T *const *out) {
+    constexpr int L = lanes<T>;
+    constexpr int U = n_registers == 32 && M <= 4 && !dense ? 2 : 1;
+    int v = 0;
+    auto tile = [&](auto width) {
+        T *const at[3] = {out[0] + v * L, out[1] + v * L, out[2] + v * L};
+        backward_tile<T, M, dense, decltype(width)::value>(
+            f, run.first + v * L, radial, cotangent + (dense ? v * L : 0), ld, moments, at);
+        v += decltype(width)::value;
+    };
+    while (v + U <= run.n_vectors) tile(Count<U>{});
+    while (v < run.n_vectors) tile(Count<1>{});
+}
+
+}  // namespace potstill::POTSTILL_ISA

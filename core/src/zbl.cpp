@@ -1,0 +1,35 @@
+// Ziegler, Biersack and Littmark's universal screened repulsion, "The Stopping and Range of Ions in
+// Solids" (1985), times a quintic switch; the same formula as potstill.models.prior.
+#include <cmath>
+
+#include "kernels.h"
+
+namespace potstill {
+
+namespace {
+constexpr double coefficients[4] = {0.18175, 0.50986, 0.28022, 0.02817};
+constexpr double exponents[4] = {3.19980, 0.94229, 0.40290, 0.20162};
+constexpr double length = 0.46850;  // angstrom
+}  // namespace
+
+double zbl_half_pair(const ZblTable &table, int32_t first, int32_t second, double r,
+                     double *derivative) {
+    const double inverse_length = (table.power[first] + table.power[second]) / length;
+    double screening = 0.0, slope = 0.0;
+    for (int k = 0; k < 4; ++k) {
+        const double term = coefficients[k] * std::exp(-exponents[k] * r * inverse_length);
+        screening += term;
+        slope -= exponents[k] * inverse_length * term;
+    }
+    const double width = table.cutoff - table.inner;
+    double t = (r - table.inner) / width;
+    t = t < 0.0 ? 0.0 : t > 1.0 ? 1.0 : t;
+    const double keep = 1.0 - t * t * t * (10.0 - 15.0 * t + 6.0 * t * t);
+    const double keep_slope = -30.0 * t * t * (1.0 - t) * (1.0 - t) / width;
+    const double strength = 0.5 * table.coulomb * table.charge[first] * table.charge[second] / r;
+    *derivative =
+        strength * (slope * keep + screening * keep_slope - screening * keep / r);
+    return strength * screening * keep;
+}
+
+}  // namespace potstill
