@@ -85,6 +85,28 @@ void run_md(F function, const potstill_hipnn *model, Optional<const T> parameter
     check(code);
 }
 
+template <class T, class F>
+void pair_vectors(F function, Array<const int32_t> species, Array<const int64_t> row_ptr,
+                  Array<const int32_t> neighbor, Array<const double> positions,
+                  Array<const int32_t> system, Optional<const uint16_t> image,
+                  Array<const double> offsets, Array<T> r_ij, int n_threads) {
+    const potstill_pairs list = pairs(species, row_ptr, neighbor);
+    const potstill_batch batch{positions.data(), system.data(), address(image), offsets.data(),
+                               int64_t(offsets.shape(1))};
+    nb::gil_scoped_release release;
+    function(&list, &batch, r_ij.data(), n_threads);
+}
+
+template <class T, class F>
+void pair_forces(F function, Array<const int32_t> species, Array<const int64_t> row_ptr,
+                 Array<const int32_t> neighbor, Array<const int64_t> first_atom, Array<const T> r_ij,
+                 Array<const T> gradient, Array<double> forces, Optional<double> virial, int n_threads) {
+    const potstill_pairs list = pairs(species, row_ptr, neighbor);
+    nb::gil_scoped_release release;
+    function(&list, first_atom.data(), int64_t(first_atom.size()) - 1, r_ij.data(), gradient.data(),
+             forces.data(), address(virial), n_threads);
+}
+
 int pack_pairs(Array<const int64_t> center, Array<const int64_t> neighbor, Array<const int64_t> shifts,
                Array<int64_t> row_ptr, Array<int32_t> neighbor_out, Array<uint16_t> image,
                Array<int32_t> images) {
@@ -166,6 +188,31 @@ NB_MODULE(_native, m) {
         nb::arg("virial").none(), nb::arg("n_threads"))
     POTSTILL_DEFINE_MD("md_f32", float, potstill_md_f32);
     POTSTILL_DEFINE_MD("md_f64", double, potstill_md_f64);
+#define POTSTILL_DEFINE_GEOMETRY(SUFFIX, T)                                                         \
+    m.def("pair_vectors_" #SUFFIX,                                                                  \
+          [](Array<const int32_t> species, Array<const int64_t> row_ptr,                            \
+             Array<const int32_t> neighbor, Array<const double> positions,                          \
+             Array<const int32_t> system, Optional<const uint16_t> image,                           \
+             Array<const double> offsets, Array<T> r_ij, int n_threads) {                           \
+              pair_vectors<T>(potstill_pair_vectors_##SUFFIX, species, row_ptr, neighbor,           \
+                              positions, system, image, offsets, r_ij, n_threads);                  \
+          },                                                                                        \
+          nb::arg("species"), nb::arg("row_ptr"), nb::arg("neighbor"), nb::arg("positions"),        \
+          nb::arg("system"), nb::arg("image").none(), nb::arg("offsets"), nb::arg("r_ij"),          \
+          nb::arg("n_threads"));                                                                    \
+    m.def("pair_forces_" #SUFFIX,                                                                   \
+          [](Array<const int32_t> species, Array<const int64_t> row_ptr,                            \
+             Array<const int32_t> neighbor, Array<const int64_t> first_atom, Array<const T> r_ij,   \
+             Array<const T> gradient, Array<double> forces, Optional<double> virial,                \
+             int n_threads) {                                                                       \
+              pair_forces<T>(potstill_pair_forces_##SUFFIX, species, row_ptr, neighbor, first_atom, \
+                             r_ij, gradient, forces, virial, n_threads);                            \
+          },                                                                                        \
+          nb::arg("species"), nb::arg("row_ptr"), nb::arg("neighbor"), nb::arg("first_atom"),       \
+          nb::arg("r_ij"), nb::arg("gradient"), nb::arg("forces"), nb::arg("virial").none(),        \
+          nb::arg("n_threads"))
+    POTSTILL_DEFINE_GEOMETRY(f32, float);
+    POTSTILL_DEFINE_GEOMETRY(f64, double);
     m.def("pack_pairs", &pack_pairs);
     m.def("compiled_instruction_sets", &compiled);
     m.def("runnable", [](const std::string &name) { return potstill_runnable(name.c_str()) != 0; });

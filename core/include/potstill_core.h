@@ -100,6 +100,28 @@ int potstill_pack_pairs(int64_t n_pairs, int64_t n_local, const int64_t *center,
                         const int64_t *neighbor, const int64_t *shifts, int64_t *row_ptr,
                         int32_t *neighbor_out, uint16_t *image, int32_t *images);
 
+/* Where the atoms of a batch of systems are. */
+typedef struct {
+    const double *positions; /* (n_atoms, 3) */
+    const int32_t *system;   /* (n_atoms), or NULL for one system */
+    const uint16_t *image;   /* (E), or NULL for image 0 throughout */
+    const double *offsets;   /* (n_systems, n_images, 3): whole lattice vectors, Cartesian */
+    int64_t n_images;
+} potstill_batch;
+
+/* (E, 3) pair vectors: positions[neighbor] - positions[center] + offsets[system][image]. */
+void potstill_pair_vectors_f32(const potstill_pairs *, const potstill_batch *, float *r_ij, int n_threads);
+void potstill_pair_vectors_f64(const potstill_pairs *, const potstill_batch *, double *r_ij, int n_threads);
+
+/* Forces (n_atoms, 3) and, unless NULL, virials (n_systems, 9) from dE/dr_ij. Atoms of system s are
+ * first_atom[s] .. first_atom[s + 1] - 1, and have their neighbors among themselves. */
+void potstill_pair_forces_f32(const potstill_pairs *, const int64_t *first_atom, int64_t n_systems,
+                              const float *r_ij, const float *gradient, double *forces, double *virial,
+                              int n_threads);
+void potstill_pair_forces_f64(const potstill_pairs *, const int64_t *first_atom, int64_t n_systems,
+                              const double *r_ij, const double *gradient, double *forces, double *virial,
+                              int n_threads);
+
 /* Instruction sets: "baseline", "avx2", "avx512". NULL-terminated lists. */
 const char *const *potstill_compiled_instruction_sets(void);
 int potstill_runnable(const char *instruction_set);

@@ -16,8 +16,11 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
 from potstill.checkpoint import load_potential
+from potstill.core import CompactNeighbors, compact_neighbors
 from potstill.errors import DataError, ModelError
 from potstill.models import Potential
+from potstill.models.base import Core
+from potstill.models.native import NativePotential
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.structures import NeighborList, Structures
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3
@@ -48,6 +51,8 @@ class PotstillCalculator(Calculator):
         A model, or a checkpoint.
     skin : float
         Å.
+    core : {"auto", "native", "torch"}, optional
+        Kernels, set for the potential if given: native ones where they serve it, always, or never.
     info : mapping, optional
         What is known of the potential, as `load_potential` returns it. If it tells what the
         potential was trained on, other elements are refused, and short distances and foreign
@@ -62,6 +67,7 @@ class PotstillCalculator(Calculator):
         potential: Potential | str | Path,
         skin: float = 0.5,
         info: Mapping[str, Any] | None = None,
+        core: Core | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(potential, Potential):
@@ -69,6 +75,8 @@ class PotstillCalculator(Calculator):
             info = loaded if info is None else info
         if skin < 0:
             raise ModelError(f"the skin must not be negative: {skin} Å")
+        if core is not None:
+            potential.use_core(core)
         self.potential = potential
         self.skin = float(skin)
         self.info = dict(info or {})
@@ -81,6 +89,8 @@ class PotstillCalculator(Calculator):
         self._structures: Structures | None = None  # the latest geometry
         self._reference: Structures | None = None  # where the list was built
         self._list: NeighborList | None = None
+        self._compact: CompactNeighbors | None = None  # the same for native kernels
+        self._close: NeighborList | None = None  # pairs of it that may come closer than allowed
 
     def calculate(
         self,
@@ -96,21 +106,47 @@ class PotstillCalculator(Calculator):
             self._list = None
         structures = self._take(self.atoms)
         neighbors = self._neighbors(structures)
-        neighbors, distance = _trim(structures, neighbors, self.potential.cutoff)
-        self._check_range(structures, neighbors, distance)
-        periodic = bool(structures.pbc.all())
-        wanted = ["energy", "atomic_energies", "forces", *(["stress"] if periodic else [])]
-        device = self.potential.device
-        prediction = self.potential.predict(structures.to(device), neighbors.to(device), wanted)
+        self._check_range(structures)
+        native = NativePotential.of(self.potential)
+        if native is None:
+            energies, forces, stress = self._evaluate(structures, neighbors)
+        else:
+            energies, forces, stress = self._evaluate_natively(native, structures, neighbors)
+        energy = float(energies.sum())
         self.results = {
-            "energy": float(prediction["energy"][0]),
-            "free_energy": float(prediction["energy"][0]),
-            "energies": prediction["atomic_energies"].cpu().numpy(),
-            "forces": prediction["forces"].cpu().numpy(),
+            "energy": energy,
+            "free_energy": energy,
+            "energies": energies.numpy(),
+            "forces": forces.numpy(),
         }
-        if periodic:
-            stress = prediction["stress"][0].cpu().numpy()
-            self.results["stress"] = full_3x3_to_voigt_6_stress(stress)
+        if stress is not None:
+            self.results["stress"] = full_3x3_to_voigt_6_stress(stress.numpy())
+
+    def _evaluate(
+        self, structures: Structures, neighbors: NeighborList
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Atomic energies, forces and stress (of periodic systems) by PyTorch."""
+        neighbors = _within(structures, neighbors, self.potential.cutoff)
+        periodic = bool(structures.pbc.all())
+        wanted = ["atomic_energies", "forces", *(["stress"] if periodic else [])]
+        device = self.potential.device
+        found = self.potential.predict(structures.to(device), neighbors.to(device), wanted)
+        stress = found["stress"][0].cpu() if periodic else None
+        return found["atomic_energies"].cpu(), found["forces"].cpu(), stress
+
+    def _evaluate_natively(
+        self, native: NativePotential, structures: Structures, neighbors: NeighborList
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same by native kernels, which skip the pairs of the skin themselves."""
+        if self._compact is None:
+            self._compact = compact_neighbors(neighbors, structures.n_atoms)
+        periodic = bool(structures.pbc.all())
+        result = native.evaluate(structures, self._compact, virial=periodic)
+        assert result.forces is not None
+        if result.virial is None:
+            return result.energies, result.forces, None
+        stress = 0.5 * (result.virial + result.virial.T) / structures.volume[0]
+        return result.energies, result.forces, stress
 
     def _take(self, atoms: ase.Atoms) -> Structures:
         """Structures of the atoms; species and periodicity are kept from the last call if equal."""
@@ -140,6 +176,8 @@ class PotstillCalculator(Calculator):
             or not _list_holds(self._reference, structures, self.potential.cutoff, self.skin)
         ):
             self._list = build_neighbor_list(structures, self.potential.cutoff + self.skin)
+            self._compact = None
+            self._close = self._pairs_to_watch(structures, self._list)
             # A copy: ASE moves atoms in place.
             self._reference = replace(
                 structures, positions=structures.positions.clone(), cell=structures.cell.clone()
@@ -156,9 +194,15 @@ class PotstillCalculator(Calculator):
                 f"{', '.join(sorted(known))}"
             )
 
-    def _check_range(
-        self, structures: Structures, neighbors: NeighborList, distance: Tensor
-    ) -> None:
+    def _pairs_to_watch(
+        self, structures: Structures, neighbors: NeighborList
+    ) -> NeighborList | None:
+        """Pairs that may come closer than the training data before the list is built anew."""
+        if self._limits is None:
+            return None
+        return _within(structures, neighbors, float(self._limits.max()) + self.skin)
+
+    def _check_range(self, structures: Structures) -> None:
         limits = self._trained_on.get("density_g_cm3")
         if limits is not None and "density" not in self._warned and bool(structures.pbc.all()):
             density = AMU_PER_A3_IN_G_PER_CM3 * float(structures.masses.sum() / structures.volume)
@@ -169,12 +213,13 @@ class PotstillCalculator(Calculator):
                     f"the density of {density:.3f} g/cm³ is outside the range of the training "
                     f"data, {low:.3f} to {high:.3f} g/cm³",
                 )
-        if self._limits is not None and "distance" not in self._warned and neighbors.n_pairs:
-            self._check_distances(structures, neighbors, distance, self._limits)
+        if self._limits is not None and self._close is not None and "distance" not in self._warned:
+            self._check_distances(structures, self._close, self._limits)
 
     def _check_distances(
-        self, structures: Structures, neighbors: NeighborList, distance: Tensor, limits: Tensor
+        self, structures: Structures, neighbors: NeighborList, limits: Tensor
     ) -> None:
+        distance = torch.linalg.vector_norm(pair_vectors(structures, neighbors), dim=1)
         first_species = structures.species[neighbors.center]
         second_species = structures.species[neighbors.neighbor]
         too_close = (distance < limits[first_species, second_species]).nonzero()[:, 0]
@@ -205,20 +250,17 @@ def _distance_limits(names: Sequence[str], shortest: Mapping[str, float]) -> Ten
     return limits if bool(limits.any()) else None
 
 
-def _trim(
-    structures: Structures, neighbors: NeighborList, cutoff: float
-) -> tuple[NeighborList, Tensor]:
-    """Drop the pairs of the skin that the potential does not reach; also return distances in Å."""
+def _within(structures: Structures, neighbors: NeighborList, cutoff: float) -> NeighborList:
+    """Keep the pairs of one system that are closer than a cutoff."""
     distance = torch.linalg.vector_norm(pair_vectors(structures, neighbors), dim=1)
     near = (distance < cutoff).nonzero()[:, 0]
-    trimmed = NeighborList(
+    return NeighborList(
         center=neighbors.center[near],
         neighbor=neighbors.neighbor[near],
         shifts=neighbors.shifts[near],
         n_pairs_per_system=torch.tensor([len(near)]),
         cutoff=cutoff,
     )
-    return trimmed, distance[near]
 
 
 def _list_holds(old: Structures, new: Structures, cutoff: float, skin: float) -> bool:

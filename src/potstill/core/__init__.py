@@ -12,6 +12,7 @@ from potstill.core.base import (
     select_instruction_set,
     why_unavailable,
 )
+from potstill.core.geometry import compact_forces, compact_pair_vectors, select_neighbors
 from potstill.core.hipnn import (
     CompactNeighbors,
     HipnnParameters,
@@ -38,6 +39,9 @@ __all__ = [
     "ZblParameters",
     "CompactNeighbors",
     "compact_neighbors",
+    "select_neighbors",
+    "compact_pair_vectors",
+    "compact_forces",
     "PassResult",
     "hipnn_pass",
     "MdResult",

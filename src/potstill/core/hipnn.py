@@ -198,12 +198,15 @@ class CompactNeighbors:
         (E,) uint16 rows of `images`; None where all shifts are zero, or r_ij are given anyway.
     images : Tensor
         (n_images, 3) int32 whole lattice vectors.
+    cutoff : float
+        How far the list reaches, Å; infinite where that is not known.
     """
 
     row_ptr: Tensor
     neighbor: Tensor
     image: Tensor | None
     images: Tensor
+    cutoff: float = math.inf
 
     @property
     def n_local(self) -> int:
@@ -242,7 +245,11 @@ def compact_neighbors(neighbors: NeighborList, n_local: int) -> CompactNeighbors
     n_images = _call(native().pack_pairs, *arrays, *out)
     crossing = n_images > 1
     return CompactNeighbors(
-        row_ptr, neighbor, image if crossing else None, images[:n_images].clone()
+        row_ptr,
+        neighbor,
+        image if crossing else None,
+        images[:n_images].clone(),
+        neighbors.cutoff,
     )
 
 
@@ -516,8 +523,9 @@ def _backward(
 ) -> tuple[Any, ...]:
     if by_terms is not None or by_by_pair is not None or by_by_parameter is not None:
         raise ModelError(
-            "native kernels have first derivatives of the weighted sum only: for second derivatives "
-            "(iterated backpropagation, Hessians), or losses of the terms, use the torch core"
+            "native kernels have first derivatives of the weighted sum only: for second "
+            "derivatives (iterated backpropagation, Hessians) or losses of the terms use the "
+            "torch core"
         )
     nothing = (None,) * 10
     if by_total is None:

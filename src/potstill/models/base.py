@@ -18,9 +18,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from potstill.core import CompactNeighbors
 from potstill.errors import ModelError, suggest
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.structures import NeighborList, Properties, SpeciesTable, Structures
+
+#: `auto` takes native kernels where they serve a model, its device and precision, else PyTorch's.
+Core = Literal["auto", "native", "torch"]
+
+#: Neighbor lists for PyTorch, and packed for native kernels.
+Pairs = NeighborList | CompactNeighbors
 
 PREDICTABLE = ("energy", "forces", "stress", "atomic_energies")
 
@@ -87,6 +94,25 @@ class LocalOutput:
 
 
 @dataclass(frozen=True)
+class FirstOrder:
+    """What one pass of a potential gives, all in float64 and without a graph.
+
+    Parameters
+    ----------
+    terms : Tensor
+        (N, T) eV, the terms of the atomic energies.
+    forces : Tensor
+        (N, 3) eV/Å.
+    virial : Tensor
+        (S, 3, 3) eV, sum of r_ij outer dE/dr_ij: the stress times the volume of periodic systems.
+    """
+
+    terms: Tensor
+    forces: Tensor
+    virial: Tensor
+
+
+@dataclass(frozen=True)
 class Prediction:
     """Properties of a batch, and the model's internal features that were asked for."""
 
@@ -116,6 +142,9 @@ class Potential(nn.Module, ABC):
 
     #: Models that do not derive forces from an energy say so here.
     direct_forces: bool = False
+
+    #: Which kernels give energies and first derivatives; `use_core` sets it.
+    core: Core = "auto"
 
     def __init__(self, species_table: SpeciesTable, cutoff: float) -> None:
         super().__init__()
@@ -224,31 +253,78 @@ class Potential(nn.Module, ABC):
             gradient = _pair_gradient(partial.sum(), r_ij, create_graph=False)
         return partial.detach(), gradient
 
-    def weighted_energy(
-        self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, weights: Tensor
-    ) -> Tensor:
+    def evaluate(self, structures: Structures, neighbors: Pairs) -> FirstOrder:
+        """Energies and first derivatives of a batch, without a graph.
+
+        Parameters
+        ----------
+        structures : Structures
+            The batch, in the model's species table.
+        neighbors : NeighborList or CompactNeighbors
+            Up to the cutoff at least. Compact lists are for models that native kernels serve.
+        """
+        neighbors = _spelled_out(neighbors)
+        edges = Edges(neighbors.center, neighbors.neighbor)
+        r_ij = pair_vectors(structures, neighbors).detach()
+        arguments = (structures.species, edges, r_ij, structures.n_atoms)
+        terms, gradient = self.first_order(*arguments)
+        gradient = gradient.to(torch.float64)
+        forces = forces_from_pairs(gradient, edges, structures.n_atoms)
+        return FirstOrder(terms, forces, virial_from_pairs(gradient, r_ij, edges, structures))
+
+    def weighted_energy(self, structures: Structures, neighbors: Pairs, weights: Tensor) -> Tensor:
         """Weighted sum of the terms of all atomic energies.
 
         Parameters
         ----------
-        species, edges, r_ij, n_local
-            As of `forward`.
+        structures, neighbors
+            As of `evaluate`.
         weights : Tensor
-            (n_local, T) float64.
+            (N, T) float64.
 
         Returns
         -------
         Tensor
             Scalar, float64; differentiable once with respect to the parameters.
         """
-        return (weights * self.partial_energies(species, edges, r_ij, n_local)).sum()
+        neighbors = _spelled_out(neighbors)
+        edges = Edges(neighbors.center, neighbors.neighbor)
+        r_ij = pair_vectors(structures, neighbors).detach()
+        arguments = (structures.species, edges, r_ij, structures.n_atoms)
+        return (weights * self.partial_energies(*arguments)).sum()
+
+    def why_not_native(self) -> str | None:
+        """Why native kernels do not serve this model as it is now; None if they do."""
+        return f"there are none for {self.kind}"
+
+    @property
+    def uses_native(self) -> bool:
+        """Whether native kernels give energies and first derivatives.
+
+        Raises
+        ------
+        ModelError
+            If they were asked for and do not serve the model.
+        """
+        if self.core == "torch":
+            return False
+        reason = self.why_not_native()
+        if reason is not None and self.core == "native":
+            raise ModelError(f"native kernels cannot be used: {reason}")
+        return reason is None
+
+    def use_core(self, core: Core) -> None:
+        """Choose the kernels for this potential and all its parts; not stored with the model."""
+        for module in self.modules():
+            if isinstance(module, Potential):
+                module.core = core
 
     # -- derived once for every model ----------------------------------------------------------
 
     def predict(
         self,
         structures: Structures,
-        neighbors: NeighborList | None = None,
+        neighbors: Pairs | None = None,
         properties: Iterable[str] = ("energy", "forces"),
         *,
         taps: Sequence[str] = (),
@@ -260,7 +336,7 @@ class Potential(nn.Module, ABC):
         ----------
         structures : Structures
             The batch; its species table is mapped onto the model's.
-        neighbors : NeighborList, optional
+        neighbors : NeighborList or CompactNeighbors, optional
             A list with at least the model's cutoff; built if absent.
         properties : iterable of str
             Any of energy, forces, stress, atomic_energies.
@@ -290,29 +366,22 @@ class Potential(nn.Module, ABC):
         structures = structures.with_species_table(self.species_table)
         neighbors = self._check_neighbors(structures, neighbors)
         derivative = bool(wanted & {"forces", "stress"})
-        edges = Edges(neighbors.center, neighbors.neighbor)
-        with torch.set_grad_enabled(create_graph):
-            r_ij = pair_vectors(structures, neighbors)
         if derivative and not create_graph and not taps:
-            partial, gradient = self.first_order(
-                structures.species, edges, r_ij, structures.n_atoms
-            )
-            atomic, features = partial.sum(dim=1), {}
+            found = self.evaluate(structures, neighbors)
+            atomic, features = found.terms.sum(dim=1), dict[str, Tensor]()
+            forces, virial = found.forces, found.virial
         else:
-            with torch.set_grad_enabled(create_graph or derivative):
-                if derivative and not r_ij.requires_grad:
-                    r_ij.requires_grad_(True)
-                local = self(structures.species, edges, r_ij, structures.n_atoms, taps)
-                atomic, features = local.atomic_energies.to(torch.float64), local.features
-                gradient = _pair_gradient(atomic.sum(), r_ij, create_graph) if derivative else r_ij
+            atomic, forces, virial, features = self._differentiate(
+                structures, _spelled_out(neighbors), taps, derivative, create_graph
+            )
         values, present = {}, {}
         if "energy" in wanted:
             energy = atomic.new_zeros(structures.n_systems)
             values["energy"] = energy.index_add(0, structures.system_index, atomic)
         if "forces" in wanted:
-            values["forces"] = forces_from_pairs(gradient, edges, structures.n_atoms)
+            values["forces"] = forces
         if "stress" in wanted:
-            values["stress"] = stress_from_pairs(gradient, r_ij, edges, structures)
+            values["stress"] = stress_from_virial(virial, structures)
             present["stress"] = structures.pbc.all(dim=1)
         if "atomic_energies" in wanted:
             values["atomic_energies"] = atomic
@@ -320,6 +389,29 @@ class Potential(nn.Module, ABC):
             values = {name: value.detach() for name, value in values.items()}
             features = {name: value.detach() for name, value in features.items()}
         return Prediction(Properties(values, present), features)
+
+    def _differentiate(
+        self,
+        structures: Structures,
+        neighbors: NeighborList,
+        taps: Sequence[str],
+        derivative: bool,
+        create_graph: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Atomic energies, forces, virial and features by automatic differentiation."""
+        edges = Edges(neighbors.center, neighbors.neighbor)
+        with torch.set_grad_enabled(create_graph or derivative):
+            r_ij = pair_vectors(structures, neighbors)
+            if derivative and not r_ij.requires_grad:
+                r_ij.requires_grad_(True)
+            local = self(structures.species, edges, r_ij, structures.n_atoms, taps)
+            atomic = local.atomic_energies.to(torch.float64)
+            if not derivative:
+                return atomic, r_ij, r_ij, local.features
+            gradient = _pair_gradient(atomic.sum(), r_ij, create_graph)
+        forces = forces_from_pairs(gradient, edges, structures.n_atoms)
+        virial = virial_from_pairs(gradient, r_ij, edges, structures)
+        return atomic, forces, virial, local.features
 
     def hessian_vector_product(
         self, structures: Structures, vector: Tensor, neighbors: NeighborList | None = None
@@ -341,7 +433,7 @@ class Potential(nn.Module, ABC):
             (N, 3) eV/Å, float64.
         """
         structures = structures.with_species_table(self.species_table)
-        neighbors = self._check_neighbors(structures, neighbors)
+        neighbors = _spelled_out(self._check_neighbors(structures, neighbors))
         edges = Edges(neighbors.center, neighbors.neighbor)
         r_ij = pair_vectors(structures, neighbors).requires_grad_(True)
         local = self(structures.species, edges, r_ij, structures.n_atoms)
@@ -351,9 +443,7 @@ class Potential(nn.Module, ABC):
         product = _pair_gradient((gradient * displaced).sum(), r_ij, create_graph=False)
         return -forces_from_pairs(product, edges, structures.n_atoms)
 
-    def _check_neighbors(
-        self, structures: Structures, neighbors: NeighborList | None
-    ) -> NeighborList:
+    def _check_neighbors(self, structures: Structures, neighbors: Pairs | None) -> Pairs:
         if neighbors is None:
             return build_neighbor_list(structures, self.cutoff)
         if neighbors.cutoff < self.cutoff - 1e-9:
@@ -370,18 +460,28 @@ def forces_from_pairs(gradient: Tensor, edges: Edges, n_atoms: int) -> Tensor:
     return forces.index_add(0, edges.center, gradient).index_add(0, edges.neighbor, -gradient)
 
 
-def stress_from_pairs(
+def virial_from_pairs(
     gradient: Tensor, r_ij: Tensor, edges: Edges, structures: Structures
 ) -> Tensor:
-    """(S, 3, 3) stress, sum of r_ij outer dE/dr_ij over V; NaN where not fully periodic."""
+    """(S, 3, 3) sum of r_ij outer dE/dr_ij over the pairs of each system."""
     outer = r_ij.unsqueeze(2) * gradient.unsqueeze(1)  # (E, 3, 3)
     virial = gradient.new_zeros(structures.n_systems, 3, 3)
-    virial = virial.index_add(0, structures.system_index[edges.center], outer)
+    return virial.index_add(0, structures.system_index[edges.center], outer)
+
+
+def stress_from_virial(virial: Tensor, structures: Structures) -> Tensor:
+    """(S, 3, 3) stress, the symmetric part of the virial over V; NaN where not fully periodic."""
     virial = 0.5 * (virial + virial.transpose(1, 2))
     periodic = structures.pbc.all(dim=1)[:, None, None]
     # Divided by 1 and replaced afterwards: a division by NaN would leave NaN in gradients, too.
     volume = torch.where(periodic, structures.volume[:, None, None], 1.0)
     return torch.where(periodic, virial / volume, torch.nan)
+
+
+def _spelled_out(neighbors: Pairs) -> NeighborList:
+    if isinstance(neighbors, NeighborList):
+        return neighbors
+    raise ModelError("compact neighbor lists are for models that native kernels serve")
 
 
 @contextmanager

@@ -14,10 +14,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from potstill.core import HipnnParameters, HipnnShape
+from potstill.core import (
+    CompactNeighbors,
+    HipnnParameters,
+    HipnnShape,
+    available,
+    compact_forces,
+    compact_neighbors,
+    compact_pair_vectors,
+    hipnn_pass,
+    weighted_partial_energies,
+    why_unavailable,
+)
 from potstill.errors import ConfigError, ModelError, suggest
-from potstill.models.base import Edges, LocalOutput, Potential, TapSpec
-from potstill.structures import SpeciesTable
+from potstill.models.base import Edges, FirstOrder, LocalOutput, Pairs, Potential, TapSpec
+from potstill.structures import SpeciesTable, Structures
 
 #: Independent components of the tensors of rank 0, 1 and 2 (traceless and symmetric).
 _N_COMPONENTS = (1, 3, 5)
@@ -327,6 +338,35 @@ class HIPNN(Potential):
         name = "hierarchical_energies"
         return self(species, edges, r_ij, n_local, (name,)).features[name].to(torch.float64)
 
+    def why_not_native(self) -> str | None:
+        """Native kernels need to be compiled, and the model on the CPU in float32 or float64."""
+        if not available():
+            return why_unavailable()
+        if self.device.type != "cpu":
+            return f"the model is on {self.device}, and they compute on the CPU"
+        if self.dtype not in (torch.float32, torch.float64):
+            return f"the model is in {self.dtype}, and they compute in float32 or float64"
+        return None
+
+    def evaluate(self, structures: Structures, neighbors: Pairs) -> FirstOrder:
+        """As of the base class, by native kernels where they serve."""
+        if not self.uses_native:
+            return super().evaluate(structures, neighbors)
+        pairs = _packed(neighbors, structures)
+        r_ij = compact_pair_vectors(structures, pairs, self.dtype)
+        found = hipnn_pass(self.native_parameters(), structures.species, pairs, r_ij)
+        assert found.gradient is not None
+        return FirstOrder(found.terms, *compact_forces(structures, pairs, r_ij, found.gradient))
+
+    def weighted_energy(self, structures: Structures, neighbors: Pairs, weights: Tensor) -> Tensor:
+        """As of the base class, by native kernels where they serve."""
+        if not self.uses_native:
+            return super().weighted_energy(structures, neighbors, weights)
+        pairs = _packed(neighbors, structures)
+        r_ij = compact_pair_vectors(structures, pairs, self.dtype)
+        parameters = self.native_parameters()
+        return weighted_partial_energies(parameters, structures.species, pairs, r_ij, weights)[0]
+
     def hyperparameters(self) -> dict[str, Any]:
         """All arguments but the species table."""
         return {
@@ -429,6 +469,12 @@ def _square_norm(tensor: Tensor, rank: int) -> Tensor:
     """
     squares = tensor.square().sum(dim=1)
     return squares if rank == 1 else 2.0 * (squares + tensor[:, 0] * tensor[:, 3])
+
+
+def _packed(neighbors: Pairs, structures: Structures) -> CompactNeighbors:
+    if isinstance(neighbors, CompactNeighbors):
+        return neighbors
+    return compact_neighbors(neighbors, structures.n_atoms)
 
 
 def _linear(n_in: int, n_out: int) -> nn.Linear:

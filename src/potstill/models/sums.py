@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import ModelError
-from potstill.models.base import Edges, LocalOutput, Potential, TapSpec
-from potstill.structures import SpeciesTable
+from potstill.models.base import Edges, FirstOrder, LocalOutput, Pairs, Potential, TapSpec
+from potstill.structures import SpeciesTable, Structures
 
 
 class SpeciesOffsets(Potential):
@@ -112,17 +112,14 @@ class SumPotential(Potential):
             features |= {_tap_name(name, tap): f for tap, f in output.features.items()}
         return LocalOutput(total, features)
 
-    def first_order(
-        self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int
-    ) -> tuple[Tensor, Tensor]:
+    def evaluate(self, structures: Structures, neighbors: Pairs) -> FirstOrder:
         """Sums over the components, each in its own way."""
-        energies = torch.zeros(n_local, 1, dtype=torch.float64, device=species.device)
-        gradient = torch.zeros_like(r_ij)
-        for component in self.components.values():
-            partial, slope = component.first_order(species, edges, r_ij, n_local)
-            energies = energies + partial.sum(dim=1, keepdim=True)
-            gradient = gradient + slope
-        return energies, gradient
+        parts = [c.evaluate(structures, neighbors) for c in self.components.values()]
+        return FirstOrder(
+            torch.stack([part.terms.sum(dim=1, keepdim=True) for part in parts]).sum(dim=0),
+            torch.stack([part.forces for part in parts]).sum(dim=0),
+            torch.stack([part.virial for part in parts]).sum(dim=0),
+        )
 
     def hyperparameters(self) -> dict[str, Any]:
         """Kinds and hyper-parameters of the components."""

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from potstill.core import CompactNeighbors, compact_neighbors, select_neighbors
 from potstill.errors import DataError
 from potstill.models import Potential
+from potstill.models.base import Pairs
 from potstill.neighbors import build_neighbor_list
 from potstill.properties import PROPERTIES
 from potstill.structures import NeighborList, Properties, SpeciesTable, Structures
@@ -20,14 +22,17 @@ class Batch:
     """A few configurations with their neighbor list and the labels of every source."""
 
     structures: Structures
-    neighbors: NeighborList
+    neighbors: Pairs
     labels: dict[str, Properties]
 
     def to(self, device: torch.device | str) -> Batch:
         """Move all tensors to a device."""
         return Batch(
             self.structures.to(device),
-            self.neighbors.to(device),
+            # Compact lists are for kernels on the CPU.
+            self.neighbors.to(device)
+            if isinstance(self.neighbors, NeighborList)
+            else self.neighbors,
             {source: labels.to(device) for source, labels in self.labels.items()},
         )
 
@@ -42,13 +47,13 @@ class TrainingSet:
         All configurations.
     labels : dict of str to Properties
         One entry per source: `reference`, and teachers by name.
-    neighbors : NeighborList, optional
-        Filled in by `with_neighbors`.
+    neighbors : NeighborList or CompactNeighbors, optional
+        Filled in by `with_neighbors`, packed by `compacted`.
     """
 
     structures: Structures
     labels: Mapping[str, Properties]
-    neighbors: NeighborList | None = None
+    neighbors: Pairs | None = None
 
     def __len__(self) -> int:
         return self.structures.n_systems
@@ -63,13 +68,25 @@ class TrainingSet:
             return self
         return replace(self, neighbors=build_neighbor_list(self.structures, cutoff))
 
+    def compacted(self) -> TrainingSet:
+        """The same set with its neighbor list packed for native kernels."""
+        if not isinstance(self.neighbors, NeighborList):
+            return self
+        return replace(self, neighbors=compact_neighbors(self.neighbors, self.structures.n_atoms))
+
     def select(self, systems: Tensor) -> TrainingSet:
         """Some of the configurations."""
         return TrainingSet(
             self.structures.select(systems),
             {name: p.select(systems, self.structures) for name, p in self.labels.items()},
-            None if self.neighbors is None else self.neighbors.select(systems, self.structures),
+            self._select_neighbors(systems),
         )
+
+    def _select_neighbors(self, systems: Tensor) -> Pairs | None:
+        if isinstance(self.neighbors, CompactNeighbors):
+            offsets = self.structures.atom_offsets
+            return select_neighbors(self.neighbors, systems.tolist(), offsets)
+        return None if self.neighbors is None else self.neighbors.select(systems, self.structures)
 
     def batch(self, systems: Tensor) -> Batch:
         """The given configurations as one batch."""

@@ -7,7 +7,7 @@ cotangents of forces, stress and the terms e of the atomic energies. With F = -d
     ∇L = Σ c ∇e(r) - d/dη ∇E(r + η u) at η = 0        (Eqs. 5 and 6)
 
 where u displaces the atoms by g and strains positions and cell together by -G / V. In pair vectors,
-u_ij = g_j - g_i - r_ij G / V (V the volume; G is symmetric), and nothing but pair vectors moves.
+u_ij = g_j - g_i - r_ij G / V (V the volume; G is symmetric). The neighbor list stays as it is.
 
 `backpropagation` differentiates twice. `central_difference` takes the slope between r+ and r-, with
 η = epsilon a0 / g0 per system (Eqs. 7 to 10): three first-order passes over the parameters, at r,
@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import lightning_fabric
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 from potstill.errors import ConfigError, ModelError
 from potstill.models import Potential
-from potstill.models.base import Edges, forces_from_pairs, stress_from_pairs
+from potstill.models.base import Edges, Pairs, stress_from_virial
 from potstill.neighbors import pair_vectors
 from potstill.structures import NeighborList, Structures
 from potstill.train.data import Batch
@@ -107,9 +108,8 @@ class NetworkPasses(nn.Module):
             name: feature.to(torch.float64) for name, feature in found.features.items()
         }
 
-    def _weighted_energy(self, point: Point, r_ij: Tensor, weights: Tensor) -> Tensor:
-        arguments = (point.species, point.edges, r_ij, point.n_local, weights)
-        return self.network.weighted_energy(*arguments)
+    def _weighted_energy(self, structures: Structures, neighbors: Pairs, weights: Tensor) -> Tensor:
+        return self.network.weighted_energy(structures, neighbors, weights)
 
     def _directional(self, point: Point, direction: Tensor, weights: Tensor) -> Tensor:
         """Scalar whose gradient is Σ weights ∇e(r) + d/dη ∇E(r + η direction).
@@ -148,32 +148,23 @@ class _TorchEnergy(nn.Module):
 
 @dataclass(frozen=True)
 class Point:
-    """A batch as a network sees it: the graph, frozen, and the pair vectors.
+    """A batch as a network sees it, its neighbor list frozen.
 
     Parameters
     ----------
     structures : Structures
         In the network's species table.
-    edges : Edges
+    neighbors : NeighborList or CompactNeighbors
         Pairs up to the cutoff and a margin.
-    r_ij : Tensor
-        (E, 3) float64, Å, without graph.
-    reach : float
-        The neighbor list's cutoff, Å.
     """
 
     structures: Structures
-    edges: Edges
-    r_ij: Tensor
-    reach: float
+    neighbors: Pairs
 
     @classmethod
-    def of(cls, network: Potential, structures: Structures, neighbors: NeighborList) -> Point:
+    def of(cls, network: Potential, structures: Structures, neighbors: Pairs) -> Point:
         """The point where a batch stands."""
-        structures = structures.with_species_table(network.species_table)
-        edges = Edges(neighbors.center, neighbors.neighbor)
-        r_ij = pair_vectors(structures, neighbors).detach()
-        return cls(structures, edges, r_ij, neighbors.cutoff)
+        return cls(structures.with_species_table(network.species_table), neighbors)
 
     @property
     def species(self) -> Tensor:
@@ -185,10 +176,17 @@ class Point:
         """Number of atoms."""
         return self.structures.n_atoms
 
-    @property
-    def pair_system(self) -> Tensor:
-        """(E,) index of the system of a pair."""
-        return self.structures.system_index[self.edges.center]
+    @cached_property
+    def edges(self) -> Edges:
+        """The pairs, for automatic differentiation."""
+        assert isinstance(self.neighbors, NeighborList)
+        return Edges(self.neighbors.center, self.neighbors.neighbor)
+
+    @cached_property
+    def r_ij(self) -> Tensor:
+        """(E, 3) float64, Å, without graph."""
+        assert isinstance(self.neighbors, NeighborList)
+        return pair_vectors(self.structures, self.neighbors).detach()
 
 
 @dataclass(frozen=True)
@@ -224,41 +222,61 @@ class Cotangents:
         largest = largest.scatter_reduce(0, point.structures.system_index, norm, "amax")
         if self.strain is None:
             return largest
-        return largest + 0.5 * point.reach * torch.linalg.matrix_norm(self.strain)
+        return largest + 0.5 * point.neighbors.cutoff * torch.linalg.matrix_norm(self.strain)
 
     def direction(self, point: Point) -> Tensor:
         """(E, 3) u_ij = g_j - g_i - r_ij G / V."""
         moved = self.forces[point.edges.neighbor] - self.forces[point.edges.center]
         if self.strain is None:
             return moved
-        return moved - torch.einsum("ed,edk->ek", point.r_ij, self.strain[point.pair_system])
+        strain = self.strain[point.structures.system_index[point.edges.center]]
+        return moved - torch.einsum("ed,edk->ek", point.r_ij, strain)
 
 
 @dataclass(frozen=True)
 class Displacement:
-    """The step from r to r+ of Eq. 8 in pair vectors.
+    """The step from r to r+ of Eq. 8.
 
     Parameters
     ----------
-    r_ij : Tensor
-        (E, 3) η u_ij, float64, Å.
+    positions : Tensor
+        (N, 3) η (g - r G / V), float64, Å.
+    cell : Tensor, optional
+        (S, 3, 3) -η cell G / V, float64, Å; None if cells do not move.
     rate : Tensor
         (S,) 1 / (2η); zero for systems with g0 = 0, which do not move.
     """
 
-    r_ij: Tensor
+    positions: Tensor
+    cell: Tensor | None
     rate: Tensor
 
     @classmethod
     def along(
         cls, cotangents: Cotangents, point: Point, epsilon: float, g0: Tensor | None = None
     ) -> Displacement:
-        """η = epsilon a0 / g0 (Eq. 9), system by system; g0 is that of Eq. 10 unless given."""
+        """η = epsilon a0 / g0 (Eq. 9), system by system; g0 is Eq. 10's unless it is given."""
         g0 = cotangents.scale(point) if g0 is None else g0
         step = epsilon * LENGTH
         eta = torch.where(g0 > 0, step / torch.where(g0 > 0, g0, 1.0), 0.0)
-        moved = cotangents.direction(point) * eta[point.pair_system].unsqueeze(1)
-        return cls(moved, g0 / (2.0 * step))
+        structures = point.structures
+        system = structures.system_index
+        direction = cotangents.forces
+        cell = None
+        if cotangents.strain is not None:
+            strain = cotangents.strain
+            moved = torch.einsum("nd,ndk->nk", structures.positions, strain[system])
+            direction = direction - moved
+            cell = -eta[:, None, None] * (structures.cell @ strain)
+        return cls(direction * eta[system].unsqueeze(1), cell, g0 / (2.0 * step))
+
+    def apply(self, structures: Structures, sign: float) -> Structures:
+        """The structures at r+ (sign 1), r (0) or r- (-1)."""
+        if sign == 0.0:
+            return structures
+        cell = structures.cell if self.cell is None else structures.cell + sign * self.cell
+        positions = structures.positions + sign * self.positions
+        return replace(structures, positions=positions, cell=cell)
 
 
 class ForceGradient:
@@ -279,6 +297,8 @@ class ForceGradient:
 
     def __init__(self, settings: ForceGradientSettings, network: Potential) -> None:
         self.method = settings.method
+        if self.method == "auto":
+            self.method = "central_difference" if network.uses_native else "backpropagation"
         self.folded = settings.folded
         self.network = network
         self.epsilon = 0.0
@@ -291,6 +311,11 @@ class ForceGradient:
             self.epsilon = epsilon_for(settings.epsilon, network.dtype)
         self._steps = 0
         self._warned = False
+
+    @property
+    def takes_compact_lists(self) -> bool:
+        """Whether all passes are native, so that neighbor lists need not be spelled out."""
+        return self.method == "central_difference" and self.network.uses_native
 
     @property
     def margin(self) -> float:
@@ -389,7 +414,8 @@ def difference_passes(
     c = cotangents.partial
 
     def at(sign: float, weights: Tensor) -> Callable[[], Tensor]:
-        return lambda: module("weighted_energy", point, point.r_ij + sign * move.r_ij, weights)
+        moved = move.apply(point.structures, sign)
+        return lambda: module("weighted_energy", moved, point.neighbors, weights)
 
     if c is None:
         return [at(1.0, -rate), at(-1.0, rate)]
@@ -424,12 +450,11 @@ def loss_cotangents(
     One inference of energies and dE/dr_ij; no graph of the parameters is built.
     """
     structures = point.structures
-    partial, gradient = network.first_order(point.species, point.edges, point.r_ij, point.n_local)
-    gradient = gradient.to(torch.float64)
-    partial.requires_grad_(True)
+    found = network.evaluate(structures, point.neighbors)
+    partial = found.terms.requires_grad_(True)
     atomic = partial.sum(dim=1)
     energy = atomic.new_zeros(structures.n_systems)
-    forces = forces_from_pairs(gradient, point.edges, point.n_local).requires_grad_(True)
+    forces = found.forces.requires_grad_(True)
     values = {
         "energy": energy.index_add(0, structures.system_index, atomic),
         "atomic_energies": atomic,
@@ -438,8 +463,7 @@ def loss_cotangents(
     }
     leaves = [partial, forces]
     if "stress" in wanted:
-        stress = stress_from_pairs(gradient, point.r_ij, point.edges, structures)
-        values["stress"] = stress.requires_grad_(True)
+        values["stress"] = stress_from_virial(found.virial, structures).requires_grad_(True)
         leaves.append(values["stress"])
     value = objective(values)
     c, g, *rest = torch.autograd.grad(value.data, leaves, allow_unused=True)
@@ -473,9 +497,9 @@ def proxy_error(
 def difference_slope(network: Potential, point: Point, move: Displacement) -> Tensor:
     """(S,) s~ = -(E(r+) - E(r-)) / (2η) of each system, float64."""
 
-    def terms(r_ij: Tensor) -> Tensor:
-        return network.first_order(point.species, point.edges, r_ij, point.n_local)[0]
+    def terms(sign: float) -> Tensor:
+        return network.evaluate(move.apply(point.structures, sign), point.neighbors).terms
 
-    change = (terms(point.r_ij + move.r_ij) - terms(point.r_ij - move.r_ij)).sum(dim=1)
+    change = (terms(1.0) - terms(-1.0)).sum(dim=1)
     total = change.new_zeros(point.structures.n_systems)
     return -move.rate * total.index_add(0, point.structures.system_index, change)

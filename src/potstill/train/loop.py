@@ -124,10 +124,15 @@ def train(
     training, validation = (d.with_species_table(table) for d in (training, validation))
     student, baseline = initial_student(settings, training, initial)
     network = student["network"]
+    network.use_core(settings.core)
     force_gradient = ForceGradient(settings.force_gradient, network)
     reach = network.cutoff + force_gradient.margin
     training = training.minus(baseline).with_neighbors(reach)
     validation = validation.minus(baseline).with_neighbors(network.cutoff)
+    if force_gradient.takes_compact_lists:
+        training = training.compacted()
+    if network.uses_native:
+        validation = validation.compacted()
 
     run = RunFolder.open(Path(folder), settings, training, fabric)
     trainee = Trainee.create(student, settings, fabric)

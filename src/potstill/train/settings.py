@@ -79,17 +79,18 @@ class ForceGradientSettings(_Settings):
 
     Parameters
     ----------
-    method : {"backpropagation", "central_difference", "forward_over_reverse"}
-        Backpropagate twice; or take the loss' gradient as a directional derivative of the energy's
-        gradient, by a central difference (needs first derivatives only) or exactly.
+    method : {"auto", "backpropagation", "central_difference", "forward_over_reverse"}
+        Central differences where native kernels serve the model, else backpropagation; or one of
+        them: backpropagate twice; or take the loss' gradient as a directional derivative of the
+        energy's gradient, by a central difference (needs first derivatives only) or exactly.
     epsilon : float, optional
         Of the central difference: the largest displacement of an atom in Å; by precision if absent.
     folded : bool
         Of the central difference: two passes over the parameters instead of three.
     """
 
-    method: Literal["backpropagation", "central_difference", "forward_over_reverse"] = (
-        "backpropagation"
+    method: Literal["auto", "backpropagation", "central_difference", "forward_over_reverse"] = (
+        "auto"
     )
     epsilon: float | None = Field(default=None, gt=0, le=0.1)
     folded: bool = True
@@ -138,6 +139,8 @@ class TrainSettings(_Settings):
         Stop after so many epochs without a better score, but not before all schedules have ended.
     precision : {"float32", "float64"}
         Of the network; geometry and energy sums are in float64 always.
+    core : {"auto", "native", "torch"}
+        Kernels: native ones where they serve the model, always, or never.
     seed : int
         Initial weights and the order of configurations.
     tensorboard : bool
@@ -157,6 +160,7 @@ class TrainSettings(_Settings):
     batch_atoms: int | None = Field(default=None, ge=1)
     early_stopping: int | None = Field(default=50, ge=1)
     precision: Literal["float32", "float64"] = "float32"
+    core: Literal["auto", "native", "torch"] = "auto"
     seed: int = 0
     tensorboard: bool = False
 
