@@ -25,8 +25,9 @@ from potstill.cli import app
 from potstill.distill import LossTerm
 from potstill.errors import ConfigError, ModelError
 from potstill.models import ANI, HIPNN, Potential
+from potstill.models.base import forces_from_pairs
 from potstill.models.sums import SpeciesOffsets, SumPotential
-from potstill.neighbors import build_neighbor_list
+from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.structures import Properties, SpeciesTable, Structures
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.devices import default_fabric
@@ -50,6 +51,7 @@ EVERYTHING = (
     LossTerm(property="stress", weight=20.0, error="rmse"),
     LossTerm(property="atomic_energies", source="teacher", weight=5.0, error="mse"),
 )
+BACKPROPAGATION = ForceGradientSettings(method="backpropagation")
 EXACT = ForceGradientSettings(method="forward_over_reverse")
 PLAIN = ForceGradientSettings(method="central_difference", folded=False)
 FOLDED = ForceGradientSettings(method="central_difference", folded=True)
@@ -168,7 +170,7 @@ def test_all_ways_agree_on_a_loss_of_everything(name: str, fabric: lightning_fab
     data = partly_labelled()
     network = MODELS[name](data.structures.species_table)
     regularization = {"hierarchicality": 0.3, "l2": 0.01}
-    expected, parts = gradient_of(network, data, fabric, ForceGradientSettings(), **regularization)
+    expected, parts = gradient_of(network, data, fabric, BACKPROPAGATION, **regularization)
     for how, tolerance in ((EXACT, 1e-10), (PLAIN, 1e-7), (FOLDED, 1e-7)):
         found, same_parts = gradient_of(network, data, fabric, how, **regularization)
         assert distance(found, expected) < tolerance
@@ -185,7 +187,7 @@ def test_every_term_alone(name: str, fabric: lightning_fabric.Fabric) -> None:
     loss = (LossTerm(property=name, source=source),)  # type: ignore[arg-type]
     for hierarchicality in (0.0, 0.1):
         kwargs = {"loss": loss, "l2": 0.0, "hierarchicality": hierarchicality}
-        expected, _ = gradient_of(network, data, fabric, ForceGradientSettings(), **kwargs)
+        expected, _ = gradient_of(network, data, fabric, BACKPROPAGATION, **kwargs)
         for how in (EXACT, PLAIN, FOLDED):
             found, _ = gradient_of(network, data, fabric, how, **kwargs)
             assert distance(found, expected) < (1e-10 if how is EXACT else 1e-7)
@@ -197,7 +199,7 @@ def test_the_error_of_differences_falls_with_the_square_of_epsilon(
 ) -> None:
     data = emt_set(3)
     network = hipnn(data.structures.species_table, cutoff_function="polynomial")
-    expected, _ = gradient_of(network, data, fabric, ForceGradientSettings())
+    expected, _ = gradient_of(network, data, fabric, BACKPROPAGATION)
     for folded in (False, True):
         errors = []
         for epsilon in (4e-3, 2e-3, 1e-3):
@@ -255,7 +257,7 @@ def test_perfect_crystals_beside_thermal_frames(fabric: lightning_fabric.Fabric)
     data = crystals_and_rattled()
     loss = (LossTerm(property="energy"), LossTerm(property="forces", error="rmse"))
     network = hipnn(data.structures.species_table, l_max=0)
-    expected, _ = gradient_of(network, data, fabric, ForceGradientSettings(), loss)
+    expected, _ = gradient_of(network, data, fabric, BACKPROPAGATION, loss)
     for how, tolerance in ((EXACT, 1e-10), (PLAIN, 1e-7), (FOLDED, 1e-7)):
         found, _ = gradient_of(network, data, fabric, how, loss)
         assert bool(found.isfinite().all())
@@ -277,10 +279,10 @@ def test_no_atom_moves_further_than_epsilon_and_the_graph_holds() -> None:
         strain = (strain + strain.transpose(1, 2)) * 0.2
         slope = torch.zeros(4, dtype=torch.float64)
         cotangents = Cotangents(None, forces.double(), strain.double(), slope)
-        point = replace(whole, reach=reach)
+        point = replace(whole, neighbors=replace(everything, cutoff=reach))
         move = Displacement.along(cotangents, point, epsilon)
         for sign in (1.0, 0.0, -1.0):
-            moved = torch.linalg.vector_norm(whole.r_ij + sign * move.r_ij, dim=1)
+            moved = pair_vectors(move.apply(whole.structures, sign), everything).norm(dim=1)
             listed = torch.linalg.vector_norm(whole.r_ij, dim=1) <= reach
             assert bool((moved[~listed] >= network.cutoff).all())
         eta = 0.5 / move.rate
@@ -315,7 +317,7 @@ def test_half_precision_and_direct_forces_are_refused() -> None:
     for how in (FOLDED, EXACT):
         with pytest.raises(ConfigError, match="predicts forces directly"):
             ForceGradient(how, network)
-    ForceGradient(ForceGradientSettings(), network)
+    ForceGradient(BACKPROPAGATION, network)
 
 
 def test_a_loss_of_second_derivatives_needs_backpropagation(
@@ -343,6 +345,10 @@ def test_first_order_passes_are_those_of_forward() -> None:
         point = Point.of(model, structures, build_neighbor_list(structures, model.cutoff))
         args = (point.species, point.edges, point.r_ij, point.n_local)
         partial, gradient = model.first_order(*args)
+        found = model.evaluate(structures, point.neighbors)
+        torch.testing.assert_close(found.terms.sum(dim=1), partial.sum(dim=1))
+        forces = forces_from_pairs(gradient, point.edges, point.n_local)
+        torch.testing.assert_close(found.forces, forces)
         assert partial.shape == (point.n_local, model.n_terms)
         assert not partial.requires_grad
         assert not gradient.requires_grad
@@ -353,7 +359,7 @@ def test_first_order_passes_are_those_of_forward() -> None:
         (expected,) = torch.autograd.grad(atomic.sum(), r_ij)
         torch.testing.assert_close(gradient, expected)
         w = torch.linspace(-1, 1, partial.numel(), dtype=torch.float64).view_as(partial)
-        energy = model.weighted_energy(*args, w)
+        energy = model.weighted_energy(structures, point.neighbors, w)
         torch.testing.assert_close(energy.detach(), (w * partial).sum())
 
 
@@ -363,9 +369,9 @@ def test_an_override_of_the_first_order_passes_serves_training_and_prediction(
     calls = []
 
     class Native(LinearModel):
-        def first_order(self, *args):  # type: ignore[no-untyped-def]
-            calls.append("first_order")
-            return super().first_order(*args)
+        def evaluate(self, *args):  # type: ignore[no-untyped-def]
+            calls.append("evaluate")
+            return super().evaluate(*args)
 
         def weighted_energy(self, *args):  # type: ignore[no-untyped-def]
             calls.append("weighted_energy")
@@ -378,13 +384,13 @@ def test_an_override_of_the_first_order_passes_serves_training_and_prediction(
     data = emt_set(1)
     network = Native(data.structures.species_table)
     network.predict(data.structures)
-    assert calls == ["first_order", "forward"]
+    assert calls == ["evaluate", "forward"]
     calls.clear()
     loss = (LossTerm(property="forces"), LossTerm(property="energy"))
     gradient_of(network, data, fabric, FOLDED, loss)
     names = [name for name in calls if name != "forward"]
     # The force pass, two looks of the proxy, and two passes over the parameters.
-    assert names == ["first_order"] * 3 + ["weighted_energy"] * 2
+    assert names == ["evaluate"] * 3 + ["weighted_energy"] * 2
 
 
 # -- the proxy -------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 #: Packages whose modules are parts of one thing rather than alternatives: these may import one
 #: another, but never in a circle. Everywhere else only `x.*` -> `x.base` is legal.
-ASSEMBLED = ("distill", "train", "report", "workflows")
+ASSEMBLED = ("core", "distill", "train", "report", "workflows")
 
 
 def modules_below(root: Path) -> dict[str, Path]:

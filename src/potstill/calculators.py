@@ -19,8 +19,7 @@ from potstill.checkpoint import load_potential
 from potstill.core import CompactNeighbors, compact_neighbors
 from potstill.errors import DataError, ModelError
 from potstill.models import Potential
-from potstill.models.base import Core
-from potstill.models.native import NativePotential
+from potstill.models.base import Core, NativeParts
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.structures import NeighborList, Structures
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3
@@ -107,7 +106,7 @@ class PotstillCalculator(Calculator):
         structures = self._take(self.atoms)
         neighbors = self._neighbors(structures)
         self._check_range(structures)
-        native = NativePotential.of(self.potential)
+        native = self.potential.native_parts()
         if native is None:
             energies, forces, stress = self._evaluate(structures, neighbors)
         else:
@@ -135,7 +134,7 @@ class PotstillCalculator(Calculator):
         return found["atomic_energies"].cpu(), found["forces"].cpu(), stress
 
     def _evaluate_natively(
-        self, native: NativePotential, structures: Structures, neighbors: NeighborList
+        self, native: NativeParts, structures: Structures, neighbors: NeighborList
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The same by native kernels, which skip the pairs of the skin themselves."""
         if self._compact is None:

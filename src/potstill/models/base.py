@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from potstill.core import CompactNeighbors
+from potstill.core import CompactNeighbors, HipnnParameters, MdResult, ZblParameters, hipnn_md
 from potstill.errors import ModelError, suggest
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.structures import NeighborList, Properties, SpeciesTable, Structures
@@ -110,6 +110,61 @@ class FirstOrder:
     terms: Tensor
     forces: Tensor
     virial: Tensor
+
+
+@dataclass(frozen=True)
+class NativeParts:
+    """The parts of a potential that one call of the native kernels evaluates together.
+
+    Such a call needs no pair vectors, no graph and no tensor of the size of the neighbor list.
+
+    Parameters
+    ----------
+    network : HipnnParameters, optional
+        A HIP-NN.
+    prior : ZblParameters, optional
+        Short-range repulsion.
+    offsets : Tensor, optional
+        (n_species,) float64 constant energies, eV.
+    """
+
+    network: HipnnParameters | None = None
+    prior: ZblParameters | None = None
+    offsets: Tensor | None = None
+
+    def merged(self, other: NativeParts) -> NativeParts | None:
+        """Both together; None if they hold two parts of a kind."""
+        mine, its = vars(self), vars(other)
+        if any(mine[name] is not None and its[name] is not None for name in mine):
+            return None
+        return NativeParts(**{k: v if v is not None else its[k] for k, v in mine.items()})
+
+    def evaluate(
+        self, structures: Structures, neighbors: CompactNeighbors, *, virial: bool
+    ) -> MdResult:
+        """Atomic energies, forces and virial of one system, in float64.
+
+        Parameters
+        ----------
+        structures : Structures
+            One system, in the potential's species table.
+        neighbors : CompactNeighbors
+            Pairs up to the cutoff at least; those beyond are skipped.
+        virial : bool
+            Whether it is asked for.
+        """
+        result = hipnn_md(
+            self.network,
+            structures.species,
+            neighbors,
+            structures.positions,
+            structures.cell[0],
+            zbl=self.prior,
+            virial=virial,
+        )
+        if self.offsets is None:
+            return result
+        return replace(result, energies=result.energies + self.offsets[structures.species])
 
 
 @dataclass(frozen=True)
@@ -280,7 +335,7 @@ class Potential(nn.Module, ABC):
         structures, neighbors
             As of `evaluate`.
         weights : Tensor
-            (N, T) float64.
+            (N, T) float64, or (N, 1) for all terms alike.
 
         Returns
         -------
@@ -296,6 +351,10 @@ class Potential(nn.Module, ABC):
     def why_not_native(self) -> str | None:
         """Why native kernels do not serve this model as it is now; None if they do."""
         return f"there are none for {self.kind}"
+
+    def native_parts(self) -> NativeParts | None:
+        """What one native call evaluates for molecular dynamics; None if there is no such call."""
+        return None
 
     @property
     def uses_native(self) -> bool:

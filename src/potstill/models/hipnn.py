@@ -27,7 +27,15 @@ from potstill.core import (
     why_unavailable,
 )
 from potstill.errors import ConfigError, ModelError, suggest
-from potstill.models.base import Edges, FirstOrder, LocalOutput, Pairs, Potential, TapSpec
+from potstill.models.base import (
+    Edges,
+    FirstOrder,
+    LocalOutput,
+    NativeParts,
+    Pairs,
+    Potential,
+    TapSpec,
+)
 from potstill.structures import SpeciesTable, Structures
 
 #: Independent components of the tensors of rank 0, 1 and 2 (traceless and symmetric).
@@ -348,6 +356,10 @@ class HIPNN(Potential):
             return f"the model is in {self.dtype}, and they compute in float32 or float64"
         return None
 
+    def native_parts(self) -> NativeParts | None:
+        """The network."""
+        return NativeParts(network=self.native_parameters()) if self.uses_native else None
+
     def evaluate(self, structures: Structures, neighbors: Pairs) -> FirstOrder:
         """As of the base class, by native kernels where they serve."""
         if not self.uses_native:
@@ -365,6 +377,7 @@ class HIPNN(Potential):
         pairs = _packed(neighbors, structures)
         r_ij = compact_pair_vectors(structures, pairs, self.dtype)
         parameters = self.native_parameters()
+        weights = weights.expand(-1, self.n_terms)
         return weighted_partial_energies(parameters, structures.species, pairs, r_ij, weights)[0]
 
     def hyperparameters(self) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from potstill.core import ZblParameters
 from potstill.errors import ModelError
-from potstill.models.base import Edges, LocalOutput, Potential
+from potstill.models.base import Edges, LocalOutput, NativeParts, Potential
 from potstill.structures import SpeciesTable
 from potstill.units import COULOMB
 
@@ -72,6 +73,10 @@ class ZBL(Potential):
     def _switch(self, r: Tensor) -> Tensor:
         t = ((r - self.inner) / (self.cutoff - self.inner)).clamp(0.0, 1.0)
         return 1.0 - t**3 * (10.0 - 15.0 * t + 6.0 * t**2)
+
+    def native_parts(self) -> NativeParts:
+        """Charges and radii."""
+        return NativeParts(prior=ZblParameters(self.nuclear_charge, self.inner, self.cutoff))
 
     def hyperparameters(self) -> dict[str, Any]:
         """Both radii."""

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import ModelError
-from potstill.models.base import Edges, FirstOrder, LocalOutput, Pairs, Potential, TapSpec
+from potstill.models.base import (
+    Edges,
+    FirstOrder,
+    LocalOutput,
+    NativeParts,
+    Pairs,
+    Potential,
+    TapSpec,
+)
 from potstill.structures import SpeciesTable, Structures
 
 
@@ -39,6 +47,10 @@ class SpeciesOffsets(Potential):
     ) -> LocalOutput:
         """(n_local,) offsets of the atoms' species."""
         return LocalOutput(self.offsets[species[:n_local]])
+
+    def native_parts(self) -> NativeParts:
+        """The offsets."""
+        return NativeParts(offsets=self.offsets)
 
     def hyperparameters(self) -> dict[str, Any]:
         """The offsets themselves."""
@@ -111,6 +123,14 @@ class SumPotential(Potential):
             total = total + output.atomic_energies.to(torch.float64)
             features |= {_tap_name(name, tap): f for tap, f in output.features.items()}
         return LocalOutput(total, features)
+
+    def native_parts(self) -> NativeParts | None:
+        """Those of all components together, if there is a network among them."""
+        total: NativeParts | None = NativeParts()
+        for component in self.components.values():
+            part = component.native_parts()
+            total = None if total is None or part is None else total.merged(part)
+        return total if total is not None and total.network is not None else None
 
     def evaluate(self, structures: Structures, neighbors: Pairs) -> FirstOrder:
         """Sums over the components, each in its own way."""

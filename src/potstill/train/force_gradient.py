@@ -298,7 +298,8 @@ class ForceGradient:
     def __init__(self, settings: ForceGradientSettings, network: Potential) -> None:
         self.method = settings.method
         if self.method == "auto":
-            self.method = "central_difference" if network.uses_native else "backpropagation"
+            first_order = network.uses_native and not network.direct_forces
+            self.method = "central_difference" if first_order else "backpropagation"
         self.folded = settings.folded
         self.network = network
         self.epsilon = 0.0
