@@ -203,6 +203,37 @@ def check_force_losses_can_be_trained(potential: Potential) -> None:
     _close(slope, _derivative(along), 1e-5, "derivative of the loss by the weights")
 
 
+def check_first_order_passes(potential: Potential) -> None:
+    """`first_order` and `weighted_energy`, which kernels may serve, agree with `forward`."""
+    structures = contract_structures(potential)
+    neighbors = build_neighbor_list(structures, potential.cutoff)
+    edges = Edges(neighbors.center, neighbors.neighbor)
+    r_ij = pair_vectors(structures, neighbors)
+    n = structures.n_atoms
+    partial, gradient = potential.first_order(structures.species, edges, r_ij, n)
+    assert partial.shape == (n, potential.n_terms), f"first_order gives {tuple(partial.shape)}"
+    assert not partial.requires_grad, "first_order leaves a graph"
+    variable = r_ij.clone().requires_grad_(True)
+    atomic = potential(structures.species, edges, variable, n).atomic_energies
+    _close(partial.sum(dim=1), atomic.detach(), 1e-10, "energies of first_order")
+    if atomic.requires_grad:
+        (expected,) = torch.autograd.grad(atomic.sum(), variable, materialize_grads=True)
+        _close(gradient, expected, 1e-10, "derivative of first_order")
+    weights = _normal(tuple(partial.shape), torch.Generator().manual_seed(8))
+    energy = potential.weighted_energy(structures.species, edges, r_ij, n, weights)
+    _close(energy.detach(), (weights * partial).sum(), 1e-10, "weighted energy")
+    parameters = [p for p in potential.parameters() if p.requires_grad]
+    if not parameters:
+        return
+    terms = potential.partial_energies(structures.species, edges, r_ij, n)
+    expected_by_parameter = torch.autograd.grad(
+        (weights * terms).sum(), parameters, materialize_grads=True
+    )
+    found = torch.autograd.grad(energy, parameters, materialize_grads=True)
+    for one, other in zip(found, expected_by_parameter, strict=True):
+        _close(one, other, 1e-9, "derivative of the weighted energy")
+
+
 # -- limits ------------------------------------------------------------------------------------
 
 
@@ -447,6 +478,7 @@ CONTRACT: dict[str, Callable[[Potential], None]] = {
         check_stress_is_the_strain_derivative,
         check_hessian_vector_product,
         check_force_losses_can_be_trained,
+        check_first_order_passes,
         check_one_atom,
         check_isolated_atoms,
         check_no_atoms,

@@ -270,6 +270,8 @@ class ForceGradient:
         Which method, and its epsilon.
     network : Potential
         What is trained.
+    watch : bool
+        Look at the proxy every `CHECK_EVERY` steps, and warn once where it is too large.
 
     Raises
     ------
@@ -277,7 +279,9 @@ class ForceGradient:
         If the method does not work for this network.
     """
 
-    def __init__(self, settings: ForceGradientSettings, network: Potential) -> None:
+    def __init__(
+        self, settings: ForceGradientSettings, network: Potential, *, watch: bool = True
+    ) -> None:
         self.method = settings.method
         self.folded = settings.folded
         self.network = network
@@ -289,8 +293,8 @@ class ForceGradient:
             )
         if self.method == "central_difference":
             self.epsilon = epsilon_for(settings.epsilon, network.dtype)
+        self._watching = watch
         self._steps = 0
-        self._warned = False
 
     @property
     def margin(self) -> float:
@@ -359,11 +363,11 @@ class ForceGradient:
         """Look at the proxy now and then, and warn once if epsilon no longer suits the network."""
         due = self._steps % CHECK_EVERY == 0
         self._steps += 1
-        if self._warned or not due:
+        if not (self._watching and due):
             return
         error = proxy_error(self.network, point, cotangents, move)
         if error > SAFE_PROXY_ERROR[self.network.dtype]:
-            self._warned = True
+            self._watching = False
             warnings.warn(
                 f"central differences with epsilon = {self.epsilon:g} miss the slope of the energy "
                 f"by a share of {error:.1e}: find a better epsilon with `potstill epsilon`",
