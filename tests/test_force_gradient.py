@@ -358,6 +358,8 @@ def test_an_override_of_the_first_order_passes_serves_training_and_prediction(
 
         def weighted_energy(self, *args):  # type: ignore[no-untyped-def]
             calls.append("weighted_energy")
+            assert args[-1].shape == (args[3], self.n_terms)
+            assert args[-1].is_contiguous()
             return super().weighted_energy(*args)
 
         def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
@@ -374,6 +376,9 @@ def test_an_override_of_the_first_order_passes_serves_training_and_prediction(
     names = [name for name in calls if name != "forward"]
     # The force pass, two looks of the proxy, and two passes over the parameters.
     assert names == ["first_order"] * 3 + ["weighted_energy"] * 2
+    gradient_of(network, data, fabric, PLAIN, FORCES_AND_STRESS)  # no energies: weights by system
+    gradient_of(network, data, fabric, PLAIN, loss)
+    assert calls.count("weighted_energy") == 2 + 2 + 3
 
 
 # -- the proxy -------------------------------------------------------------------------------------

@@ -108,6 +108,7 @@ class NetworkPasses(nn.Module):
         }
 
     def _weighted_energy(self, point: Point, r_ij: Tensor, weights: Tensor) -> Tensor:
+        weights = weights.expand(-1, self.network.n_terms).contiguous()
         arguments = (point.species, point.edges, r_ij, point.n_local, weights)
         return self.network.weighted_energy(*arguments)
 
@@ -399,7 +400,6 @@ def difference_passes(
         return [at(1.0, -rate), at(-1.0, rate)]
     if folded:
         return [at(1.0, 0.5 * c - rate), at(-1.0, 0.5 * c + rate)]
-    rate = rate.expand_as(c)
     return [at(0.0, c), at(1.0, -rate), at(-1.0, rate)]
 
 
