@@ -42,7 +42,7 @@ from potstill.train.settings import ForceGradientSettings
 #: The length a0 of Eq. 9, Å: atoms move by at most epsilon times this.
 LENGTH = 1.0
 
-#: Epsilon by the network's precision; see docs/force-training.md for the measurements.
+#: Epsilon by the network's precision; see docs/force-gradients.md for the measurements.
 DEFAULT_EPSILON = {torch.float64: 3e-6, torch.float32: 1e-3}
 
 #: Largest error of the proxy (see `proxy_error`) that training accepts without a warning.
