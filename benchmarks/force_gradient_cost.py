@@ -134,9 +134,8 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     terms, how = METHODS[job["method"]]
     network = make_network(job["model"], job["precision"])
     settings = TrainSettings(loss=terms, force_gradient=how)
-    force_gradient = ForceGradient(how, network)
     # The proxy is looked at every hundredth step: leave it out of the few that are timed.
-    force_gradient._warned = True
+    force_gradient = ForceGradient(how, network, watch=False)
     fabric = default_fabric()
     passes = fabric.setup_module(NetworkPasses(network))
     data = supercell(job["n_atoms"]).with_neighbors(network.cutoff + force_gradient.margin)

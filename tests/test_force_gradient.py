@@ -24,11 +24,10 @@ from typer.testing import CliRunner
 from potstill.cli import app
 from potstill.distill import LossTerm
 from potstill.errors import ConfigError, ModelError
-from potstill.models import ANI, HIPNN, Potential
-from potstill.models.base import forces_from_pairs
-from potstill.models.sums import SpeciesOffsets, SumPotential
+from potstill.models import ANI, HIPNN, ZBL, Potential, SpeciesOffsets, SumPotential
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.structures import Properties, SpeciesTable, Structures
+from potstill.testing import CONTRACT
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.devices import default_fabric
 from potstill.train.epsilon import EpsilonScan, scan_epsilon
@@ -336,31 +335,16 @@ def test_a_loss_of_second_derivatives_needs_backpropagation(
 # -- the model's first-order passes ----------------------------------------------------------------
 
 
-def test_first_order_passes_are_those_of_forward() -> None:
-    structures = emt_set(2).structures
-    table = structures.species_table
+def test_sums_of_potentials_sum_the_first_order_passes_of_their_parts() -> None:
+    table = emt_set(1).structures.species_table
     network = hipnn(table, n_interaction_layers=2)
-    total = SumPotential({"offsets": SpeciesOffsets(table, [1.0, -2.0]), "network": network})
-    for model in (network, ani(table), total):
-        point = Point.of(model, structures, build_neighbor_list(structures, model.cutoff))
-        args = (point.species, point.edges, point.r_ij, point.n_local)
-        partial, gradient = model.first_order(*args)
-        found = model.evaluate(structures, point.neighbors)
-        torch.testing.assert_close(found.terms.sum(dim=1), partial.sum(dim=1))
-        forces = forces_from_pairs(gradient, point.edges, point.n_local)
-        torch.testing.assert_close(found.forces, forces)
-        assert partial.shape == (point.n_local, model.n_terms)
-        assert not partial.requires_grad
-        assert not gradient.requires_grad
-        assert all(p.requires_grad for p in model.parameters())
-        r_ij = point.r_ij.clone().requires_grad_(True)
-        atomic = model(point.species, point.edges, r_ij, point.n_local).atomic_energies
-        torch.testing.assert_close(partial.sum(dim=1), atomic.detach())
-        (expected,) = torch.autograd.grad(atomic.sum(), r_ij)
-        torch.testing.assert_close(gradient, expected)
-        w = torch.linspace(-1, 1, partial.numel(), dtype=torch.float64).view_as(partial)
-        energy = model.weighted_energy(structures, point.neighbors, w)
-        torch.testing.assert_close(energy.detach(), (w * partial).sum())
+    parts = {
+        "offsets": SpeciesOffsets(table, [1.0, -2.0]),
+        "prior": ZBL(table, 1.0, 2.0),
+        "network": network,
+    }
+    CONTRACT["first_order_passes"](SumPotential(parts))
+    assert all(p.requires_grad for p in network.parameters())
 
 
 def test_an_override_of_the_first_order_passes_serves_training_and_prediction(
@@ -375,6 +359,8 @@ def test_an_override_of_the_first_order_passes_serves_training_and_prediction(
 
         def weighted_energy(self, *args):  # type: ignore[no-untyped-def]
             calls.append("weighted_energy")
+            assert args[-1].shape == (args[0].n_atoms, self.n_terms)
+            assert args[-1].is_contiguous()
             return super().weighted_energy(*args)
 
         def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
@@ -391,6 +377,9 @@ def test_an_override_of_the_first_order_passes_serves_training_and_prediction(
     names = [name for name in calls if name != "forward"]
     # The force pass, two looks of the proxy, and two passes over the parameters.
     assert names == ["evaluate"] * 3 + ["weighted_energy"] * 2
+    gradient_of(network, data, fabric, PLAIN, FORCES_AND_STRESS)  # no energies: weights by system
+    gradient_of(network, data, fabric, PLAIN, loss)
+    assert calls.count("weighted_energy") == 2 + 2 + 3
 
 
 # -- the proxy -------------------------------------------------------------------------------------

@@ -25,7 +25,13 @@ from torch import Tensor
 
 from potstill.checkpoint import load_potential, save_potential
 from potstill.errors import ModelError
-from potstill.models.base import Edges, Potential, Prediction
+from potstill.models.base import (
+    Edges,
+    Potential,
+    Prediction,
+    forces_from_pairs,
+    virial_from_pairs,
+)
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.structures import SpeciesTable, Structures
 
@@ -201,6 +207,41 @@ def check_force_losses_can_be_trained(potential: Potential) -> None:
         start=torch.zeros((), dtype=torch.float64),
     )
     _close(slope, _derivative(along), 1e-5, "derivative of the loss by the weights")
+
+
+def check_first_order_passes(potential: Potential) -> None:
+    """`evaluate` and `weighted_energy`, which kernels may serve, agree with `forward`."""
+    structures = contract_structures(potential).with_species_table(potential.species_table)
+    neighbors = build_neighbor_list(structures, potential.cutoff)
+    edges = Edges(neighbors.center, neighbors.neighbor)
+    r_ij = pair_vectors(structures, neighbors)
+    n = structures.n_atoms
+    found = potential.evaluate(structures, neighbors)
+    partial = found.terms
+    assert partial.shape == (n, potential.n_terms), f"evaluate gives {tuple(partial.shape)}"
+    for value in (partial, found.forces, found.virial):
+        assert not value.requires_grad, "evaluate leaves a graph"
+    variable = r_ij.clone().requires_grad_(True)
+    atomic = potential(structures.species, edges, variable, n).atomic_energies
+    _close(partial.sum(dim=1), atomic.detach(), 1e-10, "energies of evaluate")
+    if atomic.requires_grad:
+        (gradient,) = torch.autograd.grad(atomic.sum(), variable, materialize_grads=True)
+        _close(found.forces, forces_from_pairs(gradient, edges, n), 1e-10, "forces of evaluate")
+        virial = virial_from_pairs(gradient, r_ij, edges, structures)
+        _close(found.virial, virial, 1e-10, "virial of evaluate")
+    weights = _normal(tuple(partial.shape), torch.Generator().manual_seed(8))
+    energy = potential.weighted_energy(structures, neighbors, weights)
+    _close(energy.detach(), (weights * partial).sum(), 1e-10, "weighted energy")
+    parameters = [p for p in potential.parameters() if p.requires_grad]
+    if not parameters:
+        return
+    terms = potential.partial_energies(structures.species, edges, r_ij, n)
+    expected_by_parameter = torch.autograd.grad(
+        (weights * terms).sum(), parameters, materialize_grads=True
+    )
+    by_parameter = torch.autograd.grad(energy, parameters, materialize_grads=True)
+    for one, other in zip(by_parameter, expected_by_parameter, strict=True):
+        _close(one, other, 1e-9, "derivative of the weighted energy")
 
 
 # -- limits ------------------------------------------------------------------------------------
@@ -447,6 +488,7 @@ CONTRACT: dict[str, Callable[[Potential], None]] = {
         check_stress_is_the_strain_derivative,
         check_hessian_vector_product,
         check_force_losses_can_be_trained,
+        check_first_order_passes,
         check_one_atom,
         check_isolated_atoms,
         check_no_atoms,

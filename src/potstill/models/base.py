@@ -285,29 +285,6 @@ class Potential(nn.Module, ABC):
         """
         return self(species, edges, r_ij, n_local).atomic_energies.to(torch.float64).unsqueeze(1)
 
-    def first_order(
-        self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int
-    ) -> tuple[Tensor, Tensor]:
-        """Energies and their derivative with respect to the pair vectors, without any graph.
-
-        Parameters
-        ----------
-        species, edges, r_ij, n_local
-            As of `forward`.
-
-        Returns
-        -------
-        partial : Tensor
-            (n_local, T) eV, float64, as of `partial_energies`.
-        gradient : Tensor
-            (E, 3) dE/dr_ij in eV/Å of the sum of all terms.
-        """
-        r_ij = r_ij.detach().requires_grad_(True)
-        with torch.enable_grad(), _frozen(self):
-            partial = self.partial_energies(species, edges, r_ij, n_local)
-            gradient = _pair_gradient(partial.sum(), r_ij, create_graph=False)
-        return partial.detach(), gradient
-
     def evaluate(self, structures: Structures, neighbors: Pairs) -> FirstOrder:
         """Energies and first derivatives of a batch, without a graph.
 
@@ -320,12 +297,14 @@ class Potential(nn.Module, ABC):
         """
         neighbors = _spelled_out(neighbors)
         edges = Edges(neighbors.center, neighbors.neighbor)
-        r_ij = pair_vectors(structures, neighbors).detach()
-        arguments = (structures.species, edges, r_ij, structures.n_atoms)
-        terms, gradient = self.first_order(*arguments)
-        gradient = gradient.to(torch.float64)
+        r_ij = pair_vectors(structures, neighbors).detach().requires_grad_(True)
+        with torch.enable_grad(), _frozen(self):
+            terms = self.partial_energies(structures.species, edges, r_ij, structures.n_atoms)
+            gradient = _pair_gradient(terms.sum(), r_ij, create_graph=False)
+        r_ij = r_ij.detach()
         forces = forces_from_pairs(gradient, edges, structures.n_atoms)
-        return FirstOrder(terms, forces, virial_from_pairs(gradient, r_ij, edges, structures))
+        virial = virial_from_pairs(gradient, r_ij, edges, structures)
+        return FirstOrder(terms.detach(), forces, virial)
 
     def weighted_energy(self, structures: Structures, neighbors: Pairs, weights: Tensor) -> Tensor:
         """Weighted sum of the terms of all atomic energies.
@@ -335,7 +314,7 @@ class Potential(nn.Module, ABC):
         structures, neighbors
             As of `evaluate`.
         weights : Tensor
-            (N, T) float64, or (N, 1) for all terms alike.
+            (N, T) float64.
 
         Returns
         -------

@@ -377,7 +377,6 @@ class HIPNN(Potential):
         pairs = _packed(neighbors, structures)
         r_ij = compact_pair_vectors(structures, pairs, self.dtype)
         parameters = self.native_parameters()
-        weights = weights.expand(-1, self.n_terms)
         return weighted_partial_energies(parameters, structures.species, pairs, r_ij, weights)[0]
 
     def hyperparameters(self) -> dict[str, Any]:

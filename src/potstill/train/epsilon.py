@@ -133,7 +133,8 @@ def scan_epsilon(
     exact : bool
         Compare gradients with backpropagation in float64 as well.
     scale : float, optional
-        A fixed g0 in the unit of g for all structures, which breaks the invariance (Fig. 2).
+        A fixed g0 in the unit of g for all structures, which breaks the invariance (Fig. 2). Atoms
+        may then move further than epsilon, and out of the list's margin where that is large.
     on_point : callable, optional
         Progress: how many structures are done.
 

@@ -43,7 +43,7 @@ from potstill.train.settings import ForceGradientSettings
 #: The length a0 of Eq. 9, Å: atoms move by at most epsilon times this.
 LENGTH = 1.0
 
-#: Epsilon by the network's precision; see docs/force-training.md for the measurements.
+#: Epsilon by the network's precision; see docs/force-gradients.md for the measurements.
 DEFAULT_EPSILON = {torch.float64: 3e-6, torch.float32: 1e-3}
 
 #: Largest error of the proxy (see `proxy_error`) that training accepts without a warning.
@@ -109,6 +109,7 @@ class NetworkPasses(nn.Module):
         }
 
     def _weighted_energy(self, structures: Structures, neighbors: Pairs, weights: Tensor) -> Tensor:
+        weights = weights.expand(-1, self.network.n_terms).contiguous()
         return self.network.weighted_energy(structures, neighbors, weights)
 
     def _directional(self, point: Point, direction: Tensor, weights: Tensor) -> Tensor:
@@ -288,6 +289,8 @@ class ForceGradient:
         Which method, and its epsilon.
     network : Potential
         What is trained.
+    watch : bool
+        Look at the proxy every `CHECK_EVERY` steps, and warn once where it is too large.
 
     Raises
     ------
@@ -295,7 +298,9 @@ class ForceGradient:
         If the method does not work for this network.
     """
 
-    def __init__(self, settings: ForceGradientSettings, network: Potential) -> None:
+    def __init__(
+        self, settings: ForceGradientSettings, network: Potential, *, watch: bool = True
+    ) -> None:
         self.method = settings.method
         if self.method == "auto":
             first_order = network.uses_native and not network.direct_forces
@@ -310,8 +315,8 @@ class ForceGradient:
             )
         if self.method == "central_difference":
             self.epsilon = epsilon_for(settings.epsilon, network.dtype)
+        self._watching = watch
         self._steps = 0
-        self._warned = False
 
     @property
     def takes_compact_lists(self) -> bool:
@@ -385,11 +390,11 @@ class ForceGradient:
         """Look at the proxy now and then, and warn once if epsilon no longer suits the network."""
         due = self._steps % CHECK_EVERY == 0
         self._steps += 1
-        if self._warned or not due:
+        if not (self._watching and due):
             return
         error = proxy_error(self.network, point, cotangents, move)
         if error > SAFE_PROXY_ERROR[self.network.dtype]:
-            self._warned = True
+            self._watching = False
             warnings.warn(
                 f"central differences with epsilon = {self.epsilon:g} miss the slope of the energy "
                 f"by a share of {error:.1e}: find a better epsilon with `potstill epsilon`",
@@ -422,7 +427,6 @@ def difference_passes(
         return [at(1.0, -rate), at(-1.0, rate)]
     if folded:
         return [at(1.0, 0.5 * c - rate), at(-1.0, 0.5 * c + rate)]
-    rate = rate.expand_as(c)
     return [at(0.0, c), at(1.0, -rate), at(-1.0, rate)]
 
 

@@ -75,7 +75,7 @@ class RegularizationSettings(_Settings):
 
 
 class ForceGradientSettings(_Settings):
-    """How the gradient of a loss of forces and stress is taken; see docs/force-training.md.
+    """How the gradient of a loss of forces and stress is taken; see docs/force-gradients.md.
 
     Parameters
     ----------
