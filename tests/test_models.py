@@ -106,6 +106,7 @@ TABLE: dict[str, Callable[[], Potential]] = {
     "snap-quadratic": lambda: snap(quadratic=True, twojmax=3),
     "snap-beads": lambda: snap(BEADS, rmin0=0.6, rfac0=0.9),
     "zbl": lambda: ZBL(TWO, inner=1.5, cutoff=3.0),
+    "zbl-lammps": lambda: ZBL(TWO, inner=1.5, cutoff=3.0, switching="lammps"),
     "offsets": lambda: SpeciesOffsets(TWO, [-3.0, 5.0]),
     "sum": student,
     "sum-of-ani": lambda: SumPotential({"prior": ZBL(TWO, 0.5, 1.2), "network": ani()}),
