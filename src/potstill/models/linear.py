@@ -190,6 +190,29 @@ class SNAP(Potential):
             total = total + ((components @ alpha) * components).double().sum(dim=1)
         return total
 
+    def terms(self, components: Tensor) -> Tensor:
+        """(n, n_coefficients) what the coefficients multiply, from (n, n_components)."""
+        columns = [torch.ones_like(components[:, :1]), components]
+        if self.quadratic:
+            row, column = torch.triu_indices(*[self.n_components] * 2, device=components.device)
+            half = torch.where(row == column, 0.5, 1.0).to(components.dtype)
+            columns.append(half * components[:, row] * components[:, column])
+        return torch.cat(columns, dim=1)
+
+    def term_derivatives(self, components: Tensor, slopes: Tensor) -> Tensor:
+        """(..., n_coefficients) change of `terms` where components change by `slopes`.
+
+        Both arguments are (..., n_components) and broadcast.
+        """
+        columns = [torch.zeros_like(slopes[..., :1]), slopes]
+        if self.quadratic:
+            row, column = torch.triu_indices(*[self.n_components] * 2, device=components.device)
+            half = torch.where(row == column, 0.5, 1.0).to(components.dtype)
+            product = components[..., row] * slopes[..., column]
+            product = product + components[..., column] * slopes[..., row]
+            columns.append(half * product)
+        return torch.cat(columns, dim=-1)
+
     def bispectrum(self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int) -> Tensor:
         """(n_local, n_components) bispectrum components of the local atoms.
 
