@@ -289,9 +289,10 @@ def ensemble(members: list[ANI]) -> ANI:
     """Networks of the same shape as one model; the inverse of `ANI.member`."""
     first = members[0]
     joined = ANI(first.species_table, **(first.hyperparameters() | {"n_members": len(members)}))
+    joined = joined.to(first.dtype)
     states = [member.state_dict() for member in members]
     joined.load_state_dict({k: torch.cat([s[k] for s in states]) for k in states[0]})
-    return joined.to(first.dtype)
+    return joined
 
 
 def run_cell(config: Table1Config, name: str, kind: str, folder: Path, split: Split) -> None:
