@@ -8,6 +8,7 @@ import ase.build
 import pytest
 import torch
 
+from data import data_path
 from potstill.models import ANI, SNAP
 from potstill.structures import Properties, SpeciesTable, Structures
 from potstill.train import TrainingSet, TrainSettings
@@ -137,3 +138,26 @@ def test_energies_from_descriptors_are_the_models(table1):
     torch.testing.assert_close(energies, expected)
     part = described.select(torch.tensor([2, 0]))
     torch.testing.assert_close(part.member_energies(network).mean(1), expected[[0, 2]])
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_the_fit_to_tantalum_is_fitsnaps(tantalum):
+    """Errors that FitSNAP keeps with its example, made with LAMMPS' descriptors."""
+    structures, labels, check = tantalum.load(data_path("ta-snap"), 1)
+    assert check["n_files"] == 24
+    assert max(check["largest_difference"].values()) < 1e-12
+    zbl = tantalum.ZBL(tantalum.TABLE, 4.0, 4.8, switching="lammps")
+    model, found = tantalum.fit(structures, labels, zbl)
+    assert (found.rank, found.n_rows) == (31, 363 + 3 * 4224 + 6 * 363)
+    assert float(found.coefficients[0, 0]) == pytest.approx(-2.97994848705, abs=1e-6)
+    potential = tantalum.SumPotential({"zbl": zbl, "snap": model})
+    table = tantalum.errors_by_group(potential, structures, labels)
+    for group, energy, forces in (
+        ("all", 112.787, 0.0757576),
+        ("Displaced_BCC", 1.88368, 0.143397),
+        ("Liquid", 5.66804, 0.353795),
+        ("Surface", 13.5232, 0.047601),
+    ):
+        assert table[group]["energy_meV_per_atom_mae"] == pytest.approx(energy, rel=1e-4)
+        assert table[group]["forces_eV_per_A_mae"] == pytest.approx(forces, rel=1e-4)

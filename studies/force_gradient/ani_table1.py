@@ -424,6 +424,9 @@ def main() -> int:
     except PotstillError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
     results = {
         "study": "ani_table1",
         "command": " ".join(["python", "studies/force_gradient/ani_table1.py", *sys.argv[1:]]),
