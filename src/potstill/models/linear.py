@@ -273,6 +273,10 @@ class SNAP(Potential):
             "quadratic": self.quadratic,
         }
 
+    def regularized_weights(self) -> list[Tensor]:
+        """All coefficients but the constants."""
+        return [self.coefficients[:, 1:]]
+
     def _apply(self, fn: Any, recurse: bool = True) -> SNAP:
         super()._apply(fn, recurse)
         for name, values in self._of_species.items():
