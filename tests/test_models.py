@@ -12,6 +12,7 @@ from potstill.models import (
     ANI,
     HIPNN,
     MODELS,
+    SNAP,
     ZBL,
     Edges,
     LocalOutput,
@@ -58,6 +59,22 @@ def ani(table: SpeciesTable = TWO, **changes: Any) -> ANI:
     return ANI(table, **(hyperparameters | changes)).double()
 
 
+def snap(table: SpeciesTable = TWO, **changes: Any) -> SNAP:
+    torch.manual_seed(13)
+    hyperparameters: dict[str, Any] = dict(twojmax=4, rcutfac=4.0)
+    if len(table) == 2:
+        # The cutoff function has no second derivative at the cutoff: these radii keep the pairs of
+        # the contract's structures away from it.
+        hyperparameters |= dict(radii=[0.5, 0.4], weights=[1.0, 0.7])
+    model = SNAP(table, **(hyperparameters | changes)).double()
+    # Components are tens to hundreds: energies of a few eV, as of a trained model.
+    scale = 1e-4 if model.quadratic else 0.02
+    with torch.no_grad():
+        model.coefficients.mul_(scale)
+        model.coefficients[:, 0] = torch.arange(1.0, len(table) + 1.0)
+    return model
+
+
 def student() -> SumPotential:
     return SumPotential(
         {
@@ -84,7 +101,12 @@ TABLE: dict[str, Callable[[], Potential]] = {
     "ani-ensemble": lambda: ani(hidden_widths={"Mg": [7], "O": [6, 4]}, n_members=3),
     "ani-beads": lambda: ani(BEADS),
     "ani-wide-angles": lambda: ani(angular_cutoff=4.0, radial_cutoff=3.5),
+    "snap-one-species": lambda: snap(ONE, twojmax=5, bzero=False),
+    "snap-two-species": snap,
+    "snap-quadratic": lambda: snap(quadratic=True, twojmax=3),
+    "snap-beads": lambda: snap(BEADS, rmin0=0.6, rfac0=0.9),
     "zbl": lambda: ZBL(TWO, inner=1.5, cutoff=3.0),
+    "zbl-lammps": lambda: ZBL(TWO, inner=1.5, cutoff=3.0, switching="lammps"),
     "offsets": lambda: SpeciesOffsets(TWO, [-3.0, 5.0]),
     "sum": student,
     "sum-of-ani": lambda: SumPotential({"prior": ZBL(TWO, 0.5, 1.2), "network": ani()}),

@@ -15,6 +15,7 @@ from potstill.models.base import Potential as Potential
 from potstill.models.base import Prediction as Prediction
 from potstill.models.base import TapSpec as TapSpec
 from potstill.models.hipnn import HIPNN as HIPNN
+from potstill.models.linear import SNAP as SNAP
 from potstill.models.prior import ZBL as ZBL
 from potstill.models.sums import SpeciesOffsets as SpeciesOffsets
 from potstill.models.sums import SumPotential as SumPotential
@@ -23,6 +24,7 @@ from potstill.structures import SpeciesTable
 MODELS: dict[str, type[Potential]] = {
     "hipnn": HIPNN,
     "ani": ANI,
+    "snap": SNAP,
     "zbl": ZBL,
     "offsets": SpeciesOffsets,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,9 @@ class ZBL(Potential):
 
     with Ziegler, Biersack and Littmark's universal screening; half of each pair's energy goes to
     each atom. S is the quintic that is 1 up to `inner` and 0 from `cutoff` on, with continuous
-    second derivatives.
+    second derivatives. LAMMPS' `pair_style zbl` adds instead of multiplying: a constant up to
+    `inner`, from there a quartic that takes energy, force and its slope to zero at the cutoff.
+    Potentials fitted on top of it (SNAP's, as a rule) need that.
 
     Parameters
     ----------
@@ -38,13 +40,29 @@ class ZBL(Potential):
         Chemical elements only.
     inner, cutoff : float
         Å.
+    switching : {"factor", "lammps"}
+        Whether S multiplies, or LAMMPS' polynomial is added.
+
+    Raises
+    ------
+    ModelError
+        If the radii are out of order, the switching is unknown or a species has no atomic number.
     """
 
     kind = "zbl"
     nuclear_charge: Tensor
 
-    def __init__(self, species_table: SpeciesTable, inner: float, cutoff: float) -> None:
+    def __init__(
+        self,
+        species_table: SpeciesTable,
+        inner: float,
+        cutoff: float,
+        switching: Literal["factor", "lammps"] = "factor",
+    ) -> None:
         super().__init__(species_table, cutoff)
+        if switching not in ("factor", "lammps"):
+            raise ModelError(f"ZBL has the switching 'factor' or 'lammps', not '{switching}'")
+        self.switching = switching
         if not 0.0 <= inner < cutoff:
             raise ModelError(f"ZBL needs 0 <= inner < cutoff, not {inner} and {cutoff}")
         numbers = species_table.atomic_numbers
@@ -63,24 +81,39 @@ class ZBL(Potential):
         r = torch.linalg.vector_norm(r_ij[close], dim=1)
         z_i = self.nuclear_charge[species[center]]
         z_j = self.nuclear_charge[species[neighbor]]
-        x = r * (z_i**_POWER + z_j**_POWER) / _LENGTH
-        screening = torch.zeros_like(r)
-        for c, d in zip(_COEFFICIENTS, _EXPONENTS, strict=True):
-            screening = screening + c * torch.exp(-d * x)
-        pair = 0.5 * COULOMB * z_i * z_j / r * screening * self._switch(r)
+        inverse_length = (z_i**_POWER + z_j**_POWER) / _LENGTH
+        pair = _screened_coulomb(r, inverse_length)[0]
+        if self.switching == "factor":
+            pair = pair * self._switch(r)
+        else:
+            pair = pair + self._added_switch(r, inverse_length)
+        pair = 0.5 * COULOMB * z_i * z_j * pair
         return LocalOutput(pair.new_zeros(n_local).index_add(0, center, pair))
 
     def _switch(self, r: Tensor) -> Tensor:
         t = ((r - self.inner) / (self.cutoff - self.inner)).clamp(0.0, 1.0)
         return 1.0 - t**3 * (10.0 - 15.0 * t + 6.0 * t**2)
 
-    def native_parts(self) -> NativeParts:
-        """Charges and radii."""
+    def native_parts(self) -> NativeParts | None:
+        """Charges and radii; native kernels know the switching factor only."""
+        if self.switching != "factor":
+            return None
         return NativeParts(prior=ZblParameters(self.nuclear_charge, self.inner, self.cutoff))
 
+    def _added_switch(self, r: Tensor, inverse_length: Tensor) -> Tensor:
+        """LAMMPS' S(r) = A/3 (r - inner)³ + B/4 (r - inner)⁴ + C, of a pair of unit charges."""
+        width = self.cutoff - self.inner
+        end = r.new_full((), self.cutoff)
+        value, slope, curvature = _screened_coulomb(end, inverse_length)
+        a = (-3.0 * slope + width * curvature) / width**2
+        b = (2.0 * slope - width * curvature) / width**3
+        c = -value + 0.5 * width * slope - width**2 * curvature / 12.0
+        t = (r - self.inner).clamp(min=0.0)
+        return a / 3.0 * t**3 + b / 4.0 * t**4 + c
+
     def hyperparameters(self) -> dict[str, Any]:
-        """Both radii."""
-        return {"inner": self.inner, "cutoff": self.cutoff}
+        """Both radii and the switching."""
+        return {"inner": self.inner, "cutoff": self.cutoff, "switching": self.switching}
 
     @classmethod
     def for_species(cls, species_table: SpeciesTable) -> ZBL:
@@ -94,3 +127,15 @@ class ZBL(Potential):
         smallest = min(float(covalent_radii[z]) for z in species_table.atomic_numbers.tolist())
         cutoff = 0.9 * 2.0 * smallest
         return cls(species_table, inner=math.floor(50.0 * cutoff) / 100.0, cutoff=cutoff)
+
+
+def _screened_coulomb(r: Tensor, inverse_length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """φ(r/a)/r in 1/Å, its slope and its curvature."""
+    value, slope, curvature = (torch.zeros_like(r * inverse_length) for _ in range(3))
+    for c, d in zip(_COEFFICIENTS, _EXPONENTS, strict=True):
+        k = d * inverse_length
+        term = c * torch.exp(-k * r) / r
+        value = value + term
+        slope = slope - term * (1.0 / r + k)
+        curvature = curvature + term * (2.0 / r**2 + 2.0 * k / r + k**2)
+    return value, slope, curvature

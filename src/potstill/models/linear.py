@@ -1,0 +1,546 @@
+"""SNAP: energies linear or quadratic in the bispectrum components of the neighbor density."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache, wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from potstill.errors import DataError, ModelError, suggest
+from potstill.models.base import Edges, LocalOutput, Potential, TapSpec
+from potstill.structures import SpeciesTable
+
+# Atoms are worked on in blocks of similar neighbor number: little padding, short vectors in cache.
+_BLOCK = 512
+
+#: Keywords of a .snapparam file, each with the argument of `SNAP` (which has the same default) and
+#: its type.
+_KEYWORDS: dict[str, tuple[str, Callable[[float], Any]]] = {
+    "rcutfac": ("rcutfac", float),
+    "twojmax": ("twojmax", int),
+    "rfac0": ("rfac0", float),
+    "rmin0": ("rmin0", float),
+    "switchflag": ("switch", bool),
+    "bzeroflag": ("bzero", bool),
+    "quadraticflag": ("quadratic", bool),
+}
+
+#: Keywords of a .snapparam file that change the descriptors, with the only value understood here.
+_FIXED_KEYWORDS = {"chemflag": 0, "bnormflag": 0, "wselfallflag": 0, "switchinnerflag": 0}
+
+#: Keywords of a .snapparam file that say nothing about the energy.
+_IGNORED_KEYWORDS = {"chunksize", "parallelthresh", "diagonalstyle"}
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _constant(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Remember what a function of hashable arguments returns.
+
+    Tensors are made outside of inference mode, whatever the first caller's: they serve training.
+    """
+    cached = lru_cache(maxsize=None)(torch.inference_mode(False)(function))
+    return cast(Callable[_P, _T], wraps(function)(cached))
+
+
+class SNAP(Potential):
+    """Spectral neighbor analysis potential with the conventions of LAMMPS.
+
+    Neighbors within `R_ij = rcutfac (R_i + R_j)` become points on the unit sphere in four
+    dimensions, with the polar angle `θ = π rfac0 (r - rmin0) / (R_ij - rmin0)`. Their density is
+    expanded in Wigner's U (Thompson, Swiler, Trott, Foiles, Tucker, J. Comput. Phys. 285, 316
+    (2015), Eqs. 1-7; labels j are doubled, as in LAMMPS):
+
+        U_j = 1 + Σ_k w_k f(r_ik) U_j(θ, direction),   f = ½ + ½ cos[π (r - rmin0) / (R_ij - rmin0)]
+
+        B_{j1 j2 j} = Σ conj(U_j) (U_j1 ⊗ U_j2 coupled to j),    0 <= j2 <= j1 <= j <= twojmax
+
+    and the atomic energy is `β_0 + β · B`, plus `½ B · α · B` if `quadratic`. Layers of odd j
+    (half-integer spin) are continued smoothly to r < rmin0, where LAMMPS changes their sign.
+
+    Parameters
+    ----------
+    species_table : SpeciesTable
+        The species.
+    twojmax : int
+        Largest doubled angular momentum.
+    rcutfac : float
+        Scales the sum of two species' radii to their cutoff, Å if the radii are pure numbers.
+    radii : sequence of float
+        (n_species,) R_i (LAMMPS' `radelem`), 0.5 each if left out: `rcutfac` is then the cutoff.
+    weights : sequence of float
+        (n_species,) w_k (`welem`), one if left out.
+    rfac0 : float
+        Fraction of the half turn that the cutoff is mapped to.
+    rmin0 : float
+        Å.
+    switch : bool
+        Whether f goes to zero at the cutoff (`switchflag`); without it energies jump there.
+    bzero : bool
+        Whether the components of an isolated atom are taken off (`bzeroflag`).
+    quadratic : bool
+        Whether the energy has quadratic terms.
+
+    Notes
+    -----
+    `coefficients` is one parameter, (n_species, n_coefficients) in eV, each row in the order of a
+    .snapcoeff file: β_0, β, then the upper triangle of α row by row. They start at random as He et
+    al. (2015) advise, normal with variance 2 / fan-in, the fan-in being the number of terms that
+    are summed (without β_0, which starts at zero).
+
+    Raises
+    ------
+    ModelError
+        If a hyper-parameter is out of range or does not fit the number of species.
+    """
+
+    kind = "snap"
+
+    # Always float64; cast where they are used.
+    radii: Tensor
+    weights: Tensor
+
+    def __init__(
+        self,
+        species_table: SpeciesTable,
+        *,
+        twojmax: int,
+        rcutfac: float,
+        radii: Sequence[float] | None = None,
+        weights: Sequence[float] | None = None,
+        rfac0: float = 0.99363,
+        rmin0: float = 0.0,
+        switch: bool = True,
+        bzero: bool = True,
+        quadratic: bool = False,
+    ) -> None:
+        n_species = len(species_table)
+        radii = [0.5] * n_species if radii is None else [float(x) for x in radii]
+        weights = [1.0] * n_species if weights is None else [float(x) for x in weights]
+        if len(radii) != n_species or len(weights) != n_species:
+            raise ModelError(
+                f"SNAP needs a radius and a weight for each of {n_species} species, not "
+                f"{len(radii)} and {len(weights)}"
+            )
+        if twojmax < 0 or min(rcutfac, *radii) <= 0:
+            raise ModelError("SNAP needs twojmax >= 0 and positive rcutfac and radii")
+        if not 0.0 < rfac0 <= 1.0 or not 0.0 <= rmin0 < 2.0 * rcutfac * min(radii):
+            raise ModelError("SNAP needs 0 < rfac0 <= 1, and rmin0 between 0 and the cutoff")
+        super().__init__(species_table, 2.0 * rcutfac * max(radii))
+        self.twojmax, self.rcutfac = int(twojmax), float(rcutfac)
+        self.rfac0, self.rmin0 = float(rfac0), float(rmin0)
+        self.switch, self.bzero, self.quadratic = bool(switch), bool(bzero), bool(quadratic)
+        self._of_species = {"radii": radii, "weights": weights}
+        for name, values in self._of_species.items():
+            # Not in the state dict: they are hyper-parameters.
+            buffer = torch.tensor(values, dtype=torch.float64)
+            self.register_buffer(name, buffer, persistent=False)
+        start = torch.randn(n_species, self.n_coefficients)
+        start = start * math.sqrt(2.0 / max(1, self.n_coefficients - 1))
+        start[:, 0] = 0.0
+        self.coefficients = nn.Parameter(start)
+
+    @property
+    def n_components(self) -> int:
+        """Number of bispectrum components of an atom."""
+        return len(component_labels(self.twojmax))
+
+    @property
+    def n_coefficients(self) -> int:
+        """Number of coefficients of a species: one, and one per linear and per quadratic term."""
+        n = self.n_components
+        return 1 + n + (n * (n + 1) // 2 if self.quadratic else 0)
+
+    @property
+    def taps(self) -> dict[str, TapSpec]:
+        """The bispectrum components, in the order of `component_labels`."""
+        return {"bispectrum": TapSpec("node_scalar", self.n_components)}
+
+    def forward(
+        self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
+    ) -> LocalOutput:
+        """(n_local,) atomic energies in float64: the terms cancel by orders of magnitude."""
+        components = self.bispectrum(species, edges, r_ij, n_local)
+        atomic = components.new_zeros(n_local, dtype=torch.float64)
+        for s in range(len(self.species_table)):
+            atoms = (species[:n_local] == s).nonzero()[:, 0]
+            energies = self._energies(components[atoms], self.coefficients[s])
+            atomic = atomic.index_copy(0, atoms, energies)
+        return LocalOutput(atomic, {"bispectrum": components} if "bispectrum" in taps else {})
+
+    def _energies(self, components: Tensor, coefficients: Tensor) -> Tensor:
+        """(n,) float64 from (n, n_components) and one species' coefficients."""
+        n = self.n_components
+        linear = coefficients[1 : n + 1]
+        total = coefficients[0].double() + (components * linear).double().sum(dim=1)
+        if self.quadratic:
+            row, column = torch.triu_indices(n, n, device=components.device)
+            alpha = coefficients.new_zeros(n, n).index_put((row, column), coefficients[n + 1 :])
+            # The file gives α_ii and, once, α_ij: half of the former, the whole of the latter.
+            alpha = alpha - 0.5 * torch.diag(alpha.diagonal())
+            total = total + ((components @ alpha) * components).double().sum(dim=1)
+        return total
+
+    def terms(self, components: Tensor) -> Tensor:
+        """(n, n_coefficients) what the coefficients multiply, from (n, n_components)."""
+        columns = [torch.ones_like(components[:, :1]), components]
+        if self.quadratic:
+            row, column = torch.triu_indices(*[self.n_components] * 2, device=components.device)
+            half = torch.where(row == column, 0.5, 1.0).to(components.dtype)
+            columns.append(half * components[:, row] * components[:, column])
+        return torch.cat(columns, dim=1)
+
+    def term_derivatives(self, components: Tensor, slopes: Tensor) -> Tensor:
+        """(..., n_coefficients) change of `terms` where components change by `slopes`.
+
+        Both arguments are (..., n_components) and broadcast.
+        """
+        columns = [torch.zeros_like(slopes[..., :1]), slopes]
+        if self.quadratic:
+            row, column = torch.triu_indices(*[self.n_components] * 2, device=components.device)
+            half = torch.where(row == column, 0.5, 1.0).to(components.dtype)
+            product = components[..., row] * slopes[..., column]
+            product = product + components[..., column] * slopes[..., row]
+            columns.append(half * product)
+        return torch.cat(columns, dim=-1)
+
+    def bispectrum(self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int) -> Tensor:
+        """(n_local, n_components) bispectrum components of the local atoms.
+
+        Parameters
+        ----------
+        species, edges, r_ij, n_local
+            As in `Potential.forward`.
+        """
+        r_ij = r_ij.to(self.dtype)
+        radii = self.radii.to(self.dtype)
+        reach = self.rcutfac * (radii[species[edges.center]] + radii[species[edges.neighbor]])
+        near = (r_ij.detach().square().sum(dim=1) < reach.square()).nonzero()[:, 0]
+        edges = Edges(edges.center[near], edges.neighbor[near])
+        a, b, weight = self._points(species, edges, r_ij[near], reach[near])
+        pair, used = edges.padded(n_local)
+        n_neighbors = used.sum(dim=1)
+        order = n_neighbors.argsort(descending=True, stable=True)
+        blocks = [r_ij.new_zeros(0, self.n_components)]
+        for start in range(0, n_local, _BLOCK):
+            atoms = order[start : start + _BLOCK]
+            width = int(n_neighbors[atoms[0]])
+            slots, filled = pair[atoms, :width].T, used[atoms, :width].T  # (K, n)
+            density = _density(
+                _take(a, slots), _take(b, slots), _take(weight, slots) * filled, self.twojmax
+            )
+            blocks.append(_components(density, self.twojmax))
+        components = torch.cat(blocks).index_select(0, order.argsort())
+        if self.bzero:
+            alone = [j + 1.0 for _, _, j in component_labels(self.twojmax)]
+            components = components - components.new_tensor(alone)
+        return components
+
+    def _points(
+        self, species: Tensor, edges: Edges, r_ij: Tensor, reach: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Conjugate Cayley-Klein parameters a and b (complex), and weights, (E,) each."""
+        r = torch.linalg.vector_norm(r_ij, dim=1)
+        turn = math.pi * (r - self.rmin0) / (reach - self.rmin0)
+        theta = self.rfac0 * turn
+        direction = r_ij * (theta.sin() / r)[:, None]
+        a = torch.complex(theta.cos(), direction[:, 2])
+        b = torch.complex(direction[:, 1], direction[:, 0])
+        weight = self.weights.to(r.dtype)[species[edges.neighbor]]
+        if self.switch:
+            weight = weight * torch.where(r > self.rmin0, 0.5 + 0.5 * turn.cos(), 1.0)
+        return a, b, weight
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """All keyword arguments."""
+        return {
+            "twojmax": self.twojmax,
+            "rcutfac": self.rcutfac,
+            **self._of_species,
+            "rfac0": self.rfac0,
+            "rmin0": self.rmin0,
+            "switch": self.switch,
+            "bzero": self.bzero,
+            "quadratic": self.quadratic,
+        }
+
+    def regularized_weights(self) -> list[Tensor]:
+        """All coefficients but the constants."""
+        return [self.coefficients[:, 1:]]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SNAP:
+        super()._apply(fn, recurse)
+        for name, values in self._of_species.items():
+            device = getattr(self, name).device
+            setattr(self, name, torch.tensor(values, dtype=torch.float64, device=device))
+        return self
+
+    # -- LAMMPS' files ---------------------------------------------------------------------------
+
+    @classmethod
+    def from_lammps(cls, coeff: str | Path, param: str | Path) -> SNAP:
+        """Read a potential of LAMMPS' `pair_style snap`.
+
+        Parameters
+        ----------
+        coeff, param : path
+            The .snapcoeff and the .snapparam file.
+
+        Returns
+        -------
+        SNAP
+            In float64. Other terms that a potential is used with (often `ZBL`) are not in the
+            files.
+
+        Raises
+        ------
+        DataError
+            If a file is not complete, or names what potstill does not have (`chemflag`,
+            `bnormflag`, `wselfallflag`, `switchinnerflag`).
+        """
+        elements = _read_coefficients(Path(coeff))
+        table = SpeciesTable.from_symbols(elements)
+        rows = [elements[name] for name in table.names]
+        model = cls(
+            table,
+            radii=[row.radius for row in rows],
+            weights=[row.weight for row in rows],
+            **_read_parameters(Path(param)),
+        ).double()
+        for name, row in zip(table.names, rows, strict=True):
+            if len(row.coefficients) != model.n_coefficients:
+                raise DataError(
+                    f"{coeff} has {len(row.coefficients)} coefficients for {name}, but "
+                    f"{param} asks for {model.n_coefficients}"
+                )
+        with torch.no_grad():
+            values = torch.tensor([row.coefficients for row in rows], dtype=torch.float64)
+            model.coefficients.copy_(values)
+        return model
+
+    def to_lammps(self, coeff: str | Path, param: str | Path) -> None:
+        """Write the files that LAMMPS' `pair_style snap` reads; the inverse of `from_lammps`."""
+        lines = ["# SNAP coefficients, written by potstill", ""]
+        lines.append(f"{len(self.species_table)} {self.n_coefficients}")
+        for s, row in enumerate(self.coefficients.detach().double().tolist()):
+            radius, weight = (values[s] for values in self._of_species.values())
+            lines.append(f"{self.species_table.names[s]} {radius!r} {weight!r}")
+            lines.extend(map(repr, row))
+        Path(coeff).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines = ["# SNAP parameters, written by potstill", ""]
+        for keyword, (argument, _) in _KEYWORDS.items():
+            lines.append(f"{keyword} {+getattr(self, argument)!r}")  # True is written as 1
+        Path(param).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# -- the expansion -------------------------------------------------------------------------------
+
+
+@lru_cache
+def component_labels(twojmax: int) -> tuple[tuple[int, int, int], ...]:
+    """Doubled labels (j1, j2, j) of the bispectrum components, in LAMMPS' order."""
+    return tuple(
+        (j1, j2, j)
+        for j1 in range(twojmax + 1)
+        for j2 in range(j1 + 1)
+        for j in range(j1 - j2, min(twojmax, j1 + j2) + 1, 2)
+        if j >= j1
+    )
+
+
+def _take(values: Tensor, slots: Tensor) -> Tensor:
+    """Values (E,) laid out as (K, n) slots; without pairs there are no slots."""
+    return values.index_select(0, slots.flatten()).view(slots.shape)
+
+
+def _density(a: Tensor, b: Tensor, weight: Tensor, twojmax: int) -> list[Tensor]:
+    """Expansion coefficients of the neighbor density, one (n, j + 1, j + 1) array per layer j.
+
+    The recursion of Varshalovich et al. (section 4.8.2) runs over the layers of all pairs at once;
+    being linear, it carries the weight along from the first layer. Of each layer only the rows
+    up to the middle are computed, u[j - m', j - m] = (-1)^(m' + m) conj(u[m', m]) gives the rest.
+
+    Parameters
+    ----------
+    a, b : Tensor
+        (K, n) complex, conjugate Cayley-Klein parameters.
+    weight : Tensor
+        (K, n) real, zero for unused slots.
+    twojmax : int
+        Largest j.
+    """
+    layer = weight.to(a.dtype)[None, None]  # (rows, columns, K, n)
+    layers = [_whole_layer(layer.sum(dim=2), 0)]
+    for j in range(1, twojmax + 1):
+        if j % 2 == 0:  # the middle row follows from one beyond the middle of the layer before
+            signs = _signs(j - 1, a.real.dtype, a.device)[j // 2]
+            mirror = layer[-1].flip(0).conj() * signs[:, None, None]
+            layer = torch.cat([layer, mirror[None]])
+        left, right = _recursion_factors(j, a.real.dtype, a.device)
+        left = torch.nn.functional.pad(a * (layer * left), (0, 0, 0, 0, 0, 1))
+        right = torch.nn.functional.pad(b * (layer * right), (0, 0, 0, 0, 1, 0))
+        layer = left - right
+        layers.append(_whole_layer(layer.sum(dim=2), j))
+    return layers
+
+
+def _whole_layer(half: Tensor, j: int) -> Tensor:
+    """(n, j + 1, j + 1) from rows (j // 2 + 1, j + 1, n); the atom itself adds the unit matrix."""
+    half = half.permute(2, 0, 1)
+    signs = _signs(j, half.real.dtype, half.device)
+    rest = half[:, : (j + 1) // 2].flip(1, 2).conj() * signs[j // 2 + 1 :]
+    unit = torch.eye(j + 1, dtype=half.real.dtype, device=half.device)
+    return torch.cat([half, rest], dim=1) + unit
+
+
+def _components(density: list[Tensor], twojmax: int) -> Tensor:
+    """(n, n_components) from the layers of `_density`."""
+    real = density[0].real.dtype
+    device = density[0].device
+    n = density[0].shape[0]
+    components = []
+    for j1, j2, j in component_labels(twojmax):
+        columns, rows = _couplings(j1, j2, j, real, device)
+        first, second, third = density[j1], density[j2], density[j][:, : j // 2 + 1]
+        # Columns first: sum over m2 as a matrix product, over m1 as one per atom, then the rows.
+        inner = (second @ columns).view(n, j2 + 1, j1 + 1, j + 1)
+        inner = inner.transpose(1, 2).reshape(n, j1 + 1, (j2 + 1) * (j + 1))
+        inner = (first @ inner).view(n, (j1 + 1) * (j2 + 1), j + 1)
+        coupled = rows @ inner  # (n, j // 2 + 1, j + 1); the mirrored rows give the same again
+        components.append((coupled * third.conj()).real.sum(dim=(1, 2)))
+    return torch.stack(components, dim=1)
+
+
+@_constant
+def _signs(j: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(j + 1, j + 1) of (-1)^(m' + m)."""
+    sign = (-1.0) ** torch.arange(j + 1, dtype=dtype, device=device)
+    return sign[:, None] * sign
+
+
+@_constant
+def _recursion_factors(j: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """sqrt((j - m) / (j - m')) and sqrt((m + 1) / (j - m')), (j // 2 + 1, j, 1, 1) each."""
+    row = torch.arange(j // 2 + 1, dtype=torch.float64)[:, None]
+    column = torch.arange(j, dtype=torch.float64)
+    factors = ((j - column) / (j - row)).sqrt(), ((column + 1.0) / (j - row)).sqrt()
+    left, right = (x[:, :, None, None].to(device=device, dtype=dtype) for x in factors)
+    return left, right
+
+
+@_constant
+def _couplings(
+    j1: int, j2: int, j: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Clebsch-Gordan coefficients as complex matrices for columns and for rows.
+
+    The first is (j2 + 1, (j1 + 1) (j + 1)); the second (j // 2 + 1, (j1 + 1) (j2 + 1)), with rows
+    before the middle doubled to stand for those after it.
+    """
+    table = clebsch_gordan(j1, j2, j)  # (m1, m2, m)
+    twice = torch.full((j // 2 + 1,), 2.0, dtype=torch.float64)
+    if j % 2 == 0:
+        twice[-1] = 1.0
+    columns = table.permute(1, 0, 2).reshape(j2 + 1, -1)
+    rows = table.reshape(-1, j + 1).T[: j // 2 + 1] * twice[:, None]
+    kind = dtype.to_complex()
+    return columns.to(device=device, dtype=kind), rows.to(device=device, dtype=kind)
+
+
+@_constant
+def clebsch_gordan(j1: int, j2: int, j: int) -> Tensor:
+    """(j1 + 1, j2 + 1, j + 1) float64 coefficients <j1 m1 j2 m2 | j m>, labels j doubled.
+
+    Racah's formula in exact integers; index k along an axis stands for m = k - j / 2.
+    """
+    f = math.factorial
+    table = torch.zeros(j1 + 1, j2 + 1, j + 1, dtype=torch.float64)
+    a, b, c = (j1 + j2 - j) // 2, (j1 - j2 + j) // 2, (j2 - j1 + j) // 2
+    triangle = Fraction((j + 1) * f(a) * f(b) * f(c), f(a + b + c + 1))
+    for p in range(j1 + 1):
+        for q in range(max(0, a - p), min(j2, a + j - p) + 1):
+            m = p + q - a
+            total = Fraction(0)
+            for z in range(max(0, a - p, q - c), min(a, j1 - p, q) + 1):
+                below = f(z) * f(a - z) * f(j1 - p - z) * f(q - z) * f(p - a + z) * f(c - q + z)
+                total += Fraction((-1) ** z, below)
+            square = triangle * f(p) * f(j1 - p) * f(q) * f(j2 - q) * f(m) * f(j - m)
+            table[p, q, m] = float(total) * math.sqrt(square)
+    return table
+
+
+# -- LAMMPS' files -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Element:
+    """What a .snapcoeff file says of one element."""
+
+    radius: float
+    weight: float
+    coefficients: list[float]
+
+
+def _read_coefficients(path: Path) -> dict[str, _Element]:
+    """Elements by symbol."""
+    rows = _rows(path)
+    try:
+        n_elements, n_coefficients = (int(word) for word in rows[0])
+        blocks = rows[1:]
+        if len(blocks) != n_elements * (n_coefficients + 1):
+            raise ValueError
+        elements = {}
+        for k in range(n_elements):
+            head, *own = blocks[k * (n_coefficients + 1) : (k + 1) * (n_coefficients + 1)]
+            symbol, radius, weight = head
+            values = [float(value) for (value,) in own]
+            elements[symbol] = _Element(float(radius), float(weight), values)
+    except (ValueError, IndexError) as error:
+        raise DataError(
+            f"{path} is not a complete .snapcoeff file: a line with the numbers of elements and of "
+            "coefficients, then for each element its symbol, radius and weight, and one "
+            "coefficient per line"
+        ) from error
+    return elements
+
+
+def _read_parameters(path: Path) -> dict[str, Any]:
+    """Keyword arguments of `SNAP` without radii and weights."""
+    found: dict[str, float] = {}
+    for words in _rows(path):
+        known = {*_KEYWORDS, *_FIXED_KEYWORDS, *_IGNORED_KEYWORDS}
+        if words[0] not in known:
+            raise DataError(f"{path}: unknown keyword '{words[0]}'{suggest(words[0], known)}")
+        try:
+            (value,) = words[1:]
+            found[words[0]] = float(value)
+        except ValueError as error:
+            raise DataError(f"{path}: '{' '.join(words)}' is not a keyword and a number") from error
+    for name, only in _FIXED_KEYWORDS.items():
+        if found.get(name, only) != only:
+            raise DataError(f"{path}: potstill's SNAP has no {name} {found[name]:g}")
+    for name in ("rcutfac", "twojmax"):
+        if name not in found:
+            raise DataError(f"{path} has no {name}")
+    return {
+        argument: kind(found[name]) for name, (argument, kind) in _KEYWORDS.items() if name in found
+    }
+
+
+def _rows(path: Path) -> list[list[str]]:
+    """Words of the lines that are not empty, without comments."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    rows = [line.partition("#")[0].split() for line in text.splitlines()]
+    return [row for row in rows if row]

@@ -1,0 +1,250 @@
+"""Least squares for models that are linear in their coefficients."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from potstill.errors import ConfigError, DataError, MissingLabelError, suggest
+from potstill.models import SNAP, Edges, Potential
+from potstill.neighbors import build_neighbor_list, pair_vectors
+from potstill.structures import Properties, Structures
+
+#: What can be fitted, and the six independent components of a stress.
+_FITTED = ("energy", "forces", "stress")
+_VOIGT = ((0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1))
+
+#: A weight for all systems, one for each, or one per group.
+Weight = float | Tensor | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """The solution of a linear least-squares problem.
+
+    Parameters
+    ----------
+    coefficients : Tensor
+        (n_species, n_coefficients) float64, eV.
+    rank : int
+        Number of independent directions among the coefficients that the data determine.
+    n_coefficients, n_rows : int
+        Size of the problem.
+    condition : float
+        Largest over smallest singular value that was kept, of the matrix with columns scaled to
+        unit length.
+    weighted_rmse : float
+        Root of the mean squared residual of the weighted rows.
+    """
+
+    coefficients: Tensor
+    rank: int
+    n_coefficients: int
+    n_rows: int
+    condition: float
+    weighted_rmse: float
+
+
+def fit_linear(
+    model: SNAP,
+    structures: Structures,
+    properties: Properties,
+    *,
+    weights: Mapping[str, Weight],
+    baseline: Potential | None = None,
+    ridge: float = 0.0,
+    tolerance: float = 1e-13,
+    batch_atoms: int = 256,
+) -> LinearFit:
+    """Fit the coefficients of a SNAP model to energies, forces and stresses, in float64.
+
+    Rows are energies per atom (eV), components of forces (eV/Å) and the six components of stresses
+    (eV/Å³). Each is multiplied by its weight, so that the squares of the weights enter the sum of
+    squares, as in FitSNAP. The matrix is reduced batch by batch (QR), so that memory does not grow
+    with the data.
+
+    Parameters
+    ----------
+    model : SNAP
+        Its coefficients are replaced by the solution, in its own dtype.
+    structures : Structures
+        What the labels belong to.
+    properties : Properties
+        The labels; systems without one contribute no rows for it.
+    weights : mapping
+        By property (energy, forces, stress): a number, one per system (S,), or one per name of a
+        group. Properties that are left out, and weights of zero, give no rows.
+    baseline : Potential, optional
+        A fixed potential, such as `ZBL`, that is taken off the labels first.
+    ridge : float
+        `ridge |coefficients|²` is added to the weighted sum of squares, without the constants.
+    tolerance : float
+        Directions with singular values below this part of the largest are set to zero.
+    batch_atoms : int
+        Atoms per batch, at least one system.
+
+    Returns
+    -------
+    LinearFit
+
+    Raises
+    ------
+    ConfigError
+        If a weight is for no known property, or misses a group.
+    MissingLabelError
+        If a property with a weight is not among the labels.
+    DataError
+        If no rows are left.
+    """
+    structures = structures.with_species_table(model.species_table)
+    scale = {
+        name: _by_system(name, weight, structures, properties) for name, weight in weights.items()
+    }
+    work = copy.deepcopy(model).double()
+    n = work.coefficients.numel()
+    triangle = torch.zeros(0, n + 1, dtype=torch.float64)
+    n_rows = 0
+    for systems in _batches(structures, batch_atoms):
+        part = structures.select(systems)
+        labels = _labels(part, properties.select(systems, structures), list(scale), baseline)
+        for name, matrix in _design(work, part, list(scale)).items():
+            weight = scale[name][systems]
+            weight = weight[part.system_index] if name == "forces" else weight
+            rows = torch.cat([matrix, labels[name][:, :, None]], dim=2) * weight[:, None, None]
+            rows = rows[weight != 0.0].flatten(0, 1)
+            n_rows += len(rows)
+            triangle = torch.linalg.qr(torch.cat([triangle, rows]), mode="r")[1]
+    if n_rows == 0:
+        raise DataError("there is nothing to fit to: no label has a weight above zero")
+    if not bool(torch.isfinite(triangle).all()):
+        raise DataError("labels or descriptors are not finite")
+    fit = _solve(triangle, work.coefficients.shape, n_rows, ridge, tolerance)
+    with torch.no_grad():
+        model.coefficients.copy_(fit.coefficients)
+    return fit
+
+
+def _by_system(name: str, weight: Weight, structures: Structures, properties: Properties) -> Tensor:
+    """(S,) float64, zero where a system has no such label."""
+    if name not in _FITTED:
+        raise ConfigError(f"weights are for {', '.join(_FITTED)}: '{name}'{suggest(name, _FITTED)}")
+    if name not in properties:
+        raise MissingLabelError(f"there is a weight for {name}, but there are no such labels")
+    if isinstance(weight, Mapping):
+        groups = structures.group or ("",) * structures.n_systems
+        for group in set(groups) - set(weight):
+            raise ConfigError(f"the weights for {name} have no entry for group '{group}'")
+        weight = torch.tensor([weight[group] for group in groups], dtype=torch.float64)
+    values = torch.as_tensor(weight, dtype=torch.float64).expand(structures.n_systems)
+    return torch.where(properties.presence(name, structures.n_systems), values, 0.0)
+
+
+def _batches(structures: Structures, batch_atoms: int) -> Iterator[Tensor]:
+    """Consecutive systems with at most so many atoms, but one system at least."""
+    counts = structures.n_atoms_per_system.tolist()
+    start, atoms = 0, 0
+    for s, count in enumerate(counts):
+        if s > start and atoms + count > batch_atoms:
+            yield torch.arange(start, s)
+            start, atoms = s, 0
+        atoms += count
+    if counts:
+        yield torch.arange(start, len(counts))
+
+
+def _labels(
+    structures: Structures, properties: Properties, names: list[str], baseline: Potential | None
+) -> dict[str, Tensor]:
+    """Targets as (S or N, rows of each): energies per atom, forces, stress components."""
+    values = {name: properties[name] for name in names}
+    if baseline is not None:
+        taken = baseline.predict(structures, properties=names)
+        values = {name: value - taken[name] for name, value in values.items()}
+    if "energy" in values:
+        n_atoms = structures.n_atoms_per_system.clamp(min=1)
+        values["energy"] = (values["energy"] / n_atoms)[:, None]
+    if "stress" in values:
+        values["stress"] = values["stress"][:, _VOIGT[0], _VOIGT[1]]
+    return values
+
+
+def _design(model: SNAP, structures: Structures, names: list[str]) -> dict[str, Tensor]:
+    """By property: how its rows depend on the coefficients, (S or N, rows of each, n)."""
+    neighbors = build_neighbor_list(structures, model.cutoff)
+    edges = Edges(neighbors.center, neighbors.neighbor)
+    r_ij = pair_vectors(structures, neighbors).requires_grad_(True)
+    components = model.bispectrum(structures.species, edges, r_ij, structures.n_atoms)
+    matrices = {}
+    terms = model.terms(components.detach())  # (N, n_coefficients)
+    if "energy" in names:
+        atomic = _columns_of_species(model, terms, structures.species)
+        total = atomic.new_zeros(structures.n_systems, atomic.shape[1])
+        total = total.index_add(0, structures.system_index, atomic)
+        n_atoms = structures.n_atoms_per_system.clamp(min=1)
+        matrices["energy"] = (total / n_atoms[:, None])[:, None]
+    if {"forces", "stress"} & set(names):
+        # A pair belongs to one center, so that one backward pass per component gives the gradient
+        # of that component of every center by all of its pairs.
+        slopes = torch.stack(
+            [
+                torch.autograd.grad(column.sum(), r_ij, retain_graph=True)[0]
+                for column in components.unbind(1)
+            ],
+            dim=2,
+        )  # (E, 3, n_components)
+        change = model.term_derivatives(components.detach()[edges.center][:, None], slopes)
+        change = _columns_of_species(model, change, structures.species[edges.center])
+        if "forces" in names:
+            forces = change.new_zeros(structures.n_atoms, *change.shape[1:])
+            forces = forces.index_add(0, edges.center, change)
+            matrices["forces"] = forces.index_add(0, edges.neighbor, -change)
+        if "stress" in names:
+            a, b = (torch.tensor(axes) for axes in _VOIGT)
+            r = r_ij.detach()
+            outer = r[:, a, None] * change[:, b] + r[:, b, None] * change[:, a]  # (E, 6, n)
+            virial = outer.new_zeros(structures.n_systems, *outer.shape[1:])
+            virial = virial.index_add(0, structures.system_index[edges.center], 0.5 * outer)
+            matrices["stress"] = virial / structures.volume[:, None, None]
+    return matrices
+
+
+def _columns_of_species(model: SNAP, terms: Tensor, species: Tensor) -> Tensor:
+    """Spread (n, ..., n_coefficients) over the columns of the rows' species; others are zero."""
+    if len(model.species_table) == 1:
+        return terms
+    own = torch.nn.functional.one_hot(species, len(model.species_table)).to(terms.dtype)
+    own = own.reshape(len(species), *[1] * (terms.ndim - 2), -1, 1)
+    return (own * terms.unsqueeze(-2)).flatten(-2)
+
+
+def _solve(
+    triangle: Tensor, shape: torch.Size, n_rows: int, ridge: float, tolerance: float
+) -> LinearFit:
+    """Least squares from the triangle of the QR decomposition of matrix and right-hand side."""
+    matrix, target = triangle[:, :-1], triangle[:, -1]
+    if ridge > 0.0:
+        penalty = torch.full(shape, math.sqrt(ridge), dtype=torch.float64)
+        penalty[:, 0] = 0.0
+        matrix = torch.cat([matrix, torch.diag(penalty.flatten())])
+        target = torch.cat([target, target.new_zeros(penalty.numel())])
+    # Columns differ by orders of magnitude; what counts as dependent should not.
+    length = torch.linalg.vector_norm(matrix, dim=0)
+    length = torch.where(length > 0.0, length, 1.0)
+    u, singular, vh = torch.linalg.svd(matrix / length, full_matrices=False)
+    kept = singular > tolerance * singular[0]
+    inverse = torch.where(kept, 1.0 / singular, 0.0)
+    solution = (vh.T @ (inverse * (u.T @ target))) / length
+    residual = triangle[:, -1] - triangle[:, :-1] @ solution
+    return LinearFit(
+        coefficients=solution.reshape(shape),
+        rank=int(kept.sum()),
+        n_coefficients=solution.numel(),
+        n_rows=n_rows,
+        condition=float(singular[0] / singular[kept][-1]),
+        weighted_rmse=float(residual.square().sum().div(n_rows).sqrt()),
+    )
