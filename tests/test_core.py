@@ -12,6 +12,7 @@ from torch import Tensor
 from potstill import core
 from potstill.models import HIPNN
 from potstill.models.base import Edges
+from potstill.models.prior import ZBL
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.structures import NeighborList, SpeciesTable, Structures
 
@@ -102,16 +103,91 @@ def compare_pass(
         assert error <= TOLERANCES[model.dtype] * largest, name
 
 
+#: Species, l_max, interaction layers, cutoff function, threads.
+CASES = [
+    (1, 0, 1, "cosine_squared", 1),
+    (1, 1, 1, "cosine_squared", 2),
+    (1, 2, 2, "polynomial", 1),
+    (2, 1, 1, "polynomial", 1),
+    (2, 0, 3, "cosine_squared", 2),
+    (3, 2, 1, "cosine_squared", 1),
+    (3, 1, 3, "polynomial", 2),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("l_max", [0, 1, 2])
-@pytest.mark.parametrize("n_layers", [1, 2, 3])
-def test_pass_equals_twin(instructions, dtype, l_max, n_layers):
-    for n_species, cutoff_function in ((1, "cosine_squared"), (3, "polynomial")):
-        model = make_model(n_species, l_max, n_layers, cutoff_function=cutoff_function, dtype=dtype)
-        structures = make_structures(model)
-        neighbors = build_neighbor_list(structures, 5.6)  # some pairs lie beyond the cutoff
-        for n_threads in (1, 2):
-            compare_pass(model, structures, neighbors, n_threads)
+@pytest.mark.parametrize("case", CASES)
+def test_pass_equals_twin(instructions, dtype, case):
+    n_species, l_max, n_layers, cutoff_function, n_threads = case
+    model = make_model(n_species, l_max, n_layers, cutoff_function=cutoff_function, dtype=dtype)
+    structures = make_structures(model)
+    neighbors = build_neighbor_list(structures, 5.6)  # some pairs lie beyond the cutoff
+    compare_pass(model, structures, neighbors, n_threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", CASES)
+def test_md_equals_twin(instructions, dtype, case):
+    n_species, l_max, n_layers, cutoff_function, n_threads = case
+    model = make_model(n_species, l_max, n_layers, cutoff_function=cutoff_function, dtype=dtype)
+    prior = ZBL(model.species_table, inner=1.0, cutoff=3.0)
+    zbl = core.ZblParameters(prior.nuclear_charge, prior.inner, prior.cutoff)
+    batch = make_structures(model)
+    for k in range(batch.n_systems):
+        structures = batch[k]
+        compare_md(model, structures, n_threads)
+        compare_md(model, structures, n_threads, prior, zbl)
+
+
+def compare_md(model, structures, n_threads, prior=None, zbl=None):
+    neighbors = build_neighbor_list(structures, 6.0)  # a skin of 1 Å
+    wanted = ("forces", "stress", "atomic_energies")
+    twin = model.predict(structures, neighbors, wanted).properties.values
+    if prior is not None:
+        repulsion = prior.predict(structures, neighbors, wanted)
+        twin = {name: twin[name] + repulsion[name] for name in wanted}
+    result = core.hipnn_md(
+        model.native_parameters(),
+        structures.species,
+        core.compact_neighbors(neighbors, structures.n_atoms),
+        structures.positions,
+        structures.cell[0],
+        zbl=zbl,
+        virial=True,
+        n_threads=n_threads,
+    )
+    # Forces and virial are sums that nearly cancel in crystals: pairs set the scale.
+    scale = max(1.0, float(twin["forces"].abs().max()))
+    tolerance = TOLERANCES[model.dtype]
+    torch.testing.assert_close(
+        result.energies, twin["atomic_energies"].double(), rtol=tolerance, atol=tolerance
+    )
+    difference = (result.forces - twin["forces"]).abs().max()
+    assert float(difference) <= 5 * tolerance * scale
+    if bool(structures.pbc.all()):
+        virial = twin["stress"][0] * structures.volume[0]
+        symmetric = 0.5 * (result.virial + result.virial.T)
+        scale = max(1.0, float(virial.abs().max()))
+        assert float((symmetric - virial).abs().max()) <= 5 * tolerance * scale
+
+
+def test_zbl_alone_equals_twin():
+    table = SpeciesTable.from_symbols(["Al", "Cu"])
+    prior = ZBL(table, inner=1.0, cutoff=3.0)
+    structures = make_structures(make_model(2, 0, 1))[0]
+    neighbors = build_neighbor_list(structures, 4.0)
+    twin = prior.predict(structures, neighbors, ("forces", "atomic_energies"))
+    result = core.hipnn_md(
+        None,
+        structures.species,
+        core.compact_neighbors(neighbors, structures.n_atoms),
+        structures.positions,
+        structures.cell[0],
+        zbl=core.ZblParameters(prior.nuclear_charge, prior.inner, prior.cutoff),
+    )
+    assert float(twin["atomic_energies"].sum()) > 0
+    assert_close(result.energies, twin["atomic_energies"], torch.float64, "energies")
+    assert_close(result.forces, twin["forces"], torch.float64, "forces")
 
 
 def test_parameters_are_those_of_the_model():

@@ -516,8 +516,9 @@ def _backward(
 ) -> tuple[Any, ...]:
     if by_terms is not None or by_by_pair is not None or by_by_parameter is not None:
         raise ModelError(
-            "native kernels have first derivatives of the weighted sum only: for second derivatives "
-            "(iterated backpropagation, Hessians), or losses of the terms, use the torch core"
+            "native kernels have first derivatives of the weighted sum only: for second "
+            "derivatives (iterated backpropagation, Hessians), or losses of the terms, use the "
+            "torch core"
         )
     nothing = (None,) * 10
     if by_total is None:
