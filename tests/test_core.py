@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from potstill import core
+from potstill.core import hipnn as core_hipnn
+from potstill.errors import ConfigError, ModelError
 from potstill.models import HIPNN
 from potstill.models.base import Edges
+from potstill.models.prior import ZBL
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.structures import NeighborList, SpeciesTable, Structures
 
@@ -102,16 +114,91 @@ def compare_pass(
         assert error <= TOLERANCES[model.dtype] * largest, name
 
 
+#: Species, l_max, interaction layers, cutoff function, threads.
+CASES = [
+    (1, 0, 1, "cosine_squared", 1),
+    (1, 1, 1, "cosine_squared", 2),
+    (1, 2, 2, "polynomial", 1),
+    (2, 1, 1, "polynomial", 1),
+    (2, 0, 3, "cosine_squared", 2),
+    (3, 2, 1, "cosine_squared", 1),
+    (3, 1, 3, "polynomial", 2),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("l_max", [0, 1, 2])
-@pytest.mark.parametrize("n_layers", [1, 2, 3])
-def test_pass_equals_twin(instructions, dtype, l_max, n_layers):
-    for n_species, cutoff_function in ((1, "cosine_squared"), (3, "polynomial")):
-        model = make_model(n_species, l_max, n_layers, cutoff_function=cutoff_function, dtype=dtype)
-        structures = make_structures(model)
-        neighbors = build_neighbor_list(structures, 5.6)  # some pairs lie beyond the cutoff
-        for n_threads in (1, 2):
-            compare_pass(model, structures, neighbors, n_threads)
+@pytest.mark.parametrize("case", CASES)
+def test_pass_equals_twin(instructions, dtype, case):
+    n_species, l_max, n_layers, cutoff_function, n_threads = case
+    model = make_model(n_species, l_max, n_layers, cutoff_function=cutoff_function, dtype=dtype)
+    structures = make_structures(model)
+    neighbors = build_neighbor_list(structures, 5.6)  # some pairs lie beyond the cutoff
+    compare_pass(model, structures, neighbors, n_threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", CASES)
+def test_md_equals_twin(instructions, dtype, case):
+    n_species, l_max, n_layers, cutoff_function, n_threads = case
+    model = make_model(n_species, l_max, n_layers, cutoff_function=cutoff_function, dtype=dtype)
+    prior = ZBL(model.species_table, inner=1.0, cutoff=3.0)
+    zbl = core.ZblParameters(prior.nuclear_charge, prior.inner, prior.cutoff)
+    batch = make_structures(model)
+    for k in range(batch.n_systems):
+        structures = batch[k]
+        compare_md(model, structures, n_threads)
+        compare_md(model, structures, n_threads, prior, zbl)
+
+
+def compare_md(model, structures, n_threads, prior=None, zbl=None):
+    neighbors = build_neighbor_list(structures, 6.0)  # a skin of 1 Å
+    wanted = ("forces", "stress", "atomic_energies")
+    twin = model.predict(structures, neighbors, wanted).properties.values
+    if prior is not None:
+        repulsion = prior.predict(structures, neighbors, wanted)
+        twin = {name: twin[name] + repulsion[name] for name in wanted}
+    result = core.hipnn_md(
+        model.native_parameters(),
+        structures.species,
+        core.compact_neighbors(neighbors, structures.n_atoms),
+        structures.positions,
+        structures.cell[0],
+        zbl=zbl,
+        virial=True,
+        n_threads=n_threads,
+    )
+    # Forces and virial are sums that nearly cancel in crystals: pairs set the scale.
+    scale = max(1.0, float(twin["forces"].abs().max()))
+    tolerance = TOLERANCES[model.dtype]
+    torch.testing.assert_close(
+        result.energies, twin["atomic_energies"].double(), rtol=tolerance, atol=tolerance
+    )
+    difference = (result.forces - twin["forces"]).abs().max()
+    assert float(difference) <= 5 * tolerance * scale
+    if bool(structures.pbc.all()):
+        virial = twin["stress"][0] * structures.volume[0]
+        symmetric = 0.5 * (result.virial + result.virial.T)
+        scale = max(1.0, float(virial.abs().max()))
+        assert float((symmetric - virial).abs().max()) <= 5 * tolerance * scale
+
+
+def test_zbl_alone_equals_twin():
+    table = SpeciesTable.from_symbols(["Al", "Cu"])
+    prior = ZBL(table, inner=1.0, cutoff=3.0)
+    structures = make_structures(make_model(2, 0, 1))[0]
+    neighbors = build_neighbor_list(structures, 4.0)
+    twin = prior.predict(structures, neighbors, ("forces", "atomic_energies"))
+    result = core.hipnn_md(
+        None,
+        structures.species,
+        core.compact_neighbors(neighbors, structures.n_atoms),
+        structures.positions,
+        structures.cell[0],
+        zbl=core.ZblParameters(prior.nuclear_charge, prior.inner, prior.cutoff),
+    )
+    assert float(twin["atomic_energies"].sum()) > 0
+    assert_close(result.energies, twin["atomic_energies"], torch.float64, "energies")
+    assert_close(result.forces, twin["forces"], torch.float64, "forces")
 
 
 def test_parameters_are_those_of_the_model():
@@ -123,3 +210,242 @@ def test_parameters_are_those_of_the_model():
         assert list(parameters.shape.parameter_shapes) == list(expected)
         assert parameters.shape._native is not None
         assert parameters.flat().shape == (parameters.shape.n_parameters,)
+
+
+# -- random systems ------------------------------------------------------------------------------
+
+
+@st.composite
+def systems(draw) -> tuple[Atoms, int]:
+    """Any of: tiny cells, open directions, one atom, isolated atoms, several species."""
+    n_atoms = draw(st.integers(1, 6))
+    n_species = draw(st.integers(1, 3))
+    rng = np.random.default_rng(draw(st.integers(0, 2**31)))
+    length = draw(st.sampled_from([2.6, 3.5, 6.0, 30.0]))
+    cell = length * (np.eye(3) + 0.2 * rng.uniform(-1, 1, (3, 3)))
+    positions = rng.random((n_atoms, 3)) @ cell
+    pbc = [draw(st.booleans()) for _ in range(3)]
+    atoms = Atoms("Al" * n_atoms, positions=positions, cell=cell, pbc=pbc)
+    atoms.symbols[:] = rng.choice(ELEMENTS[:n_species], n_atoms)
+    return atoms, n_species
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(systems(), st.integers(0, 2), st.integers(1, 2), st.integers(1, 2))
+def test_random_systems_equal_twin(system, l_max, n_layers, n_threads):
+    atoms, n_species = system
+    model = make_model(n_species, l_max, n_layers, width=4, n_atom_layers=1)
+    structures = Structures.from_ase(atoms).with_species_table(model.species_table)
+    neighbors = build_neighbor_list(structures, 5.5)
+    if neighbors.n_pairs and float(pair_vectors(structures, neighbors).norm(dim=1).min()) < 0.3:
+        return  # 1/r - 1/mu leaves the range in which twelve digits mean anything
+    compare_pass(model, structures, neighbors, n_threads)
+
+
+# -- what callers rely on ------------------------------------------------------------------------
+
+
+def prepared(dtype: torch.dtype = torch.float64, n_layers: int = 1) -> tuple:
+    model = make_model(2, 1, n_layers, dtype=dtype)
+    structures = make_structures(model)
+    neighbors = build_neighbor_list(structures, 5.0)
+    compact = core.compact_neighbors(neighbors, structures.n_atoms)
+    return model, structures, neighbors, compact
+
+
+def test_the_same_number_of_threads_gives_the_same_bits():
+    model, structures, neighbors, compact = prepared(torch.float32, n_layers=2)
+    r_ij = pair_vectors(structures, neighbors)
+    results = [
+        core.hipnn_pass(
+            model.native_parameters(),
+            structures.species,
+            compact,
+            r_ij,
+            parameter_gradient=True,
+            n_threads=2,
+        )
+        for _ in range(3)
+    ]
+    for other in results[1:]:
+        assert torch.equal(other.terms, results[0].terms)
+        assert torch.equal(other.gradient, results[0].gradient)
+        assert torch.equal(other.parameter_gradient, results[0].parameter_gradient)
+
+
+def test_compact_neighbors_hold_the_same_pairs():
+    _, structures, neighbors, _ = prepared()
+    compact = core.compact_neighbors(neighbors, structures.n_atoms)
+    counts = torch.bincount(neighbors.center, minlength=structures.n_atoms)
+    assert torch.equal(compact.row_ptr.diff(), counts)
+    assert torch.equal(compact.neighbor.long(), neighbors.neighbor)
+    assert compact.image is not None
+    assert torch.equal(compact.images[compact.image.to(torch.int64)].long(), neighbors.shifts)
+    empty = build_neighbor_list(structures, 0.1)
+    compact = core.compact_neighbors(empty, structures.n_atoms)
+    assert compact.n_pairs == 0
+    assert compact.image is None
+
+
+def test_empty_systems():
+    model = make_model(1, 1, 1)
+    none = torch.zeros(0, dtype=torch.int64)
+    empty = NeighborList(none, none, torch.zeros(0, 3, dtype=torch.int64), none, 5.0)
+    compact = core.compact_neighbors(empty, 0)
+    vectors = torch.zeros(0, 3, dtype=torch.float64)
+    parameters = model.native_parameters()
+    result = core.hipnn_pass(parameters, none, compact, vectors, parameter_gradient=True)
+    assert result.terms.shape == (0, 2)
+    assert float(result.parameter_gradient.abs().max()) == 0.0
+    md = core.hipnn_md(parameters, none, compact, vectors, torch.zeros(3, 3).double(), virial=True)
+    assert md.energies.shape == (0,)
+    assert float(md.virial.abs().max()) == 0.0
+
+
+def test_ghosts_carry_their_owners_forces():
+    """A periodic cell written out as local atoms and ghosts gives the same energies and forces."""
+    model = make_model(2, 2, 1)
+    structures = make_structures(model)[4]
+    neighbors = build_neighbor_list(structures, 5.0)
+    n_atoms, cell = structures.n_atoms, structures.cell[0]
+    keys = torch.cat([neighbors.neighbor[:, None], neighbors.shifts], dim=1)
+    ghosts, ghost = torch.unique(keys, dim=0, return_inverse=True)
+    owners = torch.cat([torch.arange(n_atoms), ghosts[:, 0]])
+    shifts = torch.cat([torch.zeros(n_atoms, 3), ghosts[:, 1:]]).double()
+    positions = structures.positions[owners] + shifts @ cell
+    open_list = NeighborList(
+        neighbors.center,
+        n_atoms + ghost,
+        torch.zeros_like(neighbors.shifts),
+        neighbors.n_pairs_per_system,
+        5.0,
+    )
+    parameters = model.native_parameters()
+    compact = core.compact_neighbors(open_list, n_atoms)
+    result = core.hipnn_md(parameters, structures.species[owners], compact, positions, cell)
+    twin = model.predict(structures, neighbors, ("forces", "atomic_energies"))
+    folded = torch.zeros(n_atoms, 3, dtype=torch.float64).index_add(0, owners, result.forces)
+    assert_close(result.energies, twin["atomic_energies"], torch.float64, "energies")
+    assert_close(folded, twin["forces"], torch.float64, "forces")
+    several = make_model(2, 2, 2).native_parameters()
+    with pytest.raises(ModelError, match="without ghosts"):
+        core.hipnn_md(several, structures.species[owners], compact, positions, cell)
+
+
+def test_wrong_arrays_are_refused():
+    model, structures, neighbors, compact = prepared()
+    parameters, r_ij = model.native_parameters(), pair_vectors(structures, neighbors)
+    with pytest.raises(ModelError, match="r_ij must be"):
+        core.hipnn_pass(parameters, structures.species, compact, r_ij[:-1])
+    with pytest.raises(ModelError, match="weights must be"):
+        core.hipnn_pass(parameters, structures.species, compact, r_ij, torch.ones(3, 2))
+    with pytest.raises(ModelError, match="species 2 of 2"):
+        core.hipnn_pass(parameters, structures.species + 1, compact, r_ij)
+    beyond = replace(compact, neighbor=compact.neighbor + structures.n_atoms)
+    with pytest.raises(ModelError, match="does not exist"):
+        core.hipnn_pass(parameters, structures.species, beyond, r_ij)
+    with pytest.raises(ModelError, match="float32 or all in float64"):
+        make_model(2, 1, 1).half().native_parameters()
+
+
+# -- the torch operator --------------------------------------------------------------------------
+
+
+def operator_inputs(n_layers: int = 1) -> tuple:
+    model, structures, neighbors, compact = prepared(n_layers=n_layers)
+    r_ij = pair_vectors(structures, neighbors).requires_grad_(True)
+    weights = torch.randn(structures.n_atoms, n_layers + 1, dtype=torch.float64)
+    return (
+        model.native_parameters(),
+        structures.species,
+        compact,
+        r_ij,
+        weights.requires_grad_(True),
+    )
+
+
+def test_operator_has_the_gradients_of_the_pass():
+    parameters, species, compact, r_ij, weights = operator_inputs(2)
+    total, terms = core.weighted_partial_energies(parameters, species, compact, r_ij, weights)
+    inputs = [r_ij, weights, *parameters.tensors]
+    found = torch.autograd.grad(3.0 * total, inputs)
+    result = core.hipnn_pass(parameters, species, compact, r_ij, weights, parameter_gradient=True)
+    expected = [result.gradient, terms, *parameters.shape.split(result.parameter_gradient)]
+    for native, direct in zip(found, expected, strict=True):
+        torch.testing.assert_close(native, 3.0 * direct)
+    assert float(total.detach()) == pytest.approx(float((weights * result.terms).sum().detach()))
+
+
+def test_second_derivatives_are_refused():
+    inputs = operator_inputs()
+    total, terms = core.weighted_partial_energies(*inputs)
+    (gradient,) = torch.autograd.grad(total, inputs[3], create_graph=True)
+    with pytest.raises(ModelError, match="use the torch core"):
+        gradient.square().sum().backward()
+    with pytest.raises(ModelError, match="use the torch core"):
+        terms.sum().backward()
+
+
+def test_operator_keeps_the_rules_of_torch():
+    parameters, species, compact, r_ij, weights = operator_inputs()
+    arguments = (
+        species,
+        compact.row_ptr,
+        compact.neighbor,
+        r_ij,
+        weights,
+        [tensor.detach().requires_grad_(True) for tensor in parameters.tensors],
+        *core_hipnn._pack(parameters.shape),
+    )
+    tests = ("test_schema", "test_faketensor")
+    for wanted in ((True, True), (False, True), (True, False)):
+        operator = torch.ops.potstill.hipnn_weighted_energies.default
+        torch.library.opcheck(operator, (*arguments, *wanted), test_utils=tests)
+
+
+def test_operator_inside_torch_compile():
+    parameters, species, compact, r_ij, weights = operator_inputs()
+
+    def loss(vectors):
+        total, _ = core.weighted_partial_energies(parameters, species, compact, vectors, weights)
+        return total.square()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    (expected,) = torch.autograd.grad(loss(r_ij), r_ij)
+    (found,) = torch.autograd.grad(compiled(r_ij), r_ij)
+    torch.testing.assert_close(found, expected)
+
+
+# -- instruction sets and the compiled program ---------------------------------------------------
+
+
+def test_instruction_set_from_the_environment():
+    program = "from potstill import core; print(core.instruction_set())"
+
+    def run(value: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "POTSTILL_SIMD": value}
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    assert run("baseline").stdout.strip() == "baseline"
+    wrong = run("mmx")
+    assert "POTSTILL_SIMD is 'mmx', but known are baseline" in wrong.stderr
+    with pytest.raises(ConfigError, match="known are baseline"):
+        core.select_instruction_set("mmx")
+
+
+def test_description_names_the_instruction_set():
+    assert core.instruction_set() in core.describe_core()
+    assert core.why_unavailable() is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_sanitizers_find_nothing(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    configure = ["cmake", "-S", str(root), "-B", str(tmp_path), "-DPOTSTILL_TESTS=ON"]
+    for command in (configure, ["cmake", "--build", str(tmp_path)], [str(tmp_path / "test_core")]):
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("all passed\n")

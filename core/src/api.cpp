@@ -171,26 +171,17 @@ int check_pairs(const potstill_pairs &p, int32_t n_species) {
         if (p.species[i] < 0 || p.species[i] >= n_species)
             return fail(bad_argument, "atom %lld has species %d of %d", (long long)i, p.species[i],
                         n_species);
-    // One comparison per pair, without a branch, costs next to nothing.
-    uint32_t largest = 0;
-    const int64_t n_pairs = p.n_local > 0 ? p.row_ptr[p.n_local] : 0;
-    for (int64_t k = 0; k < n_pairs; ++k) {
-        const uint32_t j = uint32_t(p.neighbor[k]);
-        largest = j > largest ? j : largest;
-    }
-    if (n_pairs > 0 && int64_t(largest) >= p.n_atoms)
-        return fail(bad_argument, "a neighbor's index is outside of the %lld atoms",
-                    (long long)p.n_atoms);
     return 0;
 }
 
-int check_images(const potstill_pairs &p, const potstill_md &md) {
-    if (!md.image) return 0;
-    uint16_t largest = 0;
+// The kernels check the same, where it costs less.
+int check_indices(const potstill_pairs &p, const potstill_md &md) {
     const int64_t n_pairs = p.n_local > 0 ? p.row_ptr[p.n_local] : 0;
-    for (int64_t k = 0; k < n_pairs; ++k) largest = md.image[k] > largest ? md.image[k] : largest;
-    if (n_pairs > 0 && largest >= md.n_images)
-        return fail(bad_argument, "a pair has image %d of %lld", int(largest), (long long)md.n_images);
+    for (int64_t k = 0; k < n_pairs; ++k)
+        if (p.neighbor[k] < 0 || p.neighbor[k] >= p.n_atoms ||
+            (md.image && md.image[k] >= md.n_images))
+            return fail(bad_argument, "pair %lld has a neighbor or image that does not exist",
+                        (long long)k);
     return 0;
 }
 
@@ -212,6 +203,7 @@ int run(Task &task, bool single) {
     task.arena = &arena;
     const Kernels kernels = set->kernels();
     const int code = single ? kernels.run_f32(task) : kernels.run_f64(task);
+    if (code == -2) return fail(bad_argument, "a pair has a neighbor or image that does not exist");
     if (code) return fail(out_of_memory, "there is not enough memory for the scratch arrays");
     return 0;
 }
@@ -240,9 +232,9 @@ struct OwnedZbl {
 
 // Only the ZBL term: a plain loop, since nearly all pairs end at the comparison of distances.
 void zbl_alone(const ZblTable &table, const potstill_pairs &p, const potstill_md &md) {
-    std::memset(md.energies, 0, sizeof(double) * p.n_local);
-    if (md.forces) std::memset(md.forces, 0, sizeof(double) * 3 * p.n_atoms);
-    if (md.virial) std::memset(md.virial, 0, sizeof(double) * 9);
+    for (int64_t i = 0; i < p.n_local; ++i) md.energies[i] = 0.0;
+    for (int64_t k = 0; md.forces && k < 3 * p.n_atoms; ++k) md.forces[k] = 0.0;
+    for (int k = 0; md.virial && k < 9; ++k) md.virial[k] = 0.0;
     const double limit = table.cutoff * table.cutoff;
     for (int64_t i = 0; i < p.n_local; ++i) {
         for (int64_t k = p.row_ptr[i]; k < p.row_ptr[i + 1]; ++k) {
@@ -277,6 +269,10 @@ int check_zbl(const potstill_zbl &zbl) {
 
 int md(const potstill_hipnn *model, const void *parameters, const potstill_pairs *pairs,
        const potstill_md *what, int n_threads, bool single) {
+    if (pairs->n_atoms == 0) {  // whose arrays may well have no address
+        for (int k = 0; what->virial && k < 9; ++k) what->virial[k] = 0.0;
+        return 0;
+    }
     if (what->virial && !what->forces)
         return fail(bad_argument, "the virial is only computed together with the forces");
     int32_t n_species = model ? model->n_species : 0;
@@ -287,10 +283,10 @@ int md(const potstill_hipnn *model, const void *parameters, const potstill_pairs
     }
     if (const int code = model ? check_model(model, *pairs) : check_pairs(*pairs, n_species))
         return code;
-    if (const int code = check_images(*pairs, *what)) return code;
     if (what->zbl)
         if (const int code = check_zbl(*what->zbl)) return code;
     if (!model) {
+        if (const int code = check_indices(*pairs, *what)) return code;
         zbl_alone(OwnedZbl(*what->zbl, n_species).table, *pairs, *what);
         return 0;
     }

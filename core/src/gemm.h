@@ -23,7 +23,7 @@ POTSTILL_INLINE void gemm_tile(int n_k, const T *a, ptrdiff_t stride, const T *x
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c)
             sum[r][c] = start == Start::zero   ? Vector<T>{}
-                        : start == Start::bias ? broadcast(bias[r])
+                        : bias                 ? broadcast(bias[r])
                                                : load(y + r * ld_y + c * L);
     for (int k = 0; k < n_k; ++k) {
         Vector<T> column[C];

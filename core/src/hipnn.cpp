@@ -28,6 +28,40 @@ struct alignas(32) Quad {
 POTSTILL_INLINE Double4 load_quad(const Quad *q) { return *reinterpret_cast<const Double4 *>(q); }
 POTSTILL_INLINE void store_quad(Quad *q, Double4 v) { *reinterpret_cast<Double4 *>(q) = v; }
 
+// Four vectors of four lanes, and their transpose.
+template <class T>
+struct Four;
+template <>
+struct Four<float> {
+    typedef float type __attribute__((vector_size(16)));
+};
+template <>
+struct Four<double> {
+    typedef double type __attribute__((vector_size(32)));
+};
+template <class T>
+POTSTILL_INLINE void transpose_four(typename Four<T>::type &a, typename Four<T>::type &b,
+                                    typename Four<T>::type &c, typename Four<T>::type &d) {
+    const auto ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    const auto ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const auto cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+    const auto cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    a = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+    b = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+    c = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+    d = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+}
+template <class T>
+POTSTILL_INLINE typename Four<T>::type load_four(const T *p) {
+    typename Four<T>::type v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class T>
+POTSTILL_INLINE void store_four(T *p, typename Four<T>::type v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
+
 template <class F>
 void for_parts(int n_parts, F &&work) {
 #ifdef _OPENMP
@@ -56,6 +90,7 @@ struct Scratch {
     PairFields<T> fields;
     Run *runs;                 // (block_atoms, n_runs)
     T *raw[3], *raw_species;   // pairs of one atom before compression
+    int32_t *labels;           // of the last atoms of the list
     T *weighted;               // (M, pairs of one atom)
     T *pair_gradient[3];       // pairs of one atom
     T *atom_environment;       // (n_sens, n_in, M) or (n_sens, M, padded n_in) of one atom
@@ -79,6 +114,7 @@ struct Scratch {
     double virial_sum[9];
     Quad *forces;              // (n_atoms)
     T *feature_cotangent[2];   // (n_local, padded n_features) of this layer's output and input
+    bool indices_fit;
     double pad[8];
 };
 
@@ -114,6 +150,8 @@ class Driver {
         prepare();
         const bool backward = want_parameters_ || want_pairs_;
         for_parts(n_parts_, [&](int part) { start_part(part); });
+        for (int part = 0; part < n_parts_; ++part)
+            if (!scratch_[part].indices_fit) return -2;
         for (int layer = 0; layer < n_layers_; ++layer) {
             const bool turn = backward && layer == n_layers_ - 1;
             for_parts(n_parts_, [&](int part) { sweep(part, layer, true, turn); });
@@ -143,6 +181,7 @@ class Driver {
     Prepared<T> *prepared_ = nullptr;
     Scratch<T> *scratch_ = nullptr;
     Quad *positions_ = nullptr, *offsets_ = nullptr;
+    int32_t *counting_ = nullptr;  // 0, 1, 2, ...
     T **features_ = nullptr;  // per layer but the last: (n_local, padded n_features)
 
     // -- memory --------------------------------------------------------------------------------
@@ -162,6 +201,7 @@ class Driver {
             T *features = layer + 1 < n_layers_ ? c.take<T>(pairs_.n_local * ld_features()) : nullptr;
             if (prepared_) prepared_[layer] = p, features_[layer] = features;
         }
+        counting_ = c.take<int32_t>(max_row_ + 32);
         if (task_.md) {
             positions_ = c.take<Quad>(pairs_.n_atoms);
             offsets_ = c.take<Quad>(task_.md->n_images);
@@ -180,11 +220,12 @@ class Driver {
         T **const fields[] = {&s.fields.unit[0], &s.fields.unit[1], &s.fields.unit[2], &s.fields.r,
                               &s.fields.inverse_r, &s.fields.envelope, &s.fields.slope};
         for (T **field : fields) *field = c.take<T>(block_pairs + L);
-        s.fields.slot = c.take<int32_t>(block_pairs + 16);
+        s.fields.label = c.take<int32_t>(block_pairs + 16);
         s.runs = c.take<Run>(size_t(B) * species);
         const size_t atom_pairs = row + size_t(species) * L;
         for (T *&raw : s.raw) raw = c.take<T>(row);
         s.raw_species = c.take<T>(row);
+        s.labels = c.take<int32_t>(row + 16);
         s.weighted = c.take<T>(M * atom_pairs);
         for (T *&g : s.pair_gradient) g = c.take<T>(atom_pairs);
         size_t in_width = species, ld_in = species;
@@ -251,6 +292,7 @@ class Driver {
     // -- before and after ----------------------------------------------------------------------
 
     void prepare() {
+        for (int k = 0; k < max_row_ + 32; ++k) counting_[k] = k;
         for (int layer = 0; layer < n_layers_; ++layer) {
             const int n_in = layout_.blocks[layer].n_in;
             const ResidualLayout &r = layout_.blocks[layer].residuals[0];
@@ -277,8 +319,25 @@ class Driver {
 
     static POTSTILL_INLINE Double4 vector_of(const double *x) { return Double4{x[0], x[1], x[2], 0}; }
 
+    // Whether the neighbors and images of a part are indices into their arrays.
+    bool check_indices(int part) const {
+        const int64_t first = pairs_.row_ptr[start_of(part)], last = pairs_.row_ptr[start_of(part + 1)];
+        uint32_t neighbor = 0;
+        for (int64_t k = first; k < last; ++k) {
+            const uint32_t j = uint32_t(pairs_.neighbor[k]);
+            neighbor = j > neighbor ? j : neighbor;
+        }
+        uint16_t image = 0;
+        if (task_.md && task_.md->image)
+            for (int64_t k = first; k < last; ++k)
+                image = task_.md->image[k] > image ? task_.md->image[k] : image;
+        return first == last || (int64_t(neighbor) < pairs_.n_atoms &&
+                                 (!task_.md || !task_.md->image || image < task_.md->n_images));
+    }
+
     void start_part(int part) {
         Scratch<T> &s = scratch_[part];
+        s.indices_fit = pairs_.n_local == 0 || check_indices(part);
         for (double &v : s.virial_sum) v = 0.0;
         clear(9 * L, s.virial);
         if (task_.md) {
@@ -428,12 +487,23 @@ class Driver {
         const int32_t *neighbor = pairs_.neighbor + begin;
         const uint16_t *image = task_.md->image ? task_.md->image + begin : nullptr;
         const Double4 center = load_quad(positions_ + i);
-        for (int k = 0; k < n; ++k) {
+        auto vector = [&](int k) {
             Double4 d = load_quad(positions_ + neighbor[k]) - center;
             if (image) d += load_quad(offsets_ + image[k]);
-            s.raw[0][k] = T(d[0]);
-            s.raw[1][k] = T(d[1]);
-            s.raw[2][k] = T(d[2]);
+            return __builtin_convertvector(d, typename Four<T>::type);
+        };
+        auto put = [&](int k, auto x, auto y, auto z, auto w) {
+            transpose_four<T>(x, y, z, w);
+            store_four(s.raw[0] + k, x);
+            store_four(s.raw[1] + k, y);
+            store_four(s.raw[2] + k, z);
+        };
+        int k = 0;
+        for (; k + 4 <= n; k += 4)
+            put(k, vector(k), vector(k + 1), vector(k + 2), vector(k + 3));
+        if (k < n) {
+            const auto zero = typename Four<T>::type{};
+            put(k, vector(k), k + 1 < n ? vector(k + 1) : zero, k + 2 < n ? vector(k + 2) : zero, zero);
         }
     }
 
@@ -447,13 +517,19 @@ class Driver {
             for (int k = 0; k < n; ++k) s.raw_species[k] = T(pairs_.species[neighbor[k]]);
         }
         const PairFields<T> &f = s.fields;
+        const int32_t *labels = task_.md ? pairs_.neighbor + pairs_.row_ptr[i] : counting_;
+        // The last vector of labels may reach beyond the list.
+        if (task_.md && pairs_.row_ptr[i] + n + 16 > pairs_.row_ptr[pairs_.n_local]) {
+            for (int k = 0; k < n; ++k) s.labels[k] = labels[k];
+            labels = s.labels;
+        }
         for (int z = 0; z < n_r; ++z) {
             Run &run = s.runs[b * n_r + z];
             run.first = offset;
-            run.n_pairs = compress<T>(n, s.raw[0], s.raw[1], s.raw[2],
+            run.n_pairs = compress<T>(n, s.raw[0], s.raw[1], s.raw[2], labels,
                                       n_r > 1 ? s.raw_species : nullptr, T(z), square,
                                       f.unit[0] + offset, f.unit[1] + offset, f.unit[2] + offset,
-                                      f.slot + offset);
+                                      f.label + offset);
             complete_fields(f, run, cutoff(), model_.cutoff_function == POTSTILL_POLYNOMIAL);
             offset += run.n_vectors * L;
         }
@@ -565,14 +641,17 @@ class Driver {
         for (int k = 0; k < n_sens_ * n_s * M; ++k) s.environment[k * B + b] = s.atom_environment[k];
     }
 
+    int64_t neighbor_of(const Scratch<T> &s, int64_t i, int k) const {
+        const int32_t label = s.fields.label[k];
+        return task_.md ? label : pairs_.neighbor[pairs_.row_ptr[i] + label];
+    }
+
     // Features of the neighbors of an atom, in the order of its pairs.
     void gather(Scratch<T> &s, int layer, int64_t i, const Run &run) {
-        const int32_t *neighbor = pairs_.neighbor + pairs_.row_ptr[i];
         const int ld = ld_features();
         for (int p = 0; p < run.n_vectors * L; ++p) {
             if (p < run.n_pairs)
-                copy(ld, features_[layer - 1] + int64_t(neighbor[s.fields.slot[run.first + p]]) * ld,
-                     s.near + p * ld);
+                copy(ld, features_[layer - 1] + neighbor_of(s, i, run.first + p) * ld, s.near + p * ld);
             else
                 clear(ld, s.near + p * ld);
         }
@@ -603,6 +682,16 @@ class Driver {
         }
     }
 
+    // out[b] = base + table[species of atom b]
+    void pick(const T *table, T base, int64_t first, int n, T *out) const {
+        if (model_.n_species == 1) {
+            for (int b = 0; b < B; b += L) store(out + b, broadcast(base + table[0]));
+            return;
+        }
+        for (int b = 0; b < B; ++b)
+            out[b] = b < n ? base + table[pairs_.species[first + b]] : T(0);
+    }
+
     void self_interaction(Scratch<T> &s, int layer, int64_t first, int n, T *out) {
         const ResidualLayout &r = layout_.blocks[layer].residuals[0];
         if (layer > 0) {
@@ -611,11 +700,10 @@ class Driver {
             return;
         }
         const int n_in = model_.n_species;
-        for (int f = 0; f < n_features_; ++f)
-            for (int b = 0; b < B; ++b)
-                out[f * B + b] =
-                    parameters_[r.bias + f] +
-                    parameters_[r.self_weight + f * n_in + (b < n ? pairs_.species[first + b] : 0)];
+        for (int f = 0; f < n_features_; ++f) {
+            const T bias = parameters_[r.bias + f];
+            pick(parameters_ + r.self_weight + f * n_in, bias, first, n, out + f * B);
+        }
     }
 
     // What the interaction layer's input contributes to its output directly.
@@ -626,11 +714,13 @@ class Driver {
             return;
         }
         const int n_in = model_.n_species;
-        for (int f = 0; f < n_features_; ++f)
-            for (int b = 0; b < B; ++b) {
-                const int z = b < n ? pairs_.species[first + b] : 0;
-                out[f * B + b] = adjust >= 0 ? parameters_[adjust + f * n_in + z] : T(f == z);
-            }
+        for (int f = 0; f < n_features_; ++f) {
+            if (adjust >= 0)
+                pick(parameters_ + adjust + f * n_in, T(0), first, n, out + f * B);
+            else
+                for (int b = 0; b < B; ++b)
+                    out[f * B + b] = b < n ? T(pairs_.species[first + b] == f) : T(0);
+        }
     }
 
     // x += W softplus(inner) + bias, keeping softplus and its derivative for the way back.
@@ -824,10 +914,9 @@ class Driver {
                              stride(s), s.by_spelled, stride(s));
         gemm<T, Order::columns>(n_pairs, ld, n_sens_ * M, s.spelled, stride(s), s.atom_environment, ld,
                                 s.by_near, ld);
-        const int32_t *neighbor = pairs_.neighbor + pairs_.row_ptr[i];
         T *below = s.feature_cotangent[(layer - 1) & 1];
         for (int p = 0; p < run.n_pairs; ++p)
-            add(ld, below + int64_t(neighbor[s.fields.slot[run.first + p]]) * ld, s.by_near + p * ld);
+            add(ld, below + neighbor_of(s, i, run.first + p) * ld, s.by_near + p * ld);
         const bool clean = starts_gradient(i, layer);
         backward_run<T, M, true>(s.fields, run, prepared_[layer].radial, s.by_spelled, stride(s),
                                  moments, s.pair_gradient);
@@ -847,20 +936,29 @@ class Driver {
         if (task_.pass) {
             T *row = static_cast<T *>(task_.pass->gradient) + 3 * pairs_.row_ptr[i];
             for (int p = 0; p < run.n_pairs; ++p) {
-                T *at = row + 3 * int64_t(s.fields.slot[run.first + p]);
+                T *at = row + 3 * int64_t(s.fields.label[run.first + p]);
                 for (int d = 0; d < 3; ++d) at[d] += s.pair_gradient[d][p];
             }
             return;
         }
         if (want_virial_) add_virial(s, run);
-        const int32_t *neighbor = pairs_.neighbor + pairs_.row_ptr[i];
         Double4 total{};
-        for (int p = 0; p < run.n_pairs; ++p) {
-            const Double4 g{double(s.pair_gradient[0][p]), double(s.pair_gradient[1][p]),
-                            double(s.pair_gradient[2][p]), 0.0};
-            Quad *other = s.forces + neighbor[s.fields.slot[run.first + p]];
+        const int32_t *neighbor = s.fields.label + run.first;
+        auto push = [&](int p, typename Four<T>::type gradient) {
+            const Double4 g = __builtin_convertvector(gradient, Double4);
+            Quad *other = s.forces + neighbor[p];
             store_quad(other, load_quad(other) - g);
             total += g;
+        };
+        for (int p = 0; p < run.n_pairs; p += 4) {
+            auto x = load_four(s.pair_gradient[0] + p), y = load_four(s.pair_gradient[1] + p),
+                 z = load_four(s.pair_gradient[2] + p);
+            typename Four<T>::type w{};
+            transpose_four<T>(x, y, z, w);
+            push(p, x);
+            if (p + 1 < run.n_pairs) push(p + 1, y);
+            if (p + 2 < run.n_pairs) push(p + 2, z);
+            if (p + 3 < run.n_pairs) push(p + 3, w);
         }
         store_quad(s.forces + i, load_quad(s.forces + i) + total);
     }

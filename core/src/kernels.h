@@ -59,7 +59,7 @@ struct Task {
     Arena *arena;
 };
 
-// 0, or -1 when memory runs out.
+// 0, -1 when memory runs out, or -2 for a neighbor or image that does not exist.
 struct Kernels {
     int (*run_f32)(const Task &);
     int (*run_f64)(const Task &);

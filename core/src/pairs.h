@@ -15,7 +15,7 @@ constexpr int n_components(int l_max) { return l_max == 0 ? 1 : l_max == 1 ? 4 :
 template <class T>
 struct PairFields {
     T *unit[3], *r, *inverse_r, *envelope, *slope;
-    int32_t *slot;  // position in the row of the neighbor list
+    int32_t *label;  // of positions: the neighbor; of pair vectors: the place in the row
 };
 
 // A run of vectors in the fields of a block: the pairs of one atom with one species of neighbors.
@@ -37,16 +37,16 @@ struct Count {
     static constexpr int value = N;
 };
 
-// Copy the pairs with r < cutoff and species `wanted` (any, if `species` is NULL) to the front.
+// Copy the pairs with r < cutoff and species `wanted` (any, if `species` is NULL) and their labels.
 // Returns how many; up to a vector beyond them is overwritten.
 template <class T>
-inline int compress(int n_raw, const T *x, const T *y, const T *z, const T *species, T wanted,
-                    T cutoff_square, T *x_out, T *y_out, T *z_out, int32_t *slot) {
+inline int compress(int n_raw, const T *x, const T *y, const T *z, const int32_t *labels,
+                    const T *species, T wanted, T cutoff_square, T *x_out, T *y_out, T *z_out,
+                    int32_t *labels_out) {
     int n = 0;
 #if defined(__AVX512F__) && defined(__AVX512VL__)
     constexpr int L = lanes<T>;
     if constexpr (sizeof(T) == 4) {
-        __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         const __m512 limit = _mm512_set1_ps(cutoff_square), kind = _mm512_set1_ps(wanted);
         for (int k = 0; k < n_raw; k += L) {
             const __m512 vx = _mm512_loadu_ps(x + k), vy = _mm512_loadu_ps(y + k),
@@ -59,12 +59,11 @@ inline int compress(int n_raw, const T *x, const T *y, const T *z, const T *spec
             _mm512_storeu_ps(x_out + n, _mm512_maskz_compress_ps(mask, vx));
             _mm512_storeu_ps(y_out + n, _mm512_maskz_compress_ps(mask, vy));
             _mm512_storeu_ps(z_out + n, _mm512_maskz_compress_ps(mask, vz));
-            _mm512_storeu_si512(slot + n, _mm512_maskz_compress_epi32(mask, at));
-            at = _mm512_add_epi32(at, _mm512_set1_epi32(L));
+            _mm512_storeu_si512(labels_out + n, _mm512_maskz_compress_epi32(
+                                                    mask, _mm512_loadu_si512(labels + k)));
             n += __builtin_popcount(mask);
         }
     } else {
-        __m256i at = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         const __m512d limit = _mm512_set1_pd(cutoff_square), kind = _mm512_set1_pd(wanted);
         for (int k = 0; k < n_raw; k += L) {
             const __m512d vx = _mm512_loadu_pd(x + k), vy = _mm512_loadu_pd(y + k),
@@ -77,14 +76,15 @@ inline int compress(int n_raw, const T *x, const T *y, const T *z, const T *spec
             _mm512_storeu_pd(x_out + n, _mm512_maskz_compress_pd(mask, vx));
             _mm512_storeu_pd(y_out + n, _mm512_maskz_compress_pd(mask, vy));
             _mm512_storeu_pd(z_out + n, _mm512_maskz_compress_pd(mask, vz));
-            _mm256_storeu_si256((__m256i *)(slot + n), _mm256_maskz_compress_epi32(mask, at));
-            at = _mm256_add_epi32(at, _mm256_set1_epi32(L));
+            _mm256_storeu_si256(
+                (__m256i *)(labels_out + n),
+                _mm256_maskz_compress_epi32(mask, _mm256_loadu_si256((const __m256i *)(labels + k))));
             n += __builtin_popcount(mask);
         }
     }
 #else
     for (int k = 0; k < n_raw; ++k) {
-        x_out[n] = x[k], y_out[n] = y[k], z_out[n] = z[k], slot[n] = k;
+        x_out[n] = x[k], y_out[n] = y[k], z_out[n] = z[k], labels_out[n] = labels[k];
         const T square = x[k] * x[k] + (y[k] * y[k] + z[k] * z[k]);
         n += (square < cutoff_square) & (!species || species[k] == wanted);
     }
@@ -122,8 +122,8 @@ inline void complete_fields(const PairFields<T> &f, Run &run, T cutoff, bool is_
     run.n_vectors = (run.n_pairs + L - 1) / L;
     for (int k = run.first; k < run.first + run.n_vectors * L; k += L) {
         const Vector<T> x = load(f.unit[0] + k), y = load(f.unit[1] + k), z = load(f.unit[2] + k);
-        const Vector<T> r = square_root<T>(x * x + (y * y + z * z));
-        const Vector<T> inverse = T(1) / r;
+        const Vector<T> square = x * x + (y * y + z * z);
+        const Vector<T> inverse = inverse_square_root<T>(square), r = square * inverse;
         store(f.unit[0] + k, x * inverse);
         store(f.unit[1] + k, y * inverse);
         store(f.unit[2] + k, z * inverse);
@@ -166,14 +166,14 @@ inline void weighted_components(const PairFields<T> &f, int first, int n_vectors
 template <class T>
 POTSTILL_INLINE Vector<T> gaussian(Vector<T> inverse_r, T a, T b, Vector<T> &tau) {
     tau = a * inverse_r - b;
-    return exp2_of_negative<T>(-(tau * tau));
+    return exp2_of_negative<T>(Vector<T>{} - tau * tau);
 }
 
 template <class T, int M, int N>
 POTSTILL_INLINE void environment_tile(int n_vectors, const T *inverse_r, const T *weighted, ptrdiff_t ld,
                                       const T *a, const T *b, T *out, ptrdiff_t ld_out) {
     constexpr int L = lanes<T>;
-    Vector<T> sum[N][M] = {};
+    Vector<T> sum[N * M] = {};
     for (int v = 0; v < n_vectors; ++v) {
         const Vector<T> inverse = load(inverse_r + v * L);
         Vector<T> g[N];
@@ -186,13 +186,13 @@ POTSTILL_INLINE void environment_tile(int n_vectors, const T *inverse_r, const T
         for (int m = 0; m < M; ++m) {
             const Vector<T> t = load(weighted + m * ld + v * L);
 #pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) sum[n][m] += g[n] * t;
+            for (int n = 0; n < N; ++n) sum[n * M + m] += g[n] * t;
         }
     }
-#pragma GCC unroll 8
+    T totals[N * M];
+    sum_lanes_of<T>(sum, totals);
     for (int n = 0; n < N; ++n)
-#pragma GCC unroll 9
-        for (int m = 0; m < M; ++m) out[n * ld_out + m] = sum_lanes<T>(sum[n][m]);
+        for (int m = 0; m < M; ++m) out[n * ld_out + m] = totals[n * M + m];
 }
 
 // out(n, m) = sum over the pairs of a run of sensitivity n times tensor component m.
@@ -229,7 +229,7 @@ inline void spell_out(int n_vectors, const T *inverse_r, const T *weighted, ptrd
 // of the run, at [n ld + m]; for dense features one per pair, at [(n M + m) ld + pair]. Writes
 // dE/dr_ij to the three arrays `out`; adds to `moments`, if given, per sensitivity the sums over
 // pairs of q and q tau with q = tau dE/d(ln sensitivity), a vector of partial sums each.
-template <class T, int M, bool dense, int U>
+template <class T, int M, bool dense, bool with_moments, int U>
 POTSTILL_INLINE void backward_tile(const PairFields<T> &f, int k0, const Radial<T> &radial,
                                    const T *cotangent, ptrdiff_t ld, T *moments, T *const *out) {
     constexpr int L = lanes<T>;
@@ -260,13 +260,13 @@ POTSTILL_INLINE void backward_tile(const PairFields<T> &f, int k0, const Radial<
             }
             const Vector<T> q = g * h * tau;
             by_inverse[u] += radial.slope[n] * q;
-            if (moments) {
+            if constexpr (with_moments) {
                 const Vector<T> w = envelope[u] * q;
                 first += w;
                 second += w * tau;
             }
         }
-        if (moments) {
+        if constexpr (with_moments) {
             T *at = moments + 2 * n * L;
             store(at, load(at) + first);
             store(at + L, load(at + L) + second);
@@ -302,20 +302,29 @@ POTSTILL_INLINE void backward_tile(const PairFields<T> &f, int k0, const Radial<
     }
 }
 
-template <class T, int M, bool dense>
-inline void backward_run(const PairFields<T> &f, const Run &run, const Radial<T> &radial,
+template <class T, int M, bool dense, bool with_moments>
+inline void backward_run_as(const PairFields<T> &f, const Run &run, const Radial<T> &radial,
                          const T *cotangent, ptrdiff_t ld, T *moments, T *const *out) {
     constexpr int L = lanes<T>;
     constexpr int U = n_registers == 32 && M <= 4 && !dense ? 2 : 1;
     int v = 0;
     auto tile = [&](auto width) {
         T *const at[3] = {out[0] + v * L, out[1] + v * L, out[2] + v * L};
-        backward_tile<T, M, dense, decltype(width)::value>(
+        backward_tile<T, M, dense, with_moments, decltype(width)::value>(
             f, run.first + v * L, radial, cotangent + (dense ? v * L : 0), ld, moments, at);
         v += decltype(width)::value;
     };
     while (v + U <= run.n_vectors) tile(Count<U>{});
     while (v < run.n_vectors) tile(Count<1>{});
+}
+
+template <class T, int M, bool dense>
+inline void backward_run(const PairFields<T> &f, const Run &run, const Radial<T> &radial,
+                         const T *cotangent, ptrdiff_t ld, T *moments, T *const *out) {
+    if (moments)
+        backward_run_as<T, M, dense, true>(f, run, radial, cotangent, ld, moments, out);
+    else
+        backward_run_as<T, M, dense, false>(f, run, radial, cotangent, ld, moments, out);
 }
 
 }  // namespace potstill::POTSTILL_ISA

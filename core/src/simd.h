@@ -106,6 +106,19 @@ POTSTILL_INLINE Vector<T> maximum(Vector<T> a, Vector<T> b) {
     return a > b ? a : b;
 }
 
+// 1 / sqrt(x)
+template <class T>
+POTSTILL_INLINE Vector<T> inverse_square_root(Vector<T> x) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+        // 14 bits, doubled by one step of Newton's method.
+        const Vector<T> y = (Vector<T>)_mm512_rsqrt14_ps((__m512)x);
+        return y + y * (T(0.5) - T(0.5) * x * y * y);
+    }
+#endif
+    return T(1) / square_root<T>(x);
+}
+
 template <class T>
 POTSTILL_INLINE T sum_lanes(Vector<T> v) {
 #if defined(__AVX512F__)
@@ -118,6 +131,42 @@ POTSTILL_INLINE T sum_lanes(Vector<T> v) {
     for (int k = 0; k < lanes<T>; ++k) sum += v[k];
     return sum;
 #endif
+}
+
+// out[k] = sum over the lanes of v[k].
+template <class T, int N>
+POTSTILL_INLINE void sum_lanes_of(const Vector<T> (&v)[N], T *out) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+        constexpr int n_eight = N / 8 * 8;
+#pragma GCC unroll 4
+        for (int k = 0; k < n_eight; k += 8) {
+            // Fold halves of two vectors into one, four times over.
+            auto fold2 = [](__m512 a, __m512 b) {
+                return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+            };
+            auto fold4 = [](__m512 ab, __m512 cd) {
+                return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+            };
+            const __m512 first = fold4(fold2((__m512)v[k], (__m512)v[k + 1]),
+                                       fold2((__m512)v[k + 2], (__m512)v[k + 3]));
+            const __m512 second = fold4(fold2((__m512)v[k + 4], (__m512)v[k + 5]),
+                                        fold2((__m512)v[k + 6], (__m512)v[k + 7]));
+            // Four lanes each: of 0, 1, 2, 3 in `first`, of 4, 5, 6, 7 in `second`.
+            const __m512 both = _mm512_add_ps(_mm512_unpacklo_ps(first, second),
+                                              _mm512_unpackhi_ps(first, second));
+            const __m512 sums = _mm512_add_ps(both, _mm512_permute_ps(both, 0x4e));
+            const __m512i order =
+                _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+            _mm256_storeu_ps(out + k, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, sums)));
+        }
+#pragma GCC unroll 8
+        for (int k = n_eight; k < N; ++k) out[k] = sum_lanes<T>(v[k]);
+        return;
+    }
+#endif
+#pragma GCC unroll 32
+    for (int k = 0; k < N; ++k) out[k] = sum_lanes<T>(v[k]);
 }
 
 // c[0] + x c[1] + x^2 c[2] + ..., Horner's scheme.

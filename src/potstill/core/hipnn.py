@@ -524,7 +524,7 @@ def _backward(
     if by_terms is not None or by_by_pair is not None or by_by_parameter is not None:
         raise ModelError(
             "native kernels have first derivatives of the weighted sum only: for second "
-            "derivatives (iterated backpropagation, Hessians) or losses of the terms use the "
+            "derivatives (iterated backpropagation, Hessians), or losses of the terms, use the "
             "torch core"
         )
     nothing = (None,) * 10

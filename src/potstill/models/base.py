@@ -404,7 +404,8 @@ class Potential(nn.Module, ABC):
         structures = structures.with_species_table(self.species_table)
         neighbors = self._check_neighbors(structures, neighbors)
         derivative = bool(wanted & {"forces", "stress"})
-        if derivative and not create_graph and not taps:
+        compact = isinstance(neighbors, CompactNeighbors)
+        if (derivative or compact) and not create_graph and not taps:
             found = self.evaluate(structures, neighbors)
             atomic, features = found.terms.sum(dim=1), dict[str, Tensor]()
             forces, virial = found.forces, found.virial

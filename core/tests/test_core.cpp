@@ -1,0 +1,269 @@
+// A stand-alone check of the C interface, meant to run under the address and undefined-behavior
+// sanitizers: random systems with tiny cells, isolated atoms, ghosts, several species and several
+// interaction layers; gradients against central differences, all instruction sets against the
+// first, wrong input against its error.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "potstill_core.h"
+
+namespace {
+
+int failures = 0;
+
+void expect(bool holds, const std::string &what) {
+    if (holds) return;
+    std::printf("FAILED: %s\n", what.c_str());
+    ++failures;
+}
+
+std::mt19937 generator(1);
+double uniform(double low, double high) {
+    return std::uniform_real_distribution<double>(low, high)(generator);
+}
+
+struct System {
+    std::vector<int32_t> species, neighbor;
+    std::vector<int64_t> row_ptr;
+    std::vector<double> positions, offsets, r_ij;
+    std::vector<uint16_t> image;
+    int64_t n_local;
+
+    potstill_pairs pairs() const {
+        return {int64_t(species.size()), n_local, species.data(), row_ptr.data(), neighbor.data()};
+    }
+    size_t n_pairs() const { return neighbor.size(); }
+};
+
+// Atoms in a cubic cell with its nearest images; `reach` is the radius of the list.
+System make_system(int n_atoms, int n_local, int n_species, double cell, double reach) {
+    System s;
+    s.n_local = n_local;
+    for (int i = 0; i < n_atoms; ++i) {
+        s.species.push_back(int32_t(generator() % unsigned(n_species)));
+        for (int d = 0; d < 3; ++d) s.positions.push_back(uniform(0.0, cell));
+    }
+    for (int a = -1; a <= 1; ++a)
+        for (int b = -1; b <= 1; ++b)
+            for (int c = -1; c <= 1; ++c)
+                for (int shift : {a, b, c}) s.offsets.push_back(shift * cell);
+    s.row_ptr.push_back(0);
+    for (int i = 0; i < n_local; ++i) {
+        for (int j = 0; j < n_atoms; ++j)
+            for (int k = 0; k < 27; ++k) {
+                if (i == j && k == 13) continue;
+                double d[3], square = 0.0;
+                for (int x = 0; x < 3; ++x) {
+                    d[x] = s.positions[3 * j + x] - s.positions[3 * i + x] + s.offsets[3 * k + x];
+                    square += d[x] * d[x];
+                }
+                if (square > reach * reach || square < 0.5) continue;
+                s.neighbor.push_back(j);
+                s.image.push_back(uint16_t(k));
+                for (double x : d) s.r_ij.push_back(x);
+            }
+        s.row_ptr.push_back(int64_t(s.neighbor.size()));
+    }
+    return s;
+}
+
+std::vector<double> make_parameters(const potstill_hipnn &m) {
+    std::vector<double> p(size_t(potstill_n_parameters(&m)));
+    for (double &x : p) x = uniform(-0.4, 0.4);
+    // Centers and widths of the sensitivities follow the interaction weights of each block.
+    size_t at = 0;
+    for (int b = 0; b < m.n_interaction_layers; ++b) {
+        const size_t width = size_t(m.n_features), n = size_t(m.n_sensitivities);
+        const size_t n_in = b == 0 ? size_t(m.n_species) : width;
+        at += n * width * n_in;
+        for (size_t k = 0; k < n; ++k) p[at + k] = 1.5 + 2.5 * double(k) / double(n);
+        for (size_t k = 0; k < n; ++k) p[at + n + k] = 12.0;
+        at += 2 * n + width * n_in + width * size_t(1 + m.l_max) + width * width + width;
+        if (n_in != width) at += width * n_in;
+        at += size_t(m.n_atom_layers) * 2 * (width * width + width);
+    }
+    return p;
+}
+
+struct Outcome {
+    std::vector<double> terms, gradient, by_parameter;
+};
+
+double weighted(const std::vector<double> &terms, const std::vector<double> &weights) {
+    double sum = 0.0;
+    for (size_t k = 0; k < terms.size(); ++k) sum += terms[k] * weights[k];
+    return sum;
+}
+
+Outcome run_f64(const potstill_hipnn &m, const std::vector<double> &p, const System &s,
+                const std::vector<double> &weights, int n_threads) {
+    Outcome o;
+    o.terms.resize(size_t(s.n_local) * size_t(m.n_interaction_layers + 1));
+    o.gradient.resize(3 * s.n_pairs());
+    o.by_parameter.resize(p.size());
+    const potstill_pairs pairs = s.pairs();
+    const potstill_pass pass{s.r_ij.data(),   1, weights.data(), o.terms.data(), o.gradient.data(),
+                             o.by_parameter.data()};
+    expect(potstill_pass_f64(&m, p.data(), &pairs, &pass, n_threads) == 0, potstill_error());
+    return o;
+}
+
+void run_f32(const potstill_hipnn &m, const std::vector<double> &p, const System &s,
+             const Outcome &reference, const std::vector<double> &weights) {
+    // Vectors of exact size, so that the sanitizer sees a single element too many.
+    std::vector<float> parameters(p.begin(), p.end()), r_ij(s.r_ij.begin(), s.r_ij.end());
+    std::vector<float> gradient(3 * s.n_pairs());
+    std::vector<double> terms(reference.terms.size()), by_parameter(p.size());
+    const potstill_pairs pairs = s.pairs();
+    const potstill_pass pass{r_ij.data(),     0, weights.data(), terms.data(), gradient.data(),
+                             by_parameter.data()};
+    expect(potstill_pass_f32(&m, parameters.data(), &pairs, &pass, 2) == 0, potstill_error());
+    for (size_t k = 0; k < terms.size(); ++k)
+        expect(std::fabs(terms[k] - reference.terms[k]) < 1e-3, "float and double terms agree");
+}
+
+void check_differences(const potstill_hipnn &m, const std::vector<double> &p, const System &s,
+                       const Outcome &o, const std::vector<double> &weights) {
+    const double step = 1e-5;
+    for (int trial = 0; trial < 6; ++trial) {
+        double numeric[2], exact[2] = {0.0, 0.0};
+        for (int side = 0; side < 2; ++side) {
+            const double sign = side ? 1.0 : -1.0;
+            System moved = s;
+            std::vector<double> changed = p;
+            if (s.n_pairs() && trial % 2 == 0) {
+                const size_t k = (size_t(trial) * 7919) % moved.r_ij.size();
+                moved.r_ij[k] += sign * step;
+                exact[0] = o.gradient[k];
+            } else {
+                const size_t k = (size_t(trial) * 7919) % p.size();
+                changed[k] += sign * step;
+                exact[0] = o.by_parameter[k];
+            }
+            numeric[side] = weighted(run_f64(m, changed, moved, weights, 1).terms, weights);
+        }
+        const double slope = (numeric[1] - numeric[0]) / (2.0 * step);
+        expect(std::fabs(slope - exact[0]) < 1e-6 * (1.0 + std::fabs(slope)),
+               "gradients equal differences");
+    }
+}
+
+void check_md(const potstill_hipnn &m, const std::vector<double> &p, const System &s) {
+    std::vector<double> charge(size_t(m.n_species), 13.0);
+    const potstill_zbl zbl{charge.data(), 14.3996, 1.0, 2.5};
+    const potstill_pairs pairs = s.pairs();
+    std::vector<double> energies(size_t(s.n_local)), forces(3 * s.species.size()), virial(9);
+    potstill_md md{s.positions.data(), s.image.data(), s.offsets.data(), 27, &zbl,
+                   energies.data(),    forces.data(),  virial.data()};
+    expect(potstill_md_f64(&m, p.data(), &pairs, &md, 2) == 0, potstill_error());
+    for (int d = 0; d < 3; ++d) {
+        double total = 0.0;
+        for (size_t i = 0; i < s.species.size(); ++i) total += forces[3 * i + size_t(d)];
+        expect(std::fabs(total) < 1e-9, "forces sum to zero");
+    }
+    // A list without images, and neither forces nor virial.
+    std::vector<float> parameters(p.begin(), p.end());
+    md.image = nullptr, md.forces = nullptr, md.virial = nullptr;
+    expect(potstill_md_f32(&m, parameters.data(), &pairs, &md, 1) == 0, potstill_error());
+    md.forces = forces.data();
+    expect(potstill_md_f64(nullptr, nullptr, &pairs, &md, 1) == 0, potstill_error());
+}
+
+void check_models() {
+    for (const char *const *set = potstill_compiled_instruction_sets(); *set; ++set) {
+        if (!potstill_runnable(*set)) {
+            std::printf("%s cannot run here\n", *set);
+            continue;
+        }
+        expect(potstill_select(*set) == 0, potstill_error());
+        std::printf("%s\n", potstill_instruction_set());
+        for (int l_max = 0; l_max <= 2; ++l_max)
+            for (int n_layers = 1; n_layers <= 3; ++n_layers)
+                for (int n_species = 1; n_species <= 3; n_species += 2) {
+                    const potstill_hipnn m{n_species, n_species == 3 ? 3 : 5, 3, l_max, n_layers,
+                                           l_max,     n_layers % 2,          4.0, 1e-3};
+                    const std::vector<double> p = make_parameters(m);
+                    for (int kind = 0; kind < 5; ++kind) {
+                        const int n = kind == 0 ? 0 : kind == 1 ? 1 : kind == 2 ? 35 : 3;
+                        const double cell = kind == 4 ? 20.0 : kind == 2 ? 8.0 : 3.5;
+                        const System s = make_system(n, n, n_species, cell, 4.5);
+                        std::vector<double> weights(size_t(n) * size_t(n_layers + 1));
+                        for (double &w : weights) w = uniform(-1.0, 1.0);
+                        const Outcome o = run_f64(m, p, s, weights, 1);
+                        const Outcome two = run_f64(m, p, s, weights, 3);
+                        const Outcome again = run_f64(m, p, s, weights, 3);
+                        expect(two.by_parameter == again.by_parameter, "repeatable");
+                        for (size_t k = 0; k < p.size(); ++k)
+                            expect(std::fabs(o.by_parameter[k] - two.by_parameter[k]) < 1e-9,
+                                   "the number of threads does not matter");
+                        run_f32(m, p, s, o, weights);
+                        if (kind == 3) check_differences(m, p, s, o, weights);
+                        check_md(m, p, s);
+                    }
+                    if (n_layers > 1) continue;
+                    check_md(m, p, make_system(20, 9, n_species, 8.0, 4.5));  // ghosts
+                }
+    }
+    expect(potstill_select(nullptr) == 0, potstill_error());
+}
+
+void check_errors() {
+    potstill_hipnn m{1, 4, 3, 1, 1, 1, 0, 4.0, 1e-3};
+    const std::vector<double> p = make_parameters(m);
+    System s = make_system(4, 4, 1, 4.0, 4.5);
+    const potstill_pass pass{s.r_ij.data(), 1, nullptr, nullptr, nullptr, nullptr};
+    auto refused = [&](const char *what) {
+        const potstill_pairs pairs = s.pairs();
+        expect(potstill_pass_f64(&m, p.data(), &pairs, &pass, 1) < 0, what);
+        expect(std::strlen(potstill_error()) > 10, "errors are explained");
+    };
+    s.neighbor[0] = 4;
+    refused("a neighbor beyond the atoms");
+    s.neighbor[0] = -1;
+    refused("a negative neighbor");
+    s.neighbor[0] = 1;
+    s.species[2] = 1;
+    refused("an unknown species");
+    s.species[2] = 0;
+    s.row_ptr[1] = s.row_ptr[2] + 1;
+    refused("rows that overlap");
+    m.l_max = 3;
+    expect(potstill_n_parameters(&m) < 0, "l_max 3");
+    expect(potstill_select("mmx") < 0, "an unknown instruction set");
+}
+
+void check_packing() {
+    const int64_t center[] = {0, 0, 2}, neighbor[] = {1, 2, 0};
+    const int64_t shifts[] = {0, 0, 0, 1, 0, -1, -1, 0, 1};
+    int64_t row_ptr[4];
+    int32_t packed[3];
+    uint16_t image[3];
+    std::vector<int32_t> images(65536 * 3);
+    const int n = potstill_pack_pairs(3, 3, center, neighbor, shifts, row_ptr, packed, image,
+                                      images.data());
+    expect(n == 9, "a box of images");
+    expect(row_ptr[1] == 2 && row_ptr[2] == 2 && row_ptr[3] == 3, "row pointers");
+    for (int k = 0; k < 3; ++k)
+        for (int d = 0; d < 3; ++d)
+            expect(images[size_t(3 * image[k] + d)] == shifts[3 * k + d], "images hold the shifts");
+    const int64_t unsorted[] = {2, 0, 0};
+    expect(potstill_pack_pairs(3, 3, unsorted, neighbor, shifts, row_ptr, packed, image,
+                               images.data()) < 0,
+           "unsorted centers");
+}
+
+}  // namespace
+
+int main() {
+    check_models();
+    check_errors();
+    check_packing();
+    potstill_release_memory();
+    std::printf(failures ? "%d checks failed\n" : "all passed\n", failures);
+    return failures ? EXIT_FAILURE : EXIT_SUCCESS;
+}
