@@ -349,13 +349,18 @@ class ForceGradient:
         LossGradient
             `backward` leaves the gradient of the loss in the parameters.
         """
-        if self.method == "backpropagation" or not {"forces", "stress"} & set(wanted):
+        first_order = {"forces", "stress"}.isdisjoint(wanted)  # no second derivative is needed
+        if self.method == "backpropagation" or (first_order and not self.takes_compact_lists):
             value = objective(module("predict", batch.structures, batch.neighbors, wanted))
             return LossGradient(value.parts, [lambda: value.data + value.penalty])
         self._check(batch, wanted)
         point = Point.of(self.network, batch.structures, batch.neighbors)
         value, cotangents = loss_cotangents(self.network, point, wanted, objective)
-        if self.method == "central_difference":
+        if first_order:
+            assert cotangents.partial is not None
+            arguments = (point.structures, point.neighbors, cotangents.partial)
+            *earlier, last = [lambda: module("weighted_energy", *arguments)]
+        elif self.method == "central_difference":
             move = Displacement.along(cotangents, point, self.epsilon)
             self._watch(point, cotangents, move)
             *earlier, last = difference_passes(module, point, cotangents, move, folded=self.folded)
