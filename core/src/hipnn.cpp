@@ -11,6 +11,7 @@
 
 #include "network.h"
 #include "pairs.h"
+#include "peak.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -989,6 +990,6 @@ int run(const Task &task) {
 
 }  // namespace
 
-Kernels kernels() { return {run<float>, run<double>, nullptr, nullptr}; }
+Kernels kernels() { return {run<float>, run<double>, measure_gflops<float>, measure_gflops<double>}; }
 
 }  // namespace potstill::POTSTILL_ISA
