@@ -475,9 +475,25 @@ class Driver {
 
     T cutoff() const { return T(model_.cutoff); }
 
+    // Four vectors to places k to k + 3 of `raw`.
+    static POTSTILL_INLINE void put_four(Scratch<T> &s, int k, typename Four<T>::type a,
+                                         typename Four<T>::type b, typename Four<T>::type c,
+                                         typename Four<T>::type d) {
+        transpose_four<T>(a, b, c, d);
+        store_four(s.raw[0] + k, a);
+        store_four(s.raw[1] + k, b);
+        store_four(s.raw[2] + k, c);
+    }
+
     template <class R>
     static void load_vectors(Scratch<T> &s, const R *r, int n) {
-        for (int k = 0; k < n; ++k) {
+        auto vector = [r](int k) {
+            return __builtin_convertvector(load_four(r + 3 * k), typename Four<T>::type);
+        };
+        int k = 0;
+        for (; k + 4 < n; k += 4)  // not to the end: each load reaches into the next vector
+            put_four(s, k, vector(k), vector(k + 1), vector(k + 2), vector(k + 3));
+        for (; k < n; ++k) {
             s.raw[0][k] = T(r[3 * k]);
             s.raw[1][k] = T(r[3 * k + 1]);
             s.raw[2][k] = T(r[3 * k + 2]);
@@ -493,18 +509,13 @@ class Driver {
             if (image) d += load_quad(offsets_ + image[k]);
             return __builtin_convertvector(d, typename Four<T>::type);
         };
-        auto put = [&](int k, auto x, auto y, auto z, auto w) {
-            transpose_four<T>(x, y, z, w);
-            store_four(s.raw[0] + k, x);
-            store_four(s.raw[1] + k, y);
-            store_four(s.raw[2] + k, z);
-        };
         int k = 0;
         for (; k + 4 <= n; k += 4)
-            put(k, vector(k), vector(k + 1), vector(k + 2), vector(k + 3));
+            put_four(s, k, vector(k), vector(k + 1), vector(k + 2), vector(k + 3));
         if (k < n) {
             const auto zero = typename Four<T>::type{};
-            put(k, vector(k), k + 1 < n ? vector(k + 1) : zero, k + 2 < n ? vector(k + 2) : zero, zero);
+            put_four(s, k, vector(k), k + 1 < n ? vector(k + 1) : zero,
+                     k + 2 < n ? vector(k + 2) : zero, zero);
         }
     }
 
