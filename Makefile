@@ -18,6 +18,9 @@ INSTALLED := $(VENV)/.installed
 OUT ?= runs/silicon
 OUT_SHORT ?= runs/silicon-short
 
+# Sources of the native core: a change compiles it anew.
+NATIVE := CMakeLists.txt $(wildcard core/*.cpp core/include/* core/src/*)
+
 # More for pytest, as in `make test PYTEST_ARGS="-k layers"`.
 PYTEST_ARGS ?=
 
@@ -40,7 +43,7 @@ help:
 
 setup: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "potstill needs Python 3.11 or later, and $(PYTHON) is $$($(PYTHON) --version 2>&1): try make PYTHON=python3.12" >&2; exit 1; }
 	@echo "Setting up $(VENV): about two minutes and 2 GB the first time."

@@ -344,7 +344,7 @@ def test_wrong_arrays_are_refused():
     beyond = replace(compact, neighbor=compact.neighbor + structures.n_atoms)
     with pytest.raises(ModelError, match="does not exist"):
         core.hipnn_pass(parameters, structures.species, beyond, r_ij)
-    with pytest.raises(ModelError, match="float32 or float64"):
+    with pytest.raises(ModelError, match="compute in float32 or float64"):
         make_model(2, 1, 1).half().native_parameters()
 
 

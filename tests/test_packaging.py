@@ -1,6 +1,7 @@
 """What stands around the code agrees with it: versions, extras, documentation, targets."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -198,8 +199,10 @@ def test_a_wheel_from_the_sdist_holds_the_whole_package(tmp_path):
     result = subprocess.run(build, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
-    compiled = "none-any" not in wheel.name
-    assert compiled == (shutil.which("c++") is not None)
+    # Without a compiler there is a wheel as well: the same files, and no extension module.
+    compiled = [f"potstill/{name}" for name in extension_modules(wheel)]
+    assert wheel.name.endswith("-none-any.whl") != bool(compiled)
+    assert bool(compiled) == (shutil.which("c++") is not None)
     expected = {
         f"potstill/{path.relative_to(SOURCE)}"
         for path in SOURCE.rglob("*")
@@ -209,10 +212,40 @@ def test_a_wheel_from_the_sdist_holds_the_whole_package(tmp_path):
         packed = {name for name in archive.namelist() if name.startswith("potstill/")}
         (metadata,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
         assert f"\nVersion: {potstill.__version__}\n" in archive.read(metadata).decode()
-    extensions = {name for name in packed if name.endswith((".so", ".pyd"))}
-    assert len(extensions) == int(compiled)
-    assert packed - extensions == expected
+    assert packed == expected | set(compiled)
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"LICENSE", "README.md", "pyproject.toml", "CHANGELOG.md"} <= names
-    assert {"CMakeLists.txt", "core/include/potstill_core.h", "core/src/hipnn.cpp"} <= names
+    assert {"LICENSE", "README.md", "pyproject.toml", "CHANGELOG.md", "CMakeLists.txt"} <= names
+    assert {f"core/{path.name}" for path in (ROOT / "core").iterdir() if path.is_file()} <= names
+    sources = {f"core/src/{path.name}" for path in (ROOT / "core" / "src").iterdir()}
+    assert sources <= names
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_install_succeeds_and_says_so(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+    ]
+    setting = f"-Cbuild-dir={tmp_path / 'build'}"
+    environment = {**os.environ, "CXX": "/bin/false", "CC": "/bin/false"}
+    result = subprocess.run(
+        [*command, setting, str(ROOT)], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "installed without them and uses PyTorch kernels" in result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-none-any.whl")
+    assert extension_modules(wheel) == []
+
+
+def extension_modules(wheel: Path) -> list[str]:
+    """Compiled modules of a wheel, below the package."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name.removeprefix("potstill/") for name in archive.namelist()]
+    return [name for name in names if name.startswith("core/_native.")]

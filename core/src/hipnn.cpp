@@ -11,6 +11,7 @@
 
 #include "network.h"
 #include "pairs.h"
+#include "peak.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -115,9 +116,9 @@ struct Scratch {
     Quad *forces;              // (n_atoms)
     T *feature_cotangent[2];   // (n_local, padded n_features) of this layer's output and input
     bool indices_fit;
-    double pad[8];
 };
 
+// One call: a model with M tensor components, over all atoms.
 template <class T, int M>
 class Driver {
   public:
@@ -307,9 +308,9 @@ class Driver {
             const Radial<T> &radial = prepared_[layer].radial;
             for (int n = 0; n < n_sens_; ++n) {
                 const double a = k * double(parameters_[r.sigma + n]);
-                const_cast<T *>(radial.a)[n] = T(a);
-                const_cast<T *>(radial.b)[n] = T(a / double(parameters_[r.mu + n]));
-                const_cast<T *>(radial.slope)[n] = T(-2.0 * ln2 * a);
+                radial.a[n] = T(a);
+                radial.b[n] = T(a / double(parameters_[r.mu + n]));
+                radial.slope[n] = T(-2.0 * ln2 * a);
             }
         }
         if (task_.md)
@@ -474,9 +475,25 @@ class Driver {
 
     T cutoff() const { return T(model_.cutoff); }
 
+    // Four vectors to places k to k + 3 of `raw`.
+    static POTSTILL_INLINE void put_four(Scratch<T> &s, int k, typename Four<T>::type a,
+                                         typename Four<T>::type b, typename Four<T>::type c,
+                                         typename Four<T>::type d) {
+        transpose_four<T>(a, b, c, d);
+        store_four(s.raw[0] + k, a);
+        store_four(s.raw[1] + k, b);
+        store_four(s.raw[2] + k, c);
+    }
+
     template <class R>
     static void load_vectors(Scratch<T> &s, const R *r, int n) {
-        for (int k = 0; k < n; ++k) {
+        auto vector = [r](int k) {
+            return __builtin_convertvector(load_four(r + 3 * k), typename Four<T>::type);
+        };
+        int k = 0;
+        for (; k + 4 < n; k += 4)  // not to the end: each load reaches into the next vector
+            put_four(s, k, vector(k), vector(k + 1), vector(k + 2), vector(k + 3));
+        for (; k < n; ++k) {
             s.raw[0][k] = T(r[3 * k]);
             s.raw[1][k] = T(r[3 * k + 1]);
             s.raw[2][k] = T(r[3 * k + 2]);
@@ -492,18 +509,13 @@ class Driver {
             if (image) d += load_quad(offsets_ + image[k]);
             return __builtin_convertvector(d, typename Four<T>::type);
         };
-        auto put = [&](int k, auto x, auto y, auto z, auto w) {
-            transpose_four<T>(x, y, z, w);
-            store_four(s.raw[0] + k, x);
-            store_four(s.raw[1] + k, y);
-            store_four(s.raw[2] + k, z);
-        };
         int k = 0;
         for (; k + 4 <= n; k += 4)
-            put(k, vector(k), vector(k + 1), vector(k + 2), vector(k + 3));
+            put_four(s, k, vector(k), vector(k + 1), vector(k + 2), vector(k + 3));
         if (k < n) {
             const auto zero = typename Four<T>::type{};
-            put(k, vector(k), k + 1 < n ? vector(k + 1) : zero, k + 2 < n ? vector(k + 2) : zero, zero);
+            put_four(s, k, vector(k), k + 1 < n ? vector(k + 1) : zero,
+                     k + 2 < n ? vector(k + 2) : zero, zero);
         }
     }
 
@@ -581,7 +593,7 @@ class Driver {
         for (int b = 0; b < n; ++b) {
             const int start = offset;
             offset = fill_fields(s, layer, first + b, b, offset, first_time);
-            weighted_components<T, M>(s.fields, start, (offset - start) / L, s.weighted, stride(s));
+            weighted_components<T, M>(s.fields, start, (offset - start) / L, s.weighted, stride());
             if (layer == 0)
                 one_hot_environment(s, b, start);
             else
@@ -626,7 +638,7 @@ class Driver {
     }
 
     // Length of the arrays of one atom's pairs.
-    ptrdiff_t stride(const Scratch<T> &) const {
+    ptrdiff_t stride() const {
         return padded<T>(max_row_) + L + ptrdiff_t(model_.n_species) * L;
     }
 
@@ -635,7 +647,7 @@ class Driver {
         for (int z = 0; z < n_s; ++z) {
             const Run &run = s.runs[b * n_s + z];
             environment<T, M>(run.n_vectors, s.fields.inverse_r + run.first,
-                              s.weighted + (run.first - start), stride(s), prepared_[0].radial,
+                              s.weighted + (run.first - start), stride(), prepared_[0].radial,
                               s.atom_environment + z * M, ptrdiff_t(n_s) * M);
         }
         for (int k = 0; k < n_sens_ * n_s * M; ++k) s.environment[k * B + b] = s.atom_environment[k];
@@ -655,15 +667,15 @@ class Driver {
             else
                 clear(ld, s.near + p * ld);
         }
-        spell_out<T, M>(run.n_vectors, s.fields.inverse_r + run.first, s.weighted, stride(s),
-                        prepared_[layer].radial, s.spelled, stride(s));
+        spell_out<T, M>(run.n_vectors, s.fields.inverse_r + run.first, s.weighted, stride(),
+                        prepared_[layer].radial, s.spelled, stride());
     }
 
     void dense_environment(Scratch<T> &s, int layer, int64_t i, int b) {
         const Run &run = s.runs[b];
         gather(s, layer, i, run);
         const int ld = ld_features();
-        gemm<T, Order::rows>(n_sens_ * M, ld, run.n_vectors * L, s.spelled, stride(s), s.near, ld,
+        gemm<T, Order::rows>(n_sens_ * M, ld, run.n_vectors * L, s.spelled, stride(), s.near, ld,
                              s.atom_environment, ld);
         for (int n = 0; n < n_sens_; ++n)
             for (int m = 0; m < M; ++m)
@@ -888,19 +900,19 @@ class Driver {
     void one_hot_backward(Scratch<T> &s, int64_t i, int b, T *moments) {
         const int n_s = model_.n_species;
         for (int k = 0; k < n_sens_ * n_s * M; ++k) s.atom_environment[k] = s.environment[k * B + b];
-        const bool clean = starts_gradient(i, 0);
+        if (layer_comes_first(0)) clear_gradient(i);
         for (int z = 0; z < n_s; ++z) {
             const Run &run = s.runs[b * n_s + z];
             backward_run<T, M, false>(s.fields, run, prepared_[0].radial, s.atom_environment + z * M,
                                       ptrdiff_t(n_s) * M, moments, s.pair_gradient);
-            deliver(s, i, run, clean);
+            deliver(s, i, run);
         }
     }
 
     void dense_backward(Scratch<T> &s, int layer, int64_t i, int b, T *moments) {
         const Run &run = s.runs[b];
         const int ld = ld_features(), n_pairs = run.n_vectors * L;
-        weighted_components<T, M>(s.fields, run.first, run.n_vectors, s.weighted, stride(s));
+        weighted_components<T, M>(s.fields, run.first, run.n_vectors, s.weighted, stride());
         gather(s, layer, i, run);
         for (int n = 0; n < n_sens_; ++n)
             for (int m = 0; m < M; ++m) {
@@ -909,29 +921,31 @@ class Driver {
                     row[f] = s.environment[((n * n_features_ + f) * M + m) * B + b];
                 for (int f = n_features_; f < ld; ++f) row[f] = T(0);
             }
-        transpose(n_pairs, n_features_, s.near, ld, s.near_columns, stride(s));
+        transpose(n_pairs, n_features_, s.near, ld, s.near_columns, stride());
         gemm<T, Order::rows>(n_sens_ * M, n_pairs, n_features_, s.atom_environment, ld, s.near_columns,
-                             stride(s), s.by_spelled, stride(s));
-        gemm<T, Order::columns>(n_pairs, ld, n_sens_ * M, s.spelled, stride(s), s.atom_environment, ld,
+                             stride(), s.by_spelled, stride());
+        gemm<T, Order::columns>(n_pairs, ld, n_sens_ * M, s.spelled, stride(), s.atom_environment, ld,
                                 s.by_near, ld);
         T *below = s.feature_cotangent[(layer - 1) & 1];
         for (int p = 0; p < run.n_pairs; ++p)
             add(ld, below + neighbor_of(s, i, run.first + p) * ld, s.by_near + p * ld);
-        const bool clean = starts_gradient(i, layer);
-        backward_run<T, M, true>(s.fields, run, prepared_[layer].radial, s.by_spelled, stride(s),
+        if (layer_comes_first(layer)) clear_gradient(i);
+        backward_run<T, M, true>(s.fields, run, prepared_[layer].radial, s.by_spelled, stride(),
                                  moments, s.pair_gradient);
-        deliver(s, i, run, clean);
+        deliver(s, i, run);
     }
 
-    // The layer that comes first on the way back writes an atom's pair gradients, others add.
-    bool starts_gradient(int64_t i, int layer) {
-        if (!task_.pass || !want_pairs_ || layer != n_layers_ - 1) return false;
+    // Pair gradients are sums over the layers, begun by the one that comes first on the way back.
+    bool layer_comes_first(int layer) const {
+        return task_.pass && want_pairs_ && layer == n_layers_ - 1;
+    }
+
+    void clear_gradient(int64_t i) {
         T *row = static_cast<T *>(task_.pass->gradient) + 3 * pairs_.row_ptr[i];
         clear(size_t(3 * (pairs_.row_ptr[i + 1] - pairs_.row_ptr[i])), row);
-        return true;
     }
 
-    void deliver(Scratch<T> &s, int64_t i, const Run &run, bool) {
+    void deliver(Scratch<T> &s, int64_t i, const Run &run) {
         if (!want_pairs_) return;
         if (task_.pass) {
             T *row = static_cast<T *>(task_.pass->gradient) + 3 * pairs_.row_ptr[i];
@@ -989,6 +1003,6 @@ int run(const Task &task) {
 
 }  // namespace
 
-Kernels kernels() { return {run<float>, run<double>, nullptr, nullptr}; }
+Kernels kernels() { return {run<float>, run<double>, measure_gflops<float>, measure_gflops<double>}; }
 
 }  // namespace potstill::POTSTILL_ISA

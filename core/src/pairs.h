@@ -29,7 +29,7 @@ struct Run {
 template <class T>
 struct Radial {
     int n;
-    const T *a, *b, *slope;
+    T *a, *b, *slope;
 };
 
 template <int N>

@@ -1,0 +1,206 @@
+"""Time of the native kernels per atom, beside the machine's measured peaks.
+
+    python benchmarks/core_kernels.py [--threads 2] [--instruction-set avx2]
+
+Aluminium with 0.1 Å of disorder, cutoff 7.5 Å; MD of 4,000 atoms with a skin of 0.5 Å, training on
+16 x 108 atoms (one force pass, two weighted passes with parameter gradients; and both weighted
+passes as one call). Floating-point operations and bytes from memory are counted from the
+algorithm (padding is not work), peaks are measured here: fused multiply-adds in registers, times
+the number of threads, and a triad over large arrays. Medians and minima over runs go to
+`benchmarks/results/core_kernels.json`; on a busy machine the minimum says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase.build import bulk
+
+from potstill import core
+from potstill.core.base import native
+from potstill.evaluate.base import machine_description
+from potstill.models import HIPNN
+from potstill.neighbors import build_neighbor_list, pair_vectors
+from potstill.structures import SpeciesTable, Structures
+
+RESULTS = Path(__file__).parent / "results" / "core_kernels.json"
+CUTOFF = 7.5
+TABLE = SpeciesTable.from_symbols(["Al"])
+
+#: Features, sensitivities, atom layers.
+MODELS = {"student": (24, 10, 2), "teacher": (128, 40, 4)}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--instruction-set", help="baseline, avx2 or avx512")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def crystal(repeat: int, seed: int) -> Any:
+    atoms = bulk("Al", cubic=True).repeat(repeat)
+    atoms.rattle(0.1, seed=seed)
+    return atoms
+
+
+def measure(call: Callable[[], object], n_atoms: int, rounds: int) -> dict[str, float]:
+    """Microseconds per atom: median and minimum on the clock, and of processor time."""
+    call()
+    clock, cpu = [], []
+    for _ in range(rounds):
+        began, began_cpu = time.perf_counter(), time.process_time()
+        call()
+        clock.append(time.perf_counter() - began)
+        cpu.append(time.process_time() - began_cpu)
+    scale = 1e6 / n_atoms
+    return {
+        "median_us_per_atom": float(np.median(clock)) * scale,
+        "minimum_us_per_atom": min(clock) * scale,
+        "minimum_cpu_us_per_atom": min(cpu) * scale,
+    }
+
+
+def operations(model: HIPNN, n_pairs: float, *, forces: bool, parameters: bool) -> float:
+    """Floating-point operations per atom of one pass; a fused multiply-add counts two."""
+    n, width, m = model.n_sensitivities, model.n_features, (1, 4, 9)[model.l_max]
+    gaussian, geometry = 18, 60  # exp by a polynomial; distances, direction, cutoff function
+    products = 2 * width * (m * n + width * (1 + 2 * model.n_atom_layers))
+    forward = n_pairs * (geometry + n * (gaussian + 2 * m)) + products
+    backward = n_pairs * (20 + n * (gaussian + 4 * m + 4)) + products
+    return forward + (backward if forces or parameters else 0) + (products if parameters else 0)
+
+
+def bandwidth(n_threads: int) -> float:
+    """GB/s of a triad over arrays that no cache holds."""
+    torch.set_num_threads(n_threads)
+    a, b, c = (torch.ones(16_000_000) for _ in range(3))
+    best = 0.0
+    for _ in range(8):
+        began = time.perf_counter()
+        torch.add(b, c, alpha=0.5, out=a)
+        best = max(best, 3 * 4 * a.numel() / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+def benchmark_md(model: HIPNN, options: argparse.Namespace) -> dict[str, Any]:
+    structures = Structures.from_ase(crystal(10, 0)).with_species_table(TABLE)
+    neighbors = build_neighbor_list(structures, CUTOFF + 0.5)
+    compact = core.compact_neighbors(neighbors, structures.n_atoms)
+    parameters, cell = model.native_parameters(), structures.cell[0]
+    species, positions = structures.species.to(torch.int32), structures.positions
+    result = measure(
+        lambda: core.hipnn_md(
+            parameters, species, compact, positions, cell, n_threads=options.threads
+        ),
+        structures.n_atoms,
+        options.rounds,
+    )
+    within = (pair_vectors(structures, neighbors).norm(dim=1) < CUTOFF).sum()
+    listed = compact.n_pairs / structures.n_atoms
+    result["operations_per_atom"] = operations(
+        model, float(within) / structures.n_atoms, forces=True, parameters=False
+    )
+    # The list twice (it is checked first), positions in and out, forces per thread and in sum.
+    result["bytes_per_atom"] = 2 * 6 * listed + 24 + 3 * 32 + options.threads * 64 + 24 + 8
+    core.release_memory()
+    before = native().scratch_bytes()
+    core.hipnn_md(parameters, species, compact, positions, cell, n_threads=options.threads)
+    scratch = native().scratch_bytes() - before
+    result["memory_per_atom"] = scratch / structures.n_atoms + 6 * listed + 8 + 24 + 24 + 8
+    return result
+
+
+def benchmark_training(model: HIPNN, options: argparse.Namespace) -> dict[str, Any]:
+    frames = [crystal(3, seed) for seed in range(16)]
+    structures = Structures.from_ase(frames).with_species_table(TABLE)
+    neighbors = build_neighbor_list(structures, CUTOFF)
+    compact = core.compact_neighbors(neighbors, structures.n_atoms)
+    parameters, n_threads = model.native_parameters(), options.threads
+    species = structures.species.to(torch.int32)
+    r_ij = pair_vectors(structures, neighbors)
+    weights = torch.randn(structures.n_atoms, 2, dtype=torch.float64)
+    wanted: dict[str, Any] = {"gradient": False, "parameter_gradient": True}
+
+    def forces() -> None:
+        core.hipnn_pass(parameters, species, compact, r_ij, n_threads=n_threads)
+
+    def weighted() -> None:
+        core.hipnn_pass(parameters, species, compact, r_ij, weights, n_threads=n_threads, **wanted)
+
+    def step() -> None:
+        forces()
+        weighted()
+        weighted()
+
+    results: dict[str, Any] = {}
+    n_pairs = compact.n_pairs / structures.n_atoms
+    force_work = operations(model, n_pairs, forces=True, parameters=False)
+    weighted_work = operations(model, n_pairs, forces=True, parameters=True)
+    for name, call, work, n_bytes in (
+        ("force_pass", forces, force_work, n_pairs * (4 + 24 + 12)),
+        ("weighted_pass", weighted, weighted_work, n_pairs * (4 + 24)),
+        ("step", step, force_work + 2 * weighted_work, n_pairs * (3 * 28 + 12)),
+    ):
+        results[name] = measure(call, structures.n_atoms, options.rounds)
+        results[name]["operations_per_atom"] = work
+        results[name]["bytes_per_atom"] = n_bytes
+    return results
+
+
+def main() -> None:
+    options = arguments()
+    core.select_instruction_set(options.instruction_set)
+    torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype)
+    measure_peak = native().gflops_f32 if dtype == torch.float32 else native().gflops_f64
+    peaks = {
+        "gflops_per_thread": measure_peak(1.0),
+        "triad_gb_per_s": bandwidth(options.threads),
+    }
+    rows: dict[str, Any] = {}
+    for name, (width, n_sensitivities, n_layers) in MODELS.items():
+        torch.manual_seed(0)
+        model = HIPNN(TABLE, width, n_sensitivities, 1.5, 7.0, CUTOFF, n_layers).to(dtype)
+        rows[name] = {
+            "md": benchmark_md(model, options),
+            **benchmark_training(model, options),
+        }
+        for what, row in rows[name].items():
+            peak = peaks["gflops_per_thread"] * options.threads * 1e3  # operations per µs
+            fastest = row["minimum_us_per_atom"]
+            row["fraction_of_peak"] = row["operations_per_atom"] / peak / fastest
+            row["fraction_of_bandwidth"] = (
+                row["bytes_per_atom"] / (peaks["triad_gb_per_s"] * 1e3) / fastest
+            )
+            memory = f", {row['memory_per_atom']:.0f} B/atom" if "memory_per_atom" in row else ""
+            print(
+                f"{name:8} {what:14} median {row['median_us_per_atom']:7.3f}, fastest "
+                f"{fastest:7.3f} µs/atom, processor {row['minimum_cpu_us_per_atom']:7.3f}; "
+                f"{100 * row['fraction_of_peak']:.0f} % of peak operations, "
+                f"{100 * row['fraction_of_bandwidth']:.0f} % of bandwidth{memory}"
+            )
+    record = {
+        "instruction_set": core.instruction_set(),
+        "dtype": options.dtype,
+        "threads": options.threads,
+        "peaks": peaks,
+        "machine": machine_description(),
+        "results": rows,
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
