@@ -35,7 +35,7 @@ from potstill.models import ANI, Edges, SpeciesOffsets, SumPotential
 from potstill.neighbors import pair_vectors
 from potstill.structures import Structures
 from potstill.train import TrainingSet, TrainSettings, train
-from potstill.train.data import atom_batches, epoch_batches, fit_offsets
+from potstill.train.data import epoch_batches, fit_offsets
 from potstill.train.settings import EnergySettings, ModelSettings, ScoreSettings
 from potstill.train.state import versions
 from potstill.units import ENERGY
@@ -124,7 +124,7 @@ class Described:
         blocks = []
         data = data.with_neighbors(network.cutoff)
         with torch.no_grad():
-            for systems in atom_batches(data.structures, DESCRIPTOR_ATOMS):
+            for systems in data.structures.batches(DESCRIPTOR_ATOMS):
                 part = data.batch(systems)
                 edges = Edges(part.neighbors.center, part.neighbors.neighbor)
                 r_ij = pair_vectors(part.structures, part.neighbors)
