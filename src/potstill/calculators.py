@@ -19,7 +19,7 @@ from potstill.checkpoint import load_potential
 from potstill.core import CompactNeighbors, compact_neighbors
 from potstill.errors import DataError, ModelError
 from potstill.models import Potential
-from potstill.models.base import Core, NativeParts
+from potstill.models.base import Core, NativeParts, Pairs
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.structures import NeighborList, Structures
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3
@@ -87,8 +87,7 @@ class PotstillCalculator(Calculator):
         self._warned: set[str] = set()
         self._structures: Structures | None = None  # the latest geometry
         self._reference: Structures | None = None  # where the list was built
-        self._list: NeighborList | None = None
-        self._compact: CompactNeighbors | None = None  # the same for native kernels
+        self._list: Pairs | None = None  # packed for native kernels, or spelled out
         self._close: NeighborList | None = None  # pairs of it that may come closer than allowed
 
     def calculate(
@@ -104,13 +103,14 @@ class PotstillCalculator(Calculator):
         if "numbers" in system_changes:
             self._list = None
         structures = self._take(self.atoms)
-        neighbors = self._neighbors(structures)
-        self._check_range(structures)
         native = self.potential.native_parts()
-        if native is None:
-            energies, forces, stress = self._evaluate(structures, neighbors)
-        else:
+        neighbors = self._neighbors(structures, packed=native is not None)
+        self._check_range(structures)
+        if native is not None and isinstance(neighbors, CompactNeighbors):
             energies, forces, stress = self._evaluate_natively(native, structures, neighbors)
+        else:
+            assert isinstance(neighbors, NeighborList)
+            energies, forces, stress = self._evaluate(structures, neighbors)
         energy = float(energies.sum())
         self.results = {
             "energy": energy,
@@ -134,13 +134,11 @@ class PotstillCalculator(Calculator):
         return found["atomic_energies"].cpu(), found["forces"].cpu(), stress
 
     def _evaluate_natively(
-        self, native: NativeParts, structures: Structures, neighbors: NeighborList
+        self, native: NativeParts, structures: Structures, neighbors: CompactNeighbors
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The same by native kernels, which skip the pairs of the skin themselves."""
-        if self._compact is None:
-            self._compact = compact_neighbors(neighbors, structures.n_atoms)
         periodic = bool(structures.pbc.all())
-        result = native.evaluate(structures, self._compact, virial=periodic)
+        result = native.evaluate(structures, neighbors, virial=periodic)
         assert result.forces is not None
         if result.virial is None:
             return result.energies, result.forces, None
@@ -167,16 +165,18 @@ class PotstillCalculator(Calculator):
         )
         return self._structures
 
-    def _neighbors(self, structures: Structures) -> NeighborList:
+    def _neighbors(self, structures: Structures, *, packed: bool) -> Pairs:
         """Return the list with its skin, rebuilt if it might miss a pair."""
         if (
             self._list is None
+            or isinstance(self._list, CompactNeighbors) != packed
             or self._reference is None
             or not _list_holds(self._reference, structures, self.potential.cutoff, self.skin)
         ):
-            self._list = build_neighbor_list(structures, self.potential.cutoff + self.skin)
-            self._compact = None
-            self._close = self._pairs_to_watch(structures, self._list)
+            self._list = None  # gone before the new one is made: lists are what takes memory
+            found = build_neighbor_list(structures, self.potential.cutoff + self.skin)
+            self._close = self._pairs_to_watch(structures, found)
+            self._list = compact_neighbors(found, structures.n_atoms) if packed else found
             # A copy: ASE moves atoms in place.
             self._reference = replace(
                 structures, positions=structures.positions.clone(), cell=structures.cell.clone()

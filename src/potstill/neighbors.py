@@ -43,8 +43,9 @@ def build_neighbor_list(structures: Structures, cutoff: float) -> NeighborList:
             i, j, shift = system_pairs(positions[part], cells[s], periodic[s], cutoff)
         except DataError as error:
             raise DataError(f"{structures.name_of(s)}: {error}") from None
-        centers.append(i + offsets[s])
-        neighbors.append(j + offsets[s])
+        # Lists of large systems are the largest arrays of all: no copies that change nothing.
+        centers.append(i + offsets[s] if s else i)
+        neighbors.append(j + offsets[s] if s else j)
         shifts.append(shift)
         counts.append(len(i))
     return NeighborList(
@@ -73,7 +74,7 @@ def system_pairs(
         periodic=np.asarray(pbc, dtype=bool),
         quantities="ijS",
     )
-    return i.astype(np.int64), j.astype(np.int64), shift.astype(np.int64)
+    return tuple(array.astype(np.int64, copy=False) for array in (i, j, shift))
 
 
 def check_cell(cell: np.ndarray, pbc: np.ndarray) -> None:
@@ -150,4 +151,6 @@ def _complete_box(box: np.ndarray, positions: np.ndarray, cutoff: float) -> np.n
 
 
 def _join(parts: list[np.ndarray], empty: tuple[int, ...]) -> Tensor:
+    if len(parts) == 1:
+        return torch.from_numpy(parts[0])
     return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(empty, np.int64))

@@ -48,15 +48,11 @@ FINAL_RATE = 0.02
 
 
 class Weights(Settings):
-    """Weights of the student's loss; zero leaves a term out.
+    """Weights of the student's loss; zero leaves a term out."""
 
-    Those of forces and atomic energies are the paper's. More weight on energy and stress than
-    there costs little in forces and makes elasticity better.
-    """
-
-    energy: float = Field(default=4.0, ge=0)
+    energy: float = Field(default=1.0, ge=0)
     forces: float = Field(default=30.0, ge=0)
-    stress: float = Field(default=1000.0, ge=0)
+    stress: float = Field(default=100.0, ge=0)
     atomic_energies: float = Field(default=100.0, ge=0)
 
 
@@ -111,7 +107,8 @@ class DistillConfig(Settings):
     weights : Weights
         Of the student's loss.
     controls : tuple of float
-        Force weights of controls, students without the teacher's atomic energies.
+        Force weights of controls, students without the teacher's atomic energies. The default is
+        the student's own weight, so that nothing but the knowledge differs.
     on_policy : bool
         Let a draft student explore, and label what it meets.
     counts : Counts
@@ -133,7 +130,7 @@ class DistillConfig(Settings):
     n_atoms: int = Field(default=48, ge=1)
     student: TrainSettings = Field(default_factory=default_student)
     weights: Weights = Weights()
-    controls: tuple[float, ...] = (10.0,)
+    controls: tuple[float, ...] = (30.0,)
     on_policy: bool = True
     counts: Counts = Counts()
     tests: dict[str, tuple[str, ...]] = Field(

@@ -1,0 +1,332 @@
+"""The same HIP-NN in potstill and in hippynn: training steps with forces, and molecular dynamics.
+
+    OMP_WAIT_POLICY=PASSIVE MALLOC_MMAP_THRESHOLD_=34359738368 MALLOC_TRIM_THRESHOLD_=34359738368 \
+        python benchmarks/vs_hippynn.py --threads 2
+
+Needs hippynn, and numba for its best CPU kernels. Architecture, system, precision, loss and threads
+are the same; rounds alternate, medians count, each of hippynn's kernels that runs is tried.
+What is timed is not the same, in hippynn's favor: its pair lists are made beforehand and its
+"molecular dynamics" is energy and forces at given pairs, while potstill's goes through ASE's
+calculator, with moving atoms and the neighbor list that this takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import ase
+import lightning_fabric
+import numpy as np
+import torch
+from ase.build import bulk
+
+from potstill.calculators import PotstillCalculator
+from potstill.core import describe_core
+from potstill.distill import LossTerm
+from potstill.distill.losses import error_measure
+from potstill.evaluate.base import machine_description
+from potstill.models import HIPNN
+from potstill.neighbors import build_neighbor_list, pair_vectors
+from potstill.structures import Properties, SpeciesTable, Structures
+from potstill.train import TrainingSet, TrainSettings
+from potstill.train.force_gradient import ForceGradient, NetworkPasses
+from potstill.train.objective import BatchLoss
+from potstill.train.settings import RegularizationSettings
+
+RESULTS = Path(__file__).parent / "results" / "vs_hippynn.json"
+LATTICE_CONSTANT = 4.05
+SIZES = {
+    "student": {"n_features": 24, "n_sensitivities": 10, "n_atom_layers": 2},
+    "teacher": {"n_features": 128, "n_sensitivities": 40, "n_atom_layers": 4},
+}
+COMMON = {"dist_soft_min": 1.9, "dist_soft_max": 7.0, "dist_hard_max": 7.5}
+LOSS = (LossTerm(property="energy"), LossTerm(property="forces", weight=10.0))
+
+Step = Callable[[], None]
+
+
+def crystals(n: int, repeat: int) -> list[ase.Atoms]:
+    frames = []
+    for seed in range(n):
+        atoms = bulk("Al", cubic=True, a=LATTICE_CONSTANT).repeat(repeat)
+        atoms.rattle(0.1, seed=seed)
+        frames.append(atoms)
+    return frames
+
+
+def training_set(table: SpeciesTable) -> TrainingSet:
+    """Sixteen structures of 108 atoms; labels are noise, which costs the same."""
+    structures = Structures.from_ase(crystals(16, 3), table=table)
+    generator = torch.Generator().manual_seed(0)
+    kind = {"dtype": torch.float64, "generator": generator}
+    values = {
+        "energy": torch.randn(structures.n_systems, **kind),
+        "forces": torch.randn(structures.n_atoms, 3, **kind),
+    }
+    return TrainingSet(structures, {"reference": Properties(values)})
+
+
+# -- potstill --------------------------------------------------------------------------------------
+
+
+def potstill_model(size: str) -> HIPNN:
+    torch.manual_seed(0)
+    return HIPNN(SpeciesTable.from_symbols(["Al"]), **COMMON, **SIZES[size], l_max=1).float()
+
+
+def potstill_training(size: str) -> Step:
+    """A step as the training loop takes it: drawing the batch and Adam included."""
+    network = potstill_model(size)
+    plain = RegularizationSettings(l2=0.0, hierarchicality=0.0)
+    settings = TrainSettings(loss=LOSS, regularization=plain)
+    gradient = ForceGradient(settings.force_gradient, network)
+    data = training_set(network.species_table).with_neighbors(network.cutoff + gradient.margin)
+    data = data.compacted() if gradient.takes_compact_lists else data
+    fabric = lightning_fabric.Fabric(accelerator="cpu", devices=1)
+    passes = fabric.setup_module(NetworkPasses(network))
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+
+    def step() -> None:
+        batch = data.batch(torch.randperm(len(data)))
+        objective = BatchLoss(settings, 1, network, batch, fabric)
+        found = gradient(passes, batch, objective.wanted, objective)
+        optimizer.zero_grad()
+        found.backward(fabric, passes)
+        optimizer.step()
+
+    return step
+
+
+def potstill_md(size: str, repeat: int) -> Step:
+    """One call through ASE; atoms move as far as in 1 fs at 600 K."""
+    (atoms,) = crystals(1, repeat)
+    atoms.calc = PotstillCalculator(potstill_model(size))
+    velocity = 0.0043 * np.random.default_rng(0).normal(size=(len(atoms), 3))
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+        # To and fro, as in a solid: the list with its skin is built anew now and then.
+        atoms.positions += velocity * np.cos(2.0 * np.pi * count / 150.0)
+        atoms.get_forces()
+
+    return step
+
+
+# -- hippynn ---------------------------------------------------------------------------------------
+
+
+def use_kernels(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from hippynn import custom_kernels
+
+        custom_kernels.set_custom_kernels(name)
+
+
+def hippynn_model(size: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from hippynn.layers.targets import HEnergy
+        from hippynn.networks.hipnn import HipnnVec
+
+        network = HipnnVec(**COMMON, **SIZES[size], n_interaction_layers=1, n_input_features=1)
+    return network.float(), HEnergy(network.feature_sizes).float()
+
+
+class Batch:
+    """What hippynn's modules take, made beforehand."""
+
+    def __init__(self, structures: Structures) -> None:
+        neighbors = build_neighbor_list(structures, COMMON["dist_hard_max"])
+        self.r_ij = pair_vectors(structures, neighbors).float().requires_grad_(True)
+        self.first, self.second = neighbors.center, neighbors.neighbor
+        self.one_hot = torch.ones(structures.n_atoms, 1)
+        self.system_index, self.n_systems = structures.system_index, structures.n_systems
+        self.n_atoms = structures.n_atoms
+
+
+def hippynn_forces(
+    network: torch.nn.Module, energy: torch.nn.Module, batch: Batch, create_graph: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    distance = torch.linalg.vector_norm(batch.r_ij, dim=1)
+    features = network(batch.one_hot, batch.first, batch.second, distance, batch.r_ij)
+    total = energy(features, batch.system_index, batch.n_systems)[0][:, 0]
+    (slope,) = torch.autograd.grad(total.sum(), batch.r_ij, create_graph=create_graph)
+    forces = slope.new_zeros(batch.n_atoms, 3).index_add(0, batch.first, slope)
+    return total, forces.index_add(0, batch.second, -slope)
+
+
+def hippynn_training(size: str) -> Step:
+    network, energy = hippynn_model(size)
+    data = training_set(SpeciesTable.from_symbols(["Al"]))
+    batch, labels = Batch(data.structures), data.labels["reference"]
+    parameters = [*network.parameters(), *energy.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=1e-4)
+
+    def error(difference: torch.Tensor) -> torch.Tensor:
+        count = difference.new_tensor(float(difference.numel()))
+        sums = [difference.abs().sum(), difference.square().sum(), count]
+        return error_measure("rmse+mae", torch.stack(sums))
+
+    def step() -> None:
+        total, forces = hippynn_forces(network, energy, batch, create_graph=True)
+        loss = error(total - labels["energy"]) + 10.0 * error(forces - labels["forces"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def hippynn_md(size: str, repeat: int) -> Step:
+    network, energy = hippynn_model(size)
+    batch = Batch(Structures.from_ase(crystals(1, repeat)))
+    return lambda: [None, hippynn_forces(network, energy, batch, create_graph=False)][0]
+
+
+# -- timing ----------------------------------------------------------------------------------------
+
+
+def timed(step: Step, seconds: float) -> float:
+    """Seconds per call, over about `seconds`."""
+    count, began = 0, time.perf_counter()
+    while count == 0 or time.perf_counter() - began < seconds:
+        step()
+        count += 1
+    return (time.perf_counter() - began) / count
+
+
+def compare(steps: dict[str, Step], n_atoms: int, rounds: int, seconds: float) -> dict[str, dict]:
+    for name in list(steps):
+        try:
+            steps[name]()  # compiles, fills caches
+        except Exception as error:  # a kernel of hippynn that does not run here
+            print(f"  {name} does not run: {type(error).__name__}")
+            del steps[name]
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(1e6 * timed(step, seconds) / n_atoms)
+    found = {
+        name: {"median": statistics.median(t), "fastest": min(t), "slowest": max(t)}
+        for name, t in times.items()
+    }
+    for name, t in found.items():
+        row = f"{t['median']:9.2f} µs per atom ({t['fastest']:.2f} to {t['slowest']:.2f})"
+        print(f"  {name:20s} {row}", flush=True)
+    return found
+
+
+def with_kernels(name: str, step: Step) -> Step:
+    def run() -> None:
+        use_kernels(name)
+        step()
+
+    return run
+
+
+def memory_of(what: str, size: str, repeat: int, threads: int) -> int:
+    """Peak of a fresh process in bytes after three steps."""
+    command = [sys.executable, __file__, "--only", what, size, str(repeat)]
+    command += ["--threads", str(threads)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    return int(result.stdout.split()[-1])
+
+
+def memory_per_atom(what: str, size: str, threads: int) -> float:
+    """KiB per atom from the slope between two sizes."""
+    small, large = 10, 20  # smaller ones hide behind what importing takes
+    peaks = [memory_of(what, size, repeat, threads) for repeat in (small, large)]
+    return (peaks[1] - peaks[0]) / (4 * (large**3 - small**3)) / 1024.0
+
+
+def only(what: str, size: str, repeat: int) -> None:
+    package, _, kernels = what.partition(":")
+    if package == "hippynn":
+        use_kernels(kernels)
+    step = potstill_md(size, repeat) if package == "potstill" else hippynn_md(size, repeat)
+    for _ in range(3):
+        step()
+    # `ru_maxrss` would be the parent's where that is larger.
+    status = Path("/proc/self/status").read_text().splitlines()
+    print(1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0, help="per round and competitor")
+    parser.add_argument("--repeat", type=int, default=10, help="cells along an edge in MD")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--kernels", nargs="+", default=["numba", "sparse", "pytorch"])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--only", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore")  # hippynn's, of kernels in beta and of setuptools
+    if args.only:
+        only(args.only[0], args.only[1], int(args.only[2]))
+        return
+    record: dict = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine_description(),
+        "threads": args.threads,
+        "core": describe_core(),
+        "malloc": os.environ.get("MALLOC_TRIM_THRESHOLD_", "not tuned"),
+        "versions": {"hippynn": _version("hippynn"), "numba": _version("numba")},
+    }
+    n_md = 4 * args.repeat**3
+    for size in args.sizes:
+        kernels = args.kernels
+        print(f"{size}: training step with forces, 16 x 108 atoms")
+        steps = {"potstill": potstill_training(size)}
+        steps |= {f"hippynn:{k}": with_kernels(k, hippynn_training(size)) for k in kernels}
+        training = compare(steps, 16 * 108, args.rounds, args.seconds)
+        print(f"{size}: energy and forces, {n_md} atoms")
+        steps = {"potstill": potstill_md(size, args.repeat)}
+        steps |= {f"hippynn:{k}": with_kernels(k, hippynn_md(size, args.repeat)) for k in kernels}
+        md = compare(steps, n_md, args.rounds, args.seconds)
+        best = min((k for k in md if k != "potstill"), key=lambda k: md[k]["median"])
+        memory = {what: memory_per_atom(what, size, args.threads) for what in ("potstill", best)}
+        record[size] = {
+            "training_us_per_atom": training,
+            "md_us_per_atom": md,
+            "md_memory_kib_per_atom": memory,
+            "training_ratio": _ratio(training),
+            "md_ratio": _ratio(md),
+            "memory_ratio": memory[best] / memory["potstill"],
+        }
+        ratios = {k: round(v, 1) for k, v in record[size].items() if k.endswith("ratio")}
+        print(f"{size}: hippynn's best over potstill: {ratios}; memory in KiB per atom: {memory}")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _ratio(times: dict[str, dict]) -> float:
+    others = [t["median"] for name, t in times.items() if name != "potstill"]
+    return min(others) / times["potstill"]["median"]
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+if __name__ == "__main__":
+    main()
