@@ -81,7 +81,7 @@ def test_a_run_killed_at_every_stage_ends_like_one_that_was_not(settings, tmp_pa
     first, second = (LabelledStore.open(r.folder / "labels.zarr") for r in (whole, again))
     assert first.n_systems == 50
     assert first.fingerprint() == second.fingerprint()
-    for name in ("student", "control_wf30"):
+    for name in ("student", "control_wf10"):
         a, b = (load_potential(r.folder / name / "best.pt")[0] for r in (whole, again))
         assert all((x == y).all() for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
@@ -89,7 +89,7 @@ def test_a_run_killed_at_every_stage_ends_like_one_that_was_not(settings, tmp_pa
     for name in ("student.pt", "report.html", "md/trajectory.extxyz", "md/thermo.csv"):
         assert (folder / name).is_file()
     errors = json.loads((folder / "evaluation" / "errors.json").read_text())
-    assert set(errors) == {"student", "control_wf30"}
+    assert set(errors) == {"student", "control_wf10"}
     assert whole.summary["errors"]["student"]["forces_relative_rmse"] > 0
     # A student of three epochs may have no equation of state: then that is its result.
     eos = json.loads((folder / "evaluation" / "eos.json").read_text())
