@@ -27,6 +27,9 @@ from potstill.units import AMU_PER_A3_IN_G_PER_CM3
 # Atoms closer than this fraction of the shortest distance in the training data are extrapolation.
 _CLOSE = 0.9
 
+# Pairs whose distances are computed at a time when a list is looked through.
+_CHUNK = 4_000_000
+
 # Tolerance of the density range: a structure of the training set must not warn for rounding.
 _DENSITY_TOLERANCE = 1e-3
 
@@ -251,8 +254,12 @@ def _distance_limits(names: Sequence[str], shortest: Mapping[str, float]) -> Ten
 
 def _within(structures: Structures, neighbors: NeighborList, cutoff: float) -> NeighborList:
     """Keep the pairs of one system that are closer than a cutoff."""
-    distance = torch.linalg.vector_norm(pair_vectors(structures, neighbors), dim=1)
-    near = (distance < cutoff).nonzero()[:, 0]
+    near = torch.cat(
+        [
+            first + (_distances(structures, neighbors, first) < cutoff).nonzero()[:, 0]
+            for first in range(0, max(neighbors.n_pairs, 1), _CHUNK)
+        ]
+    )
     return NeighborList(
         center=neighbors.center[near],
         neighbor=neighbors.neighbor[near],
@@ -260,6 +267,19 @@ def _within(structures: Structures, neighbors: NeighborList, cutoff: float) -> N
         n_pairs_per_system=torch.tensor([len(near)]),
         cutoff=cutoff,
     )
+
+
+def _distances(structures: Structures, neighbors: NeighborList, first: int) -> Tensor:
+    """Lengths of a chunk of pairs, Å: those of all pairs at a time would need gigabytes."""
+    part = slice(first, first + _CHUNK)
+    chunk = replace(
+        neighbors,
+        center=neighbors.center[part],
+        neighbor=neighbors.neighbor[part],
+        shifts=neighbors.shifts[part],
+        n_pairs_per_system=torch.tensor([len(neighbors.center[part])]),
+    )
+    return torch.linalg.vector_norm(pair_vectors(structures, chunk), dim=1)
 
 
 def _list_holds(old: Structures, new: Structures, cutoff: float, skin: float) -> bool:
