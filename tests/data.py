@@ -1,11 +1,27 @@
-"""Where the reference data of the tests are: outside the repository, and not everywhere."""
+"""Data of the tests: small frames, and where the reference data outside the repository are."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+import ase
 import pytest
+from ase.build import bulk
+from ase.calculators.emt import EMT
+
+
+def rattled_copper(n: int, displacement: float) -> list[ase.Atoms]:
+    """Cubic cells of copper, displaced at random (Å), with EMT's energy, forces and stress."""
+    frames = []
+    for seed in range(n):
+        atoms = bulk("Cu", cubic=True)
+        atoms.rattle(displacement, seed=seed)
+        atoms.calc = EMT()
+        atoms.get_stress()
+        frames.append(atoms)
+    return frames
+
 
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -11,6 +11,7 @@ from ase.calculators.emt import EMT
 from ase.io import read, write
 from typer.testing import CliRunner
 
+from data import rattled_copper
 from potstill import __version__
 from potstill.checkpoint import save_potential
 from potstill.cli import app, base
@@ -45,14 +46,7 @@ def call(*args, code=0):
 @pytest.fixture
 def copper(tmp_path):
     """A file of labelled frames, and one with a structure."""
-    frames = []
-    for k in range(8):
-        atoms = bulk("Cu", cubic=True)
-        atoms.rattle(0.1, seed=k)
-        atoms.calc = EMT()
-        atoms.get_forces()
-        frames.append(atoms)
-    write(tmp_path / "frames.xyz", frames)
+    write(tmp_path / "frames.xyz", rattled_copper(8, 0.1))
     write(tmp_path / "Cu.xyz", bulk("Cu", cubic=True))
     return tmp_path
 

@@ -7,9 +7,8 @@ import ase.io
 import pytest
 import torch
 import typer
-from ase.build import bulk
-from ase.calculators.emt import EMT
 
+from data import rattled_copper
 from potstill.checkpoint import save_potential
 from potstill.cli import app
 from potstill.models import HIPNN
@@ -28,13 +27,7 @@ def examples(page: str) -> str:
 def folder(tmp_path, monkeypatch):
     """A folder with the files that the examples read."""
     monkeypatch.chdir(tmp_path)
-    frames = []
-    for k in range(3):
-        atoms = bulk("Cu", cubic=True)
-        atoms.rattle(0.05, seed=k)
-        atoms.calc = EMT()
-        atoms.get_stress()
-        frames.append(atoms)
+    frames = rattled_copper(3, 0.05)
     ase.io.write("data.extxyz", frames)
     for atoms in frames:
         energy, forces = atoms.get_potential_energy(), atoms.get_forces()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from ase.build import bulk
-from ase.calculators.emt import EMT
 from ase.io import write
 from torch import Tensor
 from typer.testing import CliRunner
 
+from data import rattled_copper
 from potstill.cli import app
 from potstill.distill import LossTerm
 from potstill.errors import ConfigError, ModelError
@@ -42,7 +40,7 @@ from potstill.train.force_gradient import (
 )
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import ForceGradientSettings, OptimizerSettings, RegularizationSettings
-from test_train import SMALL, assert_same_weights, emt_set, settings, weights
+from test_train import SMALL, assert_same_weights, emt_set, run_on_two_ranks, settings, weights
 
 EVERYTHING = (
     LossTerm(property="energy", per_atom=True),
@@ -451,19 +449,13 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
 def test_two_ranks_equal_one_rank(tmp_path: Path) -> None:
     # an odd number of frames: in the last step one rank has nothing
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1)\n"
-        "import warnings; warnings.simplefilter('ignore')\n"
         "from test_force_gradient import EXACT, FOLDED, PLAIN\n"
         "from test_train import emt_set, settings, train\n"
         "for name, how in {'exact': EXACT, 'folded': FOLDED, 'plain': PLAIN}.items():\n"
         "    run = settings(force_gradient=how)\n"
         "    train(run, emt_set(9), emt_set(3, seed=9), f'{sys.argv[2]}/{name}')\n"
     )
-    path = tmp_path / "ddp.py"
-    path.write_text(script)
-    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(path))
-    arguments = (str(Path(__file__).parent), str(tmp_path / "two"))
-    subprocess.run([sys.executable, *run, *arguments], check=True, timeout=300)
+    run_on_two_ranks(script, tmp_path)
     for name, how in {"exact": EXACT, "folded": FOLDED, "plain": PLAIN}.items():
         data, held_out = emt_set(9), emt_set(3, seed=9)
         one = train(settings(force_gradient=how), data, held_out, tmp_path / f"one/{name}")
@@ -534,14 +526,7 @@ def test_a_fixed_scale_moves_the_best_epsilon_with_the_size_of_the_errors() -> N
 
 
 def test_the_command_writes_numbers_and_plot(tmp_path: Path) -> None:
-    frames = []
-    for k in range(6):
-        atoms = bulk("Cu", cubic=True)
-        atoms.rattle(0.1, seed=k)
-        atoms.calc = EMT()
-        atoms.get_forces()
-        frames.append(atoms)
-    write(tmp_path / "frames.xyz", frames)
+    write(tmp_path / "frames.xyz", rattled_copper(6, 0.1))
     (tmp_path / "train.yaml").write_text(
         f"out: {tmp_path}/run\n"
         f"data: {{files: [{{path: {tmp_path}/frames.xyz}}]}}\n"

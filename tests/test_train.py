@@ -195,20 +195,27 @@ def test_kill_9_at_random_moments_of_training_changes_nothing(tmp_path: Path) ->
     assert_same_weights(tmp_path / "whole/best.pt", folder / "best.pt")
 
 
+def run_on_two_ranks(script: str, tmp_path: Path) -> None:
+    """Run a script under torchrun; its `sys.argv[2]` is the folder `two` of `tmp_path`."""
+    head = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1)\n"
+        "import warnings; warnings.simplefilter('ignore')\n"
+    )
+    path = tmp_path / "ddp.py"
+    path.write_text(head + script)
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(path))
+    arguments = (str(Path(__file__).parent), str(tmp_path / "two"))
+    subprocess.run([sys.executable, *run, *arguments], check=True, timeout=300)
+
+
 @pytest.mark.slow
 def test_two_ranks_equal_one_rank_with_the_whole_batch(tmp_path: Path) -> None:
     # an odd number of frames: in the last step one rank has nothing
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1)\n"
-        "import warnings; warnings.simplefilter('ignore')\n"
         "from test_train import emt_set, settings, train\n"
         "train(settings(), emt_set(9), emt_set(3, seed=9), sys.argv[2])\n"
     )
-    path = tmp_path / "ddp.py"
-    path.write_text(script)
-    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(path))
-    arguments = (str(Path(__file__).parent), str(tmp_path / "two"))
-    subprocess.run([sys.executable, *run, *arguments], check=True, timeout=300)
+    run_on_two_ranks(script, tmp_path)
     one = train(settings(), emt_set(9), emt_set(3, seed=9), tmp_path / "one")
     first, second = weights(one.best), weights(tmp_path / "two/best.pt")
     for name, value in first.items():

@@ -94,6 +94,10 @@ class SumPotential(Potential):
         """The summands by name."""
         return {name: cast(Potential, part) for name, part in self.parts.items()}
 
+    def without(self, name: str) -> SumPotential:
+        """The sum of the other components."""
+        return SumPotential({k: c for k, c in self.components.items() if k != name})
+
     def __getitem__(self, name: str) -> Potential:
         return cast(Potential, self.parts[name])
 

@@ -122,12 +122,12 @@ def train(
 
     table = initial.species_table if initial is not None else training.structures.species_table
     training, validation = (d.with_species_table(table) for d in (training, validation))
-    student, baseline = initial_student(settings, training, initial)
-    network = student["network"]
+    student, training = initial_student(settings, training, initial)
+    network, baseline = student["network"], student.without("network")
     network.use_core(settings.core)
     force_gradient = ForceGradient(settings.force_gradient, network)
     reach = network.cutoff + force_gradient.margin
-    training = training.minus(baseline).with_neighbors(reach)
+    training = training.with_neighbors(reach)
     validation = validation.minus(baseline).with_neighbors(network.cutoff)
     if force_gradient.takes_compact_lists:
         training = training.compacted()
@@ -247,8 +247,8 @@ def _score_term(metric: str, source: str) -> LossTerm:
 
 def initial_student(
     settings: TrainSettings, data: TrainingSet, initial: Potential | None = None
-) -> tuple[SumPotential, SumPotential]:
-    """Make the student that training starts from.
+) -> tuple[SumPotential, TrainingSet]:
+    """Make the student that training starts from, and leave its network the rest of the labels.
 
     Parameters
     ----------
@@ -263,8 +263,8 @@ def initial_student(
     -------
     student : SumPotential
         Offsets, prior and network, the network in the run's precision.
-    baseline : SumPotential
-        The same without the network: what is subtracted from labels.
+    residual : TrainingSet
+        The training set without what offsets and prior give.
     """
     dtype = getattr(torch, settings.precision)
     table = data.structures.species_table
@@ -272,7 +272,7 @@ def initial_student(
         if not isinstance(initial, SumPotential) or "network" not in initial.components:
             raise ConfigError("fine-tuning starts from a potential that potstill has trained")
         initial.components["network"].to(dtype)
-        return initial, _baseline(initial)
+        return initial, data.minus(initial.without("network"))
     torch.manual_seed(settings.seed)
     network = build_model(settings.model.kind, table, settings.model.hyperparameters).to(dtype)
     components: dict[str, Potential] = {
@@ -280,15 +280,10 @@ def initial_student(
     }
     if settings.energy.prior == "zbl":
         components["prior"] = _zbl(settings, table)
-    student = SumPotential({**components, "network": network})
-    baseline = _baseline(student)
+    residual = data.minus(SumPotential(components))
     if isinstance(network, HIPNN):
-        network.initialize_energy_layers(_residual_offsets(settings, data.minus(baseline)))
-    return student, baseline
-
-
-def _baseline(student: SumPotential) -> SumPotential:
-    return SumPotential({k: c for k, c in student.components.items() if k != "network"})
+        network.initialize_energy_layers(_residual_offsets(settings, residual))
+    return SumPotential({**components, "network": network}), residual
 
 
 def _zbl(settings: TrainSettings, table: SpeciesTable) -> ZBL:

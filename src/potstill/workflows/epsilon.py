@@ -72,8 +72,8 @@ def find_epsilon(config: EpsilonConfig, display: Display | None = None) -> Epsil
     terms = (LossTerm(property="forces"),) if quadratic else config.train.loss
     check_signals(terms, data.labels, "training set")
     claim_folder(folder, config)
-    student, baseline = initial_student(config.train, data, initial)
-    drawn = _draw(data, terms, config.n_structures, config.train.seed).minus(baseline)
+    student, data = initial_student(config.train, data, initial)
+    drawn = _draw(data, terms, config.n_structures, config.train.seed)
     with display.task("epsilon", len(drawn)) as task:
         scan = scan_epsilon(
             student["network"],
