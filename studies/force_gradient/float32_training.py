@@ -38,7 +38,7 @@ from potstill.train.state import versions
 RESULTS = Path(__file__).parent / "results" / "float32_training.json"
 
 METHODS = {
-    "backpropagation": ForceGradientSettings(),
+    "backpropagation": ForceGradientSettings(method="backpropagation"),
     "plain": ForceGradientSettings(method="central_difference", folded=False),
     "folded": ForceGradientSettings(method="central_difference", folded=True),
     "forward_over_reverse": ForceGradientSettings(method="forward_over_reverse"),

@@ -87,10 +87,21 @@ class TapSpec:
 
 @dataclass(frozen=True)
 class LocalOutput:
-    """What a model returns: (n_local,) atomic energies in eV, and the taps that were asked for."""
+    """What a model returns.
+
+    Parameters
+    ----------
+    atomic_energies : Tensor
+        (n_local,) eV.
+    features : dict of str to Tensor
+        The taps that were asked for.
+    forces : Tensor, optional
+        (n_local, 3) eV/Å, of models with direct forces and of these alone.
+    """
 
     atomic_energies: Tensor
     features: dict[str, Tensor] = field(default_factory=dict)
+    forces: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -179,10 +190,12 @@ class Prediction:
 
 
 class Potential(nn.Module, ABC):
-    """Abstract base of all potentials with conservative forces.
+    """Abstract base of all potentials.
 
-    Subclasses implement `forward` and `hyperparameters`. A model must be zero beyond its own
-    `cutoff` whatever pairs it is given, since a list may reach further (a skin, another model).
+    Subclasses implement `forward` and `hyperparameters`. Forces are derived from the energy, except
+    where a model sets `direct_forces` and returns them itself; such a model has no stress. A model
+    must be zero beyond its own `cutoff` whatever pairs it is given, since a list may reach further
+    (a skin, another model).
 
     Parameters
     ----------
@@ -296,6 +309,11 @@ class Potential(nn.Module, ABC):
             Up to the cutoff at least. Compact lists are for models that native kernels serve.
         """
         neighbors = _spelled_out(neighbors)
+        if self.direct_forces:
+            with torch.no_grad():
+                atomic, forces, *_ = self._direct(structures, neighbors, ())
+            virial = forces.new_full((structures.n_systems, 3, 3), torch.nan)
+            return FirstOrder(atomic.unsqueeze(1), forces, virial)
         edges = Edges(neighbors.center, neighbors.neighbor)
         r_ij = pair_vectors(structures, neighbors).detach().requires_grad_(True)
         with torch.enable_grad(), _frozen(self):
@@ -399,6 +417,8 @@ class Potential(nn.Module, ABC):
         wanted = set(properties)
         for name in wanted - set(PREDICTABLE):
             raise ModelError(f"a potential cannot predict '{name}'{suggest(name, PREDICTABLE)}")
+        if self.direct_forces and "stress" in wanted:
+            raise ModelError(f"{self.kind} predicts forces directly and has no stress")
         for name in set(taps) - set(self.taps):
             raise ModelError(f"{self.kind} has no feature tap '{name}'{suggest(name, self.taps)}")
         structures = structures.with_species_table(self.species_table)
@@ -409,6 +429,10 @@ class Potential(nn.Module, ABC):
             found = self.evaluate(structures, neighbors)
             atomic, features = found.terms.sum(dim=1), dict[str, Tensor]()
             forces, virial = found.forces, found.virial
+        elif self.direct_forces:
+            with torch.set_grad_enabled(create_graph):
+                atomic, forces, features = self._direct(structures, _spelled_out(neighbors), taps)
+            virial = forces
         else:
             atomic, forces, virial, features = self._differentiate(
                 structures, _spelled_out(neighbors), taps, derivative, create_graph
@@ -428,6 +452,20 @@ class Potential(nn.Module, ABC):
             values = {name: value.detach() for name, value in values.items()}
             features = {name: value.detach() for name, value in features.items()}
         return Prediction(Properties(values, present), features)
+
+    def _direct(
+        self, structures: Structures, neighbors: NeighborList, taps: Sequence[str]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Atomic energies, forces and features of a model that predicts its forces itself."""
+        edges = Edges(neighbors.center, neighbors.neighbor)
+        r_ij = pair_vectors(structures, neighbors)
+        local = self(structures.species, edges, r_ij, structures.n_atoms, taps)
+        assert local.forces is not None, f"{self.kind} declares direct forces and returns none"
+        return (
+            local.atomic_energies.to(torch.float64),
+            local.forces.to(torch.float64),
+            local.features,
+        )
 
     def _differentiate(
         self,
@@ -470,7 +508,14 @@ class Potential(nn.Module, ABC):
         -------
         Tensor
             (N, 3) eV/Å, float64.
+
+        Raises
+        ------
+        ModelError
+            If the model predicts its forces directly.
         """
+        if self.direct_forces:
+            raise ModelError(f"{self.kind} predicts forces directly and has no Hessian")
         structures = structures.with_species_table(self.species_table)
         neighbors = _spelled_out(self._check_neighbors(structures, neighbors))
         edges = Edges(neighbors.center, neighbors.neighbor)

@@ -88,6 +88,14 @@ class SumPotential(Potential):
             raise ModelError("the potentials of a sum must share one species table")
         super().__init__(tables.pop(), max(c.cutoff for c in components.values()))
         self.parts = nn.ModuleDict(components)
+        direct = {name for name, c in components.items() if c.direct_forces}
+        derived = {n for n, c in components.items() if n not in direct and c.kind != "offsets"}
+        if direct and derived:
+            raise ModelError(
+                f"'{min(direct)}' predicts forces directly and cannot be added to "
+                f"'{min(derived)}', whose forces are derived from its energy"
+            )
+        self.direct_forces = bool(direct)
 
     @property
     def components(self) -> dict[str, Potential]:
@@ -121,12 +129,16 @@ class SumPotential(Potential):
         """(n_local,) sum of the components' atomic energies, float64."""
         total = torch.zeros(n_local, dtype=torch.float64, device=species.device)
         features: dict[str, Tensor] = {}
+        forces: Tensor | None = None
         for name, component in self.components.items():
             own = [tap for tap in component.taps if _tap_name(name, tap) in taps]
             output = component(species, edges, r_ij, n_local, own)
             total = total + output.atomic_energies.to(torch.float64)
             features |= {_tap_name(name, tap): f for tap, f in output.features.items()}
-        return LocalOutput(total, features)
+            if output.forces is not None:
+                own_forces = output.forces.to(torch.float64)
+                forces = own_forces if forces is None else forces + own_forces
+        return LocalOutput(total, features, forces)
 
     def native_parts(self) -> NativeParts | None:
         """Those of all components together, if there is a network among them."""
