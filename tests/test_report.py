@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -535,6 +536,29 @@ def test_study_figures(study):
     assert [float(r["x"]) for r in student] == [3000.0, 20000.0]
     assert float(student[0]["y"]) == pytest.approx(0.3)
     assert float(student[0]["y spread"]) == pytest.approx(0.004)
+
+
+def test_liquids_are_compared_with_the_reference(tmp_path):
+    reference = RadialDistribution.from_json(rdf("teacher").to_json())
+    shifts = {"teacher": 0.0, "student": 0.1, "control_wf10": 0.2}
+    rows = [
+        replace(row, rdf=replace(reference, g=reference.g + shifts[row.strategy] + 0.01 * row.seed))
+        for row in study_rows()
+    ]
+    figures = study_figures(rows, tmp_path, liquid=("ANI-Al", reference))
+    assert "rdf" in [figure.name for figure in figures]
+    check_figure(tmp_path, "rdf")
+    student = [
+        row
+        for row in read_csv(tmp_path / "rdf.csv")
+        if row["series"] == "student" and row["panel"] == "B"
+    ]
+    assert float(student[10]["y"]) == pytest.approx(0.11)  # mean of three seeds
+    assert float(student[10]["y spread"]) == pytest.approx(0.01)
+    study_figures(rows, tmp_path / "without")  # the teacher's is what others are compared with
+    lines = read_csv(tmp_path / "without" / "rdf.csv")
+    differences = [row for row in lines if row["panel"] != "A"]
+    assert {row["series"] for row in differences} == {"student", "control_wf10"}
 
 
 def test_learning_curves_average_where_all_seeds_have_come(study):

@@ -92,6 +92,46 @@ def test_a_study_trains_every_cell_once_and_reports(tmp_path: Path) -> None:
     assert "A study of nothing much" in (folder / "report.html").read_text()
 
 
+@pytest.mark.filterwarnings("ignore::potstill.calculators.ExtrapolationWarning")
+def test_models_are_measured_beside_a_reference_from_elsewhere(tmp_path: Path) -> None:
+    measure = {
+        "element": "Cu",
+        "crystal": "fcc",
+        "lattice_constant": 3.6,
+        "repeat": 2,
+        "melting_temperature": 300,
+        "temperature": 300,
+        "melting": 20,
+        "equilibration": 20,
+        "production": 120,
+        "speed_sizes": (32,),
+        "memory_sizes": (32, 108),
+        "reference": {
+            "name": "EMT",
+            "teacher": "ase.calculators.emt:EMT",
+            "equilibration": 20,
+            "production": 120,
+        },
+    }
+    config = _config(tmp_path, measure=measure, seeds=(0,), strategies=("teacher", "student"))
+    folder = tmp_path / "study"
+    run_study(config, folder)
+    record = report_study(config, folder)
+    assert record["reference_liquid"]["n_frames"] == 3
+    teacher, student = (
+        record["cells"][name]["md"] for name in ("teacher-teacher-0", "student-small-0")
+    )
+    assert "rdf_error" not in teacher  # it has no teacher
+    assert teacher["rdf_error_reference"] > 0
+    assert {"rdf_error", "rdf_error_noise", "rdf_error_reference_noise"} <= set(student)
+    assert "EMT: standard error from blocks" in (folder / "report.html").read_text()
+    measured = {f.name: f.stat().st_mtime_ns for f in (folder / "measures").glob("rdf-*.json")}
+    assert len(measured) == 3
+    report_study(config, folder)
+    again = {f.name: f.stat().st_mtime_ns for f in (folder / "measures").glob("rdf-*.json")}
+    assert again == measured
+
+
 def test_the_born_again_schedule_ends_where_it_is_told_to() -> None:
     terms = {
         t.property: t.weight

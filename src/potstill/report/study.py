@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from potstill.errors import DataError
 from potstill.evaluate.learning import LearningCurves
 from potstill.evaluate.pareto import pareto_front
+from potstill.evaluate.rdf import RadialDistribution
 from potstill.report.page import Page, Section, write_page
 from potstill.report.plots import (
     LOOKS,
@@ -44,6 +45,7 @@ _ERROR_COLUMNS = (
     "forces_cosine",
     "efwt",
     "rdf_error",
+    "rdf_error_reference",
 )
 _COST_COLUMNS = ("time_per_step_atom_us", "memory_per_atom_kib")
 _COMPARED = ("forces_rmse", "energy_per_atom_rmse", "stress_rmse", "rdf_error")
@@ -51,6 +53,9 @@ _JUDGED = ("forces_rmse", "energy_per_atom_rmse", "rdf_error")
 
 #: Horizontal lines: name of a published potential to its metrics.
 Baselines = Mapping[str, Mapping[str, float]]
+
+#: A potential from elsewhere, and the g(r) of its liquid.
+Liquid = tuple[str, RadialDistribution]
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class StudyRow:
         (what it would be by chance), `time_per_step_atom_us` (µs), `memory_per_atom_kib` (KiB).
     learning_curve : LearningCurves, optional
         What `potstill.evaluate.read_learning_curves` reads from the run's folder.
+    rdf : RadialDistribution, optional
+        Of the liquid.
     """
 
     name: str
@@ -85,6 +92,7 @@ class StudyRow:
     seed: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     learning_curve: LearningCurves | None = None
+    rdf: RadialDistribution | None = None
 
     def value(self, key: str) -> float:
         """One metric; NaN where it was not measured."""
@@ -240,7 +248,10 @@ def _compare_rows(metric: Metric, us: Sequence[StudyRow], them: Sequence[StudyRo
 
 
 def study_figures(
-    rows: Sequence[StudyRow], folder: str | Path, baselines: Baselines | None = None
+    rows: Sequence[StudyRow],
+    folder: str | Path,
+    baselines: Baselines | None = None,
+    liquid: Liquid | None = None,
 ) -> tuple[Figure, ...]:
     """Draw the analogues of Figs. 2 to 5 of the paper and the seeds one by one.
 
@@ -249,10 +260,12 @@ def study_figures(
     rows : sequence of StudyRow
         All runs. A figure whose numbers nobody measured is left out.
     folder : path
-        Gets `<name>.png`, `.svg` and `.csv` for `pareto`, `capacity`, `learning_<size>`, `cost`,
-        `seeds`; made if absent.
+        Gets `<name>.png`, `.svg` and `.csv` for `pareto`, `capacity`, `learning_<size>`, `rdf`,
+        `cost`, `seeds`; made if absent.
     baselines : mapping, optional
         Published potentials: name to metrics; drawn as horizontal lines.
+    liquid : (str, RadialDistribution), optional
+        Name and g(r) of a potential from elsewhere.
 
     Returns
     -------
@@ -271,7 +284,8 @@ def study_figures(
     known["noise"] = Look("RDF error by chance", "#888888", "", "--")
     known |= {n: Look(n, known[n].color, "", ":") for n in baselines or {}}
     draw: Sequence[Callable[..., list[Figure]]] = (_pareto, _capacity, _learning, _cost, _seeds)
-    return tuple(f for make in draw for f in make(rows, folder, known, baselines or {}))
+    figures = [f for make in draw for f in make(rows, folder, known, baselines or {})]
+    return (*figures, *_liquids(rows, folder, known, liquid))
 
 
 def _pareto(
@@ -412,6 +426,54 @@ def _seeds(
     ]  # fmt: skip
 
 
+def _liquids(
+    rows: Sequence[StudyRow], folder: Path, known: Mapping[str, Look], liquid: Liquid | None
+) -> list[Figure]:
+    """g(r) of the reference and the teachers, and what the other models differ by, size by size."""
+    groups = {
+        (size, strategy): [row.rdf for row in group if row.rdf is not None]
+        for size, strategy, group in _groups(rows)
+    }
+    groups = {key: runs for key, runs in groups.items() if runs}
+    teachers = [runs for (_, strategy), runs in groups.items() if strategy == "teacher"]
+    if not groups or (liquid is None and not teachers):
+        return []
+    name, base = liquid or ("teacher", _mean_distribution(teachers[0]))
+    series = [Series("teacher", *_line(runs), kind="line") for runs in teachers]
+    if liquid is not None:
+        line = Series(name, base.r, base.g, y_spread=np.nan_to_num(base.error), kind="line")
+        series.insert(0, line)
+    panels = [Panel("r (Å)", "g(r)", series, "Liquid", from_zero=True)]
+    for size in _sizes(rows):
+        differences = [
+            Series(strategy, base.r, y - base.g, y_spread=spread, kind="line")
+            for (of, strategy), runs in groups.items()
+            if of == size and not (liquid is None and strategy == "teacher")
+            for _, y, spread in [_line(runs)]
+        ]
+        if differences:
+            label = f"g(r) minus {name}'s"
+            panels.append(Panel("r (Å)", label, differences, size, zero_line=True))
+    caption = (
+        f"Radial distribution of the liquid, and its difference from {name}'s: means over seeds, "
+        "bands are standard deviations"
+        + (f" (of {name}: standard error from blocks of the trajectory)." if liquid else ".")
+    )
+    looks_of = {**known, name: known.get(name, Look(name, "#888888", ""))}
+    title = "Structure of the liquid"
+    return [write_figure(folder, "rdf", title, caption, panels, looks_of=looks_of)]
+
+
+def _line(runs: Sequence[RadialDistribution]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """r, mean of g(r) and its standard deviation over seeds."""
+    g = np.stack([run.g for run in runs])
+    return runs[0].r, g.mean(axis=0), g.std(axis=0, ddof=1 if len(runs) > 1 else 0)
+
+
+def _mean_distribution(runs: Sequence[RadialDistribution]) -> RadialDistribution:
+    return replace(runs[0], g=_line(runs)[1])
+
+
 def _by_strategy(rows: Sequence[StudyRow], x_key: str, y_key: str) -> list[Series]:
     """One series per strategy, one point per size: means and spreads over seeds."""
     series = []
@@ -462,6 +524,7 @@ def write_study_report(
     title: str = "Teacher-student study",
     about: Mapping[str, str] | None = None,
     baselines: Baselines | None = None,
+    liquid: Liquid | None = None,
     notes: Sequence[str] = (),
 ) -> Path:
     """Write `report.html` and, in `report/`, its tables (CSV, Markdown) and figures.
@@ -478,6 +541,8 @@ def write_study_report(
         What, when, command, versions, seeds, data: shown as a list at the top, in this order.
     baselines : mapping, optional
         Published potentials: name to metrics.
+    liquid : (str, RadialDistribution), optional
+        Name and g(r) of a potential from elsewhere.
     notes : sequence of str
         Paragraphs below the verdicts, in plain text.
 
@@ -494,7 +559,7 @@ def write_study_report(
     tables = study_tables(rows, baselines)
     folder = Path(folder)
     parts = folder / "report"
-    figures = study_figures(rows, parts, baselines)
+    figures = study_figures(rows, parts, baselines, liquid)
     for table in tables:
         table.write(parts)
     shown = tables[:-1]

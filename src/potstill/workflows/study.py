@@ -38,7 +38,13 @@ from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.settings import ScoreSettings
 from potstill.train.state import versions
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3
-from potstill.workflows.study_measures import MeasureSettings, TrainedModel, measure_study
+from potstill.workflows.study_measures import (
+    REFERENCE,
+    MeasureSettings,
+    TrainedModel,
+    measure_study,
+    stored_distribution,
+)
 
 #: Table 1 of Matin et al.: first epoch of each stage, and the weights from there on.
 BORN_AGAIN_EPOCHS = (1, 200, 250, 300, 350, 400)
@@ -334,7 +340,9 @@ def run_cell(config: StudyConfig, folder: Path, cell: Cell, threads: int) -> Non
         "teacher": None,
         "versions": versions(),
     }
+    started = time.process_time()
     result = train(settings, training, validation, folder / cell.name, info=info)
+    processor = time.process_time() - started
     if result.status == "interrupted":
         raise KeyboardInterrupt
     potential, _ = load_potential(result.best)
@@ -348,6 +356,8 @@ def run_cell(config: StudyConfig, folder: Path, cell: Cell, threads: int) -> Non
         "epochs": result.epochs,
         "best_epoch": result.best_epoch,
         "seconds": result.seconds,
+        # Says more than the clock on a busy machine; of this process, so less than all if resumed.
+        "processor_seconds": processor,
         "threads": threads,
         "metrics": {
             name: errors(potential, data.structures, data.labels[config.data.source])
@@ -394,6 +404,7 @@ def report_study(
         for name, values in measured.items():
             records[name]["md"] = values
     rows = [_row(config, folder, name, record) for name, record in records.items()]
+    liquid = stored_distribution(folder / "measures", REFERENCE)
     result = {
         "study": config.name,
         "title": config.title,
@@ -405,6 +416,7 @@ def report_study(
         "machine": machine_description(),
         "config": json.loads(config.model_dump_json()),
         "cells": records,
+        "reference_liquid": None if liquid is None else liquid.to_json(),
     }
     text = json.dumps(result, indent=1)
     write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
@@ -416,8 +428,14 @@ def report_study(
         "seeds": ", ".join(str(seed) for seed in config.seeds),
         "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
     }
+    reference = config.measure.reference if config.measure is not None else None
     write_study_report(
-        rows, folder, title=config.title, about=about, baselines=config.baselines or None
+        rows,
+        folder,
+        title=config.title,
+        about=about,
+        baselines=config.baselines or None,
+        liquid=(reference.name, liquid) if reference and liquid else None,
     )
     return result
 
@@ -444,6 +462,7 @@ def _row(config: StudyConfig, folder: Path, name: str, record: dict[str, Any]) -
         seed=record["seed"],
         metrics={**record["metrics"][f"test:{first_test}"], **md},
         learning_curve=read_learning_curves(folder / name / "metrics.jsonl"),
+        rdf=stored_distribution(folder / "measures", name),
     )
 
 

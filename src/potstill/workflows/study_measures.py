@@ -14,6 +14,7 @@ from typing import Any
 
 import ase
 from ase.build import bulk
+from ase.calculators.calculator import BaseCalculator
 from pydantic import BaseModel, ConfigDict, Field
 
 from potstill.calculators import PotstillCalculator
@@ -24,6 +25,40 @@ from potstill.evaluate.rdf import RadialDistribution, compare_radial, radial_dis
 from potstill.evaluate.speed import md_speed
 from potstill.sample.md import run_md
 from potstill.structures import Structures
+from potstill.teachers import make_teacher
+from potstill.teachers.base import TeacherCalculator
+
+#: Stands for the reference liquid among the measured models.
+REFERENCE = "reference"
+
+#: Timesteps between two frames of a distribution.
+_STRIDE = 20
+
+
+class ReferenceLiquid(BaseModel):
+    """A potential from elsewhere, whose liquid those of the models are compared with.
+
+    It starts from the liquid of the study's first model, since it may be slow.
+
+    Parameters
+    ----------
+    name : str
+        What it is called in tables and figures.
+    teacher : str
+        As `potstill label` takes it.
+    arguments : dict
+        The teacher's.
+    equilibration, production : float
+        fs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    teacher: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    equilibration: float = 1000.0
+    production: float = 4000.0
 
 
 class MeasureSettings(BaseModel):
@@ -43,8 +78,10 @@ class MeasureSettings(BaseModel):
         fs.
     melting, equilibration, production : float
         fs.
+    reference : ReferenceLiquid, optional
+        A potential from elsewhere whose liquid is measured as well.
     speed_sizes : tuple of int
-        Atoms of the timings.
+        Atoms of the timings, in NVE with steps of 1 fs.
     memory_sizes : tuple of int
         Atoms of the memory measurements.
     """
@@ -62,6 +99,7 @@ class MeasureSettings(BaseModel):
     melting: float = 2000.0
     equilibration: float = 2000.0
     production: float = 8000.0
+    reference: ReferenceLiquid | None = None
     speed_sizes: tuple[int, ...] = (500, 4000)
     memory_sizes: tuple[int, ...] = (1000, 2000, 4000)
     seed: int = Field(default=0, ge=0)
@@ -95,8 +133,8 @@ def measure_study(
     -------
     dict of str to dict
         By model name: `rdf_error` (sum over bins of the absolute difference to its teacher's RDF),
-        `rdf_error_noise`, `rdf_failure` (what went wrong in MD), `time_per_step_atom_us`,
-        `memory_per_atom_kib`.
+        `rdf_error_noise`, `rdf_error_reference` and its noise (the same to the reference liquid),
+        `rdf_failure` (what went wrong in MD), `time_per_step_atom_us`, `memory_per_atom_kib`.
     """
     models = list(models)
     result: dict[str, dict[str, Any]] = {model.name: {} for model in models}
@@ -104,6 +142,10 @@ def measure_study(
         if on_model is not None:
             on_model(model.name)
         _cached(folder / f"rdf-{model.name}.json", partial(_liquid, model, settings))
+    if settings.reference is not None:
+        if on_model is not None:
+            on_model(settings.reference.name)
+        _cached(folder / f"rdf-{REFERENCE}.json", partial(_reference, models[0], settings, folder))
     for model in models:
         result[model.name] |= _rdf_errors(model, folder)
     representatives = {model.size: model for model in reversed(models)}
@@ -120,54 +162,94 @@ def measure_study(
     return result
 
 
+def stored_distribution(folder: Path, name: str) -> RadialDistribution | None:
+    """The RDF of a model, or of the `REFERENCE`; None where it failed or was not measured."""
+    file = folder / f"rdf-{name}.json"
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    return RadialDistribution.from_json(record["rdf"]) if "rdf" in record else None
+
+
 def _liquid(model: TrainedModel, settings: MeasureSettings) -> dict[str, Any]:
     """RDF of the liquid, or why there is none."""
-    crystal = settings.crystal_cell.repeat(settings.repeat)
-    crystal.set_cell(crystal.cell * settings.density_scale, scale_atoms=True)
-    potential, _ = load_potential(model.path)
-    calculator = PotstillCalculator(potential)
-    stride = 20.0 * settings.timestep
-    common: dict[str, Any] = {"timestep": settings.timestep, "stride": stride}
     try:
-        melt = run_md(
-            Structures.from_ase(crystal),
-            calculator,
-            temperature=settings.melting_temperature,
-            n_frames=1,
-            seed=settings.seed,
-            equilibration=settings.melting,
-            **common,
-        )
-        frames = run_md(
-            melt.structures[-1],
-            calculator,
-            temperature=settings.temperature,
-            n_frames=round(settings.production / stride),
-            seed=settings.seed + 1,
-            equilibration=settings.equilibration,
-            **common,
+        calculator = PotstillCalculator(load_potential(model.path)[0])
+        melt = _melt(calculator, settings)
+        frames = _sample(
+            melt, calculator, settings, settings.equilibration, settings.production, None
         )
     except PotstillError as error:
         return {"failure": str(error)}
-    return {"rdf": radial_distribution(frames.structures).to_json()}
+    return {"rdf": radial_distribution(frames).to_json()}
+
+
+def _reference(first: TrainedModel, settings: MeasureSettings, folder: Path) -> dict[str, Any]:
+    """RDF of the reference liquid; interrupted, it goes on where it was."""
+    reference = settings.reference
+    assert reference is not None
+    calculator = TeacherCalculator(make_teacher(reference.teacher, reference.arguments))
+    melt = _melt(PotstillCalculator(load_potential(first.path)[0]), settings)
+    times = (reference.equilibration, reference.production)
+    frames = _sample(melt, calculator, settings, *times, folder / REFERENCE)
+    return {"rdf": radial_distribution(frames).to_json()}
+
+
+def _melt(calculator: BaseCalculator, settings: MeasureSettings) -> Structures:
+    """The crystal, melted well above its melting point."""
+    crystal = settings.crystal_cell.repeat(settings.repeat)
+    crystal.set_cell(crystal.cell * settings.density_scale, scale_atoms=True)
+    frames = run_md(
+        Structures.from_ase(crystal),
+        calculator,
+        temperature=settings.melting_temperature,
+        n_frames=1,
+        seed=settings.seed,
+        equilibration=settings.melting,
+        timestep=settings.timestep,
+        stride=_STRIDE * settings.timestep,
+    )
+    return frames.structures[-1]
+
+
+def _sample(
+    melt: Structures,
+    calculator: BaseCalculator,
+    settings: MeasureSettings,
+    equilibration: float,
+    production: float,
+    folder: Path | None,
+) -> Structures:
+    """Frames of the liquid at the temperature of the distribution."""
+    stride = _STRIDE * settings.timestep
+    frames = run_md(
+        melt,
+        calculator,
+        temperature=settings.temperature,
+        n_frames=round(production / stride),
+        seed=settings.seed + 1,
+        equilibration=equilibration,
+        timestep=settings.timestep,
+        stride=stride,
+        folder=folder,
+    )
+    return frames.structures
 
 
 def _rdf_errors(model: TrainedModel, folder: Path) -> dict[str, Any]:
-    if model.teacher_name is None:
-        return {}
-    own = json.loads((folder / f"rdf-{model.name}.json").read_text())
-    teacher = json.loads((folder / f"rdf-{model.teacher_name}.json").read_text())
-    for record in (own, teacher):
-        if "failure" in record:
-            return {"rdf_failure": record["failure"]}
-    difference = compare_radial(
-        RadialDistribution.from_json(own["rdf"]), RadialDistribution.from_json(teacher["rdf"])
-    )
-    return {
-        "rdf_error": difference.integrated_absolute_error,
-        "rdf_error_sum": difference.total_absolute_error,
-        "rdf_error_noise": difference.expected_from_noise,
-    }
+    own = stored_distribution(folder, model.name)
+    if own is None:
+        return {
+            "rdf_failure": json.loads((folder / f"rdf-{model.name}.json").read_text())["failure"]
+        }
+    errors: dict[str, Any] = {}
+    others = {"": model.teacher_name, "_reference": REFERENCE}
+    for suffix, name in others.items():
+        other = None if name is None else stored_distribution(folder, name)
+        if other is not None:
+            difference = compare_radial(own, other)
+            errors[f"rdf_error{suffix}"] = difference.integrated_absolute_error
+            errors[f"rdf_error{suffix}_sum"] = difference.total_absolute_error
+            errors[f"rdf_error{suffix}_noise"] = difference.expected_from_noise
+    return errors
 
 
 def _speeds(models: dict[str, TrainedModel], settings: MeasureSettings) -> dict[str, float]:
@@ -177,7 +259,7 @@ def _speeds(models: dict[str, TrainedModel], settings: MeasureSettings) -> dict[
         settings.crystal_cell,
         sizes=settings.speed_sizes,
         rounds=3,
-        timestep=settings.timestep,
+        timestep=1.0,
     )
     largest = max(settings.speed_sizes)
     result = {}
