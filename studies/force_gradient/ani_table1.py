@@ -8,7 +8,8 @@ a kind together as an ensemble.
     python ani_table1.py ani_table1.yaml --runs runs/ani_table1 --out results/ani_table1.json
 
 Interrupted, the same command goes on: finished networks are not trained again, and a network that
-learns forces continues where it was. `--tiny` trains two epochs on a few configurations.
+learns forces continues where it was. `--tiny` trains two epochs on a few configurations, `--only`
+takes one set of the config and leaves the others' results in the file.
 """
 
 from __future__ import annotations
@@ -400,6 +401,26 @@ def claim(folder: Path, config: Table1Config) -> None:
     write_atomically(file, lambda f: f.write(text.encode()))
 
 
+def write_results(file: Path, config: Table1Config, columns: dict[str, Any]) -> None:
+    """Write the sets of this run beside those of earlier runs with the same config."""
+    made_by = {
+        "command": " ".join(["python", "studies/force_gradient/ani_table1.py", *sys.argv[1:]]),
+        "versions": versions(),
+        "machine": machine_description(),
+    }
+    sets = {}
+    if file.is_file():
+        earlier = json.loads(file.read_text("utf-8"))
+        # through the class, so that settings newer than the file take their defaults
+        if Table1Config.model_validate(earlier["config"]) == config:
+            sets = earlier["sets"]
+    sets |= {name: column | made_by for name, column in columns.items()}
+    own = json.loads(config.model_dump_json())
+    results = {"study": "ani_table1", "config": own, "sets": sets}
+    made(file.parent)
+    file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", type=Path)
@@ -427,16 +448,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
-    results = {
-        "study": "ani_table1",
-        "command": " ".join(["python", "studies/force_gradient/ani_table1.py", *sys.argv[1:]]),
-        "versions": versions(),
-        "machine": machine_description(),
-        "config": json.loads(config.model_dump_json()),
-        "sets": columns,
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    write_results(arguments.out, config, columns)
     return 0
 
 

@@ -133,7 +133,7 @@ def errors_by_group(network: Potential, data: TrainingSet, per_group: int) -> di
         errors: dict[str, list[float]] = {name: [] for name in METHODS}
         for k in members:
             one = data.select(torch.tensor([k]))
-            exact = gradient(network, one, ForceGradientSettings())
+            exact = gradient(network, one, ForceGradientSettings(method="backpropagation"))
             for name, how in METHODS.items():
                 error = (gradient(network, one, how) - exact).norm() / exact.norm()
                 errors[name].append(float(error))
