@@ -89,8 +89,9 @@ def potstill_training(size: str) -> Step:
     plain = RegularizationSettings(l2=0.0, hierarchicality=0.0)
     settings = TrainSettings(loss=LOSS, regularization=plain)
     gradient = ForceGradient(settings.force_gradient, network)
-    data = training_set(network.species_table).with_neighbors(network.cutoff + gradient.margin)
-    data = data.compacted() if gradient.takes_compact_lists else data
+    data = training_set(network.species_table).with_neighbors(
+        network.cutoff + gradient.margin, packed=gradient.takes_compact_lists
+    )
     fabric = lightning_fabric.Fabric(accelerator="cpu", devices=1)
     passes = fabric.setup_module(NetworkPasses(network))
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)

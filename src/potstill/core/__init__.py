@@ -25,6 +25,7 @@ from potstill.core.hipnn import (
     hipnn_pass,
     weighted_partial_energies,
 )
+from potstill.core.neighbors import build_compact_neighbors
 
 __all__ = [
     "available",
@@ -39,6 +40,7 @@ __all__ = [
     "ZblParameters",
     "CompactNeighbors",
     "compact_neighbors",
+    "build_compact_neighbors",
     "select_neighbors",
     "compact_pair_vectors",
     "compact_forces",
