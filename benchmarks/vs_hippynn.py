@@ -94,7 +94,7 @@ def potstill_training(size: str) -> Step:
     )
     fabric = lightning_fabric.Fabric(accelerator="cpu", devices=1)
     passes = fabric.setup_module(NetworkPasses(network))
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
         batch = data.batch(torch.randperm(len(data)))
@@ -173,7 +173,7 @@ def hippynn_training(size: str) -> Step:
     data = training_set(SpeciesTable.from_symbols(["Al"]))
     batch, labels = Batch(data.structures), data.labels["reference"]
     parameters = [*network.parameters(), *energy.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=1e-4)
+    optimizer = torch.optim.Adam(parameters, lr=1e-4, fused=True)
 
     def error(difference: torch.Tensor) -> torch.Tensor:
         count = difference.new_tensor(float(difference.numel()))
