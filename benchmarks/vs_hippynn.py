@@ -89,11 +89,12 @@ def potstill_training(size: str) -> Step:
     plain = RegularizationSettings(l2=0.0, hierarchicality=0.0)
     settings = TrainSettings(loss=LOSS, regularization=plain)
     gradient = ForceGradient(settings.force_gradient, network)
-    data = training_set(network.species_table).with_neighbors(network.cutoff + gradient.margin)
-    data = data.compacted() if gradient.takes_compact_lists else data
+    data = training_set(network.species_table).with_neighbors(
+        network.cutoff + gradient.margin, packed=gradient.takes_compact_lists
+    )
     fabric = lightning_fabric.Fabric(accelerator="cpu", devices=1)
     passes = fabric.setup_module(NetworkPasses(network))
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
         batch = data.batch(torch.randperm(len(data)))
@@ -172,7 +173,7 @@ def hippynn_training(size: str) -> Step:
     data = training_set(SpeciesTable.from_symbols(["Al"]))
     batch, labels = Batch(data.structures), data.labels["reference"]
     parameters = [*network.parameters(), *energy.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=1e-4)
+    optimizer = torch.optim.Adam(parameters, lr=1e-4, fused=True)
 
     def error(difference: torch.Tensor) -> torch.Tensor:
         count = difference.new_tensor(float(difference.numel()))

@@ -121,6 +121,39 @@ int pack_pairs(Array<const int64_t> center, Array<const int64_t> neighbor, Array
     return code;
 }
 
+potstill_systems systems(const Array<const int64_t> &first_atom, const Array<const double> &positions,
+                         const Array<const double> &cells, const Array<const uint8_t> &periodic,
+                         double cutoff) {
+    return {int64_t(first_atom.size()) - 1, first_atom.data(), positions.data(),
+            cells.data(),                   periodic.data(),   cutoff};
+}
+
+void count_pairs(Array<const int64_t> first_atom, Array<const double> positions, Array<const double> cells,
+                 Array<const uint8_t> periodic, double cutoff, Array<int64_t> row_ptr,
+                 Array<int32_t> shift_range, int n_threads) {
+    const potstill_systems all = systems(first_atom, positions, cells, periodic, cutoff);
+    int code;
+    {
+        nb::gil_scoped_release release;
+        code = potstill_count_pairs(&all, row_ptr.data(), shift_range.data(), n_threads);
+    }
+    check(code);
+}
+
+void list_pairs(Array<const int64_t> first_atom, Array<const double> positions, Array<const double> cells,
+                Array<const uint8_t> periodic, double cutoff, Array<const int64_t> row_ptr,
+                Array<const int32_t> shift_range, Array<int32_t> neighbor, Optional<uint16_t> image,
+                int n_threads) {
+    const potstill_systems all = systems(first_atom, positions, cells, periodic, cutoff);
+    int code;
+    {
+        nb::gil_scoped_release release;
+        code = potstill_list_pairs(&all, row_ptr.data(), shift_range.data(), neighbor.data(),
+                                   address(image), n_threads);
+    }
+    check(code);
+}
+
 std::vector<std::string> compiled() {
     std::vector<std::string> names;
     for (const char *const *name = potstill_compiled_instruction_sets(); *name; ++name)
@@ -214,6 +247,10 @@ NB_MODULE(_native, m) {
     POTSTILL_DEFINE_GEOMETRY(f32, float);
     POTSTILL_DEFINE_GEOMETRY(f64, double);
     m.def("pack_pairs", &pack_pairs);
+    m.def("count_pairs", &count_pairs);
+    m.def("list_pairs", &list_pairs, nb::arg("first_atom"), nb::arg("positions"), nb::arg("cells"),
+          nb::arg("periodic"), nb::arg("cutoff"), nb::arg("row_ptr"), nb::arg("shift_range"),
+          nb::arg("neighbor"), nb::arg("image").none(), nb::arg("n_threads"));
     m.def("compiled_instruction_sets", &compiled);
     m.def("runnable", [](const std::string &name) { return potstill_runnable(name.c_str()) != 0; });
     m.def("select", [](std::optional<std::string> name) {

@@ -376,6 +376,32 @@ def test_operator_has_the_gradients_of_the_pass():
     assert float(total.detach()) == pytest.approx(float((weights * result.terms).sum().detach()))
 
 
+def test_training_pass_has_the_gradients_of_the_operator():
+    parameters, species, compact, r_ij, weights = operator_inputs(2)
+    expected, _ = core.weighted_partial_energies(parameters, species, compact, r_ij, weights)
+    weights = weights.detach()
+    total = core.weighted_energy(parameters, species, compact, r_ij.detach(), weights)
+    assert float(total.detach()) == float(expected.detach())
+    gradients = [torch.autograd.grad(3.0 * x, parameters.tensors) for x in (total, expected)]
+    for found, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, other, rtol=1e-14, atol=1e-14)
+
+
+def test_copies_side_by_side_sum_their_energies():
+    """Two places of one batch in one call, as central differences take them."""
+    model, structures, neighbors, compact = prepared()
+    moved = replace(structures, positions=structures.positions + 0.01)
+    moved.positions[0] += 0.1
+    copies = [(at, torch.randn(at.n_atoms, model.n_terms).double()) for at in (structures, moved)]
+    total = model.weighted_energy(copies, compact)
+    each = [model.weighted_energy([copy], neighbors) for copy in copies]
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(total, parameters)
+    expected = torch.autograd.grad(each[0] + each[1], parameters)
+    torch.testing.assert_close(total, each[0] + each[1])
+    torch.testing.assert_close(found, expected)
+
+
 def test_second_derivatives_are_refused():
     inputs = operator_inputs()
     total, terms = core.weighted_partial_energies(*inputs)

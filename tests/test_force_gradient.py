@@ -355,11 +355,12 @@ def test_an_override_of_the_first_order_passes_serves_training_and_prediction(
             calls.append("evaluate")
             return super().evaluate(*args)
 
-        def weighted_energy(self, *args):  # type: ignore[no-untyped-def]
+        def weighted_energy(self, copies, neighbors):  # type: ignore[no-untyped-def]
             calls.append("weighted_energy")
-            assert args[-1].shape == (args[0].n_atoms, self.n_terms)
-            assert args[-1].is_contiguous()
-            return super().weighted_energy(*args)
+            ((structures, weights),) = copies  # one graph alive at a time
+            assert weights.shape == (structures.n_atoms, self.n_terms)
+            assert weights.is_contiguous()
+            return super().weighted_energy(copies, neighbors)
 
         def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
             calls.append("forward")

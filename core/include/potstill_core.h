@@ -100,6 +100,24 @@ int potstill_pack_pairs(int64_t n_pairs, int64_t n_local, const int64_t *center,
                         const int64_t *neighbor, const int64_t *shifts, int64_t *row_ptr,
                         int32_t *neighbor_out, uint16_t *image, int32_t *images);
 
+/* Systems side by side, for their neighbor lists. */
+typedef struct {
+    int64_t n_systems;
+    const int64_t *first_atom; /* (n_systems + 1), starts at 0 */
+    const double *positions;   /* (n_atoms, 3) */
+    const double *cells;       /* (n_systems, 3, 3), rows are vectors; open ones only span the space */
+    const uint8_t *periodic;   /* (n_systems, 3) */
+    double cutoff;
+} potstill_systems;
+
+/* Count the pairs closer than the cutoff, in all images: row_ptr (n_atoms + 1), and the smallest and
+ * largest cell shift along each axis, shift_range (low 3, high 3), zero always among them. */
+int potstill_count_pairs(const potstill_systems *, int64_t *row_ptr, int32_t *shift_range, int n_threads);
+/* Write them: neighbors, and images as rows of the box of shifts, its last axis running fastest.
+ * `image` may be NULL where the box holds one shift, and the box holds at most 65536. */
+int potstill_list_pairs(const potstill_systems *, const int64_t *row_ptr, const int32_t *shift_range,
+                        int32_t *neighbor, uint16_t *image, int n_threads);
+
 /* Where the atoms of a batch of systems are. */
 typedef struct {
     const double *positions; /* (n_atoms, 3) */

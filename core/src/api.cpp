@@ -185,6 +185,28 @@ int check_indices(const potstill_pairs &p, const potstill_md &md) {
     return 0;
 }
 
+int check_images(double n_images) {
+    if (n_images > 65536.0)
+        return fail(bad_argument, "cell shifts span %.0f images, and at most 65536 fit: wrap the positions",
+                    n_images);
+    return 0;
+}
+
+int check_systems(const potstill_systems &systems, int n_threads) {
+    if (n_threads < 1) return fail(bad_argument, "n_threads must be at least 1");
+    if (!(systems.cutoff > 0.0)) return fail(bad_argument, "the cutoff must be positive");
+    if (systems.first_atom[systems.n_systems] > INT32_MAX)
+        return fail(bad_argument, "there are more atoms than 32 bits can count");
+    return 0;
+}
+
+int list_error(int code) {
+    if (code == -1) return fail(out_of_memory, "there is not enough memory for the neighbor list");
+    if (code)
+        return fail(bad_argument, "a cell is far smaller than the cutoff, or an atom far outside its cell");
+    return 0;
+}
+
 int check_model(const potstill_hipnn *model, const potstill_pairs &pairs) {
     if (!is_valid(*model)) return fail(bad_argument, "the hyper-parameters are out of range");
     if (model->n_interaction_layers > 1 && pairs.n_local < pairs.n_atoms)
@@ -369,9 +391,7 @@ int potstill_pack_pairs(int64_t n_pairs, int64_t n_local, const int64_t *center,
         size[d] = high[d] - low[d] + 1;
         n_images *= double(size[d]);
     }
-    if (n_images > 65536.0)
-        return fail(bad_argument, "cell shifts span %.0f images, and at most 65536 fit: wrap the positions",
-                    n_images);
+    if (const int code = check_images(n_images)) return code;
     for (int64_t k = 0; k < n_pairs; ++k) {
         const int64_t *s = shifts + 3 * k;
         image[k] = uint16_t(((s[0] - low[0]) * size[1] + (s[1] - low[1])) * size[2] + (s[2] - low[2]));
@@ -385,6 +405,21 @@ int potstill_pack_pairs(int64_t n_pairs, int64_t n_local, const int64_t *center,
                 *row++ = int32_t(c);
             }
     return int(n_images);
+}
+
+int potstill_count_pairs(const potstill_systems *systems, int64_t *row_ptr, int32_t *shift_range,
+                         int n_threads) {
+    if (const int code = check_systems(*systems, n_threads)) return code;
+    if (const int code = list_error(count_pairs(*systems, row_ptr, shift_range, n_threads))) return code;
+    double n_images = 1.0;
+    for (int d = 0; d < 3; ++d) n_images *= double(shift_range[3 + d]) - double(shift_range[d]) + 1.0;
+    return check_images(n_images);
+}
+
+int potstill_list_pairs(const potstill_systems *systems, const int64_t *row_ptr,
+                        const int32_t *shift_range, int32_t *neighbor, uint16_t *image, int n_threads) {
+    if (const int code = check_systems(*systems, n_threads)) return code;
+    return list_error(list_pairs(*systems, row_ptr, shift_range, neighbor, image, n_threads));
 }
 
 const char *const *potstill_compiled_instruction_sets(void) {

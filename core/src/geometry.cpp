@@ -28,6 +28,7 @@ void pair_vectors(const potstill_pairs &p, const potstill_batch &batch, T *r_ij,
 template <class T>
 void forces_of(const potstill_pairs &p, int64_t first, int64_t last, const T *r_ij, const T *gradient,
                double *forces, double *virial) {
+    double sum[9] = {};  // in registers: stores to forces would send it to memory at every pair
     for (int64_t i = first; i < last; ++i) {
         double total[3] = {0.0, 0.0, 0.0};
         for (int64_t k = p.row_ptr[i]; k < p.row_ptr[i + 1]; ++k) {
@@ -37,18 +38,18 @@ void forces_of(const potstill_pairs &p, int64_t first, int64_t last, const T *r_
                 total[d] += g;
                 other[d] -= g;
                 if (virial)
-                    for (int a = 0; a < 3; ++a) virial[3 * a + d] += double(r_ij[3 * k + a]) * g;
+                    for (int a = 0; a < 3; ++a) sum[3 * a + d] += double(r_ij[3 * k + a]) * g;
             }
         }
         for (int d = 0; d < 3; ++d) forces[3 * i + d] += total[d];
     }
+    if (virial) memcpy(virial, sum, sizeof sum);
 }
 
 template <class T>
 void pair_forces(const potstill_pairs &p, const int64_t *first_atom, int64_t n_systems, const T *r_ij,
                  const T *gradient, double *forces, double *virial, int n_threads) {
     memset(forces, 0, sizeof(double) * 3 * size_t(p.n_atoms));
-    if (virial) memset(virial, 0, sizeof(double) * 9 * size_t(n_systems));
 #pragma omp parallel for schedule(dynamic) num_threads(n_threads)
     for (int64_t s = 0; s < n_systems; ++s)
         forces_of(p, first_atom[s], first_atom[s + 1], r_ij, gradient, forces,

@@ -59,6 +59,12 @@ struct Task {
     Arena *arena;
 };
 
+// The two steps of a neighbor list: see `potstill_count_pairs` and `potstill_list_pairs`. 0, -1 when
+// memory runs out, or -2 for a system whose cells or bins cannot be counted.
+int count_pairs(const potstill_systems &, int64_t *row_ptr, int32_t *shift_range, int n_threads);
+int list_pairs(const potstill_systems &, const int64_t *row_ptr, const int32_t *shift_range,
+               int32_t *neighbor, uint16_t *image, int n_threads);
+
 // 0, -1 when memory runs out, or -2 for a neighbor or image that does not exist.
 struct Kernels {
     int (*run_f32)(const Task &);

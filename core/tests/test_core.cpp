@@ -257,12 +257,70 @@ void check_packing() {
            "unsorted centers");
 }
 
+// Pairs counted and listed against all images of all atoms.
+void check_lists() {
+    for (int trial = 0; trial < 60; ++trial) {
+        const int n = trial % 12;
+        const double edge = trial % 3 == 0 ? 2.5 : trial % 3 == 1 ? 6.0 : 14.0;
+        const uint8_t periodic[] = {uint8_t(trial & 1), uint8_t(trial & 2), uint8_t(trial & 4),
+                                    uint8_t(trial & 1), uint8_t(trial & 2), uint8_t(trial & 4)};
+        std::vector<double> cells;
+        for (int s = 0; s < 2; ++s)
+            for (int k = 0; k < 9; ++k)
+                cells.push_back(k % 4 == 0 ? edge : uniform(-0.3, 0.3) * edge);
+        const int64_t first_atom[] = {0, n, 2 * n};
+        std::vector<double> positions(size_t(6 * n));
+        for (double &x : positions) x = uniform(-edge, 2.0 * edge);
+        const double cutoff = uniform(1.0, 5.0);
+        const potstill_systems systems{2, first_atom, positions.data(), cells.data(), periodic, cutoff};
+        std::vector<int64_t> row_ptr(size_t(2 * n) + 1);
+        int32_t range[6];
+        expect(potstill_count_pairs(&systems, row_ptr.data(), range, 1 + trial % 3) == 0, potstill_error());
+        std::vector<int32_t> neighbor(size_t(row_ptr.back()));
+        std::vector<uint16_t> image(neighbor.size());
+        expect(potstill_list_pairs(&systems, row_ptr.data(), range, neighbor.data(), image.data(), 2) == 0,
+               potstill_error());
+        for (int i = 0; i < 2 * n; ++i) {
+            const int first = i < n ? 0 : n;
+            const double *cell = cells.data() + (i < n ? 0 : 9);
+            int64_t expected = 0;
+            const int most = 9;  // images; the cells' faces are at least 0.6 edges apart
+            for (int j = first; j < first + n; ++j)
+                for (int a = -most * !!periodic[0]; a <= most * !!periodic[0]; ++a)
+                    for (int b = -most * !!periodic[1]; b <= most * !!periodic[1]; ++b)
+                        for (int c = -most * !!periodic[2]; c <= most * !!periodic[2]; ++c) {
+                            if (i == j && !a && !b && !c) continue;
+                            double square = 0.0;
+                            for (int d = 0; d < 3; ++d) {
+                                const double x = positions[size_t(3 * j + d)] - positions[size_t(3 * i + d)] +
+                                                 a * cell[d] + b * cell[3 + d] + c * cell[6 + d];
+                                square += x * x;
+                            }
+                            expected += square < cutoff * cutoff;
+                        }
+            expect(row_ptr[size_t(i) + 1] - row_ptr[size_t(i)] == expected, "counted all pairs");
+            for (int64_t k = row_ptr[size_t(i)]; k < row_ptr[size_t(i) + 1]; ++k)
+                expect(neighbor[size_t(k)] >= first && neighbor[size_t(k)] < first + n, "of one system");
+        }
+    }
+    const int64_t first_atom[] = {0, 1};
+    const double cell[] = {1e-8, 0, 0, 0, 5, 0, 0, 0, 5}, position[] = {0.0, 0.0, 0.0};
+    const uint8_t periodic[] = {1, 1, 1};
+    potstill_systems systems{1, first_atom, position, cell, periodic, 3.0};
+    int64_t row_ptr[2];
+    int32_t range[6];
+    expect(potstill_count_pairs(&systems, row_ptr, range, 1) < 0, "a cell that is far too small");
+    systems.cutoff = 0.0;
+    expect(potstill_count_pairs(&systems, row_ptr, range, 1) < 0, "no cutoff");
+}
+
 }  // namespace
 
 int main() {
     check_models();
     check_errors();
     check_packing();
+    check_lists();
     potstill_release_memory();
     std::printf(failures ? "%d checks failed\n" : "all passed\n", failures);
     return failures ? EXIT_FAILURE : EXIT_SUCCESS;

@@ -16,7 +16,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
 from potstill.checkpoint import load_potential
-from potstill.core import CompactNeighbors, compact_neighbors
+from potstill.core import CompactNeighbors, build_compact_neighbors
 from potstill.errors import DataError, ModelError
 from potstill.models import Potential
 from potstill.models.base import Core, NativeParts, Pairs
@@ -177,9 +177,9 @@ class PotstillCalculator(Calculator):
             or not _list_holds(self._reference, structures, self.potential.cutoff, self.skin)
         ):
             self._list = None  # gone before the new one is made: lists are what takes memory
-            found = build_neighbor_list(structures, self.potential.cutoff + self.skin)
-            self._close = self._pairs_to_watch(structures, found)
-            self._list = compact_neighbors(found, structures.n_atoms) if packed else found
+            self._close = self._pairs_to_watch(structures)
+            build = build_compact_neighbors if packed else build_neighbor_list
+            self._list = build(structures, self.potential.cutoff + self.skin)
             # A copy: ASE moves atoms in place.
             self._reference = replace(
                 structures, positions=structures.positions.clone(), cell=structures.cell.clone()
@@ -196,13 +196,11 @@ class PotstillCalculator(Calculator):
                 f"{', '.join(sorted(known))}"
             )
 
-    def _pairs_to_watch(
-        self, structures: Structures, neighbors: NeighborList
-    ) -> NeighborList | None:
+    def _pairs_to_watch(self, structures: Structures) -> NeighborList | None:
         """Pairs that may come closer than the training data before the list is built anew."""
         if self._limits is None:
             return None
-        return _within(structures, neighbors, float(self._limits.max()) + self.skin)
+        return build_neighbor_list(structures, float(self._limits.max()) + self.skin)
 
     def _check_range(self, structures: Structures) -> None:
         limits = self._trained_on.get("density_g_cm3")

@@ -61,20 +61,54 @@ def system_pairs(
     positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs (i, j, shift) of one system, sorted by i; int64 arrays of length E and (E, 3)."""
-    if not np.isfinite(positions).all() or not np.isfinite(cell).all():
-        raise DataError("positions or cell are not finite")
+    box = complete_box(positions, cell, pbc, cutoff)
     if len(positions) == 0:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int64)
-    check_cell(cell, pbc)
-    box = np.where(np.asarray(pbc)[:, None], cell, 0.0)
     calculator = vesin.NeighborList(cutoff=float(cutoff), full_list=True, sorted=True)
     i, j, shift = calculator.compute(
         points=np.ascontiguousarray(positions),
-        box=_complete_box(box, positions, cutoff),
+        box=box,
         periodic=np.asarray(pbc, dtype=bool),
         quantities="ijS",
     )
     return tuple(array.astype(np.int64, copy=False) for array in (i, j, shift))
+
+
+def complete_box(
+    positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float
+) -> np.ndarray:
+    """Invertible box in which the atoms of one system can be binned.
+
+    Lattice vectors of open directions count for nothing: vectors that make the box invertible
+    take their rows.
+
+    Parameters
+    ----------
+    positions, cell, pbc : ndarray
+        (N, 3) Å; (3, 3) Å, rows are lattice vectors; (3,) bool.
+    cutoff : float
+        Å.
+
+    Raises
+    ------
+    DataError
+        If something is not finite, or there are atoms and `check_cell` refuses the cell.
+    """
+    if not np.isfinite(positions).all() or not np.isfinite(cell).all():
+        raise DataError("positions or cell are not finite")
+    if len(positions) == 0:
+        return np.eye(3)
+    check_cell(cell, pbc)
+    box = np.where(np.asarray(pbc)[:, None], cell, 0.0)
+    open_rows = [k for k in range(3) if not pbc[k]]
+    if not open_rows:
+        return box
+    span = float(np.ptp(positions, axis=0).max(initial=0.0)) + 2.0 * cutoff + 1.0
+    full = [k for k in range(3) if pbc[k]]
+    _, _, basis = np.linalg.svd(box[full]) if full else (None, None, np.eye(3))
+    for row, direction in zip(open_rows, basis[len(full) :], strict=True):
+        box[row] = span * direction
+    return box
 
 
 def check_cell(cell: np.ndarray, pbc: np.ndarray) -> None:
@@ -131,23 +165,6 @@ def shortest_distances(structures: Structures, neighbors: NeighborList) -> dict[
         for k, value in enumerate(shortest)
         if torch.isfinite(value)
     }
-
-
-def _complete_box(box: np.ndarray, positions: np.ndarray, cutoff: float) -> np.ndarray:
-    """Fill the rows of open directions with vectors that make the box invertible.
-
-    vesin ignores them as periods but needs a three-dimensional box to bin atoms.
-    """
-    open_rows = [k for k in range(3) if not box[k].any()]
-    if not open_rows:
-        return box
-    span = float(np.ptp(positions, axis=0).max(initial=0.0)) + 2.0 * cutoff + 1.0
-    full = [k for k in range(3) if k not in open_rows]
-    _, _, basis = np.linalg.svd(box[full]) if full else (None, None, np.eye(3))
-    box = box.copy()
-    for row, direction in zip(open_rows, basis[len(full) :], strict=True):
-        box[row] = span * direction
-    return box
 
 
 def _join(parts: list[np.ndarray], empty: tuple[int, ...]) -> Tensor:

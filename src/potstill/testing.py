@@ -230,7 +230,7 @@ def check_first_order_passes(potential: Potential) -> None:
         virial = virial_from_pairs(gradient, r_ij, edges, structures)
         _close(found.virial, virial, 1e-10, "virial of evaluate")
     weights = _normal(tuple(partial.shape), torch.Generator().manual_seed(8))
-    energy = potential.weighted_energy(structures, neighbors, weights)
+    energy = potential.weighted_energy([(structures, weights)], neighbors)
     _close(energy.detach(), (weights * partial).sum(), 1e-10, "weighted energy")
     parameters = [p for p in potential.parameters() if p.requires_grad]
     if not parameters:

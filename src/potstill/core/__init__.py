@@ -12,7 +12,12 @@ from potstill.core.base import (
     select_instruction_set,
     why_unavailable,
 )
-from potstill.core.geometry import compact_forces, compact_pair_vectors, select_neighbors
+from potstill.core.geometry import (
+    compact_forces,
+    compact_pair_vectors,
+    repeat_neighbors,
+    select_neighbors,
+)
 from potstill.core.hipnn import (
     CompactNeighbors,
     HipnnParameters,
@@ -23,8 +28,10 @@ from potstill.core.hipnn import (
     compact_neighbors,
     hipnn_md,
     hipnn_pass,
+    weighted_energy,
     weighted_partial_energies,
 )
+from potstill.core.neighbors import build_compact_neighbors
 
 __all__ = [
     "available",
@@ -39,7 +46,9 @@ __all__ = [
     "ZblParameters",
     "CompactNeighbors",
     "compact_neighbors",
+    "build_compact_neighbors",
     "select_neighbors",
+    "repeat_neighbors",
     "compact_pair_vectors",
     "compact_forces",
     "PassResult",
@@ -47,4 +56,5 @@ __all__ = [
     "MdResult",
     "hipnn_md",
     "weighted_partial_energies",
+    "weighted_energy",
 ]

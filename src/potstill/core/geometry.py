@@ -55,14 +55,29 @@ def select_neighbors(
     )
 
 
+def repeat_neighbors(neighbors: CompactNeighbors, n_copies: int) -> CompactNeighbors:
+    """The neighbor lists of copies of a batch side by side, for given pair vectors: no images."""
+    n_atoms, n_pairs = neighbors.n_local, neighbors.n_pairs
+    rows = [neighbors.row_ptr, *(neighbors.row_ptr[1:] + k * n_pairs for k in range(1, n_copies))]
+    near = [neighbors.neighbor + k * n_atoms for k in range(n_copies)]
+    images = neighbors.images.new_zeros(1, 3)
+    return CompactNeighbors(torch.cat(rows), torch.cat(near), None, images, neighbors.cutoff)
+
+
 def compact_pair_vectors(
-    structures: Structures, neighbors: CompactNeighbors, dtype: torch.dtype
+    structures: Structures,
+    neighbors: CompactNeighbors,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """(E, 3) vectors of all pairs, Å: differences in float64, cast to float32 or float64."""
+    """(E, 3) vectors of all pairs, Å: differences in float64, cast to float32 or float64.
+
+    They are written to `out`, contiguous and of that dtype, if it is given.
+    """
     _check(structures, neighbors)
-    r_ij = torch.empty(neighbors.n_pairs, 3, dtype=dtype)
+    r_ij = torch.empty(neighbors.n_pairs, 3, dtype=dtype) if out is None else out
     cell = structures.cell.detach().to(torch.float64)
-    offsets = torch.einsum("kd,sdc->skc", neighbors.images.to(torch.float64), cell)
+    offsets = neighbors.images.to(torch.float64) @ cell  # (S, n_images, 3)
     getattr(native(), f"pair_vectors_{_SUFFIX[dtype]}")(
         *_topology(structures.species, neighbors),
         _array(structures.positions, torch.float64),

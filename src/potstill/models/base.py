@@ -324,15 +324,18 @@ class Potential(nn.Module, ABC):
         virial = virial_from_pairs(gradient, r_ij, edges, structures)
         return FirstOrder(terms.detach(), forces, virial)
 
-    def weighted_energy(self, structures: Structures, neighbors: Pairs, weights: Tensor) -> Tensor:
-        """Weighted sum of the terms of all atomic energies.
+    def weighted_energy(
+        self, copies: Sequence[tuple[Structures, Tensor]], neighbors: Pairs
+    ) -> Tensor:
+        """Weighted sum of the terms of all atomic energies, over copies of a batch.
 
         Parameters
         ----------
-        structures, neighbors
-            As of `evaluate`.
-        weights : Tensor
-            (N, T) float64.
+        copies : sequence of (Structures, Tensor)
+            The batch in different places, in the model's species table, and the (N, T) float64
+            weights there.
+        neighbors : NeighborList or CompactNeighbors
+            Of all of them, up to the cutoff at least.
 
         Returns
         -------
@@ -341,9 +344,12 @@ class Potential(nn.Module, ABC):
         """
         neighbors = _spelled_out(neighbors)
         edges = Edges(neighbors.center, neighbors.neighbor)
-        r_ij = pair_vectors(structures, neighbors).detach()
-        arguments = (structures.species, edges, r_ij, structures.n_atoms)
-        return (weights * self.partial_energies(*arguments)).sum()
+        totals = []
+        for structures, weights in copies:
+            r_ij = pair_vectors(structures, neighbors).detach()
+            arguments = (structures.species, edges, r_ij, structures.n_atoms)
+            totals.append((weights * self.partial_energies(*arguments)).sum())
+        return torch.stack(totals).sum()
 
     def why_not_native(self) -> str | None:
         """Why native kernels do not serve this model as it is now; None if they do."""

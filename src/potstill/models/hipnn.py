@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,8 @@ from potstill.core import (
     compact_neighbors,
     compact_pair_vectors,
     hipnn_pass,
-    weighted_partial_energies,
+    repeat_neighbors,
+    weighted_energy,
     why_unavailable,
 )
 from potstill.errors import ConfigError, ModelError, suggest
@@ -370,14 +372,24 @@ class HIPNN(Potential):
         assert found.gradient is not None
         return FirstOrder(found.terms, *compact_forces(structures, pairs, r_ij, found.gradient))
 
-    def weighted_energy(self, structures: Structures, neighbors: Pairs, weights: Tensor) -> Tensor:
-        """As of the base class, by native kernels where they serve."""
+    def weighted_energy(
+        self, copies: Sequence[tuple[Structures, Tensor]], neighbors: Pairs
+    ) -> Tensor:
+        """As of the base class, by native kernels where they serve: one call for all copies."""
         if not self.uses_native:
-            return super().weighted_energy(structures, neighbors, weights)
-        pairs = _packed(neighbors, structures)
-        r_ij = compact_pair_vectors(structures, pairs, self.dtype)
-        parameters = self.native_parameters()
-        return weighted_partial_energies(parameters, structures.species, pairs, r_ij, weights)[0]
+            return super().weighted_energy(copies, neighbors)
+        first = copies[0][0]
+        pairs = _packed(neighbors, first)
+        r_ij = torch.empty(len(copies), pairs.n_pairs, 3, dtype=self.dtype)
+        for (structures, _), out in zip(copies, r_ij, strict=True):
+            compact_pair_vectors(structures, pairs, self.dtype, out=out)
+        return weighted_energy(
+            self.native_parameters(),
+            first.species.repeat(len(copies)),
+            repeat_neighbors(pairs, len(copies)),
+            r_ij.view(-1, 3),
+            torch.cat([weights for _, weights in copies]),
+        )
 
     def hyperparameters(self) -> dict[str, Any]:
         """All arguments but the species table."""
@@ -402,16 +414,18 @@ class HIPNN(Potential):
         ModelError
             If the parameters are not on the CPU, in float32 or float64.
         """
-        shape = HipnnShape(
-            n_species=len(self.species_table),
-            n_features=self.n_features,
-            n_sensitivities=self.n_sensitivities,
-            l_max=self.l_max,
-            n_interaction_layers=self.n_interaction_layers,
-            n_atom_layers=self.n_atom_layers,
-            cutoff=self.cutoff,
-            cusp_reg=self.cusp_reg,
-            cutoff_function=self.cutoff_function,
+        shape = _interned(
+            HipnnShape(
+                n_species=len(self.species_table),
+                n_features=self.n_features,
+                n_sensitivities=self.n_sensitivities,
+                l_max=self.l_max,
+                n_interaction_layers=self.n_interaction_layers,
+                n_atom_layers=self.n_atom_layers,
+                cutoff=self.cutoff,
+                cusp_reg=self.cusp_reg,
+                cutoff_function=self.cutoff_function,
+            )
         )
         return HipnnParameters(shape, tuple(self.parameters()))
 
@@ -481,6 +495,12 @@ def _square_norm(tensor: Tensor, rank: int) -> Tensor:
     """
     squares = tensor.square().sum(dim=1)
     return squares if rank == 1 else 2.0 * (squares + tensor[:, 0] * tensor[:, 3])
+
+
+@lru_cache(maxsize=64)
+def _interned(shape: HipnnShape) -> HipnnShape:
+    """The first of all equal shapes: what is derived from it is derived once."""
+    return shape
 
 
 def _packed(neighbors: Pairs, structures: Structures) -> CompactNeighbors:

@@ -8,7 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from potstill.core import CompactNeighbors, compact_neighbors, select_neighbors
+from potstill.core import (
+    CompactNeighbors,
+    build_compact_neighbors,
+    compact_neighbors,
+    select_neighbors,
+)
 from potstill.errors import DataError
 from potstill.models import Potential
 from potstill.models.base import Pairs
@@ -48,7 +53,7 @@ class TrainingSet:
     labels : dict of str to Properties
         One entry per source: `reference`, and teachers by name.
     neighbors : NeighborList or CompactNeighbors, optional
-        Filled in by `with_neighbors`, packed by `compacted`.
+        Filled in by `with_neighbors`.
     """
 
     structures: Structures
@@ -62,17 +67,23 @@ class TrainingSet:
         """The same set with species indexed as in `table`."""
         return replace(self, structures=self.structures.with_species_table(table))
 
-    def with_neighbors(self, cutoff: float) -> TrainingSet:
-        """The same set with a neighbor list that reaches `cutoff` Å."""
-        if self.neighbors is not None and self.neighbors.cutoff >= cutoff:
-            return self
-        return replace(self, neighbors=build_neighbor_list(self.structures, cutoff))
+    def with_neighbors(self, cutoff: float, *, packed: bool = False) -> TrainingSet:
+        """The same set with a neighbor list that reaches `cutoff` Å.
 
-    def compacted(self) -> TrainingSet:
-        """The same set with its neighbor list packed for native kernels."""
-        if not isinstance(self.neighbors, NeighborList):
-            return self
-        return replace(self, neighbors=compact_neighbors(self.neighbors, self.structures.n_atoms))
+        Parameters
+        ----------
+        cutoff : float
+            Å.
+        packed : bool
+            For native kernels: a seventh of the memory.
+        """
+        known = self.neighbors
+        if known is None or known.cutoff < cutoff:
+            build = build_compact_neighbors if packed else build_neighbor_list
+            return replace(self, neighbors=build(self.structures, cutoff))
+        if packed and isinstance(known, NeighborList):
+            return replace(self, neighbors=compact_neighbors(known, self.structures.n_atoms))
+        return self
 
     def select(self, systems: Tensor) -> TrainingSet:
         """Some of the configurations."""

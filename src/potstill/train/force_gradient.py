@@ -24,7 +24,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import lightning_fabric
@@ -108,9 +108,12 @@ class NetworkPasses(nn.Module):
             name: feature.to(torch.float64) for name, feature in found.features.items()
         }
 
-    def _weighted_energy(self, structures: Structures, neighbors: Pairs, weights: Tensor) -> Tensor:
-        weights = weights.expand(-1, self.network.n_terms).contiguous()
-        return self.network.weighted_energy(structures, neighbors, weights)
+    def _weighted_energy(
+        self, copies: Sequence[tuple[Structures, Tensor]], neighbors: Pairs
+    ) -> Tensor:
+        n_terms = self.network.n_terms
+        spread = [(at, weights.expand(-1, n_terms).contiguous()) for at, weights in copies]
+        return self.network.weighted_energy(spread, neighbors)
 
     def _directional(self, point: Point, direction: Tensor, weights: Tensor) -> Tensor:
         """Scalar whose gradient is Σ weights ∇e(r) + d/dη ∇E(r + η direction).
@@ -358,8 +361,8 @@ class ForceGradient:
         value, cotangents = loss_cotangents(self.network, point, wanted, objective)
         if first_order:
             assert cotangents.partial is not None
-            arguments = (point.structures, point.neighbors, cotangents.partial)
-            *earlier, last = [lambda: module("weighted_energy", *arguments)]
+            copies = [(point.structures, cotangents.partial)]
+            *earlier, last = [lambda: module("weighted_energy", copies, point.neighbors)]
         elif self.method == "central_difference":
             move = Displacement.along(cotangents, point, self.epsilon)
             self._watch(point, cotangents, move)
@@ -424,15 +427,24 @@ def difference_passes(
     rate = move.rate[point.structures.system_index].unsqueeze(1)  # (N, 1), for all terms alike
     c = cotangents.partial
 
-    def at(sign: float, weights: Tensor) -> Callable[[], Tensor]:
-        moved = move.apply(point.structures, sign)
-        return lambda: module("weighted_energy", moved, point.neighbors, weights)
+    def at(sign: float, weights: Tensor) -> tuple[Structures, Tensor]:
+        return move.apply(point.structures, sign), weights
 
     if c is None:
-        return [at(1.0, -rate), at(-1.0, rate)]
-    if folded:
-        return [at(1.0, 0.5 * c - rate), at(-1.0, 0.5 * c + rate)]
-    return [at(0.0, c), at(1.0, -rate), at(-1.0, rate)]
+        copies = [at(1.0, -rate), at(-1.0, rate)]
+    elif folded:
+        copies = [at(1.0, 0.5 * c - rate), at(-1.0, 0.5 * c + rate)]
+    else:
+        copies = [at(0.0, c), at(1.0, -rate), at(-1.0, rate)]
+    # Kernels that keep no graph take all copies at once.
+    spelled_out = isinstance(point.neighbors, NeighborList)
+    passes = [[copy] for copy in copies] if spelled_out else [copies]
+
+    def run(part: list[tuple[Structures, Tensor]]) -> Tensor:
+        total: Tensor = module("weighted_energy", part, point.neighbors)
+        return total
+
+    return [partial(run, part) for part in passes]
 
 
 def epsilon_for(epsilon: float | None, dtype: torch.dtype) -> float:

@@ -127,12 +127,9 @@ def train(
     network.use_core(settings.core)
     force_gradient = ForceGradient(settings.force_gradient, network)
     reach = network.cutoff + force_gradient.margin
-    training = training.with_neighbors(reach)
-    validation = validation.minus(baseline).with_neighbors(network.cutoff)
-    if force_gradient.takes_compact_lists:
-        training = training.compacted()
-    if network.uses_native:
-        validation = validation.compacted()
+    training = training.with_neighbors(reach, packed=force_gradient.takes_compact_lists)
+    validation = validation.minus(baseline)
+    validation = validation.with_neighbors(network.cutoff, packed=network.uses_native)
 
     run = RunFolder.open(Path(folder), settings, training, fabric)
     trainee = Trainee.create(student, settings, fabric)

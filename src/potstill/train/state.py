@@ -384,7 +384,9 @@ def versions() -> dict[str, str]:
 
 def _optimizer(settings: OptimizerSettings, parameters: list[Tensor]) -> torch.optim.Optimizer:
     rate, decay = settings.learning_rate, settings.weight_decay
+    # Fused: networks are many small tensors, and one call per tensor and operation takes longer
+    # than the kernels of a small batch.
     if settings.name == "adam":
-        return torch.optim.Adam(parameters, lr=rate, weight_decay=decay)
+        return torch.optim.Adam(parameters, lr=rate, weight_decay=decay, fused=True)
     amsgrad = settings.name == "amsgrad_adamw"
-    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, amsgrad=amsgrad)
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, amsgrad=amsgrad, fused=True)
