@@ -12,11 +12,11 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as shape_config
 from torch.utils._pytree import tree_leaves
 
 from potstill.errors import ConfigError
@@ -86,15 +86,7 @@ class CompiledPasses(NetworkPasses):
         super().__init__(network)
         self.works = True
         self._say = say
-        pure = _PreparedEnergy(network)
-        self._functions = {
-            derivative: torch.compile(
-                partial(_terms_and_gradient, pure, derivative=derivative),
-                fullgraph=True,
-                dynamic=True,
-            )
-            for derivative in (False, True)
-        }
+        self._functions = {way: _compiled(network, derivative=way) for way in (False, True)}
         self._compiled: set[bool] = set()
 
     def _predict(
@@ -116,8 +108,12 @@ class CompiledPasses(NetworkPasses):
         parameters: dict[str, Tensor] = dict(self.named_parameters())
         arguments = (parameters, prepared, r_ij)
         try:
-            # Not cut into pieces for data-parallel training, which torch.func does not stand.
-            with torch._dynamo.config.patch(optimize_ddp=False):
+            # Graphs are not cut for data-parallel training, which torch.func does not stand; sizes
+            # that happen to be equal in the first batch are not taken to be equal in all.
+            with (
+                torch._dynamo.config.patch(optimize_ddp=False),
+                shape_config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+            ):
                 if derivative not in self._compiled:
                     self._compile(derivative, *arguments)
                     self._compiled.add(derivative)
@@ -178,27 +174,32 @@ class _PreparedEnergy(nn.Module):
         return terms.sum(), terms
 
 
-def _terms_and_gradient(
-    module: _PreparedEnergy,
-    parameters: dict[str, Tensor],
-    prepared: Any,
-    r_ij: Tensor,
-    *,
-    derivative: bool,
-) -> tuple[Tensor, Tensor]:
-    """(N, T) terms, and (E, 3) dE/dr_ij; r_ij itself in its place if it is not asked for."""
+def _compiled(network: Potential, *, derivative: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What `torch.compile` makes of terms and dE/dr_ij as a function of all they depend on."""
+    module = _PreparedEnergy(network)
 
-    def energy(r_ij: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.functional_call(module, parameters, (prepared, r_ij))
+    def evaluate(
+        parameters: dict[str, Tensor], prepared: Any, r_ij: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(N, T) terms, and (E, 3) dE/dr_ij; r_ij in its place if it is not asked for."""
 
-    if not derivative:
-        return energy(r_ij)[1], r_ij
-    gradient, (_, terms) = torch.func.grad_and_value(energy, has_aux=True)(r_ij)
-    return terms, gradient
+        def energy(r_ij: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.func.functional_call(module, parameters, (prepared, r_ij))
+
+        if not derivative:
+            return energy(r_ij)[1], r_ij
+        gradient, (_, terms) = torch.func.grad_and_value(energy, has_aux=True)(r_ij)
+        return terms, gradient
+
+    # torch.compile gives up after some compilations of the same code object: every network and way
+    # has its own.
+    evaluate.__code__ = evaluate.__code__.replace()
+    return torch.compile(evaluate, fullgraph=True, dynamic=True)
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error's text."""
+    """The first line of an error's text, without torch.compile's wrapping."""
+    error = getattr(error, "inner_exception", error)
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

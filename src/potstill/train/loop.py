@@ -130,7 +130,7 @@ def train(
     network, baseline = student["network"], student.without("network")
     network.use_core(settings.core)
     force_gradient = ForceGradient(settings.force_gradient, network)
-    passes = network_passes(
+    own_passes = network_passes(
         network,
         force_gradient,
         compiled=settings.compile,
@@ -146,7 +146,7 @@ def train(
 
     run = RunFolder.open(Path(folder), settings, training, fabric)
     trainee = Trainee.create(student, settings, fabric)
-    passes = fabric.setup_module(passes)
+    passes = fabric.setup_module(own_passes)
     restore(run, trainee)
 
     with Interruption() as interruption, run.event_log(settings, trainee) as events:
