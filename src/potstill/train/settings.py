@@ -142,8 +142,8 @@ class TrainSettings(_Settings):
     core : {"auto", "native", "torch"}
         Kernels: native ones where they serve the model, always, or never.
     compile : bool
-        Let torch.compile make the code of backpropagation for models that native kernels do not
-        serve: a minute once, for faster steps; see docs/performance.md.
+        Let torch.compile make the code of backpropagation where native kernels do not serve: a
+        minute once, for faster steps; see docs/performance.md.
     seed : int
         Initial weights and the order of configurations.
     tensorboard : bool
