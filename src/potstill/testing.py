@@ -247,6 +247,21 @@ def check_first_order_passes(potential: Potential) -> None:
 # -- limits ------------------------------------------------------------------------------------
 
 
+def check_prepared_terms(potential: Potential) -> None:
+    """Compilable potentials give the same in two parts as in one."""
+    if not potential.compilable:
+        return
+    structures = contract_structures(potential).with_species_table(potential.species_table)
+    neighbors = build_neighbor_list(structures, potential.cutoff)
+    edges = Edges(neighbors.center, neighbors.neighbor)
+    arguments = (structures.species, edges, pair_vectors(structures, neighbors))
+    prepared = potential.prepare(*arguments, structures.n_atoms)
+    with torch.no_grad():
+        found = potential.prepared_terms(prepared, arguments[2])
+        expected = potential.partial_energies(*arguments, structures.n_atoms)
+    _close(found, expected, 1e-12, "prepared terms")
+
+
 def check_one_atom(potential: Potential) -> None:
     """One atom, free or in a wide cell: finite energy, no force, no stress."""
     edge = 4.0 * potential.cutoff
@@ -489,6 +504,7 @@ CONTRACT: dict[str, Callable[[Potential], None]] = {
         check_hessian_vector_product,
         check_force_losses_can_be_trained,
         check_first_order_passes,
+        check_prepared_terms,
         check_one_atom,
         check_isolated_atoms,
         check_no_atoms,

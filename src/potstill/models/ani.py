@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import combinations_with_replacement, pairwise
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ class ANI(Potential):
     """
 
     kind = "ani"
+    compilable = True
 
     # Always float64; cast where they are used.
     shifts_r: Tensor
@@ -134,11 +135,50 @@ class ANI(Potential):
         self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
     ) -> LocalOutput:
         """(n_local,) mean over the members of the networks' energies."""
-        aev = self.aev(species, edges, r_ij, n_local)
+        return self._evaluate(self.prepare(species, edges, r_ij, n_local), r_ij, taps)
+
+    def aev(self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int) -> Tensor:
+        """(n_local, aev_width) atomic environment vectors.
+
+        Radial blocks come first, by neighbor species; then angular blocks by pair of species (0,0),
+        (0,1), ..., (1,1), ..., in each of which `shifts_z` runs fastest.
+        """
+        return self._aev(self.prepare(species, edges, r_ij, n_local), r_ij)
+
+    def prepare(self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int) -> Indices:
+        """Pairs within both cutoffs, the slots of the angular shells, and the atoms by species."""
+        distance = torch.linalg.vector_norm(r_ij.detach(), dim=1).to(self.dtype)
+        known = range(len(self.species_table))
+        near = (distance < self.radial_cutoff).nonzero()[:, 0]
+        row = edges.center[near] * len(known) + species[edges.neighbor[near]]
+        close = (distance < self.angular_cutoff).nonzero()[:, 0]
+        center, kind = edges.center[close], species[edges.neighbor[close]]
+        shells = []
+        for s in known:
+            of_kind = (kind == s).nonzero()[:, 0]
+            pair, used = Edges(center[of_kind], center[of_kind]).padded(n_local)
+            shells.append(Shell(close[of_kind][pair], used))
+        return Indices(
+            near,
+            row,
+            tuple(shells),
+            tuple(
+                _slot_pairs(shells[a], shells[b], same=a == b)
+                for a, b in _species_pairs(len(known))
+            ),
+            tuple((species[:n_local] == s).nonzero()[:, 0] for s in known),
+        )
+
+    def prepared_terms(self, prepared: Indices, r_ij: Tensor) -> Tensor:
+        """As of the base class."""
+        return self._evaluate(prepared, r_ij).atomic_energies.to(torch.float64).unsqueeze(1)
+
+    def _evaluate(self, indices: Indices, r_ij: Tensor, taps: Sequence[str] = ()) -> LocalOutput:
+        aev = self._aev(indices, r_ij)
+        n_local = aev.shape[0]
         outputs = {name: aev.new_zeros(n_local, self.taps[name].width) for name in taps}
         energies = aev.new_zeros(n_local, self.n_members)
-        for s, network in enumerate(self.networks):
-            atoms = (species[:n_local] == s).nonzero()[:, 0]
+        for atoms, network in zip(indices.atoms, self.networks, strict=True):
             *hidden, member = network(aev[atoms])  # each (n, n_members * width)
             energies = energies.index_copy(0, atoms, member)
             for k, layer in enumerate(hidden):
@@ -147,40 +187,30 @@ class ANI(Potential):
         outputs |= {k: v for k, v in (("aev", aev), ("member_energies", energies)) if k in taps}
         return LocalOutput(energies.mean(dim=1), outputs)
 
-    def aev(self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int) -> Tensor:
-        """(n_local, aev_width) atomic environment vectors.
-
-        Radial blocks come first, by neighbor species; then angular blocks by pair of species (0,0),
-        (0,1), ..., (1,1), ..., in each of which `shifts_z` runs fastest.
-        """
+    def _aev(self, indices: Indices, r_ij: Tensor) -> Tensor:
+        """(n_local, aev_width) as of `aev`."""
         r_ij = r_ij.to(self.dtype)
-        distance = torch.linalg.vector_norm(r_ij, dim=1)
-        blocks = [self._radial(species, edges, distance, n_local)]
-        shells = [
-            _Shell(species, s, edges, r_ij, distance, n_local, self.angular_cutoff)
-            for s in range(len(self.species_table))
-        ]
-        for a, b in combinations_with_replacement(range(len(shells)), 2):
-            blocks.append(self._angular(shells[a], shells[b], same_species=a == b))
+        blocks = [self._radial(indices, r_ij)]
+        shells = [_Neighbors(shell, r_ij, self.angular_cutoff) for shell in indices.shells]
+        for (a, b), (j, k) in zip(_species_pairs(len(shells)), indices.slot_pairs, strict=True):
+            blocks.append(self._angular(shells[a], shells[b], j, k))
         return torch.cat(blocks, dim=1)
 
-    def _radial(self, species: Tensor, edges: Edges, distance: Tensor, n_local: int) -> Tensor:
+    def _radial(self, indices: Indices, r_ij: Tensor) -> Tensor:
         """(n_local, n_species * n_r)."""
-        n_species = len(self.species_table)
-        near = (distance.detach() < self.radial_cutoff).nonzero()[:, 0]
-        center, neighbor, r = edges.center[near], edges.neighbor[near], distance[near]
+        n_local, n_species = indices.shells[0].pair.shape[0], len(self.species_table)
+        r = torch.linalg.vector_norm(r_ij.index_select(0, indices.near), dim=1)
         shifts = self.shifts_r.to(r.dtype)
         terms = torch.exp(-self.eta_r * (r[:, None] - shifts).square())  # (E, n_r)
         terms = 0.25 * terms * _cutoff_function(r, self.radial_cutoff)[:, None]
-        block = center * n_species + species[neighbor]
-        total = terms.new_zeros(n_local * n_species, terms.shape[1]).index_add(0, block, terms)
+        total = terms.new_zeros(n_local * n_species, terms.shape[1])
+        total = total.index_add(0, indices.row, terms)
         return total.reshape(n_local, n_species * terms.shape[1])
 
-    def _angular(self, first: _Shell, second: _Shell, *, same_species: bool) -> Tensor:
-        """(n_local, n_a * n_z) sum over a neighbor from each shell, or over pairs of one shell."""
-        j, k = first.slot_pairs(second, same_species)  # each (P,)
+    def _angular(self, first: _Neighbors, second: _Neighbors, j: Tensor, k: Tensor) -> Tensor:
+        """(n_local, n_a * n_z) sum over P pairs of slots, j of one shell and k of the other."""
         cosine = (first.direction @ second.direction.transpose(1, 2)).flatten(1)  # (n, J * K)
-        cosine = _COSINE_SCALE * cosine[:, j * second.width + k]  # (n, P)
+        cosine = _COSINE_SCALE * cosine[:, j * second.distance.shape[1] + k]  # (n, P)
         sine = torch.sqrt(1.0 - cosine.square())
         # cos(theta - shift), without the arccos
         shifts_a, shifts_z = (x.to(cosine.dtype) for x in (self.shifts_a, self.shifts_z))
@@ -263,36 +293,66 @@ class EnsembleMLP(nn.Module):
         return layers
 
 
-class _Shell:
-    """Neighbors of one species within the angular cutoff, laid out as (n_local, width) slots."""
+class Shell(NamedTuple):
+    """Neighbors of one species within the angular cutoff, laid out as (n_local, width) slots.
 
-    def __init__(
-        self,
-        species: Tensor,
-        neighbor_species: int,
-        edges: Edges,
-        r_ij: Tensor,
-        distance: Tensor,
-        n_local: int,
-        cutoff: float,
-    ) -> None:
-        inside = (distance.detach() < cutoff) & (species[edges.neighbor] == neighbor_species)
-        near = inside.nonzero()[:, 0]
-        pair, used = Edges(edges.center[near], edges.neighbor[near]).padded(n_local)
-        r = distance[near]
-        self.width = pair.shape[1]
-        self.direction = (r_ij[near] / r[:, None])[pair]  # (n, width, 3)
-        self.distance = r[pair]
-        self.weight = _cutoff_function(r, cutoff)[pair] * used
+    Parameters
+    ----------
+    pair : Tensor
+        (n_local, width) int64, index of the pair in a slot; any pair in unused slots.
+    used : Tensor
+        (n_local, width) bool.
+    """
 
-    def slot_pairs(self, other: _Shell, same: bool) -> tuple[Tensor, Tensor]:
-        """Slots (j, k): all combinations of two shells, or j < k within one."""
-        device = self.weight.device
-        if same:
-            j, k = torch.triu_indices(self.width, self.width, 1, device=device)
-            return j, k
-        j = torch.arange(self.width, device=device).repeat_interleave(other.width)
-        return j, torch.arange(other.width, device=device).repeat(self.width)
+    pair: Tensor
+    used: Tensor
+
+
+class Indices(NamedTuple):
+    """Which pairs and atoms of a batch go where.
+
+    Parameters
+    ----------
+    near, row : Tensor
+        (R,) pairs within the radial cutoff, and the rows of the radial block that they add to.
+    shells : tuple of Shell
+        By neighbor species.
+    slot_pairs : tuple of pairs of Tensor
+        (P,) slots j and k that meet in an angle, by pair of species.
+    atoms : tuple of Tensor
+        Local atoms by species.
+    """
+
+    near: Tensor
+    row: Tensor
+    shells: tuple[Shell, ...]
+    slot_pairs: tuple[tuple[Tensor, Tensor], ...]
+    atoms: tuple[Tensor, ...]
+
+
+class _Neighbors:
+    """What the angular terms need of a shell."""
+
+    def __init__(self, shell: Shell, r_ij: Tensor, cutoff: float) -> None:
+        vector = r_ij.index_select(0, shell.pair.flatten()).view(*shell.pair.shape, 3)
+        self.distance = torch.linalg.vector_norm(vector, dim=2)  # (n_local, width)
+        self.direction = vector / self.distance[..., None]
+        self.weight = _cutoff_function(self.distance, cutoff) * shell.used
+
+
+def _species_pairs(n: int) -> list[tuple[int, int]]:
+    """Unordered pairs of species in the order of the AEV's blocks."""
+    return [(a, b) for a in range(n) for b in range(a, n)]
+
+
+def _slot_pairs(first: Shell, second: Shell, *, same: bool) -> tuple[Tensor, Tensor]:
+    """Slots (j, k): all combinations of two shells, or j < k within one."""
+    width, other, device = first.pair.shape[1], second.pair.shape[1], first.pair.device
+    if same:
+        j, k = torch.triu_indices(width, width, 1, device=device)
+        return j, k
+    j = torch.arange(width, device=device).repeat_interleave(other)
+    return j, torch.arange(other, device=device).repeat(width)
 
 
 def _cutoff_function(r: Tensor, cutoff: float) -> Tensor:

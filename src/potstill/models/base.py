@@ -211,6 +211,9 @@ class Potential(nn.Module, ABC):
     #: Models that do not derive forces from an energy say so here.
     direct_forces: bool = False
 
+    #: Models that implement `prepare` and `prepared_terms`, so that training can compile them.
+    compilable: bool = False
+
     #: Which kernels give energies and first derivatives; `use_core` sets it.
     core: Core = "auto"
 
@@ -297,6 +300,32 @@ class Potential(nn.Module, ABC):
         Arguments are those of `forward`. Always in torch operations, differentiable to any order.
         """
         return self(species, edges, r_ij, n_local).atomic_energies.to(torch.float64).unsqueeze(1)
+
+    # -- the same in two parts, of which torch.compile takes the second ------------------------
+
+    def prepare(self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int) -> Any:
+        """Look up which pairs and atoms of a batch go where: all whose size depends on values.
+
+        Arguments are those of `forward`.
+
+        Returns
+        -------
+        tuple
+            Index tensors and masks, possibly nested. All their sizes may change with the batch.
+        """
+        raise NotImplementedError(f"{self.kind} is not compilable")
+
+    def prepared_terms(self, prepared: Any, r_ij: Tensor) -> Tensor:
+        """(n_local, T) as of `partial_energies`, by operations whose sizes follow from the inputs'.
+
+        Parameters
+        ----------
+        prepared : tuple
+            What `prepare` returned for the batch.
+        r_ij : Tensor
+            (E, 3) Å, any floating dtype.
+        """
+        raise NotImplementedError(f"{self.kind} is not compilable")
 
     def evaluate(self, structures: Structures, neighbors: Pairs) -> FirstOrder:
         """Energies and first derivatives of a batch, without a graph.

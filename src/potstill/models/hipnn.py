@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -239,6 +239,7 @@ class HIPNN(Potential):
     """
 
     kind = "hipnn"
+    compilable = True
 
     def __init__(
         self,
@@ -317,12 +318,26 @@ class HIPNN(Potential):
             If there are ghost atoms and several interaction layers: features of ghosts would have
             to come from their owners between the layers.
         """
+        return self._evaluate(self.prepare(species, edges, r_ij, n_local), r_ij, taps)
+
+    def prepare(self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int) -> Indices:
+        """The slots of every atom's neighbors."""
         if n_local < species.shape[0] and self.n_interaction_layers > 1:
             raise ModelError(
                 "HIP-NN with several interaction layers needs its atoms without ghosts"
             )
-        geometry = _Geometry(edges, r_ij.to(self.dtype), n_local, self.l_max)
-        features = nn.functional.one_hot(species, len(self.species_table)).to(self.dtype)
+        pair, used = edges.padded(n_local)
+        return Indices(species, pair, edges.neighbor[pair] if edges.n_pairs else pair, used)
+
+    def prepared_terms(self, prepared: Indices, r_ij: Tensor) -> Tensor:
+        """As of the base class: the energies of the hierarchy."""
+        name = "hierarchical_energies"
+        return self._evaluate(prepared, r_ij, (name,)).features[name].to(torch.float64)
+
+    def _evaluate(self, indices: Indices, r_ij: Tensor, taps: Sequence[str]) -> LocalOutput:
+        n_local = indices.pair.shape[0]
+        geometry = _Geometry(indices, r_ij.to(self.dtype), self.l_max)
+        features = nn.functional.one_hot(indices.species, len(self.species_table)).to(self.dtype)
         tapped: dict[str, Tensor] = {}
         terms = [self.energy_layers[0](features[:n_local])]  # (n_local, 1) each
         for b, (interaction, *atom_layers) in enumerate(self._layers()):
@@ -473,17 +488,33 @@ def hierarchicality(terms: Tensor) -> Tensor:
     return (later / torch.where(total > 0, total, 1.0)).sum(dim=1)
 
 
+class Indices(NamedTuple):
+    """Species, and the slots of every atom's K neighbors.
+
+    Parameters
+    ----------
+    species : Tensor
+        (N,) int64, local atoms first.
+    pair, neighbor : Tensor
+        (n_local, K) int64, the pair in a slot and the atom at its other end; any in unused slots.
+    used : Tensor
+        (n_local, K) bool.
+    """
+
+    species: Tensor
+    pair: Tensor
+    neighbor: Tensor
+    used: Tensor
+
+
 class _Geometry:
     """Padded pair geometry that all interaction layers share."""
 
-    def __init__(self, edges: Edges, r_ij: Tensor, n_local: int, l_max: int) -> None:
-        pair, used = edges.padded(n_local)  # (n_local, K)
-        self.used = used.unsqueeze(2)
-        self.neighbor = edges.neighbor[pair] if edges.n_pairs else pair
-        if edges.n_pairs:
-            vector = r_ij.index_select(0, pair.flatten()).view(*pair.shape, 3)
-        else:
-            vector = r_ij.new_zeros(*pair.shape, 3)
+    def __init__(self, indices: Indices, r_ij: Tensor, l_max: int) -> None:
+        pair = indices.pair  # (n_local, K)
+        self.used = indices.used.unsqueeze(2)
+        self.neighbor = indices.neighbor
+        vector = r_ij.index_select(0, pair.flatten()).view(*pair.shape, 3)
         self.distance = torch.linalg.vector_norm(vector, dim=2)  # (n_local, K)
         self.tensor = tensor_components(vector / self.distance.unsqueeze(2), l_max)
 

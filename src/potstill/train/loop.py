@@ -31,9 +31,10 @@ from potstill.models import (
     build_model,
 )
 from potstill.structures import SpeciesTable
+from potstill.train.compilation import network_passes
 from potstill.train.data import TrainingSet, epoch_batches, fit_offsets
 from potstill.train.devices import default_fabric
-from potstill.train.force_gradient import ForceGradient, NetworkPasses
+from potstill.train.force_gradient import ForceGradient
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import TrainSettings
 from potstill.train.state import Interruption, RunFolder, Trainee, restore, snapshot
@@ -79,6 +80,7 @@ def train(
     info: Mapping[str, Any] | None = None,
     initial: Potential | None = None,
     on_epoch: EpochCallback | None = None,
+    say: Callable[[str], None] | None = None,
     fabric: lightning_fabric.Fabric | None = None,
 ) -> TrainResult:
     """Train a student, or continue a run that was interrupted in the same folder.
@@ -98,6 +100,8 @@ def train(
         Start from this potential's weights, offsets and prior (fine-tuning) instead of anew.
     on_epoch : callable, optional
         Progress display.
+    say : callable, optional
+        Receives sentences for the user, such as how long compiling takes.
     fabric : lightning_fabric.Fabric, optional
         Devices and processes; by default a GPU if there is one, and what `torchrun` started.
 
@@ -126,6 +130,12 @@ def train(
     network, baseline = student["network"], student.without("network")
     network.use_core(settings.core)
     force_gradient = ForceGradient(settings.force_gradient, network)
+    own_passes = network_passes(
+        network,
+        force_gradient,
+        compiled=settings.compile,
+        say=say if fabric.is_global_zero else None,
+    )
     reach = network.cutoff + force_gradient.margin
     training = training.with_neighbors(reach, packed=force_gradient.takes_compact_lists)
     validation = validation.minus(baseline)
@@ -133,7 +143,7 @@ def train(
 
     run = RunFolder.open(Path(folder), settings, training, fabric)
     trainee = Trainee.create(student, settings, fabric)
-    passes = fabric.setup_module(NetworkPasses(network))
+    passes = fabric.setup_module(own_passes)
     restore(run, trainee)
 
     with Interruption() as interruption, run.event_log(settings, trainee) as events:

@@ -141,6 +141,9 @@ class TrainSettings(_Settings):
         Of the network; geometry and energy sums are in float64 always.
     core : {"auto", "native", "torch"}
         Kernels: native ones where they serve the model, always, or never.
+    compile : bool
+        Let torch.compile make the code of backpropagation where native kernels do not serve: a
+        minute once, for faster steps; see docs/performance.md.
     seed : int
         Initial weights and the order of configurations.
     tensorboard : bool
@@ -161,6 +164,7 @@ class TrainSettings(_Settings):
     early_stopping: int | None = Field(default=50, ge=1)
     precision: Literal["float32", "float64"] = "float32"
     core: Literal["auto", "native", "torch"] = "auto"
+    compile: bool = False
     seed: int = 0
     tensorboard: bool = False
 

@@ -26,6 +26,7 @@ from potstill.sample.base import make_generator
 from potstill.structures import Structures
 from potstill.teachers import make_teacher
 from potstill.train import TrainingSet, TrainSettings, train
+from potstill.train.compilation import compiler_state
 from potstill.train.settings import EnergySettings, ModelSettings, ScoreSettings
 from potstill.workflows.base import BUILT_IN, Display, limited_threads, threads
 
@@ -97,6 +98,7 @@ def describe_machine() -> list[list[str]]:
         ["GPU", gpu],
         ["threads", f"{threads()} of {os.cpu_count()} cores"],
         ["kernels", describe_core()],
+        ["torch.compile", compiler_state()],
         ["memory", memory_tuning()],
     ]
     return rows

@@ -149,6 +149,7 @@ def train_with_progress(
             info=info,
             initial=initial,
             on_epoch=lambda record: task.update(record["epoch"], note=_note(record)),
+            say=display.say,
         )
     if result.status == "stopped early":
         display.say(
