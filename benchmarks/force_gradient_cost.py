@@ -1,32 +1,46 @@
 """Time and peak memory of a training step: energies only, and the three gradients of a force loss.
 
-    python benchmarks/force_gradient_cost.py --threads 2
+    OMP_WAIT_POLICY=PASSIVE MALLOC_MMAP_THRESHOLD_=34359738368 MALLOC_TRIM_THRESHOLD_=34359738368 \
+        python benchmarks/force_gradient_cost.py --threads 2 --figure docs/figures
 
 A step is the loss and its gradient on one rattled aluminium supercell, without the optimizer. Each
-point runs in a fresh process, because memory once taken is seldom given back; methods take turns
-over several rounds, so that a busy machine hits all of them alike. Memory is the peak of the steps
-above what the process held before the first. Numbers go to
-`benchmarks/results/force_gradient_cost.json` with a description of the machine.
+measurement runs in a process of its own, because memory once taken is seldom given back; methods
+take turns over several rounds, so that a busy machine hits all of them alike. Methods are compared
+by the processor time of all threads, which other jobs change little. Memory is the peak of
+the steps above what the process held after one step of four atoms, neighbor list excluded. A
+process that asks for more than `--limit` GiB ends, and its point is recorded as too large. Linux
+only.
+
+Numbers go to `benchmarks/results/force_gradient_cost.json` with a description of the machine, one
+measurement after the other: `--minutes` stops early, and the next call goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import multiprocessing
 import os
+import resource
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from ase.build import bulk
 
+from potstill.core import describe_core
 from potstill.distill import LossTerm
 from potstill.evaluate.base import machine_description
 from potstill.models import Potential, build_model
+from potstill.models.base import Core
+from potstill.report.plots import Look, Panel, Series, write_figure
 from potstill.structures import Properties, SpeciesTable, Structures
 from potstill.train import TrainingSet, TrainSettings
 from potstill.train.devices import default_fabric
@@ -36,42 +50,51 @@ from potstill.train.settings import ForceGradientSettings, ModelSettings
 
 RESULTS = Path(__file__).parent / "results" / "force_gradient_cost.json"
 
-#: The aluminium student of the teacher-student study, and ANI with the functions of ANI-Al.
-MODELS = {
-    "hipnn": ModelSettings(
-        hyperparameters={
-            "n_features": 24,
-            "n_sensitivities": 10,
-            "dist_soft_min": 1.8,
-            "dist_soft_max": 7.0,
-            "dist_hard_max": 7.5,
-            "n_atom_layers": 2,
-            "l_max": 1,
-        }
-    ),
-    "ani": ModelSettings(
-        kind="ani",
-        hyperparameters={
-            "radial_cutoff": 7.0,
-            "angular_cutoff": 5.0,
-            "eta_r": 43.9,
-            "shifts_r": [1.2 + 0.18125 * k for k in range(32)],
-            "eta_a": 6.5,
-            "zeta": 69.4,
-            "shifts_a": [1.2, 1.675, 2.15, 2.625, 3.1, 3.575, 4.05, 4.525],
-            "shifts_z": [0.19634954 + 0.39269908 * k for k in range(8)],
-            "hidden_widths": [96, 96, 64],
-        },
+HIPNN = ModelSettings(
+    hyperparameters={
+        "n_features": 24,
+        "n_sensitivities": 10,
+        "dist_soft_min": 1.8,
+        "dist_soft_max": 7.0,
+        "dist_hard_max": 7.5,
+        "n_atom_layers": 2,
+        "l_max": 1,
+    }
+)
+
+#: The aluminium student of the teacher-student study on the native kernels and in PyTorch, SNAP of
+#: the size of the published tantalum potential, and ANI with the functions of ANI-Al.
+MODELS: dict[str, tuple[ModelSettings, Core]] = {
+    "hipnn-native": (HIPNN, "native"),
+    "hipnn": (HIPNN, "torch"),
+    "snap": (ModelSettings(kind="snap", hyperparameters={"twojmax": 6, "rcutfac": 5.2}), "torch"),
+    "ani": (
+        ModelSettings(
+            kind="ani",
+            hyperparameters={
+                "radial_cutoff": 7.0,
+                "angular_cutoff": 5.0,
+                "eta_r": 43.9,
+                "shifts_r": [1.2 + 0.18125 * k for k in range(32)],
+                "eta_a": 6.5,
+                "zeta": 69.4,
+                "shifts_a": [1.2, 1.675, 2.15, 2.625, 3.1, 3.575, 4.05, 4.525],
+                "shifts_z": [0.19634954 + 0.39269908 * k for k in range(8)],
+                "hidden_widths": [96, 96, 64],
+            },
+        ),
+        "torch",
     ),
 }
 
 ENERGY = LossTerm(property="energy")
 FORCES = LossTerm(property="forces", weight=10.0)
 
-#: What is compared: the terms of the loss, and how its gradient is taken.
+#: What is compared: the terms of the loss, and how its gradient is taken. Energies only are learned
+#: as `auto` does it: backpropagation in PyTorch, one evaluation and one weighted pass natively.
 METHODS = {
     "energies only": ((ENERGY,), ForceGradientSettings()),
-    "backpropagation": ((ENERGY, FORCES), ForceGradientSettings()),
+    "backpropagation": ((ENERGY, FORCES), ForceGradientSettings(method="backpropagation")),
     "central difference, plain": (
         (ENERGY, FORCES),
         ForceGradientSettings(method="central_difference", folded=False),
@@ -86,20 +109,23 @@ METHODS = {
     ),
 }
 
+#: These need second derivatives, for which PyTorch stands in for native kernels.
+SECOND_ORDER = ("backpropagation", "forward over reverse")
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    sizes = [2**k for k in range(5, 13)]
+    sizes = [32, 128, 512, 1024, 2048, 4096]
     parser.add_argument("--sizes", type=int, nargs="+", default=sizes, help="powers of two")
     parser.add_argument("--precision", default="float32", choices=["float32", "float64"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds-per-point", type=float, default=2.0)
+    parser.add_argument("--seconds-per-point", type=float, default=0.7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--timeout", type=float, default=600.0, help="s for each process")
+    parser.add_argument("--limit", type=float, default=8.0, help="GiB for each process")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start nothing after so long")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--point", help=argparse.SUPPRESS)
+    parser.add_argument("--figure", type=Path, help="folder for the figure")
     return parser.parse_args()
 
 
@@ -122,13 +148,14 @@ def supercell(n_atoms: int) -> TrainingSet:
 
 def make_network(model: str, precision: str) -> Potential:
     torch.manual_seed(0)
-    settings = MODELS[model]
+    settings, core = MODELS[model]
     table = SpeciesTable.from_symbols(["Al"])
     network = build_model(settings.kind, table, settings.hyperparameters)
+    network.use_core(core)
     return network.to(getattr(torch, precision))
 
 
-def measure(job: dict[str, Any]) -> dict[str, float]:
+def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Time and memory of one point, in this process."""
     torch.set_num_threads(job["threads"])
     terms, how = METHODS[job["method"]]
@@ -138,31 +165,38 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     force_gradient = ForceGradient(how, network, watch=False)
     fabric = default_fabric()
     passes = fabric.setup_module(NetworkPasses(network))
-    data = supercell(job["n_atoms"]).with_neighbors(network.cutoff + force_gradient.margin)
-    batch = data.batch(torch.tensor([0]))
 
-    def step() -> None:
+    def batch_of(n_atoms: int) -> Any:
+        reach = network.cutoff + force_gradient.margin
+        data = supercell(n_atoms).with_neighbors(reach, packed=force_gradient.takes_compact_lists)
+        return data.batch(torch.tensor([0]))
+
+    def step(batch: Any) -> None:
         objective = BatchLoss(settings, 1, network, batch, fabric)
         gradient = force_gradient(passes, batch, objective.wanted, objective)
         network.zero_grad(set_to_none=True)
         gradient.backward(fabric, passes)
 
+    batch = batch_of(job["n_atoms"])
+    step(batch_of(4))  # loads all code
+    # What building the list left free would hide the steps' own memory.
+    ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
-    step()
-    times, processor = [], []
+    step(batch)
+    times: list[float] = []
+    processor: list[float] = []
     deadline = time.perf_counter() + job["seconds"]
-    while len(times) < 3 or time.perf_counter() < deadline:
+    while not times or time.perf_counter() < deadline:
         started, used = time.perf_counter(), time.process_time()
-        step()
+        step(batch)
         times.append(time.perf_counter() - started)
         processor.append(time.process_time() - used)
     return {
         "seconds": statistics.median(times),
-        "fastest": min(times),
         "cpu_seconds": statistics.median(processor),  # of all threads
         "peak_bytes": resident("VmHWM") - before,
-        "n_pairs": batch.neighbors.center.shape[0],
+        "n_pairs": batch.neighbors.n_pairs,
     }
 
 
@@ -172,90 +206,187 @@ def resident(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
-def in_a_fresh_process(job: dict[str, Any], timeout: float) -> dict[str, float] | None:
-    """The answer of a process of its own; None if it failed or took too long."""
-    command = [sys.executable, __file__, "--point", json.dumps(job)]
+def _answer(pipe: Connection, job: dict[str, Any], limit: float) -> None:
+    """Body of a process; memory beyond the limit makes the next allocation fail."""
+    n_bytes = int(limit * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (n_bytes, n_bytes))
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return None
-    if done.returncode != 0:
-        print(done.stderr.strip().splitlines()[-1:], file=sys.stderr)
-        return None
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        pipe.send(measure(job))
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        pipe.send({"failed": f"needs more than {limit:g} GiB"})
 
 
-def summary(model: str, n_atoms: int, rounds: dict[str, list[dict[str, float]]]) -> list[dict]:
-    """One row per method: medians over rounds, and ratios to the first method there is."""
-    rows = []
-    for method, found in rounds.items():
-        if not found:
-            rows.append({"model": model, "n_atoms": n_atoms, "method": method, "failed": True})
-            continue
-        row = {
-            "model": model,
-            "n_atoms": n_atoms,
-            "method": method,
-            "n_pairs": found[0]["n_pairs"],
-            "seconds": statistics.median(r["seconds"] for r in found),
-            "fastest": min(r["fastest"] for r in found),
-            "cpu_seconds": min(r["cpu_seconds"] for r in found),
-            "peak_bytes": statistics.median(r["peak_bytes"] for r in found),
-        }
-        base = rows[0] if rows and "seconds" in rows[0] else row
-        row["time_ratio"] = row["fastest"] / base["fastest"]
-        row["cpu_ratio"] = row["cpu_seconds"] / base["cpu_seconds"]
-        row["memory_ratio"] = row["peak_bytes"] / base["peak_bytes"]
+def in_a_process(job: dict[str, Any], limit: float) -> dict[str, Any]:
+    """The answer of a process of its own. Nothing may have started torch's threads here."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, job, limit))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        return {"failed": "ended with an error"}
+    finally:
+        process.join()
+
+
+def points(args: argparse.Namespace) -> Iterator[tuple[str, int, int, str]]:
+    """(model, number of atoms, round, method) in the order in which they are measured."""
+    for model in args.models:
+        for n_atoms in args.sizes:
+            for k in range(args.rounds):
+                for method in METHODS:
+                    if MODELS[model][1] != "native" or method not in SECOND_ORDER:
+                        yield model, n_atoms, k, method
+
+
+def summary(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per model, size and method, and its ratios to energies only.
+
+    Processor time and memory are medians over rounds, the time on the clock is that of the fastest.
+    """
+    rows: list[dict[str, Any]] = []
+    base: dict[tuple[str, int], dict[str, Any]] = {}
+    for key in dict.fromkeys((m["model"], m["n_atoms"], m["method"]) for m in measurements):
+        row: dict[str, Any] = dict(zip(("model", "n_atoms", "method"), key, strict=True))
         rows.append(row)
+        found = [m for m in measurements if all(m[name] == row[name] for name in row)]
+        failed = [m["failed"] for m in found if "failed" in m]
+        if failed:
+            row["failed"] = failed[0]
+            continue
+        row |= {"n_pairs": found[0]["n_pairs"], "rounds": len(found)}
+        row["seconds"] = min(m["seconds"] for m in found)
+        for name in ("cpu_seconds", "peak_bytes"):
+            row[name] = statistics.median(m[name] for m in found)
+        reference = base.setdefault(key[:2], row)
+        for ratio, name in (("cpu_ratio", "cpu_seconds"), ("memory_ratio", "peak_bytes")):
+            row[ratio] = row[name] / reference[name]
     return rows
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        start = f"{row['model']:12s} {row['n_atoms']:5d} {row['method']:28s}"
+        if "failed" in row:
+            print(f"{start} {row['failed']}")
+            continue
+        clock, processor = (1e6 * row[name] / row["n_atoms"] for name in ("seconds", "cpu_seconds"))
+        print(
+            f"{start} {clock:9.2f} µs/atom, of processors {processor:9.2f} "
+            f"({row['cpu_ratio']:.2f} x)  "
+            f"{row['peak_bytes'] / 2**20:8.1f} MiB ({row['memory_ratio']:.2f} x)"
+        )
+
+
+# -- figure --------------------------------------------------------------------------------------
+
+TITLES = {
+    "hipnn-native": "HIP-NN, native kernels",
+    "hipnn": "HIP-NN, PyTorch",
+    "snap": "SNAP",
+    "ani": "ANI",
+}
+STYLES = {
+    "energies only": Look("energies only", "#222222", "*", ":"),
+    "backpropagation": Look("backpropagation", "#D55E00", "s"),
+    "central difference, plain": Look("central difference, plain", "#56B4E9", "v", "--"),
+    "central difference, folded": Look("central difference, folded", "#0072B2", "o"),
+    "forward over reverse": Look("forward over reverse", "#009E73", "^", "-."),
+}
+
+
+def draw(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Time and peak memory per atom against the number of atoms, a column for each model."""
+    panels = []
+    quantities = (
+        ("cpu_seconds", 1e6, "processor time (µs per atom)"),
+        ("peak_bytes", 1.0 / 1024.0, "peak memory (KiB per atom)"),
+    )
+    for quantity, unit, label in quantities:
+        for model in dict.fromkeys(row["model"] for row in rows):
+            mine = [row for row in rows if row["model"] == model and quantity in row]
+            series = []
+            for method in dict.fromkeys(row["method"] for row in mine):
+                x = [row["n_atoms"] for row in mine if row["method"] == method]
+                y = [
+                    unit * row[quantity] / row["n_atoms"] for row in mine if row["method"] == method
+                ]
+                series.append(Series(method, x, y, joined=True))
+            panels.append(
+                Panel("atoms", label, series, TITLES[model], x_scale="log", y_scale="log")
+            )
+    with tempfile.TemporaryDirectory() as scratch:
+        drawn = write_figure(
+            Path(scratch),
+            "force_gradient_cost",
+            "Cost of force training",
+            "",
+            panels,
+            looks_of=STYLES,
+            n_columns=len(panels) // 2,
+            width=3.3,
+        )
+        (folder / drawn.png.name).write_bytes(drawn.png.read_bytes())
 
 
 def main() -> None:
     args = arguments()
-    if args.point:
-        print(json.dumps(measure(json.loads(args.point))))
-        return
-    record: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": machine_description(),
+    setup = {
+        "threads": args.threads,
+        "precision": args.precision,
+        "limit_gib": args.limit,
+        "seconds_per_point": args.seconds_per_point,
         "environment": {
             name: os.environ.get(name, "not set")
             for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "OMP_WAIT_POLICY")
         },
-        "threads": args.threads,
-        "precision": args.precision,
-        "models": {name: MODELS[name].model_dump() for name in args.models},
-        "rows": [],
     }
+    record: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine_description(),
+        "core": describe_core(),
+        "setup": setup,
+        "models": {name: settings.model_dump() for name, (settings, _) in MODELS.items()},
+        "rows": [],
+        "measurements": [],
+    }
+    if args.output.exists():
+        before = json.loads(args.output.read_text())
+        if before["setup"] != setup:
+            raise SystemExit(f"{args.output} has another set-up: remove it, or name another file")
+        record["measurements"] = before["measurements"]
+    measurements = record["measurements"]
+    done = {(m["model"], m["n_atoms"], m["round"], m["method"]) for m in measurements}
+    too_large = {(m["model"], m["n_atoms"], m["method"]) for m in measurements if "failed" in m}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    for model in args.models:
-        for n_atoms in args.sizes:
-            rounds: dict[str, list] = {method: [] for method in args.methods}
-            for _ in range(args.rounds):
-                for method, found in rounds.items():
-                    job = {
-                        "model": model,
-                        "method": method,
-                        "n_atoms": n_atoms,
-                        "precision": args.precision,
-                        "threads": args.threads,
-                        "seconds": args.seconds_per_point,
-                    }
-                    answer = in_a_fresh_process(job, args.timeout)
-                    if answer is not None:
-                        found.append(answer)
-            for row in summary(model, n_atoms, rounds):
-                record["rows"].append(row)
-                if "failed" in row:
-                    print(f"{model:8s} {n_atoms:5d} {row['method']:28s} failed")
-                    continue
-                print(
-                    f"{model:8s} {n_atoms:5d} {row['method']:28s} {1e3 * row['fastest']:9.2f} ms "
-                    f"({row['time_ratio']:.2f} x; {row['cpu_ratio']:.2f} x of processor time)  "
-                    f"{row['peak_bytes'] / 2**20:8.1f} MiB ({row['memory_ratio']:.2f} x)"
-                )
-            args.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written to {args.output}")
+    began = time.perf_counter()
+    n_left = 0
+    for model, n_atoms, k, method in points(args):
+        if (model, n_atoms, k, method) in done or (model, n_atoms, method) in too_large:
+            continue
+        if time.perf_counter() - began > 60.0 * args.minutes:
+            n_left += 1
+            continue
+        job: dict[str, Any] = {"model": model, "n_atoms": n_atoms, "method": method, "round": k}
+        how = {
+            "precision": args.precision,
+            "threads": args.threads,
+            "seconds": args.seconds_per_point,
+        }
+        answer = in_a_process(job | how, args.limit)
+        if "failed" in answer:
+            too_large.add((model, n_atoms, method))
+        measurements.append(job | answer)
+        record["rows"] = summary(measurements)
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    print_table(record["rows"] or summary(measurements))
+    print(f"{n_left} measurements left; written to {args.output}")
+    if args.figure is not None:
+        draw(summary(measurements), args.figure)
 
 
 if __name__ == "__main__":

@@ -15,113 +15,43 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
-import ase
-import lightning_fabric
-import numpy as np
 import torch
-from ase.build import bulk
+from common import (
+    Step,
+    Times,
+    crystals,
+    in_words,
+    potstill_md,
+    potstill_training,
+    potstill_training_set,
+    timed,
+    us_per_atom,
+)
 
-from potstill.calculators import PotstillCalculator
 from potstill.core import describe_core
-from potstill.distill import LossTerm
 from potstill.distill.losses import error_measure
 from potstill.evaluate.base import machine_description
 from potstill.models import HIPNN
 from potstill.neighbors import build_neighbor_list, pair_vectors
-from potstill.structures import Properties, SpeciesTable, Structures
-from potstill.train import TrainingSet, TrainSettings
-from potstill.train.force_gradient import ForceGradient, NetworkPasses
-from potstill.train.objective import BatchLoss
-from potstill.train.settings import RegularizationSettings
+from potstill.structures import SpeciesTable, Structures
 
 RESULTS = Path(__file__).parent / "results" / "vs_hippynn.json"
-LATTICE_CONSTANT = 4.05
 SIZES = {
     "student": {"n_features": 24, "n_sensitivities": 10, "n_atom_layers": 2},
     "teacher": {"n_features": 128, "n_sensitivities": 40, "n_atom_layers": 4},
 }
 COMMON = {"dist_soft_min": 1.9, "dist_soft_max": 7.0, "dist_hard_max": 7.5}
-LOSS = (LossTerm(property="energy"), LossTerm(property="forces", weight=10.0))
-
-Step = Callable[[], None]
-
-
-def crystals(n: int, repeat: int) -> list[ase.Atoms]:
-    frames = []
-    for seed in range(n):
-        atoms = bulk("Al", cubic=True, a=LATTICE_CONSTANT).repeat(repeat)
-        atoms.rattle(0.1, seed=seed)
-        frames.append(atoms)
-    return frames
-
-
-def training_set(table: SpeciesTable) -> TrainingSet:
-    """Sixteen structures of 108 atoms; labels are noise, which costs the same."""
-    structures = Structures.from_ase(crystals(16, 3), table=table)
-    generator = torch.Generator().manual_seed(0)
-    kind = {"dtype": torch.float64, "generator": generator}
-    values = {
-        "energy": torch.randn(structures.n_systems, **kind),
-        "forces": torch.randn(structures.n_atoms, 3, **kind),
-    }
-    return TrainingSet(structures, {"reference": Properties(values)})
-
-
 # -- potstill --------------------------------------------------------------------------------------
 
 
 def potstill_model(size: str) -> HIPNN:
     torch.manual_seed(0)
     return HIPNN(SpeciesTable.from_symbols(["Al"]), **COMMON, **SIZES[size], l_max=1).float()
-
-
-def potstill_training(size: str) -> Step:
-    """A step as the training loop takes it: drawing the batch and Adam included."""
-    network = potstill_model(size)
-    plain = RegularizationSettings(l2=0.0, hierarchicality=0.0)
-    settings = TrainSettings(loss=LOSS, regularization=plain)
-    gradient = ForceGradient(settings.force_gradient, network)
-    data = training_set(network.species_table).with_neighbors(
-        network.cutoff + gradient.margin, packed=gradient.takes_compact_lists
-    )
-    fabric = lightning_fabric.Fabric(accelerator="cpu", devices=1)
-    passes = fabric.setup_module(NetworkPasses(network))
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
-
-    def step() -> None:
-        batch = data.batch(torch.randperm(len(data)))
-        objective = BatchLoss(settings, 1, network, batch, fabric)
-        found = gradient(passes, batch, objective.wanted, objective)
-        optimizer.zero_grad()
-        found.backward(fabric, passes)
-        optimizer.step()
-
-    return step
-
-
-def potstill_md(size: str, repeat: int) -> Step:
-    """One call through ASE; atoms move as far as in 1 fs at 600 K."""
-    (atoms,) = crystals(1, repeat)
-    atoms.calc = PotstillCalculator(potstill_model(size))
-    velocity = 0.0043 * np.random.default_rng(0).normal(size=(len(atoms), 3))
-    count = 0
-
-    def step() -> None:
-        nonlocal count
-        count += 1
-        # To and fro, as in a solid: the list with its skin is built anew now and then.
-        atoms.positions += velocity * np.cos(2.0 * np.pi * count / 150.0)
-        atoms.get_forces()
-
-    return step
 
 
 # -- hippynn ---------------------------------------------------------------------------------------
@@ -170,7 +100,7 @@ def hippynn_forces(
 
 def hippynn_training(size: str) -> Step:
     network, energy = hippynn_model(size)
-    data = training_set(SpeciesTable.from_symbols(["Al"]))
+    data = potstill_training_set(16)
     batch, labels = Batch(data.structures), data.labels["reference"]
     parameters = [*network.parameters(), *energy.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=1e-4, fused=True)
@@ -199,15 +129,6 @@ def hippynn_md(size: str, repeat: int) -> Step:
 # -- timing ----------------------------------------------------------------------------------------
 
 
-def timed(step: Step, seconds: float) -> float:
-    """Seconds per call, over about `seconds`."""
-    count, began = 0, time.perf_counter()
-    while count == 0 or time.perf_counter() - began < seconds:
-        step()
-        count += 1
-    return (time.perf_counter() - began) / count
-
-
 def compare(steps: dict[str, Step], n_atoms: int, rounds: int, seconds: float) -> dict[str, dict]:
     for name in list(steps):
         try:
@@ -215,17 +136,13 @@ def compare(steps: dict[str, Step], n_atoms: int, rounds: int, seconds: float) -
         except Exception as error:  # a kernel of hippynn that does not run here
             print(f"  {name} does not run: {type(error).__name__}")
             del steps[name]
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[str, list[Times]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            times[name].append(1e6 * timed(step, seconds) / n_atoms)
-    found = {
-        name: {"median": statistics.median(t), "fastest": min(t), "slowest": max(t)}
-        for name, t in times.items()
-    }
-    for name, t in found.items():
-        row = f"{t['median']:9.2f} µs per atom ({t['fastest']:.2f} to {t['slowest']:.2f})"
-        print(f"  {name:20s} {row}", flush=True)
+            times[name].append(timed(step, seconds))
+    found = {name: us_per_atom(t, n_atoms) for name, t in times.items()}
+    for name, row in found.items():
+        print(f"  {name:20s} {in_words(row)}", flush=True)
     return found
 
 
@@ -256,7 +173,10 @@ def only(what: str, size: str, repeat: int) -> None:
     package, _, kernels = what.partition(":")
     if package == "hippynn":
         use_kernels(kernels)
-    step = potstill_md(size, repeat) if package == "potstill" else hippynn_md(size, repeat)
+    if package == "potstill":
+        step = potstill_md(potstill_model(size), repeat)
+    else:
+        step = hippynn_md(size, repeat)
     for _ in range(3):
         step()
     # `ru_maxrss` would be the parent's where that is larger.
@@ -292,11 +212,11 @@ def main() -> None:
     for size in args.sizes:
         kernels = args.kernels
         print(f"{size}: training step with forces, 16 x 108 atoms")
-        steps = {"potstill": potstill_training(size)}
+        steps = {"potstill": potstill_training(potstill_model(size), potstill_training_set(16))}
         steps |= {f"hippynn:{k}": with_kernels(k, hippynn_training(size)) for k in kernels}
         training = compare(steps, 16 * 108, args.rounds, args.seconds)
         print(f"{size}: energy and forces, {n_md} atoms")
-        steps = {"potstill": potstill_md(size, args.repeat)}
+        steps = {"potstill": potstill_md(potstill_model(size), args.repeat)}
         steps |= {f"hippynn:{k}": with_kernels(k, hippynn_md(size, args.repeat)) for k in kernels}
         md = compare(steps, n_md, args.rounds, args.seconds)
         best = min((k for k in md if k != "potstill"), key=lambda k: md[k]["median"])

@@ -155,13 +155,10 @@ def test_networks_do_not_use_up_the_compilations_of_one_another(use: Callable) -
 
 def test_a_missing_compiler_is_named() -> None:
     from torch._inductor import config
-    from torch._inductor.utils import fresh_cache
 
-    torch._dynamo.reset()
-    with fresh_cache(), config.patch({"cpp.cxx": ("no-such-compiler",)}):
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
         state = compiler_state()
-    assert state.startswith("does not work")
-    assert "compiler" in state
+    assert state.startswith("no compiler")
 
 
 def test_what_cannot_be_compiled_is_refused_or_said(tmp_path: Path) -> None:
