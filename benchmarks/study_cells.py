@@ -1,0 +1,120 @@
+"""Hours that one cell of a study takes: backpropagation in PyTorch, and native kernels.
+
+    python benchmarks/study_cells.py studies/teacher_student/al.yaml
+
+For every size of the study a few epochs on its training set, by backpropagation in PyTorch (what a
+cell took before there were kernels) and as the study trains it, in turns on one thread. The first
+epoch of each is left out. `benchmarks/results/study_cells.json` gets processor time and time on the
+clock per epoch, and hours per cell of the config's epochs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potstill.config import load_config
+from potstill.evaluate.base import machine_description
+from potstill.train import TrainingSet, TrainSettings, train
+from potstill.train.settings import ForceGradientSettings
+from potstill.workflows.study import STRATEGIES, StudyConfig, load_set, split_by_groups
+
+RESULTS = Path(__file__).parent / "results" / "study_cells.json"
+
+WAYS: dict[str, dict[str, Any]] = {
+    "backpropagation": {
+        "force_gradient": ForceGradientSettings(method="backpropagation"),
+        "core": "torch",
+    },
+    "native": {
+        "force_gradient": ForceGradientSettings(method="central_difference"),
+        "core": "native",
+    },
+}
+
+
+def settings(config: StudyConfig, size: str, way: str, epochs: int) -> TrainSettings:
+    """A control's training."""
+    model = config.common.model
+    hyperparameters = {**model.hyperparameters, **config.sizes[size]}
+    loss = STRATEGIES["control_wf10"].loss(source=config.data.source, schedule_factor=1.0)
+    score = config.common.score.model_copy(update={"source": config.data.source})
+    changes = {
+        "model": model.model_copy(update={"hyperparameters": hyperparameters}),
+        "loss": loss,
+        "score": score,
+        "epochs": epochs,
+    }
+    return config.common.model_copy(update=changes | WAYS[way])
+
+
+def one_run(run: TrainSettings, training: TrainingSet, validation: TrainingSet) -> list[float]:
+    """Processor time of each epoch after the first, s; and on the clock, interleaved."""
+    times: list[tuple[float, float]] = []
+
+    def note(_: dict[str, Any]) -> None:
+        times.append((time.process_time(), time.perf_counter()))
+
+    with tempfile.TemporaryDirectory() as folder:
+        train(run, training, validation, folder, on_epoch=note)
+    pairs = pairwise(times)
+    return [later - earlier for one, two in pairs for earlier, later in zip(one, two, strict=True)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--sizes", nargs="+", help="of the config; all by default")
+    parser.add_argument("--epochs", type=int, default=2, help="that are timed in each round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    config = load_config(args.config, StudyConfig)
+    data = load_set(config.data.train, config.data.source)
+    held_out = split_by_groups(
+        data.structures, config.data.validation_fraction, config.data.validation_seed
+    )
+    training, validation = (data.select(mask.nonzero()[:, 0]) for mask in (~held_out, held_out))
+    sizes: dict[str, Any] = {}
+    for size in args.sizes or config.sizes:
+        found: dict[str, list[float]] = {way: [] for way in WAYS}
+        for _ in range(args.rounds):
+            for way, times in found.items():
+                times += one_run(settings(config, size, way, args.epochs + 1), training, validation)
+        rows = {}
+        for way, times in found.items():
+            processor, clock = statistics.median(times[::2]), statistics.median(times[1::2])
+            hours = config.common.epochs * processor / 3600.0
+            rows[way] = {
+                "processor_seconds_per_epoch": processor,
+                "seconds_per_epoch": clock,
+                "hours_per_cell": hours,
+            }
+            print(f"{size:10s} {way:16s} {processor:8.2f} s per epoch, {hours:7.3f} h", flush=True)
+        sizes[size] = config.sizes[size] | rows
+    record = {
+        "command": " ".join(["python", "benchmarks/study_cells.py", *sys.argv[1:]]),
+        "study": config.name,
+        "epochs": config.common.epochs,
+        "n_structures": len(training),
+        "n_atoms": training.structures.n_atoms,
+        "machine": machine_description(),
+        "sizes": sizes,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
