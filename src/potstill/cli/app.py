@@ -263,7 +263,9 @@ def evaluate(
     ] = None,
     tests: Annotated[
         str | None,
-        typer.Option(help="With commas: errors, eos, elastic, speed, memory, nve."),
+        typer.Option(
+            help="With commas: errors, s2ef, throughput, eos, elastic, speed, memory, nve."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
     config: Config = None,

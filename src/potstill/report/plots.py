@@ -285,6 +285,44 @@ def learning_panels(curves: Mapping[str, Sequence[LearningCurves]]) -> list[Pane
     return panels
 
 
+_PROGRESS = {"seconds": "Wall-clock time (s)", "steps": "Steps", "epoch": "Epoch"}
+
+
+def progress_panels(
+    curves: Mapping[str, Sequence[LearningCurves]],
+    axis: Literal["seconds", "steps", "epoch"] = "seconds",
+    *,
+    keys: Mapping[str, str] | None = None,
+) -> list[Panel]:
+    """Validation errors against the wall clock or the steps (Fig. 9 of Ekström Kelvinius et al.).
+
+    Parameters
+    ----------
+    curves : mapping
+        Strategy or model to the curves of its seeds; each seed is a line of its own, since runs
+        are not validated at the same moments.
+    axis : {"seconds", "steps", "epoch"}
+        What errors are drawn against.
+    keys : mapping, optional
+        What to draw, with its label; by default the MAE of energies and of forces.
+    """
+    wanted = keys or {
+        "validation/energy_mae": "Energy MAE (eV)",
+        "validation/forces_mae": "Force MAE (eV/Å)",
+    }
+    panels = []
+    for key, label in wanted.items():
+        series = [
+            Series(name, *map(np.asarray, run.against(key, axis)), kind="line" if k == 0 else "thin")
+            for name, runs in curves.items()
+            for k, run in enumerate(runs)
+            if key in run.series
+        ]
+        if series:
+            panels.append(Panel(_PROGRESS[axis], label, series, y_scale="log"))
+    return panels
+
+
 def _learning_series(name: str, runs: Sequence[LearningCurves], start: str) -> list[Series]:
     """Single runs as thin lines, and their mean with spread as far as all have come."""
     found: list[tuple[np.ndarray, np.ndarray]] = []

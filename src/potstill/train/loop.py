@@ -183,6 +183,7 @@ def train(
             trainee.seconds += time.perf_counter() - started
             record = {
                 "epoch": epoch,
+                "steps": trainee.steps,
                 "learning_rate": trainee.learning_rate,
                 "weights": {term.name: term.weight_at(epoch) for term in settings.loss},
                 "train": trainee.epoch_means(),
@@ -240,7 +241,7 @@ def _validated_properties(settings: TrainSettings) -> tuple[str, ...]:
 def _score_term(metric: str, source: str) -> LossTerm:
     """The label that a metric of the score needs, as a loss term, so that it can be checked."""
     for name in ("atomic_energies", "energy", "forces", "stress"):
-        if metric.startswith(name):
+        if metric.removeprefix("free_").startswith(name):
             return LossTerm(property=name, source=source)
     raise ConfigError(f"the score's metric '{metric}' is not one of potstill.metrics")
 
