@@ -67,7 +67,7 @@ def random_batch(n_systems: int, seed: int = 0, spread: float = 0.02):
 
 
 def open_catalyst(structures, label, prediction) -> dict[str, float]:
-    """The four metrics by the Open Catalyst Project's own steps: free atoms picked, frames walked."""
+    """The four metrics by OCP's own steps: free atoms are picked, frames walked through."""
     free = ~structures.fixed
     natoms = torch.bincount(structures.system_index[free], minlength=structures.n_systems)
     forces, target = prediction["forces"][free], label["forces"][free]
@@ -258,9 +258,10 @@ def test_a_set_without_forces_is_refused(copper):
 
     structures, labels = read(copper / "id.extxyz")
     nothing = torch.zeros(5, dtype=torch.bool)
+    partly = Properties(labels.values, {"forces": nothing})
+    potential = load_potential(copper / "model.pt")[0]
     with pytest.raises(DataError, match="'id' has no frame"):
-        partly = Properties(labels.values, {"forces": nothing})
-        evaluate_s2ef(load_potential(copper / "model.pt")[0], {"id": (structures, partly)})
+        evaluate_s2ef(potential, {"id": (structures, partly)})
 
 
 def test_throughput_counts_every_structure(copper):

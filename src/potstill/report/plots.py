@@ -312,12 +312,11 @@ def progress_panels(
     }
     panels = []
     for key, label in wanted.items():
-        series = [
-            Series(name, *map(np.asarray, run.against(key, axis)), kind="line" if k == 0 else "thin")
-            for name, runs in curves.items()
-            for k, run in enumerate(runs)
-            if key in run.series
-        ]
+        series = []
+        for name, runs in curves.items():
+            for k, run in enumerate(run for run in runs if key in run.series):
+                x, y = run.against(key, axis)
+                series.append(Series(name, x, y, kind="thin" if k else "line"))
         if series:
             panels.append(Panel(_PROGRESS[axis], label, series, y_scale="log"))
     return panels
