@@ -18,6 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from potstill.errors import ConfigError, suggest
 from potstill.workflows.base import write_settings as write_settings
+from potstill.workflows.cka import CKAConfig as CKAConfig
 from potstill.workflows.distill import DistillConfig as DistillConfig
 from potstill.workflows.dynamics import MdConfig as MdConfig
 from potstill.workflows.epsilon import EpsilonConfig as EpsilonConfig

@@ -298,6 +298,56 @@ def evaluate(
 
 
 @_command("Step by step")
+def cka(
+    student: Annotated[str, typer.Argument(help="A checkpoint.")],
+    teacher: Annotated[str, typer.Argument(help="A checkpoint.")],
+    data: Annotated[str, typer.Argument(help="A labelled store, or a file with structures.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    before: Annotated[
+        str | None, typer.Option(help="The student without distillation, for gains.")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="Label set of a store, for probes.")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="A run folder with CKA recorded during training.")
+    ] = None,
+    n_structures: Annotated[int | None, typer.Option(help="How many to draw.")] = None,
+    probes: Annotated[
+        bool | None, typer.Option("--probes/--no-probes", help="Fit linear probes.")
+    ] = None,
+    seed: Seed = None,
+    config: Config = None,
+) -> None:
+    """Compare the features of a student and its teacher by linear CKA, tap by tap.
+
+    Writes cka.json and heat maps; with a student from before distillation also the gain. Beside
+    it, how well energies and forces follow linearly from each tap.
+
+    [bold]Example[/bold]
+
+      potstill cka n2n/best.pt teacher/best.pt labels.zarr --before control/best.pt --out cka
+    """
+    from potstill.config import CKAConfig, load_config
+    from potstill.workflows.cka import compare_features
+
+    overrides = {
+        "student": student,
+        "teacher": teacher,
+        "data": data,
+        "out": str(out),
+        "before": before,
+        "source": source,
+        "run": run,
+        "n_structures": n_structures,
+        "probes": probes,
+        "seed": seed,
+    }
+    with one_sentence():
+        report = compare_features(load_config(config, CKAConfig, overrides), RichDisplay(console))
+        print_tables(console, "Taps of the student", report.COLUMNS, report.rows())
+        console.print(f"Figures and cka.json are in {out}", highlight=False)
+
+
+@_command("Step by step")
 def md(
     model: Annotated[str | None, typer.Argument(help="A checkpoint, or a teacher.")] = None,
     structure: Annotated[str | None, typer.Argument(help="A structure file, or silicon.")] = None,

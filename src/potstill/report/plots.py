@@ -28,7 +28,8 @@ from numpy.typing import ArrayLike
 from potstill.evaluate.learning import LearningCurves
 from potstill.report.tables import Cell, Table
 
-_STYLE: dict[Any, Any] = {
+#: matplotlib settings of all figures.
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.labelsize": 10,
@@ -241,7 +242,7 @@ def write_figure(
     n_rows = math.ceil(len(panels) / n_columns)
     width = width or {1: 5.6, 2: 4.3}.get(n_columns, 3.5)
     files = {kind: folder / f"{name}.{kind}" for kind in ("png", "svg", "csv")}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.08, wspace=0.03)
         canvas = Canvas((width * n_columns, height * n_rows + 0.4), layout=layout)
         FigureCanvasAgg(canvas)
