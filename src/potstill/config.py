@@ -24,6 +24,7 @@ from potstill.workflows.dynamics import MdConfig as MdConfig
 from potstill.workflows.epsilon import EpsilonConfig as EpsilonConfig
 from potstill.workflows.evaluation import EvaluateConfig as EvaluateConfig
 from potstill.workflows.labeling import LabelConfig as LabelConfig
+from potstill.workflows.sampling import SampleConfig as SampleConfig
 from potstill.workflows.study import StudyConfig as StudyConfig
 from potstill.workflows.training import TrainConfig as TrainConfig
 from potstill.workflows.training import merged

@@ -133,6 +133,38 @@ def distill(
 
 
 @_command("Step by step")
+def sample(
+    config: Annotated[Path, typer.Argument(help="A YAML file: start, jobs, teacher, out.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the frames.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="As of distill.")] = None,
+    teacher_arg: Args = None,
+    seed: Seed = None,
+) -> None:
+    """Make structures to be labelled: jitter, gradient ascent, relaxations, dynamics, strains.
+
+    Writes structures.extxyz. A killed run goes on where it was.
+
+    [bold]Examples[/bold]
+
+      potstill sample jobs.yaml --teacher run/teacher/best.pt --out synthetic
+
+      potstill label synthetic.zarr synthetic/structures.extxyz --teacher run/teacher/best.pt
+    """
+    from potstill.config import SampleConfig, load_config
+    from potstill.workflows.sampling import FILE
+    from potstill.workflows.sampling import sample as work
+
+    overrides: dict[str, Any] = {"out": None if out is None else str(out), "seed": seed}
+    if teacher is not None:
+        overrides["teacher"] = _teacher(teacher, teacher_arg)
+    with one_sentence():
+        settings = load_config(config, SampleConfig, overrides)
+        frames = work(settings, RichDisplay(console))
+        path = Path(settings.out) / FILE
+        console.print(f"{len(frames)} structures in {path}", highlight=False)
+
+
+@_command("Step by step")
 def label(
     store: Annotated[Path, typer.Argument(help="The labelled store; made if it does not exist.")],
     files: Annotated[

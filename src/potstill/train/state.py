@@ -369,6 +369,8 @@ def data_fingerprint(data: TrainingSet) -> str:
         for name in sorted(labels.names):
             digest.update(f"{source}/{name}".encode())
             digest.update(labels[name].cpu().contiguous().numpy().tobytes())
+    if data.synthetic is not None:
+        digest.update(data.synthetic.numpy().tobytes())
     return digest.hexdigest()
 
 
