@@ -37,7 +37,7 @@ from potstill.teachers.base import ask_ase_calculator
 NormOf = Literal["structure", "atom"]
 
 #: Root mean square displacement of atoms in Å, for derivatives of the forces of a calculator.
-_EPSILON = 0.01
+_EPSILON = 0.003
 
 
 def random_jitter(

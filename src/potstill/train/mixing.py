@@ -103,7 +103,7 @@ def origin_weights(synthetic: Tensor, r: float) -> Tensor:
     if share in (0.0, 1.0):
         return torch.ones(len(synthetic), dtype=torch.float64)
     reference = 1.0 / (1.0 - share + share * r)
-    return torch.where(synthetic, r * reference, reference).to(torch.float64)
+    return torch.tensor([reference, r * reference], dtype=torch.float64)[synthetic.long()]
 
 
 def batch_weights(
