@@ -18,11 +18,13 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from potstill.errors import ConfigError, suggest
 from potstill.workflows.base import write_settings as write_settings
+from potstill.workflows.cka import CKAConfig as CKAConfig
 from potstill.workflows.distill import DistillConfig as DistillConfig
 from potstill.workflows.dynamics import MdConfig as MdConfig
 from potstill.workflows.epsilon import EpsilonConfig as EpsilonConfig
 from potstill.workflows.evaluation import EvaluateConfig as EvaluateConfig
 from potstill.workflows.labeling import LabelConfig as LabelConfig
+from potstill.workflows.sampling import SampleConfig as SampleConfig
 from potstill.workflows.study import StudyConfig as StudyConfig
 from potstill.workflows.training import TrainConfig as TrainConfig
 from potstill.workflows.training import merged

@@ -9,11 +9,14 @@ depend on how a set was cut into batches or spread over processes.
 | `energy_per_atom_mae`, `_rmse` | total energy over the number of atoms | eV |
 | `forces_mae`, `forces_rmse` | per Cartesian component, all atoms | eV/Å |
 | `forces_cosine` | mean over atoms of the cosine between predicted and labelled force | 1 |
+| `free_forces_mae`, `_rmse` | as `forces`, of the atoms that are not fixed, where some are | eV/Å |
 | `forces_relative_rmse` | `forces_rmse` over the standard deviation of the labels' components | 1 |
 | `stress_mae`, `stress_rmse` | per component of the nine | eV/Å³ |
 | `atomic_energies_mae`, `_rmse` | per atom | eV |
 | `efwt` | frames with abs(dE) < 0.02 eV and max abs(dF) < 0.03 eV/Å over free atoms | % |
 | `<name>_n`, `efwt_n` | numbers compared: configurations, components, atoms | 1 |
+
+`S2EFAccumulator` has OC20's four metrics, over free atoms, with standard errors.
 
 Charges and dipoles are treated like atomic energies and stresses. What was never present is left
 out of the result.
@@ -22,9 +25,11 @@ out of the result.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from potstill.errors import DataError
 from potstill.properties import property_spec
@@ -43,6 +48,7 @@ _CHANNELS = (
     "atomic_energies",
     "charges",
     "dipole",
+    "free_forces",
     "forces_cosine",
     "efwt",
 )
@@ -98,6 +104,10 @@ class ErrorAccumulator:
             self._add_errors("energy_per_atom", predicted / n_atoms, labelled / n_atoms, present)
         if "forces" in compared:
             self._add_cosine(*compared["forces"])
+            if structures.fixed is not None:
+                predicted, labelled, present = compared["forces"]
+                present = present & ~structures.fixed
+                self._add_errors("free_forces", predicted, labelled, present)
         if "energy" in compared and "forces" in compared:
             self._add_efwt(compared["energy"], compared["forces"], structures)
 
@@ -183,21 +193,129 @@ class ErrorAccumulator:
         forces: tuple[Tensor, Tensor, Tensor],
         structures: Structures,
     ) -> None:
-        energy_error = (energy[0] - energy[1]).abs().flatten()
-        force_error = (forces[0] - forces[1]).abs().amax(dim=1)
-        if structures.fixed is not None:
-            force_error = torch.where(structures.fixed, 0.0, force_error)
-        # "not within" also catches NaN, which "within" and amax would treat differently by device
-        beyond = ~(force_error < EFWT_FORCE)
-        n_beyond = torch.zeros_like(energy_error)
-        n_beyond = n_beyond.index_add(0, structures.system_index, beyond.to(n_beyond))
-        n_present = torch.zeros_like(energy_error)
-        n_present = n_present.index_add(0, structures.system_index, forces[2].to(n_present))
-        n_atoms = structures.n_atoms_per_system
-        present = energy[2] & (n_present == n_atoms) & (n_atoms > 0)
-        within = present & (energy_error < EFWT_ENERGY) & (n_beyond == 0)
+        within, present = _within_thresholds(energy, forces, structures)
         self._add("efwt", _COUNT, present.sum())
         self._add("efwt", _ABSOLUTE, within.sum())
+
+
+# -- OC20's task ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over a sample of frames.
+
+    Parameters
+    ----------
+    value : float
+        The mean.
+    standard_error : float
+        Of the mean, as if the frames were independent of one another; NaN for a single frame.
+        Frames of one relaxation are not: it is then too small.
+    n : int
+        Frames.
+    """
+
+    value: float
+    standard_error: float
+    n: int
+
+
+#: Metrics of OC20's S2EF task and their units.
+S2EF_METRICS = {"energy_mae": "eV", "force_mae": "eV/Å", "force_cosine": "1", "efwt": "%"}
+
+
+class S2EFAccumulator:
+    """The metrics of OC20's task "structure to energy and forces", over free atoms.
+
+    As in the evaluator of the Open Catalyst Project: `energy_mae` of total energies per frame;
+    `force_mae` over the components of all free atoms of all frames; `force_cosine`, the mean over
+    the same atoms of the cosine between predicted and labelled force, zero where either vanishes;
+    `efwt`, the percentage of frames with an energy error below 0.02 eV and all force components
+    within 0.03 eV/Å.
+
+    Each is a ratio of two sums over frames, so five sums more give its standard error to first
+    order, and states of several accumulators add up, over batches and over ranks.
+
+    Parameters
+    ----------
+    device : torch.device or str
+        Where the sums live.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._sums = torch.zeros(len(S2EF_METRICS), 6, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, prediction: Properties, label: Properties, structures: Structures) -> None:
+        """Add one batch; frames without labels of energy and forces are left out.
+
+        Raises
+        ------
+        DataError
+            If the numbers of rows of prediction, label and batch differ.
+        """
+        energy = _aligned("energy", prediction, label, structures)
+        forces = _aligned("forces", prediction, label, structures)
+        within, present = _within_thresholds(energy, forces, structures)
+        free = torch.ones_like(forces[2]) if structures.fixed is None else ~structures.fixed
+        difference = (forces[0] - forces[1]).abs().sum(dim=1)
+        cosine = cosine_similarity(forces[0], forces[1], dim=1)
+        n_free = _per_system(free.to(torch.float64), structures)
+        rows = {
+            "energy_mae": ((energy[0] - energy[1]).abs().flatten(), torch.ones_like(n_free)),
+            "force_mae": (_per_system(torch.where(free, difference, 0.0), structures), 3 * n_free),
+            "force_cosine": (_per_system(torch.where(free, cosine, 0.0), structures), n_free),
+            "efwt": (100.0 * within, torch.ones_like(n_free)),
+        }
+        for k, name in enumerate(S2EF_METRICS):
+            a, b = (torch.where(present, value.to(torch.float64), 0.0) for value in rows[name])
+            sums = [present.sum(), a.sum(), b.sum(), a @ a, a @ b, b @ b]
+            self._sums[k] += torch.stack([x.to(self._sums) for x in sums])
+
+    def compute(self) -> dict[str, Estimate]:
+        """Return the four metrics of what has been seen; empty if there were no frames."""
+        found = {}
+        for name, row in zip(S2EF_METRICS, self._sums.tolist(), strict=True):
+            n, a, b, aa, ab, bb = row
+            if n and b:
+                ratio = a / b
+                scatter = max(aa - 2.0 * ratio * ab + ratio**2 * bb, 0.0)
+                error = math.sqrt(n / (n - 1.0) * scatter) / b if n > 1 else math.nan
+                found[name] = Estimate(ratio, error, int(n))
+        return found
+
+    def state(self) -> Tensor:
+        """Return a copy of all sums as one flat float64 tensor; states add."""
+        return self._sums.flatten().clone()
+
+    def load_state(self, state: Tensor) -> None:
+        """Replace all sums by those of a state, or of a sum of states."""
+        self._sums = state.to(self._sums).reshape(self._sums.shape).clone()
+
+
+def _within_thresholds(
+    energy: tuple[Tensor, Tensor, Tensor],
+    forces: tuple[Tensor, Tensor, Tensor],
+    structures: Structures,
+) -> tuple[Tensor, Tensor]:
+    """(S,) whether energy and free atoms' forces are within EFwT's thresholds; (S,) if known."""
+    energy_error = (energy[0] - energy[1]).abs().flatten()
+    force_error = (forces[0] - forces[1]).abs().amax(dim=1)
+    if structures.fixed is not None:
+        force_error = torch.where(structures.fixed, 0.0, force_error)
+    # "not within" also catches NaN, which "within" and amax would treat differently by device
+    n_beyond = _per_system((~(force_error < EFWT_FORCE)).to(energy_error), structures)
+    n_present = _per_system(forces[2].to(energy_error), structures)
+    n_atoms = structures.n_atoms_per_system
+    present = energy[2] & (n_present == n_atoms) & (n_atoms > 0)
+    return present & (energy_error < EFWT_ENERGY) & (n_beyond == 0), present
+
+
+def _per_system(values: Tensor, structures: Structures) -> Tensor:
+    """(S,) sums of (N,) values over the atoms of each system."""
+    total = values.new_zeros(structures.n_systems)
+    return total.index_add(0, structures.system_index, values)
 
 
 def _aligned(

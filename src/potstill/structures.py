@@ -608,6 +608,23 @@ class Properties:
             return weight[structures.system_index]
         return weight
 
+    def weighted(self, weights: Tensor, structures: Structures) -> Properties:
+        """The same values, every weight multiplied by that of its system.
+
+        Parameters
+        ----------
+        weights : Tensor
+            (S,) float64.
+        structures : Structures
+            The batch that this belongs to.
+        """
+        own = {}
+        for name in self.values:
+            rows = self.row_weights(name, structures)
+            per_atom = property_spec(name).level == "atom"
+            own[name] = rows * (weights[structures.system_index] if per_atom else weights)
+        return Properties(self.values, self.present, own)
+
     def select(self, systems: Sequence[int] | Tensor, structures: Structures) -> Properties:
         """Values of the given systems of `structures`, the batch that this belongs to."""
         systems = as_indices(systems, structures.n_systems)

@@ -133,6 +133,38 @@ def distill(
 
 
 @_command("Step by step")
+def sample(
+    config: Annotated[Path, typer.Argument(help="A YAML file: start, jobs, teacher, out.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the frames.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="As of distill.")] = None,
+    teacher_arg: Args = None,
+    seed: Seed = None,
+) -> None:
+    """Make structures to be labelled: jitter, gradient ascent, relaxations, dynamics, strains.
+
+    Writes structures.extxyz. A killed run goes on where it was.
+
+    [bold]Examples[/bold]
+
+      potstill sample jobs.yaml --teacher run/teacher/best.pt --out synthetic
+
+      potstill label synthetic.zarr synthetic/structures.extxyz --teacher run/teacher/best.pt
+    """
+    from potstill.config import SampleConfig, load_config
+    from potstill.workflows.sampling import FILE
+    from potstill.workflows.sampling import sample as work
+
+    overrides: dict[str, Any] = {"out": None if out is None else str(out), "seed": seed}
+    if teacher is not None:
+        overrides["teacher"] = _teacher(teacher, teacher_arg)
+    with one_sentence():
+        settings = load_config(config, SampleConfig, overrides)
+        frames = work(settings, RichDisplay(console))
+        path = Path(settings.out) / FILE
+        console.print(f"{len(frames)} structures in {path}", highlight=False)
+
+
+@_command("Step by step")
 def label(
     store: Annotated[Path, typer.Argument(help="The labelled store; made if it does not exist.")],
     files: Annotated[
@@ -263,7 +295,9 @@ def evaluate(
     ] = None,
     tests: Annotated[
         str | None,
-        typer.Option(help="With commas: errors, eos, elastic, speed, memory, nve."),
+        typer.Option(
+            help="With commas: errors, s2ef, throughput, eos, elastic, speed, memory, nve."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
     config: Config = None,
@@ -293,6 +327,56 @@ def evaluate(
         results = work(load_config(config, EvaluateConfig, overrides), RichDisplay(console))
         for card in result_cards(results):
             print_tables(console, card.title, card.columns, card.rows)
+
+
+@_command("Step by step")
+def cka(
+    student: Annotated[str, typer.Argument(help="A checkpoint.")],
+    teacher: Annotated[str, typer.Argument(help="A checkpoint.")],
+    data: Annotated[str, typer.Argument(help="A labelled store, or a file with structures.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    before: Annotated[
+        str | None, typer.Option(help="The student without distillation, for gains.")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="Label set of a store, for probes.")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="A run folder with CKA recorded during training.")
+    ] = None,
+    n_structures: Annotated[int | None, typer.Option(help="How many to draw.")] = None,
+    probes: Annotated[
+        bool | None, typer.Option("--probes/--no-probes", help="Fit linear probes.")
+    ] = None,
+    seed: Seed = None,
+    config: Config = None,
+) -> None:
+    """Compare the features of a student and its teacher by linear CKA, tap by tap.
+
+    Writes cka.json and heat maps; with a student from before distillation also the gain. Beside
+    it, how well energies and forces follow linearly from each tap.
+
+    [bold]Example[/bold]
+
+      potstill cka n2n/best.pt teacher/best.pt labels.zarr --before control/best.pt --out cka
+    """
+    from potstill.config import CKAConfig, load_config
+    from potstill.workflows.cka import compare_features
+
+    overrides = {
+        "student": student,
+        "teacher": teacher,
+        "data": data,
+        "out": str(out),
+        "before": before,
+        "source": source,
+        "run": run,
+        "n_structures": n_structures,
+        "probes": probes,
+        "seed": seed,
+    }
+    with one_sentence():
+        report = compare_features(load_config(config, CKAConfig, overrides), RichDisplay(console))
+        print_tables(console, "Taps of the student", report.COLUMNS, report.rows())
+        console.print(f"Figures and cka.json are in {out}", highlight=False)
 
 
 @_command("Step by step")

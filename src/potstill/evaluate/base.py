@@ -56,6 +56,8 @@ def as_json(value: Any) -> Any:
     """Turn nested results, arrays and numbers into what `json.dumps` accepts strictly."""
     if isinstance(value, Result):
         return value.to_json()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return as_json(dataclasses.asdict(value))
     if isinstance(value, dict):
         return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

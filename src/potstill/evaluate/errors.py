@@ -10,15 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import ase
+import lightning_fabric
 import numpy as np
 import torch
 from ase.calculators.calculator import BaseCalculator
+from torch import Tensor
 
 from potstill.errors import DataError, suggest
 from potstill.evaluate.base import Result, with_calculator
-from potstill.metrics import ErrorAccumulator
+from potstill.metrics import ErrorAccumulator, Estimate, S2EFAccumulator
 from potstill.models.base import PREDICTABLE, Potential
 from potstill.properties import property_spec
 from potstill.structures import Properties, Structures
@@ -172,6 +175,149 @@ def gap_closed(student: float, control: float, teacher: float) -> float:
     1 means as good as the teacher, 0 as good as the control, NaN that there is no gap.
     """
     return (control - student) / (control - teacher) if control != teacher else math.nan
+
+
+# -- OC20's task ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class S2EFErrors(Result):
+    """OC20's metrics of one potential; keys and units of `potstill.metrics.S2EF_METRICS`.
+
+    Parameters
+    ----------
+    splits : dict
+        Name of a validation set to its metrics.
+    average : dict
+        Mean over the sets, each weighing the same.
+    """
+
+    splits: dict[str, dict[str, Estimate]]
+    average: dict[str, Estimate]
+
+
+def evaluate_s2ef(
+    predictor: Potential | BaseCalculator,
+    splits: Mapping[str, tuple[Structures, Properties]],
+    *,
+    max_atoms: int = 4096,
+    fabric: lightning_fabric.Fabric | None = None,
+) -> S2EFErrors:
+    """Energy MAE, force MAE, force cosine and EFwT over free atoms, per set and averaged.
+
+    Parameters
+    ----------
+    predictor : Potential or BaseCalculator
+        What is judged.
+    splits : mapping
+        Name of a validation set to its structures and labels; OC20 has four.
+    max_atoms : int
+        Atoms per batch.
+    fabric : lightning_fabric.Fabric, optional
+        Its processes share the batches; all of them return the result of the whole.
+
+    Returns
+    -------
+    S2EFErrors
+
+    Raises
+    ------
+    DataError
+        If a set has no frame with energy and forces.
+    """
+    rank, n_ranks = (0, 1) if fabric is None else (fabric.global_rank, fabric.world_size)
+    found = {}
+    for name, (structures, labels) in splits.items():
+        metrics = S2EFAccumulator()
+        for systems in structures.batches(max_atoms)[rank::n_ranks]:
+            batch = structures.select(systems)
+            prediction = predict_all(predictor, batch, ("energy", "forces"), max_atoms=max_atoms)
+            metrics.update(prediction, labels.select(systems, structures), batch)
+        if fabric is not None:
+            state = metrics.state().to(fabric.device)
+            metrics.load_state(cast(Tensor, fabric.all_reduce(state, reduce_op="sum")))
+        found[name] = metrics.compute()
+        if not found[name]:
+            raise DataError(f"the set '{name}' has no frame with labels of energy and forces")
+    return S2EFErrors(found, average_estimates(list(found.values())))
+
+
+def average_estimates(parts: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:
+    """Mean of independent estimates of the same name, each weighing the same."""
+    return {
+        name: Estimate(
+            float(np.mean([part[name].value for part in parts])),
+            math.hypot(*[part[name].standard_error for part in parts]) / len(parts),
+            sum(part[name].n for part in parts),
+        )
+        for name in parts[0]
+    }
+
+
+def estimate_over_seeds(values: Sequence[float]) -> Estimate:
+    """Mean of a metric over runs with different seeds; one run has no standard error (NaN)."""
+    n = len(values)
+    error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return Estimate(float(np.mean(values)), error, n)
+
+
+@dataclass(frozen=True)
+class GapShare(Result):
+    """How much of the distance from control to teacher a student has covered.
+
+    Parameters
+    ----------
+    percent : float
+        100 is as good as the teacher, 0 as good as the control; NaN where the gap is too small
+        to speak of.
+    standard_error : float
+        Of the percentage, to first order; NaN where it is not known.
+    gap : float
+        Control minus teacher, in the unit of the metric.
+    gap_error : float
+        Its standard error.
+    """
+
+    derived = ("reported",)
+
+    percent: float
+    standard_error: float
+    gap: float
+    gap_error: float
+
+    @property
+    def reported(self) -> bool:
+        """Whether the gap exceeds two standard errors."""
+        return math.isfinite(self.percent)
+
+
+def share_of_gap(student: Estimate, control: Estimate, teacher: Estimate) -> GapShare:
+    """Share of the gap between control and teacher that is closed, in percent.
+
+    The percentages in brackets of Ekström Kelvinius et al. A gap below two standard errors is
+    noise, and a share of it as well: it is not reported. Standard errors that are unknown (NaN, a
+    single run) count as zero.
+
+    Parameters
+    ----------
+    student, control, teacher : Estimate
+        One metric, over seeds (`estimate_over_seeds`) or over frames; higher or lower is better.
+
+    Returns
+    -------
+    GapShare
+    """
+    s, c, t = (_known(e.standard_error) for e in (student, control, teacher))
+    gap, gap_error = control.value - teacher.value, math.hypot(c, t)
+    if gap == 0.0 or abs(gap) < 2.0 * gap_error:
+        return GapShare(math.nan, math.nan, gap, gap_error)
+    share = (control.value - student.value) / gap
+    error = math.hypot(s, (1.0 - share) * c, share * t) / abs(gap)
+    return GapShare(100.0 * share, 100.0 * error, gap, gap_error)
+
+
+def _known(error: float) -> float:
+    return error if math.isfinite(error) else 0.0
 
 
 _ASE_NAMES = {"atomic_energies": "energies"}

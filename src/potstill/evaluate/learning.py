@@ -32,6 +32,26 @@ class LearningCurves(Result):
             raise DataError(f"the run recorded no '{key}'{suggest(key, self.series)}")
         return self.series[key]
 
+    def against(self, key: str, axis: str = "seconds") -> tuple[tuple[float, ...], ...]:
+        """A series over the wall clock, the steps or the epochs (Fig. 9 of the GNN paper).
+
+        Parameters
+        ----------
+        key : str
+            For instance `validation/energy_mae`.
+        axis : {"seconds", "steps", "epoch"}
+            Seconds of training and validation so far, over all resumed parts; optimizer steps.
+
+        Returns
+        -------
+        x, y : tuple of float
+            Where both are finite.
+        """
+        x = tuple(map(float, self.epochs)) if axis == "epoch" else self[axis]
+        pairs = zip(x, self[key], strict=True)
+        good = [pair for pair in pairs if all(math.isfinite(value) for value in pair)]
+        return tuple(a for a, _ in good), tuple(b for _, b in good)
+
     def best(self, key: str) -> tuple[int, float]:
         """Epoch and value of the smallest recorded value.
 

@@ -1,4 +1,4 @@
-"""Time per step and atom of the same ASE molecular dynamics with several calculators."""
+"""Time per step and atom of molecular dynamics, and structures per second of prediction."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from potstill.evaluate.base import (
     set_temperature,
     with_calculator,
 )
+from potstill.models.base import Potential
+from potstill.structures import Structures
 from potstill.units import FS_IN_ASE_TIME
 
 
@@ -165,6 +167,91 @@ def md_speed(
             )
             rows.append(row)
     return SpeedTable(tuple(rows), timestep, temperature, machine_description())
+
+
+@dataclass(frozen=True)
+class Throughput(Result):
+    """How many structures per second a potential predicts energies and forces of.
+
+    Parameters
+    ----------
+    samples_per_second : float
+        Median over rounds.
+    fastest, slowest : float
+        Rounds with the most and the fewest.
+    n_samples, n_atoms, n_rounds : int
+        Structures and atoms in all of them, and rounds.
+    max_atoms : int
+        Atoms per batch.
+    machine : dict
+        What it was measured on.
+    """
+
+    samples_per_second: float
+    fastest: float
+    slowest: float
+    n_samples: int
+    n_atoms: int
+    n_rounds: int
+    max_atoms: int
+    machine: dict[str, Any] = field(default_factory=dict)
+
+
+def inference_throughput(
+    potentials: Mapping[str, Potential],
+    structures: Structures,
+    *,
+    max_atoms: int = 4096,
+    rounds: int = 3,
+) -> dict[str, Throughput]:
+    """Time predictions of energies and forces, neighbor lists included, taking turns.
+
+    Parameters
+    ----------
+    potentials : mapping
+        Names to potentials, each on the device it is to be timed on.
+    structures : Structures
+        What to predict in each round.
+    max_atoms : int
+        Atoms per batch.
+    rounds : int
+        Turns of each potential; the median counts. One batch beforehand is not counted.
+
+    Returns
+    -------
+    dict of str to Throughput
+    """
+    if not potentials or rounds < 1 or not len(structures):
+        raise ConfigError("timing needs at least one potential, one structure and one round")
+    batches = [structures.select(systems) for systems in structures.batches(max_atoms)]
+    for potential in potentials.values():
+        _predict(potential, batches[0])
+    seconds: dict[str, list[float]] = {name: [] for name in potentials}
+    for _ in range(rounds):
+        for name, potential in potentials.items():
+            started = time.perf_counter()
+            for batch in batches:
+                _predict(potential, batch)
+            seconds[name].append(time.perf_counter() - started)
+    n, machine = len(structures), machine_description()
+    return {
+        name: Throughput(
+            samples_per_second=n / float(np.median(taken)),
+            fastest=n / min(taken),
+            slowest=n / max(taken),
+            n_samples=n,
+            n_atoms=structures.n_atoms,
+            n_rounds=rounds,
+            max_atoms=max_atoms,
+            machine=machine,
+        )
+        for name, taken in seconds.items()
+    }
+
+
+def _predict(potential: Potential, batch: Structures) -> None:
+    """Predict and wait: results on the CPU are there."""
+    potential.predict(batch.to(potential.device)).properties.to("cpu")
 
 
 def _timed(run: VelocityVerlet, steps: int) -> tuple[float, float]:

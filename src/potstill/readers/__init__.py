@@ -11,17 +11,18 @@ from pathlib import Path
 
 from potstill.errors import ConfigError, DataError, suggest
 from potstill.readers.ani_h5 import read_ani_h5
-from potstill.readers.ase import read_any, read_database, read_extxyz
+from potstill.readers.ase import read_any, read_ase_lmdb, read_database, read_extxyz
 from potstill.readers.base import Checks as Checks
 from potstill.readers.base import DataWarning as DataWarning
 from potstill.readers.base import Frame as Frame
 from potstill.readers.base import KeyMap as KeyMap
+from potstill.readers.base import Shard, gather
 from potstill.readers.base import Units as Units
-from potstill.readers.base import gather
 from potstill.readers.fitsnap import StressCheck as StressCheck
 from potstill.readers.fitsnap import check_stress_unit as check_stress_unit
 from potstill.readers.fitsnap import read_fitsnap
 from potstill.readers.npz import read_npz
+from potstill.readers.oc20 import read_oc20
 from potstill.readers.splits import split_by_group as split_by_group
 from potstill.readers.splits import split_by_seed as split_by_seed
 from potstill.readers.splits import split_from_file as split_from_file
@@ -34,6 +35,8 @@ FORMATS: dict[str, Reader] = {
     "extxyz": read_extxyz,
     "ase": read_any,
     "ase-db": read_database,
+    "ase-lmdb": read_ase_lmdb,
+    "oc20": read_oc20,
     "npz": read_npz,
     "ani-h5": read_ani_h5,
     "fitsnap": read_fitsnap,
@@ -46,7 +49,10 @@ _BY_SUFFIX = {
     ".npz": "npz",
     ".h5": "ani-h5",
     ".hdf5": "ani-h5",
+    ".aselmdb": "ase-lmdb",
 }
+#: Folders of shards by the suffix of their files.
+_FOLDERS = {".aselmdb": "ase-lmdb", ".lmdb": "oc20"}
 _PACKED = (".gz", ".bz2", ".xz")
 
 
@@ -67,7 +73,7 @@ def read(
     Parameters
     ----------
     path : str or Path
-        A file, or a folder of FitSNAP JSON files.
+        A file, or a folder of FitSNAP JSON files or of LMDB shards.
     format : str, optional
         One of `FORMATS`; told from the name and the content if absent.
     keys : KeyMap, optional
@@ -124,12 +130,15 @@ def _format_of(path: Path, name: str | None) -> str:
     if name is not None:
         return name
     if path.is_dir():
-        return "fitsnap"
+        found = {file.suffix for file in path.iterdir()}
+        return next((f for s, f in _FOLDERS.items() if s in found), "fitsnap")
     suffixes = [s.lower() for s in path.suffixes if s.lower() not in _PACKED]
     suffix = suffixes[-1] if suffixes else ""
     if suffix == ".json":
         with open(path, encoding="utf-8", errors="replace") as file:
             return "fitsnap" if '"Dataset"' in file.read(4096) else "ase-db"
+    if suffix == ".lmdb":  # fairchem has given this name to both
+        return "oc20" if Shard(path).get("nextid") is None else "ase-lmdb"
     return _BY_SUFFIX.get(suffix, "ase")
 
 

@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,13 +15,15 @@ from typing import Any
 
 import ase
 import ase.io
+import ase.io.jsonio
 import numpy as np
 from ase.constraints import FixAtoms, FixCartesian
+from ase.db.row import AtomsRow
 from ase.io.extxyz import read_xyz
 from ase.units import fs as _ASE_FS
 
 from potstill.errors import DataError
-from potstill.readers.base import ASE_UNITS, Frame, KeyMap, Units, pick_label
+from potstill.readers.base import ASE_UNITS, Frame, KeyMap, Shard, Units, open_shards, pick_label
 
 #: Names that ASE's own calculators use; a key map overrides them.
 _USUAL = {
@@ -75,6 +78,53 @@ def read_database(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Fram
             yield _frame(path, k, atoms, keys)
 
     return frames(), ASE_UNITS
+
+
+def read_ase_lmdb(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], Units]:
+    """Rows of ASE databases in LMDB files (`*.aselmdb`), as fairchem publishes its newer sets.
+
+    A row is JSON, packed by zlib, under its id ("1", "2", ...); "nextid" and "deleted_ids" say
+    which ids there are. A folder is read in the order of its files' names.
+
+    Raises
+    ------
+    OptionalDependencyError
+        If lmdb is not installed.
+    DataError
+        If it is not such a file.
+    """
+    rows = [(shard, id_) for shard in open_shards(path, "*.aselmdb") for id_ in _lmdb_ids(shard)]
+
+    def frames() -> Iterator[Frame]:
+        for shard, id_ in rows[index]:
+            where = f"{shard.path}, row {id_}"
+            row = _from_json(shard.get(str(id_)), where)
+            try:
+                atoms = AtomsRow({"id": id_, **row}).toatoms()
+            except Exception as error:  # a row may lack or mangle whatever ASE expects
+                raise DataError(f"{where} is not a row of ASE: {_one_line(error)}") from error
+            atoms.info.update(row.get("data") or {})
+            atoms.info.update(row.get("key_value_pairs") or {})
+            yield _frame(shard.path, id_, atoms, keys, where)
+
+    return frames(), ASE_UNITS
+
+
+def _lmdb_ids(shard: Shard) -> list[int]:
+    """Ids of the rows of an ASE database in LMDB."""
+    next_id = _from_json(shard.get("nextid"), f"{shard.path}, key 'nextid'")
+    deleted = shard.get("deleted_ids")
+    gone = set() if deleted is None else _from_json(deleted, f"{shard.path}, key 'deleted_ids'")
+    return [id_ for id_ in range(1, int(next_id)) if id_ not in set(gone)]
+
+
+def _from_json(packed: bytes | None, where: str) -> Any:
+    if packed is None:
+        raise DataError(f"{where} is not there: this is not an ASE database, or it is damaged")
+    try:
+        return ase.io.jsonio.decode(zlib.decompress(packed).decode("utf-8"))
+    except Exception as error:  # zlib, UTF-8, JSON or ASE's own objects in it
+        raise DataError(f"{where} cannot be unpacked: {_one_line(error)}") from error
 
 
 def read_text(path: Path) -> str:
@@ -148,8 +198,8 @@ def _parse(path: Path, keys: KeyMap, blocks: list[list[str]], chosen: list[int])
 # -- frames ---------------------------------------------------------------------------------------
 
 
-def _frame(path: Path, k: int, atoms: ase.Atoms, keys: KeyMap) -> Frame:
-    where = f"{path}, frame {k}"
+def _frame(path: Path, k: int, atoms: ase.Atoms, keys: KeyMap, where: str = "") -> Frame:
+    where = where or f"{path}, frame {k}"
     held = _held(atoms)
     labels = {name: pick_label(held, name, keys, usual, where) for name, usual in _USUAL.items()}
     velocities = atoms.get_velocities() * _ASE_FS if atoms.has("momenta") else None

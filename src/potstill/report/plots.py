@@ -28,7 +28,8 @@ from numpy.typing import ArrayLike
 from potstill.evaluate.learning import LearningCurves
 from potstill.report.tables import Cell, Table
 
-_STYLE: dict[Any, Any] = {
+#: matplotlib settings of all figures.
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.labelsize": 10,
@@ -241,7 +242,7 @@ def write_figure(
     n_rows = math.ceil(len(panels) / n_columns)
     width = width or {1: 5.6, 2: 4.3}.get(n_columns, 3.5)
     files = {kind: folder / f"{name}.{kind}" for kind in ("png", "svg", "csv")}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.08, wspace=0.03)
         canvas = Canvas((width * n_columns, height * n_rows + 0.4), layout=layout)
         FigureCanvasAgg(canvas)
@@ -282,6 +283,43 @@ def learning_panels(curves: Mapping[str, Sequence[LearningCurves]]) -> list[Pane
         series = [s for name, runs in curves.items() for s in _learning_series(name, runs, start)]
         if series:
             panels.append(Panel("Epoch", label, series, title, y_scale="log"))
+    return panels
+
+
+_PROGRESS = {"seconds": "Wall-clock time (s)", "steps": "Steps", "epoch": "Epoch"}
+
+
+def progress_panels(
+    curves: Mapping[str, Sequence[LearningCurves]],
+    axis: Literal["seconds", "steps", "epoch"] = "seconds",
+    *,
+    keys: Mapping[str, str] | None = None,
+) -> list[Panel]:
+    """Validation errors against the wall clock or the steps (Fig. 9 of Ekström Kelvinius et al.).
+
+    Parameters
+    ----------
+    curves : mapping
+        Strategy or model to the curves of its seeds; each seed is a line of its own, since runs
+        are not validated at the same moments.
+    axis : {"seconds", "steps", "epoch"}
+        What errors are drawn against.
+    keys : mapping, optional
+        What to draw, with its label; by default the MAE of energies and of forces.
+    """
+    wanted = keys or {
+        "validation/energy_mae": "Energy MAE (eV)",
+        "validation/forces_mae": "Force MAE (eV/Å)",
+    }
+    panels = []
+    for key, label in wanted.items():
+        series = []
+        for name, runs in curves.items():
+            for k, run in enumerate(run for run in runs if key in run.series):
+                x, y = run.against(key, axis)
+                series.append(Series(name, x, y, kind="thin" if k else "line"))
+        if series:
+            panels.append(Panel(_PROGRESS[axis], label, series, y_scale="log"))
     return panels
 
 

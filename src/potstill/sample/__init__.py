@@ -1,4 +1,4 @@
-"""Making structures to learn from: rattling, straining, supercells, molecular dynamics."""
+"""Making structures to learn from: rattling, jittering, straining, dynamics, relaxations."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ import numpy as np
 from potstill.errors import ConfigError, suggest
 from potstill.sample.base import Job, SampledFrames, as_pair
 from potstill.sample.dedup import distance_fingerprints, drop_duplicates, farthest_points
+from potstill.sample.jitter import (
+    AscentJob,
+    JitterJob,
+    ascent_jitter,
+    discrepancy_gradient,
+    random_jitter,
+)
 from potstill.sample.md import MDJob, run_md
 from potstill.sample.plan import SamplingPlan, run_plan
 from potstill.sample.rattle import RattleJob, rattle
+from potstill.sample.relax import RelaxJob
 from potstill.sample.split import even_in_temperature, split_in_blocks
 from potstill.sample.strain import StrainJob, VolumeJob, random_strain, scale_volume
 from potstill.sample.supercell import make_supercell, smallest_supercell
@@ -24,6 +32,9 @@ JOBS: dict[str, type[Job]] = {
     "strain": StrainJob,
     "volume": VolumeJob,
     "md": MDJob,
+    "relax": RelaxJob,
+    "jitter": JitterJob,
+    "ascent": AscentJob,
 }
 
 
@@ -126,10 +137,16 @@ __all__ = [
     "make_job",
     "MDJob",
     "RattleJob",
+    "RelaxJob",
+    "JitterJob",
+    "AscentJob",
     "StrainJob",
     "VolumeJob",
     "run_md",
     "rattle",
+    "random_jitter",
+    "ascent_jitter",
+    "discrepancy_gradient",
     "random_strain",
     "scale_volume",
     "make_supercell",

@@ -54,11 +54,15 @@ class TrainingSet:
         One entry per source: `reference`, and teachers by name.
     neighbors : NeighborList or CompactNeighbors, optional
         Filled in by `with_neighbors`.
+    synthetic : Tensor, optional
+        (S,) bool, which configurations a model has made; None where nobody said. Settings may draw
+        and weigh them differently (`potstill.train.mixing`).
     """
 
     structures: Structures
     labels: Mapping[str, Properties]
     neighbors: Pairs | None = None
+    synthetic: Tensor | None = None
 
     def __len__(self) -> int:
         return self.structures.n_systems
@@ -91,7 +95,23 @@ class TrainingSet:
             self.structures.select(systems),
             {name: p.select(systems, self.structures) for name, p in self.labels.items()},
             self._select_neighbors(systems),
+            synthetic=None if self.synthetic is None else self.synthetic[systems],
         )
+
+    def with_synthetic(self, others: TrainingSet) -> TrainingSet:
+        """Join other configurations, marked as synthetic; neighbor lists are dropped.
+
+        Labels that only one of the two has are absent in the other.
+        """
+        parts = (self, others)
+        sizes = [part.structures for part in parts]
+        empty = Properties({})
+        labels = {
+            source: Properties.concatenate([p.labels.get(source, empty) for p in parts], sizes)
+            for source in dict.fromkeys((*self.labels, *others.labels))
+        }
+        marks = [torch.full((len(part),), part is others) for part in parts]
+        return TrainingSet(Structures.concatenate(sizes), labels, synthetic=torch.cat(marks))
 
     def _select_neighbors(self, systems: Tensor) -> Pairs | None:
         if isinstance(self.neighbors, CompactNeighbors):
@@ -99,13 +119,16 @@ class TrainingSet:
             return select_neighbors(self.neighbors, systems.tolist(), offsets)
         return None if self.neighbors is None else self.neighbors.select(systems, self.structures)
 
-    def batch(self, systems: Tensor) -> Batch:
-        """The given configurations as one batch."""
+    def batch(self, systems: Tensor, weights: Tensor | None = None) -> Batch:
+        """The given configurations as one batch, each with its weight if there are (n,) weights."""
         if self.neighbors is None:
             raise DataError("a training set needs its neighbor list before batches are drawn")
         part = self.select(systems)
         assert part.neighbors is not None
-        return Batch(part.structures, part.neighbors, dict(part.labels))
+        labels = dict(part.labels)
+        if weights is not None:
+            labels = {k: p.weighted(weights, part.structures) for k, p in labels.items()}
+        return Batch(part.structures, part.neighbors, labels)
 
     def minus(self, baseline: Potential) -> TrainingSet:
         """Subtract what fixed potentials (offsets, prior) give from the labels of every source.
@@ -150,11 +173,15 @@ def epoch_batches(
     list of Tensor
         Indices of configurations, one tensor per step.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(structures.n_systems, generator=generator)
+    order = torch.randperm(structures.n_systems, generator=epoch_generator(seed, epoch))
     if batch_atoms is None:
         return list(order.split(batch_size))
     return structures.batches(batch_atoms, order)
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """The generator of an epoch's order."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
 def fit_offsets(structures: Structures, energy: Tensor) -> tuple[Tensor, int]:

@@ -32,9 +32,10 @@ from potstill.models import (
 )
 from potstill.structures import SpeciesTable
 from potstill.train.compilation import network_passes
-from potstill.train.data import TrainingSet, epoch_batches, fit_offsets
+from potstill.train.data import TrainingSet, fit_offsets
 from potstill.train.devices import default_fabric
 from potstill.train.force_gradient import ForceGradient
+from potstill.train.mixing import batch_weights, check_mixing, mixed_batches
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import TrainSettings
 from potstill.train.state import Interruption, RunFolder, Trainee, restore, snapshot
@@ -123,6 +124,7 @@ def train(
     check_signals(settings.loss, training.labels, "training set")
     score_needs = [_score_term(key, settings.score.source) for key in settings.score.weights]
     check_signals(score_needs, validation.labels, "validation set")
+    check_mixing(settings, training.structures, training.synthetic)
 
     table = initial.species_table if initial is not None else training.structures.species_table
     training, validation = (d.with_species_table(table) for d in (training, validation))
@@ -153,18 +155,14 @@ def train(
             epoch = trainee.epoch
             trainee.set_learning_rate(settings)
             network.train()
-            batches = epoch_batches(
-                training.structures,
-                batch_size=settings.batch_size,
-                batch_atoms=settings.batch_atoms,
-                seed=settings.seed,
-                epoch=epoch,
-            )
+            batches = mixed_batches(training.structures, training.synthetic, settings, epoch)
             for systems in batches[trainee.step :]:
                 if interruption.requested:
                     break
-                mine = systems[fabric.global_rank :: fabric.world_size]
-                batch = training.batch(mine).to(fabric.device)
+                mine = slice(fabric.global_rank, None, fabric.world_size)
+                weights = batch_weights(training.synthetic, systems, settings)
+                weights = None if weights is None else weights[mine]
+                batch = training.batch(systems[mine], weights).to(fabric.device)
                 objective = BatchLoss(settings, epoch, network, batch, fabric)
                 gradient = force_gradient(passes, batch, objective.wanted, objective)
                 if not math.isfinite(gradient.parts["loss"]):
@@ -190,6 +188,7 @@ def train(
             trainee.seconds += time.perf_counter() - started
             record = {
                 "epoch": epoch,
+                "steps": trainee.steps,
                 "learning_rate": trainee.learning_rate,
                 "weights": {term.name: term.weight_at(epoch) for term in settings.loss},
                 "train": trainee.epoch_means(),
@@ -247,7 +246,7 @@ def _validated_properties(settings: TrainSettings) -> tuple[str, ...]:
 def _score_term(metric: str, source: str) -> LossTerm:
     """The label that a metric of the score needs, as a loss term, so that it can be checked."""
     for name in ("atomic_energies", "energy", "forces", "stress"):
-        if metric.startswith(name):
+        if metric.removeprefix("free_").startswith(name):
             return LossTerm(property=name, source=source)
     raise ConfigError(f"the score's metric '{metric}' is not one of potstill.metrics")
 

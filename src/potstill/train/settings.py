@@ -114,6 +114,22 @@ class ScoreSettings(_Settings):
     )
 
 
+class MixingSettings(_Settings):
+    """How synthetic data (`data.synthetic`) are mixed in; see `potstill.train.mixing`.
+
+    Parameters
+    ----------
+    alpha : float, optional
+        Share of synthetic samples in an epoch, from 0 to 1; by their number where it is not given.
+        With 0.5, twice as many reference as synthetic data are gone through half as often.
+    r : float
+        How much a synthetic sample weighs in the loss relative to another one (Eqs. 9-11).
+    """
+
+    alpha: float | None = Field(default=None, ge=0, le=1)
+    r: float = Field(default=1.0, gt=0)
+
+
 def paper_loss(w_forces: float = 10.0) -> tuple[LossTerm, ...]:
     """The loss of teachers and controls: Eq. 2 with w_E = 1."""
     return (
@@ -129,6 +145,8 @@ class TrainSettings(_Settings):
     ----------
     model, energy, loss, force_gradient, regularization, optimizer, learning_rate, score
         See the classes.
+    mixing : MixingSettings, optional
+        Sampling and weighting ratio of synthetic data.
     epochs : int
         At most this many.
     batch_size : int
@@ -158,6 +176,7 @@ class TrainSettings(_Settings):
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
     learning_rate: LearningRateSettings = Field(default_factory=LearningRateSettings)
     score: ScoreSettings = Field(default_factory=ScoreSettings)
+    mixing: MixingSettings | None = None
     epochs: int = Field(default=300, ge=1)
     batch_size: int = Field(default=8, ge=1)
     batch_atoms: int | None = Field(default=None, ge=1)

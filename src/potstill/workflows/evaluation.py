@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from potstill.errors import ConfigError, PotstillError, suggest
 from potstill.evaluate.base import make_calculator
 from potstill.evaluate.elastic import elastic_constants
 from potstill.evaluate.eos import equation_of_state
-from potstill.evaluate.errors import evaluate_errors, predict_all
+from potstill.evaluate.errors import evaluate_errors, evaluate_s2ef, predict_all
 from potstill.evaluate.memory import memory_per_atom
 from potstill.evaluate.nve import run_nve
 from potstill.evaluate.rdf import radial_distribution
-from potstill.evaluate.speed import md_speed
+from potstill.evaluate.speed import inference_throughput, md_speed
 from potstill.models import Potential
 from potstill.report import parity_points
 from potstill.sample import smallest_supercell
@@ -60,6 +60,8 @@ class BenchSettings(Settings):
         ps and fs.
     speed_sizes, memory_sizes : tuple of int
         Numbers of atoms.
+    batch_atoms : int
+        Atoms per batch of the tests `s2ef` and `throughput`.
     seed : int
         Of velocities.
     """
@@ -70,6 +72,7 @@ class BenchSettings(Settings):
     timestep: float = Field(default=1.0, gt=0)
     speed_sizes: tuple[int, ...] = (64, 512)
     memory_sizes: tuple[int, ...] = (500, 2000)
+    batch_atoms: int = Field(default=4096, ge=1)
     seed: int = 0
 
 
@@ -88,10 +91,13 @@ class EvaluateConfig(Settings):
         Its label set.
     files : tuple of FileData
         Files with reference labels, instead of a store.
+    splits : dict of str to FileData
+        Validation sets of the test `s2ef` by name; without them it takes the store or the files.
     structure : str, optional
         Where properties and dynamics start from; without it only errors are computed.
     tests : tuple of str, optional
-        Which tests; all that the data allow if absent.
+        Which tests; if absent all that the data allow, `s2ef` only with `splits`, and without
+        `throughput`.
     settings : BenchSettings
         How.
     """
@@ -101,6 +107,7 @@ class EvaluateConfig(Settings):
     store: str | None = None
     source: str = "reference"
     files: tuple[FileData, ...] = ()
+    splits: dict[str, FileData] = Field(default_factory=dict)
     structure: str | None = None
     tests: tuple[str, ...] | None = None
     settings: BenchSettings = Field(default_factory=BenchSettings)
@@ -155,6 +162,8 @@ class Bench:
         Held-out structures, their labels, and who gave them: "teacher" or "reference".
     frames : dict of str to Structures
         Trajectories by name of the potential, for radial distributions.
+    splits : dict of str to (Structures, Properties)
+        Validation sets by name, for OC20's metrics.
     """
 
     settings: BenchSettings
@@ -163,6 +172,14 @@ class Bench:
     labels: Properties | None = None
     channel: str = "reference"
     frames: Mapping[str, Structures] | None = None
+    splits: Mapping[str, tuple[Structures, Properties]] = field(default_factory=dict)
+
+    @property
+    def sets(self) -> Mapping[str, tuple[Structures, Properties]]:
+        """The validation sets, or the held-out structures as the only one."""
+        if self.splits or self.structures is None or self.labels is None:
+            return self.splits
+        return {"all": (self.structures, self.labels)}
 
     @property
     def cell(self) -> ase.Atoms:
@@ -194,6 +211,20 @@ def _parity(bench: Bench, candidate: Candidate) -> Any:
     predictor = candidate.potential or candidate.calculator
     prediction = predict_all(predictor, bench.structures, bench.labels.names)
     return parity_points(prediction, bench.labels, bench.structures, seed=bench.settings.seed)
+
+
+def _s2ef(bench: Bench, candidate: Candidate) -> Any:
+    predictor = candidate.potential or candidate.calculator
+    return evaluate_s2ef(predictor, bench.sets, max_atoms=bench.settings.batch_atoms).to_json()
+
+
+def _throughput(bench: Bench, candidate: Candidate) -> Any:
+    if candidate.potential is None:
+        raise ConfigError("only checkpoints are timed in batches")
+    structures = Structures.concatenate([structures for structures, _ in bench.sets.values()])
+    potentials = {candidate.name: candidate.potential}
+    found = inference_throughput(potentials, structures, max_atoms=bench.settings.batch_atoms)
+    return found[candidate.name].to_json()
 
 
 def _speed(bench: Bench, candidate: Candidate) -> Any:
@@ -249,6 +280,8 @@ def _rdf(bench: Bench, candidate: Candidate) -> Any:
 TESTS: dict[str, Callable[[Bench, Candidate], Any]] = {
     "errors": _errors,
     "parity": _parity,
+    "s2ef": _s2ef,
+    "throughput": _throughput,
     "eos": _eos,
     "elastic": _elastic,
     "rdf": _rdf,
@@ -261,6 +294,16 @@ TESTS: dict[str, Callable[[Bench, Candidate], Any]] = {
 PERIODIC = frozenset({"eos", "elastic", "rdf", "speed", "memory"})
 
 
+#: Tests that are only done when they are asked for.
+ON_REQUEST = frozenset({"s2ef", "throughput"})
+
+
+def default_tests(bench: Bench) -> tuple[str, ...]:
+    """Tests that are done when none are named."""
+    asked = {"s2ef"} if bench.splits else set()
+    return tuple(name for name in possible_tests(bench) if name not in ON_REQUEST - asked)
+
+
 def possible_tests(bench: Bench) -> tuple[str, ...]:
     """Tests that the data at hand allow."""
     structure = bench.structure
@@ -268,6 +311,8 @@ def possible_tests(bench: Bench) -> tuple[str, ...]:
     allowed = {
         "errors": bench.structures is not None,
         "parity": bench.structures is not None,
+        "s2ef": bool(bench.sets),
+        "throughput": bool(bench.sets),
         "nve": structure is not None,
         "rdf": periodic and bool(bench.frames),
     }
@@ -333,12 +378,14 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> dict[str
         settings=config.settings,
         structure=None if config.structure is None else read_start(config.structure)[0],
         channel="reference" if config.source == "reference" else "teacher",
+        splits={name: file.read() for name, file in config.splits.items()},
         **_held_out(config),
     )
-    tests = config.tests or possible_tests(bench)
+    tests = config.tests or default_tests(bench)
     for name in tests:
         if name not in possible_tests(bench):
-            need = "data with labels" if name in ("errors", "parity") else "a periodic structure"
+            data = name in {"errors", "parity"} | ON_REQUEST
+            need = "data with labels" if data else "a periodic structure"
             raise ConfigError(f"the test '{name}' needs {need}")
     candidates = [Candidate(name, model) for name, model in config.models.items()]
     claim_folder(Path(config.out), config)
@@ -355,7 +402,7 @@ def _held_out(config: EvaluateConfig) -> dict[str, Any]:
         structures = [part[0] for part in parts]
         labels = Properties.concatenate([part[1] for part in parts], structures)
         return {"structures": Structures.concatenate(structures), "labels": labels}
-    if config.structure is None:
+    if config.structure is None and not config.splits:
         raise ConfigError("there is nothing to evaluate on: give data with labels or a structure")
     return {}
 

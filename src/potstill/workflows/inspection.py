@@ -9,6 +9,7 @@ from typing import Any
 
 from potstill.checkpoint import load_potential
 from potstill.errors import DataError
+from potstill.metrics import S2EF_METRICS
 from potstill.readers import read
 from potstill.store import LabelledStore
 from potstill.structures import Properties, Structures
@@ -181,12 +182,19 @@ _SHORT_LISTS = ("seconds_per_step", "bytes_per_atom", "cell_lengths")
 
 
 def _short_entries(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers and words of a result; of errors, the metrics over everything."""
+    """Numbers and words of a result; of errors, the metrics over everything and by set."""
     if "channels" in result:
         return {
             f"{channel}: {key}": value
             for channel, metrics in result["channels"].items()
             for key, value in metrics.items()
+        }
+    if "splits" in result:
+        sets = {**result["splits"], "average": result["average"]}
+        return {
+            f"{name}: {key}": f"{e['value']:.4g} {S2EF_METRICS[key]}"
+            for name, metrics in sets.items()
+            for key, e in metrics.items()
         }
     short: dict[str, Any] = {}
     for key, value in result.items():

@@ -1,0 +1,531 @@
+"""How alike the features of two models are: linear CKA, its gain by distillation, linear probes.
+
+Kornblith et al., arXiv:1905.00414, as used by Ekström Kelvinius et al. (appendix G). With features
+X (n, p) and Y (n, q) of the same n atoms, their means over the atoms subtracted,
+
+    CKA = ||Y' X||² / (||X' X|| ||Y' Y||),    all norms of Frobenius.
+
+It is 1 for features that differ by a rotation, a uniform scale or a shift, and 0 for uncorrelated
+ones. The n examples are all atoms of all structures: sums over batches are kept, never averages of
+batches, so the value does not depend on how the structures are cut into batches. What a tap gives
+is brought to atoms first: scalars (N, F) as they are, vectors (N, 3, F) as (N, 3F), features of
+pairs summed over the pairs of each center (Eq. 5).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from potstill.checkpoint import load_potential, read_payload
+from potstill.errors import ConfigError, DataError, ModelError
+from potstill.evaluate.base import Result
+from potstill.models import Potential, SumPotential
+from potstill.neighbors import build_neighbor_list
+from potstill.structures import Properties, Structures
+
+#: Atoms that a probe is fitted to at most, and structures.
+_MOST_PROBE_ROWS = 20_000
+
+#: Strengths of the ridge, relative to the largest squared singular value.
+_RIDGES = tuple(10.0**k for k in range(-10, 2))
+
+
+# -- features of atoms ---------------------------------------------------------------------------
+
+
+def node_features(
+    potential: Potential, structures: Structures, taps: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Features of a batch with one row per atom.
+
+    Parameters
+    ----------
+    potential : Potential
+        The model; its mode is left alone.
+    structures : Structures
+        The batch.
+    taps : sequence of str, optional
+        Which taps; all by default.
+
+    Returns
+    -------
+    dict of str to Tensor
+        (N, F) float64; (N, 3F) of vectors.
+
+    Raises
+    ------
+    ModelError
+        If a tap is unknown, or the features of a tap belong neither to the atoms nor to the pairs
+        within the model's cutoff.
+    """
+    taps = tuple(potential.taps if taps is None else taps)
+    batch = structures.to(potential.device)
+    neighbors = build_neighbor_list(batch, potential.cutoff)
+    with torch.no_grad():
+        found = potential.predict(batch, neighbors, ("atomic_energies",), taps=taps).features
+    n = batch.n_atoms
+    features = {}
+    for tap in taps:
+        value = found[tap].to(torch.float64)
+        if potential.taps[tap].kind == "edge_scalar":
+            if value.shape[0] != neighbors.n_pairs:
+                raise ModelError(
+                    f"the tap '{tap}' has {value.shape[0]} pairs, and the cutoff makes "
+                    f"{neighbors.n_pairs}: leave it out"
+                )
+            value = value.new_zeros(n, value.shape[1]).index_add(0, neighbors.center, value)
+        features[tap] = value.reshape(n, -1)
+    return features
+
+
+# -- CKA -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CKAMatrix(Result):
+    """CKA between taps of two models, or the gain of it.
+
+    Parameters
+    ----------
+    first, second : tuple of str
+        Taps of the rows and of the columns.
+    values : ndarray
+        (rows, columns); NaN where a feature does not vary.
+    n_atoms : int
+        Examples.
+    """
+
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    values: np.ndarray
+    n_atoms: int
+
+    def __getitem__(self, taps: tuple[str, str]) -> float:
+        return float(self.values[self.first.index(taps[0]), self.second.index(taps[1])])
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CKAMatrix:
+        """Inverse of `to_json`."""
+        values = [[math.nan if x is None else x for x in row] for row in data["values"]]
+        shape = (len(data["first"]), len(data["second"]))
+        matrix = np.array(values, dtype=float).reshape(shape)
+        return cls(tuple(data["first"]), tuple(data["second"]), matrix, data["n_atoms"])
+
+
+class CKAAccumulator:
+    """Sums over batches from which the CKA of every pair of taps follows exactly.
+
+    Parameters
+    ----------
+    first, second : sequence of str
+        Taps of either model.
+    """
+
+    def __init__(self, first: Sequence[str], second: Sequence[str]) -> None:
+        self.first, self.second = tuple(first), tuple(second)
+        self.n_atoms = 0
+        self._origins: list[list[Tensor]] = []  # by model and tap, (F,)
+        self._sums: list[list[Tensor]] = []  # by model and tap, (F,)
+        self._own: list[list[Tensor]] = []  # by model and tap, (F, F)
+        self._cross: list[list[Tensor]] = []  # by taps of both, (F, F')
+
+    def update(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+        """Add the features (N, F) of one batch by tap, the same atoms in the same order.
+
+        Raises
+        ------
+        DataError
+            If the numbers of atoms differ.
+        """
+        sides = [[first[t] for t in self.first], [second[t] for t in self.second]]
+        sides = [[x.to("cpu", torch.float64) for x in side] for side in sides]
+        if len({len(x) for side in sides for x in side}) > 1:
+            raise DataError("features of different numbers of atoms cannot be compared")
+        if not self._origins:
+            # Means are taken off at the end; a nearby origin keeps the digits that are left then.
+            self._origins = [[x.mean(dim=0) for x in side] for side in sides]
+            self._sums = [[torch.zeros_like(x[0]) for x in side] for side in sides]
+            self._own = [[x.new_zeros(x.shape[1], x.shape[1]) for x in side] for side in sides]
+            self._cross = [
+                [x.new_zeros(x.shape[1], y.shape[1]) for y in sides[1]] for x in sides[0]
+            ]
+        for k, side in enumerate(sides):
+            for t, x in enumerate(side):
+                x = x - self._origins[k][t]
+                side[t] = x
+                self._sums[k][t] += x.sum(dim=0)
+                self._own[k][t].addmm_(x.T, x)
+        for row, x in zip(self._cross, sides[0], strict=True):
+            for product, y in zip(row, sides[1], strict=True):
+                product.addmm_(x.T, y)
+        self.n_atoms += len(sides[0][0])
+
+    def matrix(self) -> CKAMatrix:
+        """CKA of every tap of the first with every tap of the second.
+
+        Raises
+        ------
+        DataError
+            If there were no atoms.
+        """
+        if not self.n_atoms:
+            raise DataError("there are no atoms to compare features of")
+        own = [
+            [self._norm(product, s, s) for product, s in zip(products, sums, strict=True)]
+            for products, sums in zip(self._own, self._sums, strict=True)
+        ]
+        values = np.full((len(self.first), len(self.second)), math.nan)
+        for (i, j), _ in np.ndenumerate(values):
+            scale = own[0][i] * own[1][j]
+            if scale > 0.0:
+                cross = self._norm(self._cross[i][j], self._sums[0][i], self._sums[1][j])
+                values[i, j] = cross**2 / scale
+        return CKAMatrix(self.first, self.second, values, self.n_atoms)
+
+    def _norm(self, product: Tensor, a: Tensor, b: Tensor) -> float:
+        """Norm of a covariance; zero where only rounding is left of it."""
+        covariance = product - torch.outer(a, b) / self.n_atoms
+        norm = float(torch.linalg.matrix_norm(covariance))
+        return norm if norm > 1e-28 * self.n_atoms else 0.0
+
+
+def linear_cka(x: Tensor, y: Tensor) -> float:
+    """CKA of two sets of features, (n, p) and (n, q), of the same examples."""
+    metric = CKAAccumulator(["x"], ["y"])
+    metric.update({"x": x}, {"y": y})
+    return metric.matrix()["x", "y"]
+
+
+def cka_matrix(
+    first: Potential,
+    second: Potential,
+    structures: Structures,
+    *,
+    first_taps: Sequence[str] | None = None,
+    second_taps: Sequence[str] | None = None,
+    max_atoms: int = 1024,
+) -> CKAMatrix:
+    """CKA between taps of two models on the same structures.
+
+    Parameters
+    ----------
+    first, second : Potential
+        Student and teacher, say.
+    structures : Structures
+        Their atoms are the examples.
+    first_taps, second_taps : sequence of str, optional
+        Which taps; all by default.
+    max_atoms : int
+        Atoms per batch; the result does not depend on it.
+
+    Raises
+    ------
+    ModelError
+        If a model has no taps, or not those.
+    """
+    rows, columns = (_some(p, taps) for p, taps in ((first, first_taps), (second, second_taps)))
+    metric = CKAAccumulator(rows, columns)
+    for systems in structures.batches(max_atoms):
+        batch = structures.select(systems)
+        metric.update(node_features(first, batch, rows), node_features(second, batch, columns))
+    return metric.matrix()
+
+
+def similarity_gain(before: CKAMatrix, after: CKAMatrix) -> CKAMatrix:
+    """How much more alike distillation has made two models: CKA after minus before.
+
+    Raises
+    ------
+    DataError
+        If the matrices are of other taps or atoms.
+    """
+    mine, its = ((m.first, m.second, m.n_atoms) for m in (before, after))
+    if mine != its:
+        raise DataError("a gain needs two matrices of the same taps on the same atoms")
+    return CKAMatrix(after.first, after.second, after.values - before.values, after.n_atoms)
+
+
+def _some(potential: Potential, taps: Sequence[str] | None) -> tuple[str, ...]:
+    if not potential.taps:
+        raise ModelError(f"{potential.kind} has no feature taps, so there is nothing to compare")
+    return tuple(potential.taps if taps is None else taps)
+
+
+# -- during training -----------------------------------------------------------------------------
+
+
+class CKATracker:
+    """Writes the CKA with a teacher while a student is trained: `on_epoch` of `train`.
+
+    It reads the run's snapshot, so that it needs nothing of the loop and of the network in it.
+    Lines go to `cka.jsonl` in the run's folder: the epoch, the steps and the matrix.
+
+    Parameters
+    ----------
+    folder : Path
+        The run's.
+    teacher : Potential
+        Whom to compare with.
+    structures : Structures
+        A few, in the species table of the run or in one that it can be mapped from.
+    every : int
+        Epochs between comparisons; the first is always compared.
+    student_taps, teacher_taps : sequence of str, optional
+        Which taps; all by default.
+    """
+
+    FILE: ClassVar[str] = "cka.jsonl"
+
+    def __init__(
+        self,
+        folder: str | Path,
+        teacher: Potential,
+        structures: Structures,
+        *,
+        every: int = 1,
+        student_taps: Sequence[str] | None = None,
+        teacher_taps: Sequence[str] | None = None,
+    ) -> None:
+        if every < 1:
+            raise ConfigError(f"CKA is compared every so many epochs, at least one, not {every}")
+        self.folder, self.teacher, self.structures = Path(folder), teacher, structures
+        self.every, self.taps = every, (student_taps, teacher_taps)
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        """Compare, if it is this epoch's turn."""
+        epoch = int(record["epoch"])
+        if (epoch - 1) % self.every or not (self.folder / "best.pt").is_file():
+            return
+        student = snapshot_potential(self.folder)
+        matrix = cka_matrix(
+            student,
+            self.teacher,
+            self.structures,
+            first_taps=self.taps[0],
+            second_taps=self.taps[1],
+        )
+        line = {"epoch": epoch, "steps": record.get("steps"), "cka": matrix.to_json()}
+        with (self.folder / self.FILE).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_cka_history(folder: str | Path) -> dict[int, CKAMatrix]:
+    """CKA by epoch, as `CKATracker` has written it; an epoch that was done again counts once.
+
+    Raises
+    ------
+    DataError
+        If nothing was written.
+    """
+    path = Path(folder) / CKATracker.FILE
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: CKA was not compared during that training")
+    found = {}
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # the run was killed while it wrote this line
+            continue
+        found[int(record["epoch"])] = CKAMatrix.from_json(record["cka"])
+    return dict(sorted(found.items()))
+
+
+def snapshot_potential(folder: str | Path) -> Potential:
+    """The student as it is now in a run's folder: the architecture of `best.pt`, `last.pt`'s state.
+
+    Raises
+    ------
+    ModelError
+        If the folder holds no snapshot.
+    """
+    student, _ = load_potential(Path(folder) / "best.pt")
+    assert isinstance(student, SumPotential)
+    payload = read_payload(Path(folder) / "last.pt")
+    student["network"].load_state_dict(payload["average"] or payload["state"])
+    return student
+
+
+# -- linear probes -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProbeScore(Result):
+    """How well energies and forces follow linearly from the features of a tap, on held-out data.
+
+    Parameters
+    ----------
+    tap : str
+    energy_r2 : float
+        Of the energy per atom, less a least-squares energy per species, from the mean feature of a
+        structure. 1 is perfect, 0 no better than the mean, below 0 worse.
+    forces_r2 : float
+        Of the forces of free atoms from vector features; of their lengths from scalars, which
+        cannot tell directions.
+    forces_target : str
+        "vector" or "length".
+    n_train, n_test : int
+        Structures.
+    """
+
+    tap: str
+    energy_r2: float
+    forces_r2: float
+    forces_target: str
+    n_train: int
+    n_test: int
+
+
+def linear_probes(
+    potential: Potential,
+    structures: Structures,
+    labels: Properties,
+    *,
+    taps: Sequence[str] | None = None,
+    test_fraction: float = 0.3,
+    seed: int = 0,
+    max_atoms: int = 1024,
+) -> list[ProbeScore]:
+    """Fit a ridge regression from the features of each tap to energies and forces.
+
+    The strength of the ridge is chosen by leaving out one example of the training part at a time;
+    scores are of structures that are in no fit. Frames of one trajectory are alike, and a random
+    split then flatters: compare taps with one another, not with errors elsewhere.
+
+    Parameters
+    ----------
+    potential : Potential
+        The model.
+    structures, labels : Structures, Properties
+        With energies and forces, all present.
+    taps : sequence of str, optional
+        Which; all by default.
+    test_fraction : float
+        Share of the structures that is held out.
+    seed : int
+        Of the split, and of the atoms where there are more than 20,000.
+    max_atoms : int
+        Atoms per batch.
+
+    Raises
+    ------
+    DataError
+        If labels are absent or there are fewer than four structures.
+    """
+    n = structures.n_systems
+    for name in ("energy", "forces"):
+        if not bool(labels.presence(name, n).all()):
+            raise DataError(f"linear probes need '{name}' of all structures")
+    n_test = max(round(test_fraction * n), 1)
+    if n < 4 or n - n_test < 2:
+        raise DataError(f"linear probes need at least four structures, not {n}")
+    names = _some(potential, taps)
+    parts: dict[str, list[Tensor]] = {tap: [] for tap in names}
+    for systems in structures.batches(max_atoms):
+        for tap, value in node_features(potential, structures.select(systems), names).items():
+            parts[tap].append(value.cpu())
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    test = torch.zeros(n, dtype=torch.bool)
+    test[order[:n_test]] = True
+    energy = _energy_target(structures, labels["energy"], ~test)
+    rows = _force_rows(structures, seed)
+    found = []
+    for tap in names:
+        feature = torch.cat(parts[tap])
+        pooled = torch.zeros(n, feature.shape[1], dtype=torch.float64)
+        pooled.index_add_(0, structures.system_index, feature)
+        pooled /= structures.n_atoms_per_system.clamp(min=1).unsqueeze(1)
+        vector = potential.taps[tap].kind == "node_vector"
+        found.append(
+            ProbeScore(
+                tap=tap,
+                energy_r2=ridge_r2(pooled, energy, test),
+                forces_r2=_forces_r2(feature, labels["forces"], rows, test, structures, vector),
+                forces_target="vector" if vector else "length",
+                n_train=n - n_test,
+                n_test=n_test,
+            )
+        )
+    return found
+
+
+def ridge_r2(x: Tensor, y: Tensor, test: Tensor, *, intercept: bool = True) -> float:
+    """Held-out coefficient of determination of a ridge regression.
+
+    Parameters
+    ----------
+    x, y : Tensor
+        (n, p) features and (n,) targets, float64.
+    test : Tensor
+        (n,) bool, rows that are held out.
+    intercept : bool
+        Without one, both are taken to vanish together.
+
+    Returns
+    -------
+    float
+        1 - (sum of squared errors) / (sum of squared deviations from the training mean, or from
+        zero without an intercept).
+    """
+    train = ~test
+    center = x[train].mean(dim=0) if intercept else torch.zeros_like(x[0])
+    middle = y[train].mean() if intercept else y.new_zeros(())
+    scale = x[train].std(dim=0)
+    x = (x - center) / torch.where(scale > 1e-12 * scale.max(), scale, torch.inf)
+    y = y - middle
+    left, values, right = torch.linalg.svd(x[train], full_matrices=False)
+    projected = left.T @ y[train]
+    best = (math.inf, torch.zeros_like(values))
+    for ridge in _RIDGES:
+        kept = values.square() / (values.square() + ridge * values[0].square().clamp(min=1e-300))
+        leverage = left.square() @ kept + (1.0 / int(train.sum()) if intercept else 0.0)
+        left_out = (y[train] - left @ (kept * projected)) / (1.0 - leverage).clamp(min=1e-12)
+        best = min(best, (float(left_out.square().sum()), kept), key=lambda pair: pair[0])
+    inverse = torch.where(values > 0, best[1] / torch.where(values > 0, values, 1.0), 0.0)
+    predicted = x[test] @ (right.T @ (inverse * projected))
+    total = float(y[test].square().sum())
+    return 1.0 - float((y[test] - predicted).square().sum()) / total if total > 0 else math.nan
+
+
+def _energy_target(structures: Structures, energy: Tensor, train: Tensor) -> Tensor:
+    """(S,) energy per atom less what a fit to the composition of the training part gives."""
+    composition = structures.composition()
+    per_species = torch.linalg.lstsq(composition[train], energy[train], driver="gelsd").solution
+    return (energy - composition @ per_species) / structures.n_atoms_per_system.clamp(min=1)
+
+
+def _force_rows(structures: Structures, seed: int) -> Tensor:
+    """Free atoms, drawn at random where there are very many."""
+    free = torch.ones(structures.n_atoms, dtype=torch.bool)
+    if structures.fixed is not None:
+        free = ~structures.fixed
+    atoms = free.nonzero().flatten()
+    order = torch.randperm(len(atoms), generator=torch.Generator().manual_seed(seed))
+    return atoms[order[:_MOST_PROBE_ROWS]].sort().values
+
+
+def _forces_r2(
+    feature: Tensor,
+    forces: Tensor,
+    rows: Tensor,
+    test: Tensor,
+    structures: Structures,
+    vector: bool,
+) -> float:
+    held_out = test[structures.system_index[rows]]
+    if not vector:
+        lengths = torch.linalg.vector_norm(forces[rows], dim=1)
+        return ridge_r2(feature[rows], lengths, held_out)
+    # One weight per channel for all three axes: what turns with the structure stays so.
+    axes = feature[rows].reshape(len(rows), 3, -1)
+    flat = axes.reshape(3 * len(rows), -1)
+    held_out = held_out.repeat_interleave(3)
+    return ridge_r2(flat, forces[rows].flatten(), held_out, intercept=False)

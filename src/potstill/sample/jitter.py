@@ -1,0 +1,353 @@
+"""Displacements of a fixed norm: at random, or where student and teacher disagree more.
+
+Data jittering of Ekström Kelvinius et al. (appendix D.1): noise δ is added to the positions and the
+teacher labels the result. The direction of δ is random, or that of the gradient of the discrepancy
+between student and teacher at δ = 0, a single step of gradient ascent; its norm is fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from ase.calculators.calculator import BaseCalculator
+from torch import Tensor
+
+from potstill.checkpoint import load_potential
+from potstill.errors import ConfigError
+from potstill.models import Potential
+from potstill.sample.base import (
+    Job,
+    Progress,
+    SampledFrames,
+    as_frame,
+    as_pair,
+    make_generator,
+    one_system,
+    span,
+)
+from potstill.structures import Structures
+from potstill.teachers.base import ask_ase_calculator
+
+#: What the norm is of: the displacement of each atom, or of all atoms of a structure together.
+NormOf = Literal["structure", "atom"]
+
+#: Root mean square displacement of atoms in Å, for derivatives of the forces of a calculator.
+_EPSILON = 0.003
+
+
+def random_jitter(
+    structures: Structures,
+    norm: float,
+    generator: np.random.Generator,
+    *,
+    norm_of: NormOf = "structure",
+) -> Structures:
+    """Displace the free atoms of each structure in a random direction, by a fixed norm.
+
+    Parameters
+    ----------
+    structures : Structures
+        A batch; fixed atoms stay.
+    norm : float
+        Å, of δ.
+    generator : numpy Generator
+        Draws the direction, uniform on the sphere.
+    norm_of : {"structure", "atom"}
+        Whether δ is the displacement of all atoms together, as the paper writes it, or of each.
+    """
+    direction = torch.from_numpy(generator.normal(size=tuple(structures.positions.shape)))
+    return displaced(structures, direction, norm, norm_of=norm_of)
+
+
+def ascent_jitter(
+    student: Potential,
+    teacher: Potential | BaseCalculator,
+    structures: Structures,
+    norm: float,
+    generator: np.random.Generator,
+    *,
+    norm_of: NormOf = "structure",
+    energy_weight: float = 1.0,
+    forces_weight: float = 100.0,
+) -> Structures:
+    """Displace the free atoms to where student and teacher differ more: one step of fixed norm.
+
+    Parameters
+    ----------
+    student, teacher : Potential, Potential or ASE calculator
+        Who differ.
+    structures : Structures
+        A batch; fixed atoms stay.
+    norm, norm_of
+        As of `random_jitter`.
+    generator : numpy Generator
+        Draws the direction where the gradient vanishes.
+    energy_weight, forces_weight : float
+        As of `discrepancy_gradient`.
+    """
+    weights = {"energy_weight": energy_weight, "forces_weight": forces_weight}
+    gradient = discrepancy_gradient(student, teacher, structures, **weights)
+    return _along_gradient(structures, gradient, norm, generator, norm_of)
+
+
+def _along_gradient(
+    structures: Structures,
+    gradient: Tensor,
+    norm: float,
+    generator: np.random.Generator,
+    norm_of: NormOf,
+) -> Structures:
+    """Displaced along a gradient, at random where it vanishes."""
+    spare = torch.from_numpy(generator.normal(size=tuple(gradient.shape)))
+    gradient = torch.where(_lengths(gradient, structures, norm_of) > 0, gradient, spare)
+    return displaced(structures, gradient, norm, norm_of=norm_of)
+
+
+def displaced(
+    structures: Structures, direction: Tensor, norm: float, *, norm_of: NormOf = "structure"
+) -> Structures:
+    """Move the free atoms along a direction by a fixed norm.
+
+    Parameters
+    ----------
+    structures : Structures
+        A batch.
+    direction : Tensor
+        (N, 3), of any length.
+    norm : float
+        Å.
+    norm_of : {"structure", "atom"}
+        What is scaled to `norm`.
+    """
+    if norm < 0.0:
+        raise ConfigError(f"the norm of a jitter must not be negative, and {norm:g} Å is")
+    if structures.fixed is not None:
+        direction = torch.where(structures.fixed.unsqueeze(1), 0.0, direction)
+    length = _lengths(direction, structures, norm_of)
+    step = norm * direction / torch.where(length > 0, length, 1.0)
+    return replace(structures, positions=structures.positions + step)
+
+
+def _lengths(direction: Tensor, structures: Structures, norm_of: NormOf) -> Tensor:
+    """(N, 1) norm of the displacement that each atom's is scaled with, of free atoms."""
+    square = direction.square().sum(dim=1)
+    if structures.fixed is not None:
+        square = torch.where(structures.fixed, 0.0, square)
+    if norm_of == "structure":
+        total = square.new_zeros(structures.n_systems)
+        square = total.index_add(0, structures.system_index, square)[structures.system_index]
+    return square.sqrt().unsqueeze(1)
+
+
+# -- where student and teacher differ ------------------------------------------------------------
+
+
+def discrepancy(
+    energy: Tensor, forces: Tensor, structures: Structures, weights: tuple[float, float]
+) -> Tensor:
+    """(S,) how far two potentials are apart, from the differences of their values.
+
+    Half the squared difference of energies plus half the mean squared difference of the force
+    components of free atoms, each with its weight.
+    """
+    free = torch.ones_like(forces[:, 0])
+    if structures.fixed is not None:
+        free = (~structures.fixed).to(forces.dtype)
+    zeros = energy.new_zeros(structures.n_systems)
+    n_free = zeros.index_add(0, structures.system_index, free).clamp(min=1.0)
+    square = zeros.index_add(0, structures.system_index, free * forces.square().sum(dim=1))
+    return 0.5 * (weights[0] * energy.square() + weights[1] * square / (3.0 * n_free))
+
+
+def discrepancy_gradient(
+    student: Potential,
+    teacher: Potential | BaseCalculator,
+    structures: Structures,
+    *,
+    energy_weight: float = 1.0,
+    forces_weight: float = 100.0,
+) -> Tensor:
+    """Gradient of the discrepancy of each structure with respect to its positions.
+
+    Of two potentials it is taken exactly, by automatic differentiation. A calculator gives forces
+    only: their derivative along the difference of forces is then a central difference, which is
+    the gradient provided that both derive their forces from an energy.
+
+    Parameters
+    ----------
+    student, teacher : Potential, Potential or ASE calculator
+        Who differ.
+    structures : Structures
+        A batch.
+    energy_weight : float
+        1/eV², of half the squared difference of energies.
+    forces_weight : float
+        Å²/eV², of half the mean squared difference of force components. 1 and 100 are the ratio
+        of the paper's losses.
+
+    Returns
+    -------
+    Tensor
+        (N, 3), 1/Å, float64.
+    """
+    weights = (energy_weight, forces_weight)
+    if isinstance(teacher, Potential):
+        at = replace(structures, positions=structures.positions.detach().requires_grad_(True))
+        energy, forces = _difference(student, teacher, at, create_graph=True)
+        total = discrepancy(energy, forces, at, weights).sum()
+        if not total.requires_grad:
+            return torch.zeros_like(structures.positions)
+        (gradient,) = torch.autograd.grad(total, at.positions, allow_unused=True)
+        return torch.zeros_like(at.positions) if gradient is None else gradient.detach()
+    energy, forces = _difference(student, teacher, structures)
+    gradient = -energy_weight * energy[structures.system_index, None] * forces
+    free = torch.ones(structures.n_atoms, dtype=torch.bool)
+    if structures.fixed is not None:
+        free = ~structures.fixed
+    along = torch.where(free.unsqueeze(1), forces, 0.0)
+    # Steps of this width on average over the atoms of a structure.
+    n_atoms = structures.n_atoms_per_system.clamp(min=1).sqrt()[structures.system_index, None]
+    length = _lengths(along, structures, "structure") / n_atoms
+    scale = torch.where(length > 0, length, 1.0)
+    ends = [
+        _difference(
+            student,
+            teacher,
+            replace(structures, positions=structures.positions + sign * _EPSILON * along / scale),
+        )[1]
+        for sign in (1.0, -1.0)
+    ]
+    slope = (ends[0] - ends[1]) / (2.0 * _EPSILON) * scale
+    n_free = torch.bincount(structures.system_index[free], minlength=structures.n_systems)
+    per_component = forces_weight / (3.0 * n_free.clamp(min=1))
+    return gradient + per_component[structures.system_index, None] * slope
+
+
+def _difference(
+    student: Potential,
+    teacher: Potential | BaseCalculator,
+    structures: Structures,
+    *,
+    create_graph: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(S,) energies and (N, 3) forces of the student minus those of the teacher."""
+    names = ("energy", "forces")
+    mine = student.predict(structures, properties=names, create_graph=create_graph)
+    if isinstance(teacher, Potential):
+        its = teacher.predict(structures, properties=names, create_graph=create_graph)
+        return mine["energy"] - its["energy"], mine["forces"] - its["forces"]
+    values = ask_ase_calculator(teacher, structures, names)
+    return mine["energy"] - values["energy"], mine["forces"] - values["forces"]
+
+
+# -- jobs ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class JitterJob(Job):
+    """Frames displaced at random by a fixed norm.
+
+    Parameters
+    ----------
+    norm : float or (low, high)
+        Å; from a range, the norms are spread evenly.
+    norm_of : {"structure", "atom"}
+        As of `random_jitter`.
+    """
+
+    kind: ClassVar[str] = "jitter"
+
+    norm: float | Sequence[float] = 0.1
+    norm_of: NormOf = "structure"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = as_pair(self.norm)
+        if not 0.0 < low <= high:
+            raise ConfigError(f"the norm of a jitter must be 0 < low <= high, not {low} and {high}")
+        if self.norm_of not in ("structure", "atom"):
+            raise ConfigError(f"a jitter's norm is of a structure or atom, not '{self.norm_of}'")
+
+    def default_name(self) -> str:
+        """Say how far atoms are displaced."""
+        return f"{self.kind} {span(self.norm)} Å"
+
+    def run(
+        self,
+        start: Structures,
+        calculator: BaseCalculator | None = None,
+        *,
+        seed: int,
+        number: int = 0,
+        folder: Path | None = None,
+        progress: Progress | None = None,
+    ) -> SampledFrames:
+        """Displace the atoms `n_frames` times."""
+        self.check(one_system(start), calculator)
+        move = self._mover(start, calculator)
+        frames = []
+        for k, norm in enumerate(np.linspace(*as_pair(self.norm), self.n_frames)):
+            moved = move(float(norm), make_generator(seed, number, k))
+            frames.append(as_frame(moved, self.name, f"{self.name}: frame {k}, {norm:.3f} Å"))
+        return SampledFrames.independent(Structures.concatenate(frames))
+
+    def _mover(
+        self, start: Structures, calculator: BaseCalculator | None
+    ) -> Callable[[float, np.random.Generator], Structures]:
+        """From a norm and a generator to the displaced structure."""
+        return lambda norm, generator: random_jitter(start, norm, generator, norm_of=self.norm_of)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AscentJob(JitterJob):
+    """Frames displaced to where a student and the calculator, the teacher, differ more.
+
+    There is one direction of steepest ascent: several frames differ in their norms, from a range.
+
+    Parameters
+    ----------
+    student : str
+        A checkpoint.
+    energy_weight, forces_weight : float
+        As of `discrepancy_gradient`.
+    """
+
+    kind: ClassVar[str] = "ascent"
+
+    student: str
+    energy_weight: float = 1.0
+    forces_weight: float = 100.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = as_pair(self.norm)
+        if self.n_frames > 1 and low == high:
+            raise ConfigError(
+                f"'{self.name}': several steps of one norm from one structure are the same; give "
+                "a range of norms"
+            )
+
+    @property
+    def n_evaluations(self) -> int:
+        """Calls of the calculator: where it is, and to both sides."""
+        return 3
+
+    def _mover(
+        self, start: Structures, calculator: BaseCalculator | None
+    ) -> Callable[[float, np.random.Generator], Structures]:
+        assert calculator is not None
+        gradient = discrepancy_gradient(
+            load_potential(self.student)[0],
+            calculator,
+            start,
+            energy_weight=self.energy_weight,
+            forces_weight=self.forces_weight,
+        )
+        return lambda norm, generator: _along_gradient(
+            start, gradient, norm, generator, self.norm_of
+        )

@@ -1,0 +1,136 @@
+"""Training on reference and synthetic data: how often each is drawn and how much it weighs.
+
+Ekström Kelvinius et al., appendix D.2. A share alpha of the samples of an epoch is synthetic,
+whatever the sizes of the two sets: each is gone through in full passes, in a new order each time,
+and where an epoch ends in the middle of a pass the next one goes on there. A synthetic sample
+weighs r times as much in the loss as another one of its batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from potstill.errors import ConfigError
+from potstill.structures import Structures
+from potstill.train.data import epoch_batches, epoch_generator
+from potstill.train.settings import TrainSettings
+
+
+def mixed_batches(
+    structures: Structures, synthetic: Tensor | None, settings: TrainSettings, epoch: int
+) -> list[Tensor]:
+    """Draw the batches of an epoch.
+
+    They depend on the seed and the epoch alone, so that a resumed run draws the same ones.
+
+    Parameters
+    ----------
+    structures : Structures
+        The training set, of both origins.
+    synthetic : Tensor, optional
+        (S,) bool, which configurations are synthetic.
+    settings : TrainSettings
+        Batch size, seed and `mixing`.
+    epoch : int
+        From 1.
+
+    Returns
+    -------
+    list of Tensor
+        Indices of configurations, one tensor per step; as many in all as there are configurations.
+
+    Raises
+    ------
+    ConfigError
+        If a share of a set is asked for that is empty.
+    """
+    alpha = None if settings.mixing is None else settings.mixing.alpha
+    if alpha is None:
+        return epoch_batches(
+            structures,
+            batch_size=settings.batch_size,
+            batch_atoms=settings.batch_atoms,
+            seed=settings.seed,
+            epoch=epoch,
+        )
+    synthetic = _origins(structures, synthetic)
+    n = structures.n_systems
+    n_synthetic = round(alpha * n)
+    drawn = []
+    for origin, count in ((True, n_synthetic), (False, n - n_synthetic)):
+        pool = (synthetic == origin).nonzero().flatten()
+        if count and not len(pool):
+            which = "synthetic" if origin else "reference"
+            raise ConfigError(f"mixing.alpha = {alpha:g} asks for {which} data, and there are none")
+        drawn.append(_in_passes(pool, count, settings.seed, epoch, origin))
+    order = torch.cat(drawn)
+    order = order[torch.randperm(n, generator=epoch_generator(settings.seed, epoch))]
+    if settings.batch_atoms is not None:
+        return structures.batches(settings.batch_atoms, order)
+    return list(order.split(settings.batch_size))
+
+
+def _in_passes(pool: Tensor, count: int, seed: int, epoch: int, origin: bool) -> Tensor:
+    """Samples (epoch - 1) * count onwards of an endless sequence of shuffled passes."""
+    if not count:
+        return pool[:0]
+    start, size = (epoch - 1) * count, len(pool)
+    passes = range(start // size, (start + count - 1) // size + 1)
+    # Passes of the two sets are numbered alternately, away from the generators of the epochs.
+    generators = [epoch_generator(seed, -1 - (2 * k + origin)) for k in passes]
+    stream = torch.cat([pool[torch.randperm(size, generator=g)] for g in generators])
+    skipped = start - passes[0] * size
+    return stream[skipped : skipped + count]
+
+
+def origin_weights(synthetic: Tensor, r: float) -> Tensor:
+    """Weights of the samples of a batch by their origin, Eqs. 9-11.
+
+    Parameters
+    ----------
+    synthetic : Tensor
+        (B,) bool, of the whole batch over all ranks.
+    r : float
+        Weight of a synthetic sample relative to another one.
+
+    Returns
+    -------
+    Tensor
+        (B,) float64, with a mean of one; one everywhere in a batch of a single origin.
+    """
+    share = float(synthetic.to(torch.float64).mean()) if len(synthetic) else 0.0
+    if share in (0.0, 1.0):
+        return torch.ones(len(synthetic), dtype=torch.float64)
+    reference = 1.0 / (1.0 - share + share * r)
+    return torch.tensor([reference, r * reference], dtype=torch.float64)[synthetic.long()]
+
+
+def batch_weights(
+    synthetic: Tensor | None, systems: Tensor, settings: TrainSettings
+) -> Tensor | None:
+    """`origin_weights` of a batch; None where all samples weigh the same."""
+    if settings.mixing is None or settings.mixing.r == 1.0 or synthetic is None:
+        return None
+    return origin_weights(synthetic[systems], settings.mixing.r)
+
+
+def check_mixing(settings: TrainSettings, structures: Structures, synthetic: Tensor | None) -> None:
+    """Refuse to mix what has only one origin.
+
+    Raises
+    ------
+    ConfigError
+        If the settings mix and nothing is marked as synthetic.
+    """
+    if settings.mixing is not None:
+        _origins(structures, synthetic)
+        mixed_batches(structures, synthetic, settings, epoch=1)
+
+
+def _origins(structures: Structures, synthetic: Tensor | None) -> Tensor:
+    if synthetic is None or synthetic.shape != (structures.n_systems,):
+        raise ConfigError(
+            "'mixing' needs synthetic data beside the training set: name them in data.synthetic"
+        )
+    return synthetic
