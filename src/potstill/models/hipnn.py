@@ -35,6 +35,7 @@ from potstill.models.base import (
     Pairs,
     Potential,
     TapSpec,
+    refuse_ghosts,
 )
 from potstill.structures import SpeciesTable, Structures
 
@@ -304,6 +305,11 @@ class HIPNN(Potential):
             taps[f"block_{b}"] = TapSpec("node_scalar", self.n_features)
         return taps
 
+    @property
+    def default_tap(self) -> str:
+        """What the last energy layer reads."""
+        return f"block_{self.n_interaction_layers - 1}"
+
     def forward(
         self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
     ) -> LocalOutput:
@@ -315,10 +321,8 @@ class HIPNN(Potential):
             If there are ghost atoms and several interaction layers: features of ghosts would have
             to come from their owners between the layers.
         """
-        if n_local < species.shape[0] and self.n_interaction_layers > 1:
-            raise ModelError(
-                "HIP-NN with several interaction layers needs its atoms without ghosts"
-            )
+        if self.n_interaction_layers > 1:
+            refuse_ghosts("HIP-NN", species, n_local)
         geometry = _Geometry(edges, r_ij.to(self.dtype), n_local, self.l_max)
         features = nn.functional.one_hot(species, len(self.species_table)).to(self.dtype)
         tapped: dict[str, Tensor] = {}

@@ -62,6 +62,8 @@ class BenchSettings(Settings):
         Numbers of atoms.
     seed : int
         Of velocities.
+    force_nonconservative : bool
+        Do the NVE test with models whose forces are direct, too.
     """
 
     n_atoms: int = Field(default=64, ge=1)
@@ -71,6 +73,7 @@ class BenchSettings(Settings):
     speed_sizes: tuple[int, ...] = (64, 512)
     memory_sizes: tuple[int, ...] = (500, 2000)
     seed: int = 0
+    force_nonconservative: bool = False
 
 
 class EvaluateConfig(Settings):
@@ -228,6 +231,7 @@ def _nve(bench: Bench, candidate: Candidate) -> Any:
             duration=bench.settings.nve_duration,
             timestep=bench.settings.timestep,
             seed=bench.settings.seed,
+            force_nonconservative=bench.settings.force_nonconservative,
         ).to_json()
 
 
