@@ -22,7 +22,16 @@ from data import rattled_copper
 from potstill.cli import app
 from potstill.distill import LossTerm
 from potstill.errors import ConfigError, ModelError
-from potstill.models import ANI, HIPNN, ZBL, Potential, SpeciesOffsets, SumPotential
+from potstill.models import (
+    ANI,
+    HIPNN,
+    ZBL,
+    PaiNN,
+    Potential,
+    SchNet,
+    SpeciesOffsets,
+    SumPotential,
+)
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.structures import Properties, SpeciesTable, Structures
 from potstill.testing import CONTRACT
@@ -111,6 +120,8 @@ MODELS = {
     },
     "ani": ani,
     "linear": LinearModel,
+    "schnet": lambda t: SchNet(t, 8, 8, 2, 8, cutoff=4.0).double(),
+    "painn": lambda t: PaiNN(t, 8, 2, 8, cutoff=4.0, variant="ocp").double(),
 }
 
 

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("structures",),
     ("neighbors",),  # below the readers, which look for overlapping atoms with it
     ("readers.*", "store"),
-    ("core.*",),
+    ("core.*", "radial"),
     ("models.*",),
     ("metrics", "distill.*"),
     ("checkpoint",),

@@ -42,7 +42,8 @@ class PotstillCalculator(Calculator):
     """ASE calculator of a potstill potential.
 
     Gives `energy`, `free_energy` (the same), `energies`, `forces` and, for cells that are periodic
-    along all axes, `stress` in ASE's Voigt order (xx, yy, zz, yz, xz, xy), eV/Å³.
+    along all axes, `stress` in ASE's Voigt order (xx, yy, zz, yz, xz, xy), eV/Å³. A potential with
+    direct forces gives no stress, and `conservative` is False.
 
     The neighbor list reaches `skin` farther than the potential and is reused until atoms or cell
     have moved so far that a pair might be missing; results do not depend on it.
@@ -83,6 +84,11 @@ class PotstillCalculator(Calculator):
         self.skin = float(skin)
         self.info = dict(info or {})
         self.n_neighbor_lists = 0  # built so far
+        self.conservative = not potential.direct_forces
+        if potential.direct_forces:
+            self.implemented_properties = [
+                name for name in type(self).implemented_properties if name != "stress"
+            ]
         self._trained_on: Mapping[str, Any] = self.info.get("trained_on") or {}
         self._limits = _distance_limits(
             potential.species_table.names, self._trained_on.get("shortest_distances") or {}
@@ -129,11 +135,11 @@ class PotstillCalculator(Calculator):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Atomic energies, forces and stress (of periodic systems) by PyTorch."""
         neighbors = _within(structures, neighbors, self.potential.cutoff)
-        periodic = bool(structures.pbc.all())
-        wanted = ["atomic_energies", "forces", *(["stress"] if periodic else [])]
+        has_stress = self.conservative and bool(structures.pbc.all())
+        wanted = ["atomic_energies", "forces", *(["stress"] if has_stress else [])]
         device = self.potential.device
         found = self.potential.predict(structures.to(device), neighbors.to(device), wanted)
-        stress = found["stress"][0].cpu() if periodic else None
+        stress = found["stress"][0].cpu() if has_stress else None
         return found["atomic_energies"].cpu(), found["forces"].cpu(), stress
 
     def _evaluate_natively(

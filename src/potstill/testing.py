@@ -10,6 +10,9 @@ Every check takes a float64 potential of any kind with any species, makes its ow
 units of the potential's cutoff), leaves the potential as it was, and raises `AssertionError` with a
 number and a tolerance where the contract is broken. Tolerances are relative to the largest value of
 the quantity in question, or to one eV (eV/Å, eV/Å³) if that is larger.
+
+Models with direct forces have no stress and no Hessian, and their forces are nobody's gradient: the
+checks of these see to it that stress and Hessian are refused, and all others hold.
 """
 
 from __future__ import annotations
@@ -59,9 +62,10 @@ def check_rotation_and_reflection(potential: Potential) -> None:
         after = _predict(potential, turned)
         _same(after, before, names=("energy", "atomic_energies"), tolerance=1e-9)
         _close(after["forces"], before["forces"] @ q.T, 1e-8, "forces")
-        periodic = structures.pbc.all(dim=1)
-        expected = q @ before["stress"][periodic] @ q.T
-        _close(after["stress"][periodic], expected, 1e-8, "stress")
+        if not potential.direct_forces:
+            periodic = structures.pbc.all(dim=1)
+            expected = q @ before["stress"][periodic] @ q.T
+            _close(after["stress"][periodic], expected, 1e-8, "stress")
         for name, spec in potential.taps.items():
             feature = before.features[name]
             if spec.kind == "node_vector":
@@ -107,7 +111,7 @@ def check_extensivity(potential: Potential) -> None:
         n = repeats[0] * repeats[1] * repeats[2]
         after = _predict(potential, _supercell(small, repeats))
         _close(after["energy"], n * before["energy"], 1e-9, "energy")
-        _close(after["stress"], before["stress"], 1e-9, "stress")
+        _same(after, before, names=("stress",), tolerance=1e-9)
         _close(after["forces"], before["forces"].repeat(n, 1), 1e-9, "forces")
         expected = before["atomic_energies"].repeat(n)
         _close(after["atomic_energies"], expected, 1e-9, "atomic energies")
@@ -127,6 +131,8 @@ def check_atomic_energies_sum_to_the_energy(potential: Potential) -> None:
 
 def check_forces_are_the_gradient(potential: Potential) -> None:
     """Finite differences of the energy along random directions."""
+    if potential.direct_forces:
+        return
     structures = contract_structures(potential)
     forces = _predict(potential, structures)["forces"]
     generator = torch.Generator().manual_seed(4)
@@ -144,6 +150,12 @@ def check_forces_are_the_gradient(potential: Potential) -> None:
 
 def check_stress_is_the_strain_derivative(potential: Potential) -> None:
     """Finite differences of the energy for the six strains; positive in tension."""
+    if potential.direct_forces:
+        _refused(
+            lambda: potential.predict(contract_structures(potential), properties=["stress"]),
+            "a model with direct forces gave a stress",
+        )
+        return
     structures = contract_structures(potential).select([0, 3])
     stress = _predict(potential, structures)["stress"]
     for a, b in ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1)):
@@ -166,6 +178,12 @@ def check_hessian_vector_product(potential: Potential) -> None:
     structures = contract_structures(potential)
     generator = torch.Generator().manual_seed(5)
     u, v = _normal((2, structures.n_atoms, 3), generator)
+    if potential.direct_forces:
+        _refused(
+            lambda: potential.hessian_vector_product(structures, v),
+            "a model with direct forces gave a Hessian",
+        )
+        return
 
     def forces(t: float) -> Tensor:
         moved = replace(structures, positions=structures.positions + t * v)
@@ -222,9 +240,13 @@ def check_first_order_passes(potential: Potential) -> None:
     for value in (partial, found.forces, found.virial):
         assert not value.requires_grad, "evaluate leaves a graph"
     variable = r_ij.clone().requires_grad_(True)
-    atomic = potential(structures.species, edges, variable, n).atomic_energies
+    output = potential(structures.species, edges, variable, n)
+    atomic = output.atomic_energies
     _close(partial.sum(dim=1), atomic.detach(), 1e-10, "energies of evaluate")
-    if atomic.requires_grad:
+    if output.forces is not None:
+        _close(found.forces, output.forces.detach(), 1e-10, "forces of evaluate")
+        assert bool(found.virial.isnan().all()), "a model with direct forces gave a virial"
+    elif atomic.requires_grad:
         (gradient,) = torch.autograd.grad(atomic.sum(), variable, materialize_grads=True)
         _close(found.forces, forces_from_pairs(gradient, edges, n), 1e-10, "forces of evaluate")
         virial = virial_from_pairs(gradient, r_ij, edges, structures)
@@ -277,12 +299,13 @@ def check_one_atom(potential: Potential) -> None:
             prediction = _predict(potential, atom)
             assert bool(torch.isfinite(prediction["energy"]).all()), "energy of one atom"
             _zero(prediction["forces"], "forces on one atom")
-            if periodic:
+            if periodic and not potential.direct_forces:
                 _zero(prediction["stress"], "stress of one atom")
             for name, feature in prediction.features.items():
                 assert bool(torch.isfinite(feature).all()), f"tap {name} of one atom"
-            product = potential.hessian_vector_product(atom, torch.ones(1, 3, dtype=torch.float64))
-            _zero(product, "Hessian of one atom")
+            if not potential.direct_forces:
+                ones = torch.ones(1, 3, dtype=torch.float64)
+                _zero(potential.hessian_vector_product(atom, ones), "Hessian of one atom")
 
 
 def check_isolated_atoms(potential: Potential) -> None:
@@ -317,7 +340,8 @@ def check_no_atoms(potential: Potential) -> None:
         prediction = _predict(potential, empty)
         assert prediction["energy"].shape == (empty.n_systems,)
         assert prediction["forces"].shape == (0, 3)
-        assert prediction["stress"].shape == (empty.n_systems, 3, 3)
+        if not potential.direct_forces:
+            assert prediction["stress"].shape == (empty.n_systems, 3, 3)
 
 
 def check_perfect_crystals_have_no_forces(potential: Potential) -> None:
@@ -344,12 +368,17 @@ def check_continuity(potential: Potential) -> None:
     energy = prediction["energy"]
     force = prediction["forces"].view(-1, 3, 3)[:, 2, 0]  # on the leaving atom, along its path
     scale = max(float(force.abs().max()), 1.0)
-    work = 0.5 * (force[1:-1] + force[:-2]) * distance.diff()
-    jumps = (energy[:-1].diff() + work).abs()
-    # The trapezoid's own error is of third order in the step and far below this.
+    if potential.direct_forces:
+        jumps = torch.maximum(_jumps(energy[:-1]), _jumps(force[:-1]))
+        tolerance, what = 1e-2 * scale, "the energy or force jumps"
+    else:
+        # The trapezoid's own error is of third order in the step and far below the tolerance.
+        work = 0.5 * (force[1:-1] + force[:-2]) * distance.diff()
+        jumps = (energy[:-1].diff() + work).abs()
+        tolerance, what = 2e-3 * scale * float(distance.diff()[0]), "the energy jumps"
     worst = int(jumps.argmax())
-    assert float(jumps[worst]) <= 2e-3 * scale * float(distance.diff()[0]), (
-        f"the energy jumps by {float(jumps[worst]):.2e} eV near {float(distance[worst]):.3f} Å"
+    assert float(jumps[worst]) <= tolerance, (
+        f"{what} by {float(jumps[worst]):.2e} near {float(distance[worst]):.3f} Å"
     )
     # Out of reach of the first atom; the second, farther away still, is so, too.
     _close(energy[-1], energy[-2], 1e-6 * scale, "energy at the cutoff", scaled=False)
@@ -369,7 +398,7 @@ def check_batched_equals_single(potential: Potential) -> None:
     for s in range(structures.n_systems):
         alone = _predict(potential, structures[s])
         for name in ("energy", "stress"):
-            if name == "energy" or bool(structures.pbc[s].all()):
+            if name in alone.properties and (name == "energy" or bool(structures.pbc[s].all())):
                 _close(together[name][s], alone[name][0], 1e-10, f"{name} of system {s}")
         for name in ("forces", "atomic_energies"):
             rows = together[name][offsets[s] : offsets[s + 1]]
@@ -382,15 +411,15 @@ def check_longer_lists_change_nothing(potential: Potential) -> None:
     expected = _predict(potential, structures)
     longer = build_neighbor_list(structures, 1.4 * potential.cutoff)
     taps = [name for name, spec in potential.taps.items() if spec.kind != "edge_scalar"]
-    after = potential.predict(structures, longer, _ALL, taps=taps)
+    after = potential.predict(structures, longer, _names(potential), taps=taps)
     _same(after, expected, tolerance=1e-10)
     for name in taps:
         _close(after.features[name], expected.features[name], 1e-10, f"tap {name}")
-    try:
-        potential.predict(structures, build_neighbor_list(structures, 0.9 * potential.cutoff))
-    except ModelError:
-        return
-    raise AssertionError("a neighbor list shorter than the cutoff was accepted")
+    shorter = build_neighbor_list(structures, 0.9 * potential.cutoff)
+    _refused(
+        lambda: potential.predict(structures, shorter),
+        "a neighbor list shorter than the cutoff was accepted",
+    )
 
 
 def check_ghosts(potential: Potential) -> None:
@@ -413,11 +442,15 @@ def check_ghosts(potential: Potential) -> None:
     edges = Edges(neighbors.center, neighbor)
     r_ij = pair_vectors(structures, neighbors).requires_grad_(True)
     try:
-        energies = potential(species, edges, r_ij, n).atomic_energies
+        output = potential(species, edges, r_ij, n)
     except ModelError:
         return
+    energies = output.atomic_energies
     assert energies.shape == (n,), f"{tuple(energies.shape)} energies for {n} local atoms"
     _close(energies.detach(), expected["atomic_energies"], 1e-10, "atomic energies")
+    if output.forces is not None:
+        _close(output.forces.detach(), expected["forces"], 1e-10, "forces on local atoms")
+        return
     if not energies.requires_grad:
         return
     (gradient,) = torch.autograd.grad(energies.sum(), r_ij, allow_unused=True)
@@ -434,7 +467,7 @@ def check_single_precision(potential: Potential) -> None:
     expected = _predict(potential, structures)
     single = copy.deepcopy(potential).to(torch.float32)
     after = _predict(single, structures)
-    for name in _ALL:
+    for name in _names(potential):
         assert after[name].dtype == torch.float64, f"{name} is {after[name].dtype}"
     # Sums over neighbors and layers lose a few digits of the seven.
     _same(after, expected, tolerance=2e-4)
@@ -451,14 +484,21 @@ def check_save_and_load(potential: Potential) -> None:
             loaded, info = load_potential(path)
         assert info == {"seed": 7}
         assert loaded.dtype == saved.dtype
+        assert loaded.direct_forces == saved.direct_forces
         _same(_predict(loaded, structures), _predict(saved, structures), tolerance=0.0)
 
 
 def check_taps(potential: Potential) -> None:
-    """Features have the shapes that they declare, and an unknown name is refused."""
+    """Features have the shapes that they declare; asking for some changes nothing else.
+
+    An unknown name is refused, and the default tap is one of them.
+    """
     structures = contract_structures(potential)
     n_pairs = build_neighbor_list(structures, potential.cutoff).n_pairs
-    features = _predict(potential, structures).features
+    prediction = _predict(potential, structures)
+    features = prediction.features
+    default = potential.default_tap
+    assert default is None or default in potential.taps, f"there is no default tap {default}"
     assert set(features) == set(potential.taps), f"asked for {set(potential.taps)}: {set(features)}"
     for name, spec in potential.taps.items():
         expected = {
@@ -468,11 +508,15 @@ def check_taps(potential: Potential) -> None:
         }[spec.kind]
         shape = tuple(features[name].shape)
         assert shape == expected, f"tap {name} has shape {shape}, not {expected}"
-    try:
-        potential.predict(structures, taps=["no such tap"])
-    except ModelError:
-        return
-    raise AssertionError("an unknown tap was accepted")
+    for name in list(features)[-1:]:
+        alone = potential.predict(structures, taps=[name]).features
+        assert set(alone) == {name}, f"asked for {name} alone: {set(alone)}"
+        _close(alone[name], features[name], 1e-12, f"tap {name} alone")
+    without = potential.predict(structures, properties=_names(potential))
+    _same(without, prediction, tolerance=1e-12)
+    _refused(
+        lambda: potential.predict(structures, taps=["no such tap"]), "an unknown tap was accepted"
+    )
 
 
 def check_nothing_is_touched(potential: Potential) -> None:
@@ -486,7 +530,7 @@ def check_nothing_is_touched(potential: Potential) -> None:
     for name, value in potential.state_dict().items():
         assert torch.equal(state[name], value), f"{name} has changed"
     assert all(p.grad is None for p in potential.parameters()), "gradients were accumulated"
-    for name in _ALL:
+    for name in _names(potential):
         assert not prediction[name].requires_grad, f"{name} carries a graph"
 
 
@@ -621,8 +665,26 @@ def _supercell(structures: Structures, repeats: tuple[int, int, int]) -> Structu
 # -- comparing ---------------------------------------------------------------------------------
 
 
+def _names(potential: Potential) -> tuple[str, ...]:
+    """What a potential predicts."""
+    return tuple(name for name in _ALL if name != "stress" or not potential.direct_forces)
+
+
 def _predict(potential: Potential, structures: Structures) -> Prediction:
-    return potential.predict(structures, properties=_ALL, taps=list(potential.taps))
+    return potential.predict(structures, properties=_names(potential), taps=list(potential.taps))
+
+
+def _refused(call: Callable[[], object], otherwise: str) -> None:
+    try:
+        call()
+    except ModelError:
+        return
+    raise AssertionError(otherwise)
+
+
+def _jumps(values: Tensor) -> Tensor:
+    """Fourth differences: steps of a series stand out, and what is smooth cancels."""
+    return values.diff(n=4).abs()
 
 
 def _derivative(function: Callable[[float], Tensor]) -> Tensor:
@@ -639,7 +701,8 @@ def _same(
     tolerance: float,
 ) -> None:
     for name in names:
-        _close(after[name], before[name], tolerance, name)
+        if name in before.properties:
+            _close(after[name], before[name], tolerance, name)
 
 
 def _close(

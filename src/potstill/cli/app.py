@@ -392,6 +392,10 @@ def md(
     n_atoms: Annotated[int | None, typer.Option(help="Repeat the cell up to so many.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the trajectory.")] = None,
     seed: Seed = None,
+    force_nonconservative: Annotated[
+        bool | None,
+        typer.Option("--force-nonconservative", help="NVE even with direct forces."),
+    ] = None,
     config: Config = None,
 ) -> None:
     """Run molecular dynamics with a student; writes trajectory.extxyz and thermo.csv.
@@ -419,6 +423,7 @@ def md(
         "n_atoms": n_atoms,
         "out": None if out is None else str(out),
         "seed": seed,
+        "force_nonconservative": force_nonconservative,
     }
     with one_sentence():
         result = run_dynamics(load_config(config, MdConfig, overrides), RichDisplay(console))

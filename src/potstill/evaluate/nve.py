@@ -14,7 +14,7 @@ from ase.md.verlet import VelocityVerlet
 from potstill.errors import ConfigError, DivergenceError, PotstillError
 from potstill.evaluate.base import Result, set_temperature, with_calculator
 from potstill.neighbors import build_neighbor_list, shortest_distances
-from potstill.sample.md import run_md
+from potstill.sample.md import require_conservative, run_md
 from potstill.structures import Structures
 from potstill.units import FS_IN_ASE_TIME
 
@@ -100,6 +100,7 @@ def run_nve(
     sample_every: int = 10,
     pair_cutoff: float = 4.0,
     seed: int = 0,
+    force_nonconservative: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> NVERun:
     """Integrate Newton's equations with velocity Verlet and judge how well energy is conserved.
@@ -125,6 +126,8 @@ def run_nve(
         Å; closer pairs are looked for.
     seed : int
         Of velocities and thermostat.
+    force_nonconservative : bool
+        Run even where the calculator's forces are not the gradient of its energy.
     progress : callable, optional
         Called with (steps done, steps in all).
 
@@ -132,7 +135,14 @@ def run_nve(
     -------
     NVERun
         Also where the run explodes: then with when and why.
+
+    Raises
+    ------
+    ConfigError
+        If the run is empty, or the calculator's forces are direct and nobody forced it.
     """
+    if not force_nonconservative:
+        require_conservative(calculator, "the NVE test")
     n_steps = round(1000.0 * duration / timestep)
     if n_steps < sample_every or temperature <= 0.0 or sample_every < 1:
         raise ConfigError(

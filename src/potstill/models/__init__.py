@@ -16,7 +16,9 @@ from potstill.models.base import Prediction as Prediction
 from potstill.models.base import TapSpec as TapSpec
 from potstill.models.hipnn import HIPNN as HIPNN
 from potstill.models.linear import SNAP as SNAP
+from potstill.models.painn import PaiNN as PaiNN
 from potstill.models.prior import ZBL as ZBL
+from potstill.models.schnet import SchNet as SchNet
 from potstill.models.sums import SpeciesOffsets as SpeciesOffsets
 from potstill.models.sums import SumPotential as SumPotential
 from potstill.structures import SpeciesTable
@@ -25,6 +27,8 @@ MODELS: dict[str, type[Potential]] = {
     "hipnn": HIPNN,
     "ani": ANI,
     "snap": SNAP,
+    "schnet": SchNet,
+    "painn": PaiNN,
     "zbl": ZBL,
     "offsets": SpeciesOffsets,
 }

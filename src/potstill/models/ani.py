@@ -131,6 +131,12 @@ class ANI(Potential):
                 taps[f"hidden_{k}"] = TapSpec("node_scalar", self.n_members * width)
         return taps
 
+    @property
+    def default_tap(self) -> str | None:
+        """The last hidden layer, if all species have the same widths."""
+        hidden = [name for name in self.taps if name.startswith("hidden_")]
+        return hidden[-1] if hidden else None
+
     def forward(
         self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
     ) -> LocalOutput:

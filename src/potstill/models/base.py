@@ -76,13 +76,72 @@ class Edges:
         used[self.center, self._rank] = True
         return pair, used
 
+    def sum_to_centers(self, values: Tensor, n_local: int) -> Tensor:
+        """(n_local, ...) sums over the pairs of each center, from (E, ...) values."""
+        return values.new_zeros(n_local, *values.shape[1:]).index_add(0, self.center, values)
+
+    def among_nearest(self, distance: Tensor, n_local: int, max_neighbors: int) -> Tensor:
+        """Which pairs are among the nearest of either of their atoms.
+
+        Both directions of a pair are kept or dropped together, and neighbors as far away as the
+        last one that counts are kept with it: the choice knows no order of atoms.
+
+        Parameters
+        ----------
+        distance : Tensor
+            (E,) Å.
+        n_local : int
+            Number of atoms; there must be no ghosts.
+        max_neighbors : int
+            How many neighbors count for an atom.
+
+        Returns
+        -------
+        Tensor
+            (E,) bool.
+        """
+        pair, used = self.padded(n_local)
+        if pair.shape[1] <= max_neighbors:
+            return torch.ones_like(self.center, dtype=torch.bool)
+        far = torch.where(used, distance.detach()[pair], torch.inf)
+        # Distances that symmetry makes equal differ by rounding.
+        reach = far.kthvalue(max_neighbors, dim=1).values * (1.0 + 1e-5)
+        return distance <= torch.maximum(reach[self.center], reach[self.neighbor])
+
 
 @dataclass(frozen=True)
 class TapSpec:
-    """A named internal feature: where it lives and how wide it is."""
+    """A named internal feature: where it lives and how wide it is.
+
+    Parameters
+    ----------
+    kind : {"node_scalar", "node_vector", "edge_scalar"}
+        Of shape (N, F), (N, 3, F) or (E, F), with the pairs in the order of the neighbor list.
+    width : int
+        F.
+    """
 
     kind: Literal["node_scalar", "node_vector", "edge_scalar"]
     width: int
+
+
+class FeatureRecorder:
+    """Keeps the taps that were asked for and lets go of all other features.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Taps to keep.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.features: dict[str, Tensor] = {}
+        self._names = frozenset(names)
+
+    def keep(self, name: str, feature: Tensor) -> None:
+        """Keep a feature if it was asked for."""
+        if name in self._names:
+            self.features[name] = feature
 
 
 @dataclass(frozen=True)
@@ -260,8 +319,17 @@ class Potential(nn.Module, ABC):
 
     @property
     def taps(self) -> dict[str, TapSpec]:
-        """Internal features that `forward` can return, by name."""
+        """Internal features that `forward` can return, by name.
+
+        The k-th layer of a kind called `layer` gives `layer_k`, and `layer_k.vector` beside it
+        where it has vectors; `last` is what the last linear layer before the energy reads.
+        """
         return {}
+
+    @property
+    def default_tap(self) -> str | None:
+        """The tap that distillation takes unless told otherwise: the last before the energy."""
+        return "last" if "last" in self.taps else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -571,6 +639,27 @@ class Potential(nn.Module, ABC):
                 f"but the model's cutoff is {self.cutoff:g} Å"
             )
         return neighbors
+
+
+def xavier_linear(n_in: int, n_out: int, *, bias: bool = True) -> nn.Linear:
+    """Linear layer with Xavier-uniform weights and a bias of zero."""
+    layer = nn.Linear(n_in, n_out, bias=bias)
+    nn.init.xavier_uniform_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def refuse_ghosts(kind: str, species: Tensor, n_local: int) -> None:
+    """Refuse ghost atoms: those of several layers need features that only their owners have.
+
+    Raises
+    ------
+    ModelError
+        If there are more atoms than local ones.
+    """
+    if n_local < species.shape[0]:
+        raise ModelError(f"{kind} with several interaction layers needs its atoms without ghosts")
 
 
 def forces_from_pairs(gradient: Tensor, edges: Edges, n_atoms: int) -> Tensor:

@@ -37,6 +37,7 @@ from potstill.models.base import (
     Pairs,
     Potential,
     TapSpec,
+    refuse_ghosts,
 )
 from potstill.structures import SpeciesTable, Structures
 
@@ -307,6 +308,11 @@ class HIPNN(Potential):
             taps[f"block_{b}"] = TapSpec("node_scalar", self.n_features)
         return taps
 
+    @property
+    def default_tap(self) -> str:
+        """What the last energy layer reads."""
+        return f"block_{self.n_interaction_layers - 1}"
+
     def forward(
         self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
     ) -> LocalOutput:
@@ -322,10 +328,8 @@ class HIPNN(Potential):
 
     def prepare(self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int) -> Indices:
         """The slots of every atom's neighbors."""
-        if n_local < species.shape[0] and self.n_interaction_layers > 1:
-            raise ModelError(
-                "HIP-NN with several interaction layers needs its atoms without ghosts"
-            )
+        if self.n_interaction_layers > 1:
+            refuse_ghosts("HIP-NN", species, n_local)
         pair, used = edges.padded(n_local)
         return Indices(species, pair, edges.neighbor[pair] if edges.n_pairs else pair, used)
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import ase
 import numpy as np
@@ -112,6 +112,8 @@ class MDJob(Job):
     max_force_correlation : float, optional
         Take a frame only once the correlation of its forces with those of the last frame taken
         (between -1 and 1) is at most this; `stride` is then the least distance.
+    force_nonconservative : bool
+        Run at constant energy even where the calculator says that it conserves none.
     """
 
     kind: ClassVar[str] = "md"
@@ -125,6 +127,7 @@ class MDJob(Job):
     barostat_time: float = 1000.0
     isotropic: bool = True
     max_force_correlation: float | None = None
+    force_nonconservative: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,9 +171,21 @@ class MDJob(Job):
         """Calls of the calculator: one per step and one at the start of each segment."""
         return (self.n_equilibration_segments + self.n_frames) * (self.steps_per_segment + 1)
 
+    def to_json(self) -> dict[str, Any]:
+        """As of all jobs; folders of plans from before `force_nonconservative` stay valid."""
+        settings = super().to_json()
+        if not self.force_nonconservative:
+            del settings["force_nonconservative"]
+        return settings
+
     def check(self, start: Structures, calculator: BaseCalculator | None) -> None:
-        """Refuse a calculator without stress, or constraints, at constant pressure."""
+        """Refuse a calculator without stress, or constraints, at constant pressure.
+
+        Nor may a calculator whose forces are not the energy's gradient run at constant energy.
+        """
         super().check(start, calculator)
+        if self.thermostat_time is None and not self.force_nonconservative:
+            require_conservative(calculator, f"the job '{self.name}'")
         if self.pressure is None:
             return
         where = f"the job '{self.name}' runs at constant pressure"
@@ -257,6 +272,21 @@ class MDJob(Job):
             energy=torch.tensor([s.energy for s in states], dtype=torch.float64),
             job=torch.zeros(n, dtype=torch.int64),
             time=torch.tensor([s.step * self.timestep for s in states], dtype=torch.float64),
+        )
+
+
+def require_conservative(calculator: BaseCalculator | None, what: str) -> None:
+    """Refuse a calculator that says of itself, by `conservative`, that it conserves no energy.
+
+    Raises
+    ------
+    ConfigError
+        Naming `what` needs it.
+    """
+    if not getattr(calculator, "conservative", True):
+        raise ConfigError(
+            f"{what} runs at constant energy, which direct forces do not conserve: use a "
+            "thermostat, or force it by force_nonconservative"
         )
 
 

@@ -208,6 +208,7 @@ class TeacherCalculator(Calculator):
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
         self.teacher = teacher
+        self.conservative = teacher.info.conservative
         self.signals = {n: a for n, a in ASE_NAMES.items() if n in teacher.properties}
         self.implemented_properties = [*self.signals.values(), "free_energy"]
 

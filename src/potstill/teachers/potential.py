@@ -32,6 +32,8 @@ class PotentialTeacher(Teacher):
 
     def __init__(self, potential: Potential, info: TeacherInfo | None = None) -> None:
         self.potential = potential
+        if potential.direct_forces:
+            self.properties = self.properties - {"stress"}
         self.info = info or describe_potential(potential, potential.kind, {})
 
     @classmethod

@@ -60,6 +60,8 @@ class MdConfig(Settings):
         Repeat a periodic structure until it has so many atoms.
     seed : int
         Of velocities and thermostat.
+    force_nonconservative : bool
+        Allow `nve` for a model with direct forces, which conserve no energy.
     """
 
     model: TeacherSettings
@@ -75,6 +77,7 @@ class MdConfig(Settings):
     thermostat_time: float = Field(default=100.0, gt=0)
     n_atoms: int = Field(default=1, ge=1)
     seed: int = Field(default=0, ge=0)
+    force_nonconservative: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ def run_dynamics(config: MdConfig, display: Display | None = None) -> MdResult:
         raise ConfigError(f"{config.structure} holds {structures.n_systems} structures: choose one")
     start = smallest_supercell(structures, min_atoms=config.n_atoms)
     calculator = make_calculator(config.model.spec, config.model.args)
+    production(config).check(start, calculator)  # before a folder is made
     folder = Path(config.out)
     claim_folder(folder, config)
     return simulate(config, start, calculator, folder, display or Display())
@@ -142,6 +146,7 @@ def production(config: MdConfig) -> MDJob:
         equilibration=0.0 if constant_energy else 1000.0 * config.equilibration,
         timestep=config.timestep,
         thermostat_time=None if constant_energy else config.thermostat_time,
+        force_nonconservative=config.force_nonconservative,
     )
 
 

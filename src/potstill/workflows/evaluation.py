@@ -64,6 +64,8 @@ class BenchSettings(Settings):
         Atoms per batch of the tests `s2ef` and `throughput`.
     seed : int
         Of velocities.
+    force_nonconservative : bool
+        Do the NVE test with models whose forces are direct, too.
     """
 
     n_atoms: int = Field(default=64, ge=1)
@@ -74,6 +76,7 @@ class BenchSettings(Settings):
     memory_sizes: tuple[int, ...] = (500, 2000)
     batch_atoms: int = Field(default=4096, ge=1)
     seed: int = 0
+    force_nonconservative: bool = False
 
 
 class EvaluateConfig(Settings):
@@ -259,6 +262,7 @@ def _nve(bench: Bench, candidate: Candidate) -> Any:
             duration=bench.settings.nve_duration,
             timestep=bench.settings.timestep,
             seed=bench.settings.seed,
+            force_nonconservative=bench.settings.force_nonconservative,
         ).to_json()
 
 

@@ -1,0 +1,188 @@
+"""SchNet: continuous-filter convolutions on scalar features.
+
+Schütt, Kindermans, Sauceda, Chmiela, Tkatchenko, Müller, NeurIPS 2017 (arXiv:1706.08566), in the
+form of the Open Catalyst Project, whose names the hyper-parameters keep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from potstill.errors import ModelError
+from potstill.models.base import (
+    Edges,
+    FeatureRecorder,
+    LocalOutput,
+    Potential,
+    TapSpec,
+    refuse_ghosts,
+    xavier_linear,
+)
+from potstill.radial import cosine_envelope, gaussian_basis
+from potstill.structures import SpeciesTable
+
+#: Hyper-parameters of Ekström Kelvinius et al. (Table 5) by data set.
+SCHNET: dict[str, dict[str, Any]] = {
+    "oc20": {
+        "hidden_channels": 1024,
+        "num_filters": 256,
+        "num_interactions": 5,
+        "num_gaussians": 200,
+        "cutoff": 6.0,
+    },
+    "coll": {
+        "hidden_channels": 128,
+        "num_filters": 128,
+        "num_interactions": 6,
+        "num_gaussians": 50,
+        "cutoff": 12.0,
+    },
+}
+
+
+class ShiftedSoftplus(nn.Module):
+    """ln(1 + exp(x)) - ln 2, zero at zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise."""
+        return nn.functional.softplus(x) - math.log(2.0)
+
+
+class SchNetInteraction(nn.Module):
+    """The interaction block: what is added to the features of an atom.
+
+    W3 ssp(W2 sum_j (W1 x_j) * filter(r_ij)), where W2 and W3 have biases.
+    """
+
+    def __init__(self, hidden_channels: int, num_filters: int, num_gaussians: int) -> None:
+        super().__init__()
+        self.filter_network = nn.Sequential(
+            xavier_linear(num_gaussians, num_filters),
+            ShiftedSoftplus(),
+            xavier_linear(num_filters, num_filters),
+        )
+        self.before = xavier_linear(hidden_channels, num_filters, bias=False)
+        self.after = nn.Sequential(
+            xavier_linear(num_filters, hidden_channels),
+            ShiftedSoftplus(),
+            xavier_linear(hidden_channels, hidden_channels),
+        )
+
+    def filters(self, basis: Tensor, envelope: Tensor) -> Tensor:
+        """(E, num_filters) from (E, num_gaussians) and (E,)."""
+        return self.filter_network(basis) * envelope.unsqueeze(1)
+
+    def forward(self, x: Tensor, filters: Tensor, edges: Edges, n_local: int) -> Tensor:
+        """(n_local, hidden_channels) from (N, hidden_channels) features."""
+        messages = self.before(x).index_select(0, edges.neighbor) * filters
+        return self.after(edges.sum_to_centers(messages, n_local))
+
+
+class SchNet(Potential):
+    """SchNet with conservative forces.
+
+    Parameters
+    ----------
+    species_table : SpeciesTable
+        The species, each with an embedding of its own.
+    hidden_channels : int
+        Width F of the features of an atom.
+    num_filters : int
+        Width of the convolutions.
+    num_interactions : int
+        Number of interaction blocks.
+    num_gaussians : int
+        Radial functions, from zero to the cutoff.
+    cutoff : float
+        Å.
+
+    Notes
+    -----
+    A filter is a network of two linear layers with one shifted softplus between them, times a
+    cosine envelope. The paper of 2017 has no envelope, which makes energies jump at the cutoff, and
+    a second softplus. The energy of an atom is a network of one hidden layer of width F / 2;
+    energies of atoms are summed (`readout: add` of the Open Catalyst Project).
+
+    Taps: `embedding`, `filter_k` (pairs) and `interaction_k` for k from 1, and `last`.
+    """
+
+    kind = "schnet"
+
+    def __init__(
+        self,
+        species_table: SpeciesTable,
+        hidden_channels: int = 128,
+        num_filters: int = 128,
+        num_interactions: int = 6,
+        num_gaussians: int = 50,
+        cutoff: float = 6.0,
+    ) -> None:
+        super().__init__(species_table, cutoff)
+        if min(num_filters, num_interactions) < 1 or min(hidden_channels, num_gaussians) < 2:
+            raise ModelError(
+                "SchNet needs at least one filter and interaction, two channels and Gaussians"
+            )
+        self.hidden_channels = hidden_channels
+        self.num_filters = num_filters
+        self.num_interactions = num_interactions
+        self.num_gaussians = num_gaussians
+        self.embedding = nn.Embedding(len(species_table), hidden_channels)
+        self.interactions = nn.ModuleList(
+            SchNetInteraction(hidden_channels, num_filters, num_gaussians)
+            for _ in range(num_interactions)
+        )
+        self.hidden = nn.Sequential(
+            xavier_linear(hidden_channels, hidden_channels // 2), ShiftedSoftplus()
+        )
+        self.energy_layer = xavier_linear(hidden_channels // 2, 1)
+
+    @property
+    def taps(self) -> dict[str, TapSpec]:
+        """Features of atoms after the embedding and each block, filters, and the last layer."""
+        taps = {"embedding": TapSpec("node_scalar", self.hidden_channels)}
+        for k in range(1, self.num_interactions + 1):
+            taps[f"filter_{k}"] = TapSpec("edge_scalar", self.num_filters)
+            taps[f"interaction_{k}"] = TapSpec("node_scalar", self.hidden_channels)
+        return taps | {"last": TapSpec("node_scalar", self.hidden_channels // 2)}
+
+    def forward(
+        self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
+    ) -> LocalOutput:
+        """(n_local,) atomic energies.
+
+        Raises
+        ------
+        ModelError
+            If there are ghost atoms and several interaction blocks.
+        """
+        if self.num_interactions > 1:
+            refuse_ghosts("SchNet", species, n_local)
+        found = FeatureRecorder(taps)
+        r = torch.linalg.vector_norm(r_ij.to(self.dtype), dim=1)
+        basis = gaussian_basis(r, self.num_gaussians, self.cutoff)
+        envelope = cosine_envelope(r, self.cutoff)
+        x = self.embedding(species)
+        found.keep("embedding", x[:n_local])
+        for k, block in enumerate(cast(Iterable[SchNetInteraction], self.interactions), start=1):
+            filters = block.filters(basis, envelope)
+            x = x[:n_local] + block(x, filters, edges, n_local)
+            found.keep(f"filter_{k}", filters)
+            found.keep(f"interaction_{k}", x)
+        last = self.hidden(x)
+        found.keep("last", last)
+        return LocalOutput(self.energy_layer(last)[:, 0], found.features)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """All arguments but the species table."""
+        return {
+            "hidden_channels": self.hidden_channels,
+            "num_filters": self.num_filters,
+            "num_interactions": self.num_interactions,
+            "num_gaussians": self.num_gaussians,
+            "cutoff": self.cutoff,
+        }
