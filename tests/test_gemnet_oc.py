@@ -1,8 +1,10 @@
 """GemNet-OC: graphs against loops, continuity at every cutoff, caps, scale factors, training."""
 
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,17 +12,23 @@ import torch
 from scipy.special import eval_legendre, sph_harm_y
 from torch import Tensor
 
+from golden.make_gemnet_oc import made_up, structures_of
 from potstill.distill.losses import LossTerm
 from potstill.errors import ModelError
 from potstill.models import GemNetOC, build_model
-from potstill.models.base import Edges
-from potstill.models.gemnet_oc import PRESETS, GemNetOCSettings, fit_scale_factors
+from potstill.models.base import Edges, forces_from_pairs
+from potstill.models.gemnet_oc import (
+    PRESETS,
+    GemNetOCSettings,
+    fit_scale_factors,
+    load_published_weights,
+)
 from potstill.models.gemnet_oc.bases import Angular, circular_basis, envelope, radial_basis
 from potstill.models.gemnet_oc.graphs import TIE, Graphs, Groups
 from potstill.models.gemnet_oc.interactions import Bilinear
 from potstill.models.gemnet_oc.layers import ScaleFactor, he_orthogonal_
 from potstill.neighbors import build_neighbor_list, pair_vectors
-from potstill.structures import Properties, SpeciesTable, Structures
+from potstill.structures import Properties, Species, SpeciesTable, Structures
 from potstill.testing import (
     check_batched_equals_single,
     check_extensivity,
@@ -613,6 +621,67 @@ def test_bad_hyperparameters(changes: dict[str, Any], message: str) -> None:
 def test_unknown_hyperparameters_are_named() -> None:
     with pytest.raises(ModelError, match="emb_size_atoms"):
         build_model("gemnet_oc", TWO, {"emb_size_atoms": 4})
+
+
+# -- the published implementation ----------------------------------------------------------------
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "gemnet_oc_fairchem.json").read_text())
+
+
+def published_state() -> dict[str, Tensor]:
+    return {name: made_up(name, tuple(shape)) for name, shape in GOLDEN["weights"].items()}
+
+
+def like_published(case: dict[str, Any], **changes: Any) -> GemNetOC:
+    hyperparameters = GOLDEN["hyperparameters"] | case["caps"] | {"dihedral_reg": 1e-24}
+    model = GemNetOC(TWO, **(hyperparameters | changes)).double()
+    load_published_weights(model, published_state())
+    return model
+
+
+@pytest.mark.parametrize("number", range(len(GOLDEN["cases"])))
+def test_numbers_of_the_published_code(number: int) -> None:
+    case = GOLDEN["cases"][number]
+    model = like_published(case)
+    structures = structures_of(case)
+    prediction = model.predict(structures)
+    forces = torch.tensor(case["direct_forces"], dtype=torch.float64)
+    assert float(prediction["energy"]) == pytest.approx(case["energy"], abs=1e-10)
+    assert float((prediction["forces"] - forces).abs().max()) < 1e-10
+    neighbors = build_neighbor_list(structures, model.cutoff)
+    edges = Edges.of(structures, neighbors)
+    r_ij = pair_vectors(structures, neighbors).requires_grad_(True)
+    energies = model(structures.species, edges, r_ij, structures.n_atoms).atomic_energies
+    (by_pair,) = torch.autograd.grad(energies.sum(), r_ij)
+    gradient = -forces_from_pairs(by_pair, edges, structures.n_atoms)
+    expected = torch.tensor(case["gradient"], dtype=torch.float64)
+    assert float(expected.abs().max()) > 1e-2
+    assert float((gradient - expected).abs().max()) < 1e-9 * float(expected.abs().max())
+    single = model.to(torch.float32).predict(structures)
+    assert float(single["energy"]) == pytest.approx(case["energy"], rel=1e-5)
+
+
+def test_regularized_dihedral_angles_stay_near_the_published_ones() -> None:
+    case = GOLDEN["cases"][1]
+    default = GemNetOCSettings().dihedral_reg
+    model = like_published(case, dihedral_reg=default)
+    difference = abs(float(model.predict(structures_of(case))["energy"]) - case["energy"])
+    assert 0.0 < difference < 1e-4
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    model = like_published(GOLDEN["cases"][0])
+    state = published_state()
+    del state["out_energy.linear.weight"]
+    with pytest.raises(ModelError, match=r"(?s)do not fit the model: .*energy\.weight"):
+        load_published_weights(model, state)
+    state = published_state() | {"extra.linear.weight": torch.zeros(2, 2)}
+    with pytest.raises(ModelError, match=r"extra\.weight"):
+        load_published_weights(model, state)
+    beads = SpeciesTable((Species("W", 72.0),))
+    other = GemNetOC(beads, **(GOLDEN["hyperparameters"] | NO_CAPS))
+    with pytest.raises(ModelError, match="not for beads"):
+        load_published_weights(other, published_state())
 
 
 # -- scale factors -------------------------------------------------------------------------------
