@@ -633,7 +633,7 @@ def published_state() -> dict[str, Tensor]:
 
 
 def like_published(case: dict[str, Any], **changes: Any) -> GemNetOC:
-    hyperparameters = GOLDEN["hyperparameters"] | case["caps"] | {"dihedral_reg": 1e-24}
+    hyperparameters = GOLDEN["hyperparameters"] | case["caps"] | {"dihedral_reg": 1e-16}
     model = GemNetOC(TWO, **(hyperparameters | changes)).double()
     load_published_weights(model, published_state())
     return model

@@ -81,11 +81,15 @@ def cases() -> list[dict[str, Any]]:
         ((2, 2, 2), (False, False, False), CAPS, None),
         ((2, 2, 2), (True, True, False), NO_CAPS, [0, 0, 1, 0, 0, 0, 2, 0]),
     ):
-        corners = torch.cartesian_prod(*(torch.arange(k, dtype=torch.float64) for k in grid))
+        # An atom and two of its images on a line would have a dihedral angle from rounding errors.
+        spacing = torch.tensor([2.2 if k > 1 else 3.0 for k in grid], dtype=torch.float64)
+        corners = spacing * torch.cartesian_prod(
+            *(torch.arange(k, dtype=torch.float64) for k in grid)
+        )
         noise = torch.randn(len(corners) + 3, 3, generator=generator, dtype=torch.float64)
         shear = torch.eye(3, dtype=torch.float64) + 0.1 * noise[-3:]
-        positions = 2.2 * corners @ shear + 0.2 * noise[:-3]
-        cell = 2.2 * torch.diag(torch.tensor(grid, dtype=torch.float64)) @ shear
+        positions = corners @ shear + 0.2 * noise[:-3]
+        cell = torch.diag(spacing * torch.tensor(grid)) @ shear
         cell = torch.where(torch.tensor(periodic)[:, None], cell, 0.0)
         found.append(
             {
