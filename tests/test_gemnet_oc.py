@@ -13,6 +13,7 @@ from scipy.special import eval_legendre, sph_harm_y
 from torch import Tensor
 
 from golden.make_gemnet_oc import made_up, structures_of
+from potstill.calculators import PotstillCalculator
 from potstill.distill.losses import LossTerm
 from potstill.errors import ModelError
 from potstill.models import GemNetOC, build_model
@@ -360,6 +361,19 @@ def test_quadruplets_go_through_tagged_atoms() -> None:
     assert torch.allclose(both["energy"], expected, atol=1e-11)
     every = small(qint_tags=[0, 1, 2]).predict(tagged)
     assert torch.allclose(every["energy"], plain["energy"], atol=1e-11)
+
+
+def test_the_calculator_passes_tags_on() -> None:
+    model = small()
+    tagged = replace(some_cluster(), tags=torch.tensor([0, 0, 1, 0, 2, 0, 0]))
+    (atoms,) = tagged.to_ase()
+    atoms.calc = PotstillCalculator(model)
+    expected = model.predict(tagged)["energy"].item()
+    assert atoms.get_potential_energy() == pytest.approx(expected, abs=1e-10)
+    atoms.set_tags(0)
+    atoms.calc.reset()
+    untagged = model.predict(some_cluster())["energy"].item()
+    assert atoms.get_potential_energy() == pytest.approx(untagged, abs=1e-10)
 
 
 # -- continuity ----------------------------------------------------------------------------------
