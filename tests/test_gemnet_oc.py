@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ase.build import bulk
 from scipy.special import eval_legendre, sph_harm_y
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from potstill.models.gemnet_oc import (
     load_published_weights,
 )
 from potstill.models.gemnet_oc.bases import Angular, circular_basis, envelope, radial_basis
-from potstill.models.gemnet_oc.graphs import TIE, Graphs, Groups
+from potstill.models.gemnet_oc.graphs import TIE, Graphs, Groups, reverse_pairs
 from potstill.models.gemnet_oc.interactions import Bilinear
 from potstill.models.gemnet_oc.layers import ScaleFactor, he_orthogonal_
 from potstill.neighbors import build_neighbor_list, pair_vectors
@@ -342,6 +343,19 @@ def test_pairs_in_one_direction_are_refused() -> None:
         model(structures.species, edges, r_ij, structures.n_atoms)
 
 
+@pytest.mark.parametrize("crystal", ["Al", "Fe", "Mg", "Si"])
+def test_hundreds_of_images_find_their_reverses(crystal: str) -> None:
+    structures = Structures.from_ase(bulk(crystal))
+    neighbors = build_neighbor_list(structures, 12.0)
+    assert neighbors.n_pairs > 400
+    for dtype in (torch.float64, torch.float32):
+        r_ij = pair_vectors(structures, neighbors).to(dtype)
+        reverse = reverse_pairs(Edges.of(structures, neighbors), r_ij)
+        assert torch.equal(neighbors.shifts[reverse], -neighbors.shifts)
+        assert torch.equal(neighbors.center[reverse], neighbors.neighbor)
+        assert torch.equal(neighbors.neighbor[reverse], neighbors.center)
+
+
 def test_quadruplets_go_through_tagged_atoms() -> None:
     model = small()
     structures = some_cluster()
@@ -618,7 +632,7 @@ def test_hyperparameters_rebuild_the_model() -> None:
     [
         ({"cutoff": 5.0}, "cutoff must be positive and at most cutoff_aint"),
         ({"cutoff_qint": 0.0}, "cutoff_qint must be positive"),
-        ({"max_neighbors_aint": 3}, "max_neighbors must be at most max_neighbors_aint"),
+        ({"max_neighbors_aint": 3}, r"max_neighbors \(no cap\) exceeds max_neighbors_aint \(3\)"),
         ({"max_neighbors": 0}, "at least 1, or null"),
         ({"emb_size_cbf": 1}, "emb_size_cbf must be at least 2"),
         ({"num_blocks": 0}, "num_blocks"),

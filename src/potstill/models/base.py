@@ -96,7 +96,11 @@ class Edges:
 
 @dataclass(frozen=True)
 class TapSpec:
-    """A named internal feature: where it lives and how wide it is."""
+    """A named internal feature: where it lives and how wide it is.
+
+    Edge features have a row per given pair, or, of a model with a graph of its own, per edge of it:
+    then the model's tap `edges`, (M, 1) int64, says which of the given pairs these are.
+    """
 
     kind: Literal["node_scalar", "node_vector", "edge_scalar"]
     width: int

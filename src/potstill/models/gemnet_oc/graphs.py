@@ -154,6 +154,8 @@ class Graphs:
     aeaint, aint, qint : Graph
         Edges of the interactions between atoms and edges, between atoms, and in the middle of
         quadruplets.
+    given_reverse : Tensor
+        (E,) int64, the reverse of each given pair.
     """
 
     main: Graph
@@ -254,7 +256,7 @@ def build_graphs(
         If a pair comes without its reverse.
     """
     r_ij = r_ij.detach()
-    reverse = _reverse(edges, r_ij)
+    reverse = reverse_pairs(edges, r_ij)
     distance = torch.linalg.vector_norm(r_ij, dim=1)
     distance = torch.minimum(distance, distance[reverse])  # equal to the last digit both ways
     limits = _Limits(edges.center, distance, n_atoms)
@@ -301,11 +303,23 @@ class _Limits:
         return self.distance <= limit[self.center] + TIE
 
 
-def _reverse(edges: Edges, r_ij: Tensor) -> Tensor:
-    """(E,) the pair (j, i, -r) of each pair (i, j, r).
+def reverse_pairs(edges: Edges, r_ij: Tensor) -> Tensor:
+    """(E,) int64: the pair (j, i, -r) of each pair (i, j, r).
 
     Images of one pair of atoms are put in the order of their vectors' projections on a direction,
     from the one end upwards, from the other downwards.
+
+    Parameters
+    ----------
+    edges : Edges
+        The pairs.
+    r_ij : Tensor
+        (E, 3) Å.
+
+    Raises
+    ------
+    ModelError
+        If a pair comes without its reverse.
     """
     n = int(torch.max(edges.center.max(), edges.neighbor.max())) + 1 if edges.n_pairs else 0
     along = r_ij @ r_ij.new_tensor(_DIRECTION)

@@ -226,9 +226,8 @@ class InteractionBlock(nn.Module):
         self.edge_edge = TripletInteraction(edge, edge, s)
         self.quad = QuadrupletInteraction(s) if s.quad_interaction else None
         self.atom_edge = TripletInteraction(atom, edge, s) if s.atom_edge_interaction else None
-        self.edge_atom = None
-        if s.edge_atom_interaction:
-            self.edge_atom = TripletInteraction(edge, atom, s, to_edges=False)
+        to_atoms = TripletInteraction(edge, atom, s, to_edges=False)
+        self.edge_atom = to_atoms if s.edge_atom_interaction else None
         self.atom_atom = PairInteraction(s) if s.atom_interaction else None
         self.before_skip = residuals(s.num_before_skip, edge)
         self.after_skip = residuals(s.num_after_skip, edge)

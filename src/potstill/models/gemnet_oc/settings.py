@@ -136,7 +136,10 @@ class GemNetOCSettings:
             if cap is not None and cap < 1:
                 raise ModelError(f"GemNet-OC's {name} must be at least 1, or null for no cap")
             if most is not None and (cap is None or cap > most):
-                raise ModelError(f"GemNet-OC's {name} must be at most max_neighbors_aint")
+                raise ModelError(
+                    f"GemNet-OC's {name} ({cap or 'no cap'}) exceeds max_neighbors_aint ({most}): "
+                    "raise that, or set it to null"
+                )
 
 
 #: Hyper-parameters of Ekström Kelvinius et al., Table 7: OC20, its small student, and COLL.
