@@ -16,7 +16,7 @@ from torch import Tensor
 from golden.make_gemnet_oc import made_up, structures_of
 from potstill.calculators import PotstillCalculator
 from potstill.distill.losses import LossTerm
-from potstill.errors import ModelError
+from potstill.errors import DataError, ModelError
 from potstill.models import GemNetOC, build_model
 from potstill.models.base import Edges, forces_from_pairs
 from potstill.models.gemnet_oc import (
@@ -742,6 +742,15 @@ def test_fitted_scale_factors_preserve_the_variance(direct_forces: bool) -> None
     twin = small(direct_forces=direct_forces)
     twin.load_state_dict(model.state_dict())
     assert {k: float(f.scale) for k, f in twin.scale_factors().items()} == fitted
+
+
+def test_fitting_scale_factors_to_a_strange_batch_fails_and_leaves_nothing_behind() -> None:
+    model = small()
+    strange = Structures.from_ase(bulk("Al"))
+    with pytest.raises(DataError, match="Al"):
+        fit_scale_factors(model, [some_cluster(), strange, some_cluster()])
+    assert all(factor.observer is None for factor in model.scale_factors().values())
+    assert fit_scale_factors(model, []) == {}
 
 
 def test_scale_factors_that_meet_nothing_stay() -> None:

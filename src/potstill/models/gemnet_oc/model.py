@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from threading import BrokenBarrierError
 from typing import Any
 
 import torch
@@ -160,90 +162,89 @@ class GemNetOC(Potential):
         return {n: m for n, m in self.named_modules() if isinstance(m, ScaleFactor)}
 
 
-class _Seen(Exception):
-    """What a pass was made for: the arguments of a scale factor."""
-
-
-@torch.no_grad()
 def fit_scale_factors(model: GemNetOC, batches: Sequence[Structures]) -> dict[str, float]:
     """Set the scale factors so that results have the variance of what they were made from.
 
     As in the original: one factor after the other in the order in which they are used, each from
     the variances over rows, averaged over features and over all batches. To be done once, with
-    fresh weights.
+    fresh weights. It takes one pass over all batches, whose intermediate results are in memory
+    together.
 
     Parameters
     ----------
     model : GemNetOC
         Its scale factors are overwritten.
     batches : sequence of Structures
-        Some of the training data, say 16 batches.
+        Some of the training data.
 
     Returns
     -------
     dict of str to float
         The factors that were fitted, by name. Others have met no variance (there is no quadruplet,
         say) and are 1.
+
+    Raises
+    ------
+    DataError
+        If a structure holds a species that the model does not know.
     """
-    factors = model.scale_factors()
-    inputs = [(b, build_neighbor_list(b, model.cutoff)) for b in batches]
-    for factor in factors.values():
+    if not batches:
+        return {}
+    inputs = [(batch, build_neighbor_list(batch, model.cutoff)) for batch in batches]
+    fit = _ScaleFit(model, len(inputs))
+    for factor in fit.names:
         factor.scale.fill_(1.0)
-    fitted = {}
-    for name in _order_of_use(model, inputs[:1]):
-        before = after = 0.0
-        for structures, neighbors in inputs:
-            value, reference = _observe(model, factors[name], structures, neighbors)
-            if min(len(value), len(reference)) > 1:
-                before += float(reference.var(dim=0).mean()) * len(value)
-                after += float(value.var(dim=0).mean()) * len(value)
-        if before > 0.0 and after > 0.0:
-            fitted[name] = (before / after) ** 0.5
-            factors[name].scale.fill_(fitted[name])
-    return fitted
-
-
-def _order_of_use(model: GemNetOC, inputs: Sequence[tuple[Structures, NeighborList]]) -> list[str]:
-    names = {id(factor): name for name, factor in model.scale_factors().items()}
-    order: list[str] = []
-
-    def note(factor: ScaleFactor, value: Tensor, reference: Tensor) -> None:
-        order.append(names[id(factor)])
-
-    with _observed_by(note, model.scale_factors().values()):
-        for structures, neighbors in inputs:
-            model.predict(structures, neighbors, ["energy"])
-    return order
-
-
-def _observe(
-    model: GemNetOC, factor: ScaleFactor, structures: Structures, neighbors: NeighborList
-) -> tuple[Tensor, Tensor]:
-    """What a scale factor is to scale, and its reference; the pass ends there."""
-
-    def take(factor: ScaleFactor, value: Tensor, reference: Tensor) -> None:
-        raise _Seen(value, reference)
-
-    with _observed_by(take, [factor]):
-        try:
-            model.predict(structures, neighbors, ["energy"])
-        except _Seen as seen:
-            return seen.args
-    raise AssertionError("a scale factor was not used")
-
-
-@contextmanager
-def _observed_by(
-    observer: Callable[[ScaleFactor, Tensor, Tensor], None], factors: Iterable[ScaleFactor]
-) -> Iterator[None]:
-    factors = list(factors)
-    for factor in factors:
-        factor.observer = observer
+        factor.observer = fit.observe
     try:
-        yield
+        with ThreadPoolExecutor(len(inputs)) as pool:
+            passes = [pool.submit(fit.run, k, *each) for k, each in enumerate(inputs)]
     finally:
-        for factor in factors:
+        for factor in fit.names:
             factor.observer = None
+    errors = [error for error in (done.exception() for done in passes) if error is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, BrokenBarrierError)):
+        raise error
+    return fit.fitted
+
+
+class _ScaleFit:
+    """Passes of all batches side by side, which meet at every scale factor and set it together."""
+
+    def __init__(self, model: GemNetOC, n_batches: int) -> None:
+        self.model = model
+        self.names = {factor: name for name, factor in model.scale_factors().items()}
+        self.fitted: dict[str, float] = {}
+        self._batch = threading.local()
+        self._variances = [(0.0, 0.0)] * n_batches
+        self._factor: ScaleFactor | None = None
+        self._meeting = threading.Barrier(n_batches, self._settle)
+
+    def run(self, batch: int, structures: Structures, neighbors: NeighborList) -> None:
+        """Send a batch through the model."""
+        self._batch.number = batch
+        try:
+            self.model.predict(structures, neighbors, ["energy"])
+        except BaseException:
+            self._meeting.abort()  # nobody waits for this batch
+            raise
+
+    def observe(self, factor: ScaleFactor, value: Tensor, reference: Tensor) -> None:
+        """Note the variances of a batch and wait for the others."""
+        before = after = 0.0
+        if min(len(value), len(reference)) > 1:
+            before = float(reference.var(dim=0).mean()) * len(value)
+            after = float(value.var(dim=0).mean()) * len(value)
+        self._variances[self._batch.number] = (before, after)
+        self._factor = factor
+        self._meeting.wait()
+
+    def _settle(self) -> None:
+        before, after = (sum(column) for column in zip(*self._variances, strict=True))
+        if before > 0.0 and after > 0.0:
+            assert self._factor is not None
+            scale = (before / after) ** 0.5
+            self.fitted[self.names[self._factor]] = scale
+            self._factor.scale.fill_(scale)
 
 
 def _readout(width: int, settings: GemNetOCSettings) -> nn.Sequential:
