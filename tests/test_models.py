@@ -15,6 +15,7 @@ from potstill.models import (
     SNAP,
     ZBL,
     Edges,
+    GemNetOC,
     LocalOutput,
     PaiNN,
     Potential,
@@ -59,6 +60,31 @@ def ani(table: SpeciesTable = TWO, **changes: Any) -> ANI:
         hidden_widths=[7, 5],
     )
     return ANI(table, **(hyperparameters | changes)).double()
+
+
+def gemnet_oc(table: SpeciesTable = TWO, **changes: Any) -> GemNetOC:
+    torch.manual_seed(14)
+    sizes = ("trip_in", "trip_out", "quad_in", "quad_out", "aint_in", "aint_out")
+    numbers = ("before_skip", "after_skip", "concat", "atom", "output_afteratom", "blocks")
+    caps = ("max_neighbors", "max_neighbors_qint", "max_neighbors_aeaint", "max_neighbors_aint")
+    hyperparameters: dict[str, Any] = dict(
+        {f"emb_size_{name}": 4 for name in (*sizes, "rbf", "cbf", "sbf")},
+        **{f"num_{name}": 1 for name in (*numbers, "atom_emb_layers", "global_out_layers")},
+        **dict.fromkeys(caps),
+        emb_size_atom=6,
+        emb_size_edge=8,
+        num_spherical=3,
+        num_radial=6,
+        cutoff=4.0,
+        cutoff_qint=2.8,
+        cutoff_aeaint=3.3,
+        cutoff_aint=4.0,
+        direct_forces=False,
+    )
+    model = GemNetOC(table, **(hyperparameters | changes)).double()
+    for factor in model.scale_factors().values():
+        factor.scale.fill_(2.0)  # so that every interaction is felt
+    return model
 
 
 def snap(table: SpeciesTable = TWO, **changes: Any) -> SNAP:
@@ -126,6 +152,7 @@ TABLE: dict[str, Callable[[], Potential]] = {
     "ani-ensemble": lambda: ani(hidden_widths={"Mg": [7], "O": [6, 4]}, n_members=3),
     "ani-beads": lambda: ani(BEADS),
     "ani-wide-angles": lambda: ani(angular_cutoff=4.0, radial_cutoff=3.5),
+    "gemnet-oc": gemnet_oc,
     "snap-one-species": lambda: snap(ONE, twojmax=5, bzero=False),
     "snap-two-species": snap,
     "snap-quadratic": lambda: snap(quadratic=True, twojmax=3),
@@ -180,6 +207,7 @@ def test_who_accepts_ghosts() -> None:
         "hipnn-one-species",
         "hipnn-one-feature",
         *(name for name in TABLE if name.startswith(("schnet", "painn", "sum-of-direct"))),
+        "gemnet-oc",
         *(f"hipnn-l{l_max}-i{n}" for l_max in (0, 1, 2) for n in (2, 3)),
     } - {"schnet-one-layer", "painn-one-layer"}
 

@@ -171,6 +171,7 @@ class PotstillCalculator(Calculator):
             last,
             positions=torch.from_numpy(atoms.positions),
             cell=torch.from_numpy(atoms.cell.array)[None],
+            tags=torch.from_numpy(atoms.get_tags().astype(np.int64)) if atoms.has("tags") else None,
         )
         return self._structures
 

@@ -14,6 +14,7 @@ from potstill.models.base import LocalOutput as LocalOutput
 from potstill.models.base import Potential as Potential
 from potstill.models.base import Prediction as Prediction
 from potstill.models.base import TapSpec as TapSpec
+from potstill.models.gemnet_oc import GemNetOC as GemNetOC
 from potstill.models.hipnn import HIPNN as HIPNN
 from potstill.models.linear import SNAP as SNAP
 from potstill.models.painn import PaiNN as PaiNN
@@ -26,6 +27,7 @@ from potstill.structures import SpeciesTable
 MODELS: dict[str, type[Potential]] = {
     "hipnn": HIPNN,
     "ani": ANI,
+    "gemnet_oc": GemNetOC,
     "snap": SNAP,
     "schnet": SchNet,
     "painn": PaiNN,

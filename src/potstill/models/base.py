@@ -40,10 +40,27 @@ class Edges:
     ----------
     center, neighbor : Tensor
         (E,) int64. Centers are local atoms (< n_local); neighbors may be ghosts.
+    tags : Tensor, optional
+        (N,) int64 tags of the atoms; -1 in systems without tags.
     """
 
     center: Tensor
     neighbor: Tensor
+    tags: Tensor | None = None
+
+    @classmethod
+    def of(cls, structures: Structures, neighbors: NeighborList) -> Edges:
+        """The pairs of a neighbor list, with the atoms' tags.
+
+        A system whose tags are all zero is one without: so are untagged systems that were joined
+        with tagged ones.
+        """
+        tags = structures.tags
+        if tags is not None:
+            tagged = torch.zeros(structures.n_systems, dtype=torch.bool, device=tags.device)
+            tagged[structures.system_index[tags != 0]] = True
+            tags = torch.where(tagged[structures.system_index], tags, -1)
+        return cls(neighbors.center, neighbors.neighbor, tags)
 
     @property
     def n_pairs(self) -> int:
@@ -112,6 +129,9 @@ class Edges:
 @dataclass(frozen=True)
 class TapSpec:
     """A named internal feature: where it lives and how wide it is.
+
+    Edge features have a row per given pair, or, of a model with a graph of its own, per edge of it:
+    then the model's tap `edges`, (M, 1) int64, says which of the given pairs these are.
 
     Parameters
     ----------
@@ -411,7 +431,7 @@ class Potential(nn.Module, ABC):
                 atomic, forces, *_ = self._direct(structures, neighbors, ())
             virial = forces.new_full((structures.n_systems, 3, 3), torch.nan)
             return FirstOrder(atomic.unsqueeze(1), forces, virial)
-        edges = Edges(neighbors.center, neighbors.neighbor)
+        edges = Edges.of(structures, neighbors)
         r_ij = pair_vectors(structures, neighbors).detach().requires_grad_(True)
         with torch.enable_grad(), _frozen(self):
             terms = self.partial_energies(structures.species, edges, r_ij, structures.n_atoms)
@@ -440,7 +460,7 @@ class Potential(nn.Module, ABC):
             Scalar, float64; differentiable once with respect to the parameters.
         """
         neighbors = _spelled_out(neighbors)
-        edges = Edges(neighbors.center, neighbors.neighbor)
+        edges = Edges.of(structures, neighbors)
         totals = []
         for structures, weights in copies:
             r_ij = pair_vectors(structures, neighbors).detach()
@@ -560,7 +580,7 @@ class Potential(nn.Module, ABC):
         self, structures: Structures, neighbors: NeighborList, taps: Sequence[str]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Atomic energies, forces and features of a model that predicts its forces itself."""
-        edges = Edges(neighbors.center, neighbors.neighbor)
+        edges = Edges.of(structures, neighbors)
         r_ij = pair_vectors(structures, neighbors)
         local = self(structures.species, edges, r_ij, structures.n_atoms, taps)
         assert local.forces is not None, f"{self.kind} declares direct forces and returns none"
@@ -579,7 +599,7 @@ class Potential(nn.Module, ABC):
         create_graph: bool,
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Atomic energies, forces, virial and features by automatic differentiation."""
-        edges = Edges(neighbors.center, neighbors.neighbor)
+        edges = Edges.of(structures, neighbors)
         with torch.set_grad_enabled(create_graph or derivative):
             r_ij = pair_vectors(structures, neighbors)
             if derivative and not r_ij.requires_grad:
@@ -621,7 +641,7 @@ class Potential(nn.Module, ABC):
             raise ModelError(f"{self.kind} predicts forces directly and has no Hessian")
         structures = structures.with_species_table(self.species_table)
         neighbors = _spelled_out(self._check_neighbors(structures, neighbors))
-        edges = Edges(neighbors.center, neighbors.neighbor)
+        edges = Edges.of(structures, neighbors)
         r_ij = pair_vectors(structures, neighbors).requires_grad_(True)
         local = self(structures.species, edges, r_ij, structures.n_atoms)
         energy = local.atomic_energies.to(torch.float64).sum()

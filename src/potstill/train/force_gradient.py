@@ -184,7 +184,7 @@ class Point:
     def edges(self) -> Edges:
         """The pairs, for automatic differentiation."""
         assert isinstance(self.neighbors, NeighborList)
-        return Edges(self.neighbors.center, self.neighbors.neighbor)
+        return Edges.of(self.structures, self.neighbors)
 
     @cached_property
     def r_ij(self) -> Tensor:

@@ -25,12 +25,14 @@ from potstill.metrics import ErrorAccumulator
 from potstill.models import (
     HIPNN,
     ZBL,
+    GemNetOC,
     Potential,
     SpeciesOffsets,
     SumPotential,
     build_model,
 )
-from potstill.structures import SpeciesTable
+from potstill.models.gemnet_oc import fit_scale_factors
+from potstill.structures import SpeciesTable, Structures
 from potstill.train.compilation import network_passes
 from potstill.train.data import TrainingSet, fit_offsets
 from potstill.train.devices import default_fabric
@@ -44,6 +46,7 @@ from potstill.train.state import Interruption, RunFolder, Trainee, restore, snap
 EpochCallback = Callable[[dict[str, Any]], None]
 
 _EVALUATION_ATOMS = 4096
+_BATCHES_FOR_SCALES = 4
 
 
 @dataclass(frozen=True)
@@ -289,7 +292,20 @@ def initial_student(
     residual = data.minus(SumPotential(components))
     if isinstance(network, HIPNN):
         network.initialize_energy_layers(_residual_offsets(settings, residual))
+    if isinstance(network, GemNetOC):
+        fit_scale_factors(network, _typical_batches(settings, residual.structures))
     return SumPotential({**components, "network": network}), residual
+
+
+def _typical_batches(settings: TrainSettings, structures: Structures) -> list[Structures]:
+    """A few batches of configurations from all over the training set."""
+    n = structures.n_systems
+    spread = torch.linspace(0, n - 1, min(n, _BATCHES_FOR_SCALES * settings.batch_size)).long()
+    if settings.batch_atoms is not None:
+        batches = structures.batches(settings.batch_atoms, spread)
+    else:
+        batches = list(spread.split(settings.batch_size))
+    return [structures.select(batch) for batch in batches[:_BATCHES_FOR_SCALES]]
 
 
 def _zbl(settings: TrainSettings, table: SpeciesTable) -> ZBL:
