@@ -460,7 +460,7 @@ class Potential(nn.Module, ABC):
             Scalar, float64; differentiable once with respect to the parameters.
         """
         neighbors = _spelled_out(neighbors)
-        edges = Edges.of(structures, neighbors)
+        edges = Edges.of(copies[0][0], neighbors)
         totals = []
         for structures, weights in copies:
             r_ij = pair_vectors(structures, neighbors).detach()
