@@ -261,6 +261,11 @@ class Potential(nn.Module, ABC):
         return {}
 
     @property
+    def default_tap(self) -> str | None:
+        """The last feature before the output layer: what is distilled unless a tap is named."""
+        return None
+
+    @property
     def dtype(self) -> torch.dtype:
         """Floating dtype the model computes in."""
         for tensor in chain(self.parameters(), self.buffers()):

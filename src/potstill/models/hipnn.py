@@ -304,6 +304,11 @@ class HIPNN(Potential):
             taps[f"block_{b}"] = TapSpec("node_scalar", self.n_features)
         return taps
 
+    @property
+    def default_tap(self) -> str:
+        """The features of the last block."""
+        return f"block_{self.n_interaction_layers - 1}"
+
     def forward(
         self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
     ) -> LocalOutput:

@@ -123,6 +123,12 @@ class SumPotential(Potential):
             for tap, spec in component.taps.items()
         }
 
+    @property
+    def default_tap(self) -> str | None:
+        """That of the network."""
+        network = self.components.get("network")
+        return None if network is None else network.default_tap
+
     def forward(
         self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
     ) -> LocalOutput:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from potstill.core import CompactNeighbors, compact_neighbors, select_neighbors
 from potstill.errors import DataError
+from potstill.features import Feature
 from potstill.models import Potential
 from potstill.models.base import Pairs
 from potstill.neighbors import build_neighbor_list
@@ -19,11 +20,12 @@ from potstill.structures import NeighborList, Properties, SpeciesTable, Structur
 
 @dataclass(frozen=True)
 class Batch:
-    """A few configurations with their neighbor list and the labels of every source."""
+    """A few configurations with their neighbor list, labels and features of every source."""
 
     structures: Structures
     neighbors: Pairs
     labels: dict[str, Properties]
+    features: dict[str, dict[str, Feature]] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Batch:
         """Move all tensors to a device."""
@@ -34,6 +36,10 @@ class Batch:
             if isinstance(self.neighbors, NeighborList)
             else self.neighbors,
             {source: labels.to(device) for source, labels in self.labels.items()},
+            {
+                source: {tap: feature.to(device) for tap, feature in taps.items()}
+                for source, taps in self.features.items()
+            },
         )
 
 
@@ -49,11 +55,14 @@ class TrainingSet:
         One entry per source: `reference`, and teachers by name.
     neighbors : NeighborList or CompactNeighbors, optional
         Filled in by `with_neighbors`, packed by `compacted`.
+    features : dict of str to dict of str to Feature
+        Stored features of teachers, by name and tap; the teacher's own choice of a tap comes last.
     """
 
     structures: Structures
     labels: Mapping[str, Properties]
     neighbors: Pairs | None = None
+    features: Mapping[str, Mapping[str, Feature]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.structures.n_systems
@@ -80,6 +89,10 @@ class TrainingSet:
             self.structures.select(systems),
             {name: p.select(systems, self.structures) for name, p in self.labels.items()},
             self._select_neighbors(systems),
+            {
+                source: {tap: f.select(systems, self.structures) for tap, f in taps.items()}
+                for source, taps in self.features.items()
+            },
         )
 
     def _select_neighbors(self, systems: Tensor) -> Pairs | None:
@@ -94,7 +107,8 @@ class TrainingSet:
             raise DataError("a training set needs its neighbor list before batches are drawn")
         part = self.select(systems)
         assert part.neighbors is not None
-        return Batch(part.structures, part.neighbors, dict(part.labels))
+        features = {source: dict(taps) for source, taps in part.features.items()}
+        return Batch(part.structures, part.neighbors, dict(part.labels), features)
 
     def minus(self, baseline: Potential) -> TrainingSet:
         """Subtract what fixed potentials (offsets, prior) give from the labels of every source.

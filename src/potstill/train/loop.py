@@ -31,8 +31,10 @@ from potstill.models import (
     build_model,
 )
 from potstill.structures import SpeciesTable
+from potstill.teachers.base import Teacher
 from potstill.train.data import TrainingSet, epoch_batches, fit_offsets
 from potstill.train.devices import default_fabric
+from potstill.train.features import FeatureSources, average_over_ranks
 from potstill.train.force_gradient import ForceGradient, NetworkPasses
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import TrainSettings
@@ -78,6 +80,7 @@ def train(
     *,
     info: Mapping[str, Any] | None = None,
     initial: Potential | None = None,
+    teachers: Mapping[str, Teacher] | None = None,
     on_epoch: EpochCallback | None = None,
     fabric: lightning_fabric.Fabric | None = None,
 ) -> TrainResult:
@@ -96,6 +99,8 @@ def train(
         What to write into the saved potential (data, teacher, versions).
     initial : Potential, optional
         Start from this potential's weights, offsets and prior (fine-tuning) instead of anew.
+    teachers : mapping, optional
+        Teachers by source, which compute the features that the training set does not hold.
     on_epoch : callable, optional
         Progress display.
     fabric : lightning_fabric.Fabric, optional
@@ -109,14 +114,14 @@ def train(
     Raises
     ------
     MissingLabelError
-        If a label that the loss or the score asks for is absent.
+        If a label or feature that the loss or the score asks for is absent.
     DivergenceError
         If the loss becomes infinite or NaN; the last good weights stay in the folder.
     ConfigError
         If the folder holds a run with other settings or data.
     """
     fabric = fabric or default_fabric()
-    check_signals(settings.loss, training.labels, "training set")
+    check_signals(settings.label_terms, training.labels, "training set")
     score_needs = [_score_term(key, settings.score.source) for key in settings.score.weights]
     check_signals(score_needs, validation.labels, "validation set")
 
@@ -125,7 +130,11 @@ def train(
     student, training = initial_student(settings, training, initial)
     network, baseline = student["network"], student.without("network")
     network.use_core(settings.core)
-    force_gradient = ForceGradient(settings.force_gradient, network)
+    features = FeatureSources(settings, training, teachers or {}, network)
+    heads = features.heads
+    force_gradient = ForceGradient(
+        settings.force_gradient, network, features=bool(settings.feature_terms)
+    )
     reach = network.cutoff + force_gradient.margin
     training = training.with_neighbors(reach)
     validation = validation.minus(baseline).with_neighbors(network.cutoff)
@@ -134,10 +143,11 @@ def train(
     if network.uses_native:
         validation = validation.compacted()
 
-    run = RunFolder.open(Path(folder), settings, training, fabric)
-    trainee = Trainee.create(student, settings, fabric)
+    run = RunFolder.open(Path(folder), settings, training, fabric, features.summary())
+    trainee = Trainee.create(student, heads, settings, fabric)
     passes = fabric.setup_module(NetworkPasses(network))
-    restore(run, trainee)
+    if not restore(run, trainee):
+        features.choose_scales(settings, network, training, fabric)
 
     with Interruption() as interruption, run.event_log(settings, trainee) as events:
         while trainee.epoch <= settings.epochs and not trainee.should_stop(settings):
@@ -157,15 +167,16 @@ def train(
                 if interruption.requested:
                     break
                 mine = systems[fabric.global_rank :: fabric.world_size]
-                batch = training.batch(mine).to(fabric.device)
-                objective = BatchLoss(settings, epoch, network, batch, fabric)
+                batch = features.complete(training.batch(mine)).to(fabric.device)
+                objective = BatchLoss(settings, epoch, network, batch, fabric, heads)
                 gradient = force_gradient(passes, batch, objective.wanted, objective)
                 if not math.isfinite(gradient.parts["loss"]):
                     run.report_divergence(epoch, trainee.step, gradient.parts)
                 trainee.optimizer.zero_grad(set_to_none=True)
                 gradient.backward(fabric, passes)
+                average_over_ranks(heads, fabric)
                 if settings.optimizer.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(network.parameters(), settings.optimizer.clip_norm)
+                    nn.utils.clip_grad_norm_(trainee.trained, settings.optimizer.clip_norm)
                 trainee.optimizer.step()
                 trainee.after_step(gradient.parts)
             if interruption.requested and trainee.step < len(batches):
@@ -184,7 +195,8 @@ def train(
             record = {
                 "epoch": epoch,
                 "learning_rate": trainee.learning_rate,
-                "weights": {term.name: term.weight_at(epoch) for term in settings.loss},
+                "weights": {t.name: t.weight_at(epoch) for t in settings.label_terms}
+                | {t.name: heads.weight(t, epoch) for t in settings.feature_terms},
                 "train": trainee.epoch_means(),
                 "validation": metrics,
                 "score": score,
@@ -213,7 +225,7 @@ def _validate(
 ) -> dict[str, float]:
     """Metrics against the score's source; those against other sources as `metric:source`."""
     network.eval()
-    sources = {settings.score.source, *(t.source for t in settings.loss if t.ever_active)}
+    sources = {settings.score.source, *(t.source for t in settings.label_terms if t.ever_active)}
     sources &= set(data.labels)
     accumulators = {source: ErrorAccumulator(fabric.device) for source in sorted(sources)}
     names = _validated_properties(settings)
@@ -233,7 +245,7 @@ def _validate(
 
 
 def _validated_properties(settings: TrainSettings) -> tuple[str, ...]:
-    used = {term.property for term in settings.loss if term.ever_active}
+    used = {term.property for term in settings.label_terms if term.ever_active}
     return tuple(sorted(used | {"energy", "forces"}))
 
 
@@ -316,7 +328,7 @@ def _residual_offsets(settings: TrainSettings, data: TrainingSet) -> Tensor:
 
 
 def _energy_source(settings: TrainSettings) -> str:
-    for term in settings.loss:
+    for term in settings.label_terms:
         if term.property == "energy":
             return term.source
     return settings.score.source
