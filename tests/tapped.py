@@ -70,3 +70,26 @@ class Tapped(Potential):
 
     def hyperparameters(self) -> dict[str, Any]:
         return {"width": self.width, "cutoff": self.cutoff, "seed": self.seed}
+
+
+class Choosing(Tapped):
+    """Its features of pairs are those of the shorter half of the cutoff alone."""
+
+    kind = "choosing"
+
+    @property
+    def taps(self) -> dict[str, TapSpec]:
+        return {"edges": TapSpec("edge_scalar", 1), **super().taps}
+
+    def forward(
+        self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
+    ) -> LocalOutput:
+        own = [tap for tap in taps if tap != "edges"]
+        output = super().forward(species, edges, r_ij, n_local, own)
+        chosen = torch.linalg.vector_norm(r_ij, dim=1) < 0.8 * self.cutoff
+        features = dict(output.features)
+        if "pair" in features:
+            features["pair"] = features["pair"][chosen]
+        if "edges" in taps:
+            features["edges"] = chosen.nonzero()
+        return LocalOutput(output.atomic_energies, features)

@@ -23,7 +23,7 @@ from potstill.distill import FeatureTerm, LossTerm, Schedule, expand
 from potstill.distill.aggregate import edges_to_nodes, match_pairs
 from potstill.distill.strategies import PRESETS, STRATEGIES
 from potstill.errors import ConfigError, MissingLabelError
-from potstill.features import Feature
+from potstill.features import Feature, pairs_within
 from potstill.label import label_features
 from potstill.models import HIPNN
 from potstill.neighbors import build_neighbor_list
@@ -38,7 +38,7 @@ from potstill.train.force_gradient import ForceGradient, NetworkPasses
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import ForceGradientSettings, ModelSettings, OptimizerSettings
 from potstill.workflows.training import train_from_config
-from tapped import Tapped
+from tapped import Choosing, Tapped
 from test_train import SMALL, assert_same_weights, emt_set, run_on_two_ranks
 
 REFERENCE = ({"property": "energy"}, {"property": "forces", "weight": 10.0})
@@ -184,7 +184,8 @@ def gradients(
 def test_gradients_of_all_methods_agree(
     data: TrainingSet, teacher: PotentialTeacher, forces: bool
 ) -> None:
-    shape = {**SMALL.hyperparameters, "l_max": 2, "n_interaction_layers": 2}
+    data = data.select(torch.tensor([0, 1]))
+    shape = {**SMALL.hyperparameters, "n_interaction_layers": 2}
     torch.manual_seed(3)
     network = HIPNN(data.structures.species_table, **shape).double()
     lines = [line("n2n", weight=3.0), line("e2n", error="lsp", student_tap="interaction_0")]
@@ -198,6 +199,33 @@ def test_gradients_of_all_methods_agree(
     for flat, others in results.values():
         assert float((flat - exact).norm() / exact.norm()) < 1e-7
         assert others == pytest.approx(parts, rel=1e-10)
+
+
+@pytest.mark.parametrize("student_kind", [Tapped, Choosing])
+@pytest.mark.parametrize("teacher_kind", [Tapped, Choosing])
+def test_pairs_of_different_graphs_meet_by_identity(
+    data: TrainingSet, student_kind: type[Tapped], teacher_kind: type[Tapped]
+) -> None:
+    """Student and teacher with equal weights agree on the pairs that both have."""
+    table = data.structures.species_table
+    network = student_kind(table, width=5, seed=1).double()
+    twin = PotentialTeacher(teacher_kind(table, width=5, seed=1).double().eval())
+    run = settings(loss=[line("e2e", student_transform="identity")])
+    assert gradients(run, network, data, twin)[1]["e2e:big"] < 1e-25
+    other = PotentialTeacher(teacher_kind(table, width=5, seed=2).double().eval())
+    found = gradients(run, network, data, other)[1]["e2e:big"]
+    # By hand: the pairs that count, of both models.
+    pairs = build_neighbor_list(data.structures, 3.5)
+    factor = 0.8 if Choosing in (student_kind, teacher_kind) else 1.0
+    pairs, _ = pairs_within(data.structures, pairs, factor * 3.5)
+    features = [
+        Tapped(table, width=5, seed=seed)
+        .double()
+        .predict(data.structures, replace(pairs, cutoff=3.5), [], taps=["pair"])
+        .features["pair"]
+        for seed in (1, 2)
+    ]
+    assert found == pytest.approx(float((features[0] - features[1]).square().mean()))
 
 
 # -- what a student's file holds -------------------------------------------------------------------

@@ -140,12 +140,17 @@ def pairs_within(
 ) -> tuple[NeighborList, Tensor]:
     """The pairs closer than `cutoff` (Å), and where they are in the list, (E,) bool."""
     near = torch.linalg.vector_norm(pair_vectors(structures, neighbors), dim=1) < cutoff
-    system = structures.system_index[neighbors.center[near]]
-    graph = NeighborList(
-        neighbors.center[near],
-        neighbors.neighbor[near],
-        neighbors.shifts[near],
-        torch.bincount(system, minlength=structures.n_systems),
-        min(cutoff, neighbors.cutoff),
+    graph = pairs_at(structures, neighbors, near)
+    return replace(graph, cutoff=min(cutoff, neighbors.cutoff)), near
+
+
+def pairs_at(structures: Structures, neighbors: NeighborList, index: Tensor) -> NeighborList:
+    """Some pairs of a list, by increasing index or by mask."""
+    center = neighbors.center[index]
+    return NeighborList(
+        center,
+        neighbors.neighbor[index],
+        neighbors.shifts[index],
+        torch.bincount(structures.system_index[center], minlength=structures.n_systems),
+        neighbors.cutoff,
     )
-    return graph, near

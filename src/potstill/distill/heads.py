@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from potstill.distill.aggregate import edges_to_nodes, edges_to_vectors, match_pairs
 from potstill.distill.feature_losses import FEATURE_LOSSES, Rows
-from potstill.distill.taps import default_tap, split_tap
+from potstill.distill.taps import CHOSEN_PAIRS, default_tap, split_tap
 from potstill.distill.terms import FeatureTerm
 from potstill.distill.transforms import make_transform
 from potstill.errors import ConfigError, ModelError, suggest
-from potstill.features import Feature, FeatureKind, pairs_within
+from potstill.features import Feature, FeatureKind, pairs_at, pairs_within
 from potstill.models import Potential, TapSpec
 from potstill.structures import NeighborList, Structures
 
@@ -143,7 +143,15 @@ class FeatureHead(nn.Module):
             mine.width if identities[0] else width,
             theirs.width if identities[1] else width,
         )
+        self._student_chooses = CHOSEN_PAIRS in student.taps
         self.to(student.dtype)
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """What the student is asked for."""
+        if self.term.distill == "e2e" and self._student_chooses:
+            return (*self.student_taps, CHOSEN_PAIRS)
+        return self.student_taps
 
     @property
     def taps_in_words(self) -> str:
@@ -176,7 +184,12 @@ class FeatureHead(nn.Module):
         x = torch.cat([student[tap] for tap in self.student_taps], dim=-1)
         pairs = None
         if self.term.distill == "e2e":
-            x, y = self._shared_pairs(x, feature, structures, neighbors)
+            if self._student_chooses:
+                rows = student[CHOSEN_PAIRS][:, 0].long()
+            else:
+                rows = pairs_within(structures, neighbors, self.cutoff)[1].nonzero()[:, 0]
+                x = x[rows]
+            x, y = self._shared_pairs(x, pairs_at(structures, neighbors, rows), feature)
         else:
             y = self._of_atoms(feature, structures)
             if self.loss.row_wise:
@@ -201,17 +214,16 @@ class FeatureHead(nn.Module):
         return edges_to_vectors(feature, structures)
 
     def _shared_pairs(
-        self, x: Tensor, teacher: Feature, structures: Structures, neighbors: NeighborList
+        self, x: Tensor, own: NeighborList, teacher: Feature
     ) -> tuple[Tensor, Tensor]:
         assert teacher.graph is not None
-        own, near = pairs_within(structures, neighbors, self.cutoff)
         mine, theirs = match_pairs(own, teacher.graph)
         if own.n_pairs and teacher.graph.n_pairs and not len(mine):
             raise ConfigError(
                 f"{self.term.name}: student and teacher have no pair in common, so that features "
                 "of pairs cannot be compared: let both work on one graph"
             )
-        return x[near][mine], teacher.values[theirs]
+        return x[mine], teacher.values[theirs]
 
     def _cast(self, value: Tensor) -> Tensor:
         for parameter in self.parameters():

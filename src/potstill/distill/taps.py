@@ -14,10 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import ModelError, suggest
-from potstill.features import Feature, FeatureKind
+from potstill.features import Feature, FeatureKind, pairs_at
 from potstill.models import Potential, TapSpec
 from potstill.neighbors import build_neighbor_list
 from potstill.structures import Structures
+
+#: Models that choose among the pairs of their list say with this tap, (M, 1), which of them their
+#: features of pairs belong to.
+CHOSEN_PAIRS = "edges"
 
 #: Between the names of taps whose channels are put side by side: `message_6+update_6`.
 JOIN = "+"
@@ -100,16 +104,23 @@ def potential_features(
                 f"{potential.kind} has no feature tap or submodule '{path}'"
                 f"{suggest(path, potential.taps)}"
             )
+    chooses = CHOSEN_PAIRS in potential.taps and any(
+        potential.taps[tap].kind == "edge_scalar" for tap in named
+    )
+    asked = [*named, CHOSEN_PAIRS] if chooses else named
     with captured(potential, paths) as outputs, torch.no_grad():
         # The torch twin: native kernels keep their features to themselves.
-        found = potential.predict(structures, neighbors, ["atomic_energies"], taps=named)
+        found = potential.predict(structures, neighbors, ["atomic_energies"], taps=asked)
+    pairs, recipe = neighbors, f"all pairs within {potential.cutoff:g} Å"
+    if chooses:
+        pairs = pairs_at(structures, neighbors, found.features[CHOSEN_PAIRS][:, 0].long())
+        recipe = f"the choice of {potential.kind} among the pairs within {potential.cutoff:g} Å"
     features = {}
     for tap in taps:
         if tap in found.features:
             spec, values = potential.taps[tap], found.features[tap]
-            graph = neighbors if spec.kind == "edge_scalar" else None
-            recipe = f"all pairs within {potential.cutoff:g} Å" if graph is not None else ""
-            features[tap] = Feature(spec.kind, values.detach(), graph, recipe)
+            graph = (pairs, recipe) if spec.kind == "edge_scalar" else ()
+            features[tap] = Feature(spec.kind, values.detach(), *graph)
         else:
             features[tap] = atom_feature(outputs.get(tap), structures.n_atoms, tap)
     return features
@@ -158,7 +169,7 @@ def default_tap(
     for kind in kinds:
         if preferred is not None and preferred in taps and taps[preferred].kind == kind:
             return preferred
-        of_kind = [name for name, spec in taps.items() if spec.kind == kind]
+        of_kind = [n for n, spec in taps.items() if spec.kind == kind and n != CHOSEN_PAIRS]
         if of_kind:
             return of_kind[-1]
     raise ModelError(

@@ -82,7 +82,7 @@ class BatchLoss:
         """Names of the values that the loss is a function of."""
         names: list[str] = [term.property for term in self.active]
         names += ["hierarchical_energies"] if self.hierarchical else []
-        names += [tap for head in self.active_heads for tap in head.student_taps]
+        names += [tap for head in self.active_heads for tap in head.wanted]
         return tuple(dict.fromkeys(names))
 
     def __call__(self, values: Mapping[str, Tensor]) -> LossValue:
