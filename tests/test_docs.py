@@ -79,6 +79,8 @@ def test_examples_of_configs_of_feature_distillation_are_valid():
     assert len(losses) >= 2
     for loss in losses:
         assert TrainSettings(loss=loss).feature_terms
+    (model,) = [section["model"] for section in sections if "model" in section]
+    assert TrainSettings(model=model).model.initialize is not None
     (teachers,) = [section["teachers"] for section in sections if "teachers" in section]
     assert set(TrainConfig(out="run", data={"store": "x"}, teachers=teachers).teachers) == {
         "chgnet",

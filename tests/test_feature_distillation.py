@@ -35,6 +35,7 @@ from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.devices import default_fabric
 from potstill.train.features import FeatureSources
 from potstill.train.force_gradient import ForceGradient, NetworkPasses
+from potstill.train.loop import initial_student
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import ForceGradientSettings, ModelSettings, OptimizerSettings
 from potstill.workflows.training import train_from_config
@@ -110,6 +111,7 @@ LINES = {
     "n2n by path": line("n2n", teacher_tap="embedding", weight=100.0),
     "n2n lsp": line("n2n", error="lsp", student_transform="identity", weight=1e4),
     "e2n gsp": line("e2n", error="gsp", student_transform="identity", weight=1e4),
+    "n2n fork": line("n2n", error="fork", weight=100.0),
     "v2v cka": line("v2v", error="cka", student_transform="identity", weight=1e3),
 }
 
@@ -590,6 +592,34 @@ def test_another_teacher_cannot_add_features_under_the_same_name(
         label_features(store, other, ["pair"])
     with pytest.raises(potstill.errors.StoreError, match="different teacher"):
         store.begin_labels("big", {"fingerprint": "another"})
+
+
+# -- starting from a teacher's layers --------------------------------------------------------------
+
+
+def test_layers_start_from_a_teacher(data: TrainingSet, tmp_path: Path) -> None:
+    table = data.structures.species_table
+    shape = {**SMALL.hyperparameters, "n_features": 9}
+    wide = HIPNN(table, **shape)
+    save_potential(tmp_path / "wide.pt", wide, {})
+    weights = {"checkpoint": str(tmp_path / "wide.pt"), "names": ["blocks.*"]}
+
+    def start(**changes: object) -> HIPNN:
+        model = {**SMALL.model_dump(), "initialize": {**weights, **changes}}
+        network = initial_student(settings(model=model), data)[0]["network"]
+        assert isinstance(network, HIPNN)
+        return network
+
+    narrow = dict(start(first_channels=True).named_parameters())
+    fresh = initial_student(settings(model=SMALL), data)[0]["network"]
+    for name, value in fresh.named_parameters():
+        theirs = dict(wide.named_parameters())[name].double()
+        part = theirs[tuple(slice(n) for n in value.shape)]
+        assert torch.equal(narrow[name], part if name.startswith("blocks.") else value), name
+    with pytest.raises(ConfigError, match=r"\(6, 6\) in the student and \(9, 9\).*first_channels"):
+        start(names=["blocks.*.res_layer.weight"])
+    with pytest.raises(ConfigError, match="no parameter that the student has, too"):
+        start(names=["interactions.*"])
 
 
 # -- a foreign teacher, from one config ------------------------------------------------------------

@@ -51,6 +51,20 @@ def test_mean_errors(structures: Structures) -> None:
     assert float(loss("mae", x, y, structures)) == pytest.approx(float((x - y).abs().mean()))
 
 
+def test_relations_between_neighbors(structures: Structures) -> None:
+    x, y = normal(structures.n_atoms, 5), normal(structures.n_atoms, 5, seed=1)
+    pairs = build_neighbor_list(structures, 3.0)
+    terms = []
+    for i in range(structures.n_atoms):
+        around = pairs.neighbor[pairs.center == i].tolist()
+        for place, j in enumerate(around):
+            scores = [cosine(x[j] - x[i], y[k] - y[i]) / 0.1 for k in around]
+            terms.append(-float(torch.log_softmax(torch.tensor(scores).double(), 0)[place]))
+    assert len(terms) == pairs.n_pairs > 0
+    assert float(loss("fork", x, y, structures)) == pytest.approx(np.mean(terms))
+    assert float(loss("fork", y, y, structures)) < 0.5 * np.mean(terms)
+
+
 @pytest.mark.parametrize("vectors", [False, True])
 def test_local_structure_preservation(structures: Structures, vectors: bool) -> None:
     shape = (3, 5) if vectors else (5,)
@@ -96,7 +110,7 @@ def test_centered_kernel_alignment(structures: Structures) -> None:
     assert linear_cka(x, 7.0 * y @ q + 1.0) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", ["lsp", "gsp", "cka"])
+@pytest.mark.parametrize("name", ["lsp", "gsp", "cka", "fork"])
 def test_losses_of_vectors_do_not_turn(structures: Structures, name: str) -> None:
     x, y = normal(structures.n_atoms, 3, 4), normal(structures.n_atoms, 3, 4, seed=1)
     q, _ = torch.linalg.qr(normal(3, 3, seed=3))
@@ -123,7 +137,7 @@ def test_sums_add_up_over_the_parts_of_a_batch(structures: Structures, name: str
     assert float(measure.value(total, 4, 4)) == pytest.approx(float(loss(name, x, y, structures)))
 
 
-@pytest.mark.parametrize("name", ["lsp", "gsp"])
+@pytest.mark.parametrize("name", ["lsp", "gsp", "fork"])
 def test_atoms_that_do_not_count(structures: Structures, name: str) -> None:
     x, y = normal(structures.n_atoms, 4), normal(structures.n_atoms, 4, seed=1)
     atoms = structures.system_index < 2
@@ -132,7 +146,7 @@ def test_atoms_that_do_not_count(structures: Structures, name: str) -> None:
     assert float(loss(name, x, y, structures, atoms)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", list(FEATURE_LOSSES))
+@pytest.mark.parametrize("name", [name for name in FEATURE_LOSSES if name != "fork"])
 def test_equal_features_have_no_loss(structures: Structures, name: str) -> None:
     x = normal(structures.n_atoms, 4).requires_grad_(True)
     value = loss(name, x, x.detach(), structures)

@@ -1,4 +1,4 @@
-"""Losses between features of student and teacher: MSE, MAE, LSP, GSP, CKA.
+"""Losses between features of student and teacher: MSE, MAE, LSP, GSP, CKA, FORK.
 
 Each is computed in two steps, so that processes that share a batch agree with one that has all of
 it: sums over the systems at hand, which add up over the processes, and the loss as a function of
@@ -13,6 +13,11 @@ Conventions, where the literature leaves a choice:
   count one by one.
 * **GSP**, global structure preservation (Joshi et al., 2022): the squared difference of the
   similarities of all pairs of atoms within a system, mean over the pairs, then over the systems.
+* **FORK**, relational features between neighbors (after FORK and ARK, which contrast difference
+  vectors): d_ij = z_j - z_i stands for a pair, and that of the student is to be told apart by that
+  of the teacher: mean over the pairs of -log softmax over i's neighbors k of
+  cos(d_ij of the student, d_ik of the teacher) / 0.1, at k = j. The other neighbors are the
+  negatives.
 * The similarity is the cosine, so that neither width nor scale of the features matters; of vectors
   it is that of all their components, which rotations leave alone.
 * **CKA** (Kornblith et al., ICML 2019, linear): 1 - |Xc^T Yc|² / (|Xc^T Xc| |Yc^T Yc|), Frobenius
@@ -30,10 +35,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from potstill.models import Edges
 from potstill.structures import NeighborList, Structures
 
 #: Square norm below which a feature has no direction.
 _TINY = 1e-24
+
+#: Of the softmax over neighbors in FORK.
+_TEMPERATURE = 0.1
+
+#: Score of what is no neighbor.
+_NEVER = -1e4
 
 
 @dataclass(frozen=True)
@@ -152,6 +164,32 @@ class GlobalStructure(_Mean):
         return torch.stack([mean.sum(), present.sum().to(mean)])
 
 
+class RelationalContrast(_Mean):
+    """FORK: the student's difference vectors between neighbors, told apart by the teacher's."""
+
+    row_wise = False
+    same_width = True
+
+    def sums(self, student: Tensor, teacher: Tensor, rows: Rows) -> Tensor:
+        """Sum over the pairs, and their number."""
+        assert rows.pairs is not None
+        near = rows.atoms[rows.pairs.center]
+        pairs = Edges(rows.pairs.center[near], rows.pairs.neighbor[near])
+        slot, used = pairs.padded(rows.structures.n_atoms)  # (N, K)
+
+        def relations(z: Tensor) -> Tensor:  # (N, K, F)
+            return _directions(z[pairs.neighbor] - z[pairs.center])[slot]
+
+        if not pairs.n_pairs:
+            return torch.stack(
+                [0.0 * student.double().sum(), torch.zeros_like(student.double().sum())]
+            )
+        score = relations(student) @ relations(teacher).transpose(1, 2) / _TEMPERATURE
+        score = score.masked_fill(~used.unsqueeze(1), _NEVER)
+        own = torch.log_softmax(score, dim=2).diagonal(dim1=1, dim2=2)  # (N, K)
+        return torch.stack([-own[used].sum(), used.sum().to(own)])
+
+
 class KernelAlignment(FeatureLoss):
     """One minus linear CKA."""
 
@@ -180,9 +218,10 @@ FEATURE_LOSSES: dict[str, FeatureLoss] = {
     "lsp": LocalStructure(),
     "gsp": GlobalStructure(),
     "cka": KernelAlignment(),
+    "fork": RelationalContrast(),
 }
 
-FeatureError = Literal["mse", "mae", "lsp", "gsp", "cka"]
+FeatureError = Literal["mse", "mae", "lsp", "gsp", "cka", "fork"]
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:

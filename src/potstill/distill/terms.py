@@ -58,7 +58,7 @@ class FeatureTerm(BaseModel):
         Names of taps, several joined by `+`; by default the last of a fitting kind.
     student_transform, teacher_transform : {"identity", "linear", "mlp"}
         M_s and M_t. They are trained along and are no part of the student's file.
-    error : {"mse", "mae", "lsp", "gsp", "cka"}
+    error : {"mse", "mae", "lsp", "gsp", "cka", "fork"}
         See `potstill.distill.feature_losses`.
     weight : float or Schedule
         λ of Eq. 2, constant or by epoch.

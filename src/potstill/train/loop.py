@@ -36,6 +36,7 @@ from potstill.train.data import TrainingSet, epoch_batches, fit_offsets
 from potstill.train.devices import default_fabric
 from potstill.train.features import FeatureSources, average_over_ranks
 from potstill.train.force_gradient import ForceGradient, NetworkPasses
+from potstill.train.initialize import initialize_weights
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import TrainSettings
 from potstill.train.state import Interruption, RunFolder, Trainee, restore, snapshot
@@ -295,6 +296,8 @@ def initial_student(
     residual = data.minus(SumPotential(components))
     if isinstance(network, HIPNN):
         network.initialize_energy_layers(_residual_offsets(settings, residual))
+    if settings.model.initialize is not None:
+        initialize_weights(network, settings.model.initialize)
     return SumPotential({**components, "network": network}), residual
 
 

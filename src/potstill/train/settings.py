@@ -14,11 +14,42 @@ class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class WeightsSettings(_Settings):
+    """Weights that the student's network starts from; see `potstill.train.initialize`.
+
+    Parameters
+    ----------
+    checkpoint : str
+        A potential of the same kind, the teacher's say.
+    names : tuple of str
+        Patterns of the names of parameters, such as `blocks.*` for the interaction layers; what
+        only one of the two networks has is left alone.
+    first_channels : bool
+        Let layers that are wider in the checkpoint be cut down to their first channels. The same
+        channels are kept in all layers, so that the layers still fit one another.
+    """
+
+    checkpoint: str
+    names: tuple[str, ...] = Field(default=("*",), min_length=1)
+    first_channels: bool = False
+
+
 class ModelSettings(_Settings):
-    """The student's network: a kind of `potstill.models.MODELS` and its hyper-parameters."""
+    """The student's network.
+
+    Parameters
+    ----------
+    kind : str
+        One of `potstill.models.MODELS`.
+    hyperparameters : dict
+        Its arguments.
+    initialize : WeightsSettings, optional
+        Start from weights of another network in place of random ones.
+    """
 
     kind: str = "hipnn"
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
+    initialize: WeightsSettings | None = None
 
 
 class EnergySettings(_Settings):
