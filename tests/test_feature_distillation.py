@@ -528,9 +528,9 @@ def test_vanilla_needs_terms_to_repeat() -> None:
     [
         ({"student_tap": "updat"}, "the student .tapped. has no feature tap 'updat'; did you mean"),
         ({"teacher_tap": "updat"}, "no feature tap or submodule 'updat'"),
-        ({"student_tap": "pair"}, "a node_scalar, but 'pair' is a edge_scalar"),
-        ({"teacher_tap": "pair"}, "a node_scalar, but 'pair' is a edge_scalar"),
-        ({"teacher_tap": "pair+update"}, "is a edge_scalar and a node_scalar"),
+        ({"student_tap": "pair"}, "kind node_scalar, but 'pair' is of the kind edge_scalar"),
+        ({"teacher_tap": "pair"}, "kind node_scalar, but 'pair' is of the kind edge_scalar"),
+        ({"teacher_tap": "pair+update"}, "is of the kind edge_scalar and node_scalar"),
         ({"teacher_tap": "output", "student_transform": "identity"}, "5 channels .* teacher's 1"),
         ({"student_transform": "identity"}, "5 channels and the teacher's 7"),
     ],

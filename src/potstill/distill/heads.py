@@ -69,8 +69,8 @@ def resolve_taps(
     found = list(dict.fromkeys(taps[part].kind for part in names))
     if len(found) > 1 or found[0] not in kinds:
         raise ConfigError(
-            f"{term} needs a tap of {owner} that is a {' or '.join(kinds)}, but '{name}' is a "
-            f"{' and a '.join(found)}: choose another tap or strategy"
+            f"{term} needs a tap of {owner} of the kind {' or '.join(kinds)}, but '{name}' is of "
+            f"the kind {' and '.join(found)}: choose another tap or strategy"
         )
     return names, TapSpec(found[0], sum(taps[part].width for part in names))
 

@@ -194,6 +194,10 @@ class Teacher(ABC):
             for name in names
         }, failures
 
+    def to(self, device: torch.device | str) -> Teacher:
+        """Compute on another device, where the teacher can choose; returns itself."""
+        return self
+
     def require(self, properties: Iterable[str]) -> None:
         """Check that this teacher can give all of these properties.
 
@@ -266,18 +270,21 @@ class Teacher(ABC):
         self, structures: Structures, names: tuple[str, ...]
     ) -> Iterator[tuple[int, Properties | Failure]]:
         """Yield results system by system."""
-        for first, part, result in self._batched(structures, self.compute, names):
+
+        def compute(part: Structures, names: Sequence[str]) -> Properties:
+            return Properties(self.compute(part, names))  # refuses wrong shapes
+
+        for first, part, result in self._batched(structures, compute, names):
             if isinstance(result, Failure):
                 yield first, result
                 continue
-            properties = Properties(result)
             for k in range(part.n_systems):
-                yield first + k, properties.select([k], part)
+                yield first + k, result.select([k], part)
 
     def _batched(
         self,
         structures: Structures,
-        compute: Callable[[Structures, Sequence[str]], dict[str, Any]],
+        compute: Callable[[Structures, Sequence[str]], Any],
         names: tuple[str, ...],
     ) -> Iterator[tuple[int, Structures, Any]]:
         """Yield (first system, systems, results) by batch, in order.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from potstill import __version__
@@ -47,6 +48,11 @@ class PotentialTeacher(Teacher):
         structures = structures.to(self.potential.device)
         prediction = self.potential.predict(structures, properties=properties)
         return prediction.properties.to("cpu").values
+
+    def to(self, device: torch.device | str) -> PotentialTeacher:
+        """Move the potential."""
+        self.potential.to(device)
+        return self
 
     @property
     def taps(self) -> Mapping[str, TapSpec]:

@@ -127,13 +127,19 @@ class TrainingSet:
         return replace(self, labels=labels)
 
     def summary(self) -> list[tuple[str, str, int]]:
-        """(source, property, number of configurations that have it) for every label."""
-        return [
+        """(source, property, number of configurations that have it) for labels and features."""
+        labels = [
             (source, name, int(labels.presence(name, len(self)).sum()))
             for source, labels in self.labels.items()
             for name in labels.names
             if name in PROPERTIES
         ]
+        features = [
+            (source, f"features {tap}", int(feature.presence(len(self)).sum()))
+            for source, taps in self.features.items()
+            for tap, feature in taps.items()
+        ]
+        return labels + features
 
 
 def epoch_batches(

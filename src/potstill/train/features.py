@@ -29,6 +29,9 @@ from potstill.train.settings import TrainSettings
 #: Batches of the first epoch that the initial loss is averaged over where a term asks for a share.
 SHARE_BATCHES = 8
 
+#: Configurations that a teacher is asked about before the first step; it may fail on some.
+_EXAMPLES = 4
+
 
 class FeatureSources:
     """The teachers' features, by source: stored ones, else those of a teacher that is at hand.
@@ -73,7 +76,7 @@ class FeatureSources:
                     self._online[term.source] = teacher
                     known = self._examples.setdefault(term.source, {})
                     new = [tap for tap in head.teacher_taps if tap not in known]
-                    known |= teacher.features(training.structures.select([0]), new)[0]
+                    known |= _features_of_some(teacher, training, new)
         self.heads = FeatureHeads(heads)
 
     def complete(self, batch: Batch) -> Batch:
@@ -84,6 +87,11 @@ class FeatureSources:
             found, _ = teacher.features(batch.structures, list(like), like)
             features[source] = {**features.get(source, {}), **found}
         return replace(batch, features=features) if self._online else batch
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the teachers to the device of the training, those that can be moved."""
+        for teacher in self._online.values():
+            teacher.to(device)
 
     def summary(self) -> dict[str, str]:
         """Per term, which tap learns from which."""
@@ -172,7 +180,16 @@ def _origin(
     specs = dict(teacher.taps)
     by_path = [tap for tap in named if tap not in specs]
     if by_path:
-        example = training.structures.select([0])
-        found = teacher.features(example, by_path)[0]
+        found = _features_of_some(teacher, training, by_path)
         specs |= {tap: TapSpec(f.kind, f.width) for tap, f in found.items()}
     return specs, teacher.default_tap, teacher
+
+
+def _features_of_some(
+    teacher: Teacher, training: TrainingSet, taps: list[str]
+) -> dict[str, Feature]:
+    """Features of the first few configurations: their kind and width, and whether there are any."""
+    if not taps:
+        return {}
+    some = range(min(_EXAMPLES, len(training)))
+    return teacher.features(training.structures.select(list(some)), taps)[0]

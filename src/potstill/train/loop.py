@@ -146,6 +146,7 @@ def train(
 
     run = RunFolder.open(Path(folder), settings, training, fabric, features.summary())
     trainee = Trainee.create(student, heads, settings, fabric)
+    features.to(fabric.device)
     passes = fabric.setup_module(NetworkPasses(network))
     if not restore(run, trainee):
         features.choose_scales(settings, network, training, fabric)
