@@ -7,12 +7,15 @@ import ase.io
 import pytest
 import torch
 import typer
+from ruamel.yaml import YAML
 
 from data import rattled_copper
 from potstill.checkpoint import save_potential
 from potstill.cli import app
+from potstill.config import TrainConfig
 from potstill.models import HIPNN
 from potstill.structures import SpeciesTable
+from potstill.train import TrainSettings
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -45,7 +48,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["data-formats.md", "teachers.md"])
+@pytest.mark.parametrize("page", ["data-formats.md", "teachers.md", "feature-distillation.md"])
 def test_examples_run(folder, page):
     code = examples(page)
     assert code
@@ -65,7 +68,24 @@ def test_the_tutorial_runs(folder, capsys):
 
 def test_every_page_with_examples_is_run():
     with_code = {path.name for path in DOCS.glob("*.md") if examples(path.name)}
-    assert with_code == {"data-formats.md", "teachers.md", "tutorial.md"}
+    assert with_code == {"data-formats.md", "feature-distillation.md", "teachers.md", "tutorial.md"}
+
+
+def test_examples_of_configs_of_feature_distillation_are_valid():
+    text = (DOCS / "feature-distillation.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    sections = [YAML(typ="safe", pure=True).load(block) for block in blocks]
+    losses = [section["loss"] for section in sections if "loss" in section]
+    assert len(losses) >= 2
+    for loss in losses:
+        assert TrainSettings(loss=loss).feature_terms
+    (model,) = [section["model"] for section in sections if "model" in section]
+    assert TrainSettings(model=model).model.initialize is not None
+    (teachers,) = [section["teachers"] for section in sections if "teachers" in section]
+    assert set(TrainConfig(out="run", data={"store": "x"}, teachers=teachers).teachers) == {
+        "chgnet",
+        "big",
+    }
 
 
 def shell_commands() -> list[str]:

@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("properties", "units"),
     ("structures",),
     ("neighbors",),  # below the readers, which look for overlapping atoms with it
+    ("features",),
     ("readers.*", "store"),
     ("core.*", "radial"),
     ("models.*",),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from potstill.errors import TeacherError
+from potstill.features import Feature
 from potstill.properties import property_spec
 from potstill.store import LabelledStore
 from potstill.structures import Properties, Structures
@@ -110,6 +111,80 @@ def label_store(
         seconds=time.perf_counter() - start_time,
         n_new=max(total - first, 0),
     )
+
+
+def label_features(
+    store: LabelledStore,
+    teacher: Teacher,
+    taps: Sequence[str],
+    *,
+    chunk: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> LabelReport:
+    """Store a teacher's internal features of all frames, going on where an earlier run stopped.
+
+    Parameters
+    ----------
+    store, teacher, chunk, progress
+        As of `label_store`.
+    taps : sequence of str
+        Names of the features, as of `Teacher.compute_features`; `default` is the teacher's choice.
+
+    Returns
+    -------
+    LabelReport
+        Counts, failures and time.
+
+    Raises
+    ------
+    TeacherError
+        If the teacher has no such features.
+    StoreError
+        If the name is taken by another teacher, or features of pairs do not say how their graph was
+        made.
+    """
+    start_time = time.perf_counter()
+    names = list(dict.fromkeys(_default_tap(teacher) if tap == "default" else tap for tap in taps))
+    if not names:
+        raise TeacherError("storing features needs at least one tap")
+    source, total = teacher.info.name, store.n_systems
+    done = {
+        tap: store.begin_features(
+            source, tap, {**asdict(teacher.info), "default": tap == teacher.default_tap}
+        )
+        for tap in names
+    }
+    first = min(done.values())
+    like: dict[str, Feature] = {}
+    while (start := min(done.values())) < total:
+        if progress is not None:
+            progress(start, total)
+        due = [tap for tap in names if done[tap] == start]
+        # No further than where another tap begins, which then joins in.
+        stop = min([start + chunk, total, *(n for n in done.values() if n > start)])
+        structures = store.structures(start, stop)
+        found, failures = teacher.features(structures, due, like)
+        like |= found
+        for tap in due:
+            entries = [asdict(failure) for failure in failures]
+            store.write_features(source, tap, start, found[tap], structures, entries)
+            done[tap] = stop
+    if progress is not None:
+        progress(total, total)
+    failed = store.taps(source)[names[0]]["failures"]
+    return LabelReport(
+        n_labelled=total - len(failed),
+        n_failed=len(failed),
+        failures=failed,
+        seconds=time.perf_counter() - start_time,
+        n_new=max(total - first, 0),
+    )
+
+
+def _default_tap(teacher: Teacher) -> str:
+    if teacher.default_tap is None:
+        raise TeacherError(f"the teacher '{teacher.name}' has no feature tap to take by default")
+    return teacher.default_tap
 
 
 def _drop_broken(

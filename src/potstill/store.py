@@ -27,9 +27,11 @@ import zarr
 from torch import Tensor
 
 from potstill.errors import DataError, StoreError, suggest
+from potstill.features import Feature
 from potstill.properties import PROPERTIES, property_spec
 from potstill.structures import (
     NEUTRAL,
+    NeighborList,
     Properties,
     SpeciesTable,
     Structures,
@@ -192,7 +194,12 @@ class LabelledStore:
             name: [source["info"].get("fingerprint"), source["digest"]]
             for name, source in state["sources"].items()
         }
-        text = json.dumps([state["digest"], sources], sort_keys=True)
+        features = {
+            name: [own["info"]["fingerprint"], {t: tap["digest"] for t, tap in own["taps"].items()}]
+            for name, own in state.get("features", {}).items()
+        }
+        content = [state["digest"], sources, features] if features else [state["digest"], sources]
+        text = json.dumps(content, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
     def structures(self, start: int = 0, stop: int | None = None) -> Structures:
@@ -268,6 +275,15 @@ class LabelledStore:
             digests = _label_digests(labels, structures.select(done))
             if _chain("", digests) != state["digest"]:
                 raise StoreError(f"{self.path}: the labels '{source}' are not those written")
+        for source, own in self._state.get("features", {}).items():
+            for tap, state in own["taps"].items():
+                done = list(range(state["n_done"]))
+                feature = self.features(source, tap).select(done, structures)
+                digests = _feature_digests(feature, structures.select(done))
+                if _chain("", digests) != state["digest"]:
+                    raise StoreError(
+                        f"{self.path}: the features '{tap}' of '{source}' are not those written"
+                    )
 
     # -- adding --------------------------------------------------------------------------------
 
@@ -346,7 +362,8 @@ class LabelledStore:
         plain = _plain(info, source)
         with self._writing() as state:
             known = state["sources"].setdefault(source, _new_source(plain))["info"]
-            if known["fingerprint"] != plain["fingerprint"]:
+            featured = state.get("features", {}).get(source, {"info": plain})["info"]
+            if not known["fingerprint"] == plain["fingerprint"] == featured["fingerprint"]:
                 raise StoreError(
                     f"{self.path} holds labels '{source}' of a different teacher (fingerprint "
                     f"{known['fingerprint']}, not {plain['fingerprint']}): choose another name"
@@ -413,6 +430,193 @@ class LabelledStore:
                 for s in sorted(failures)
                 if start + s >= done
             ]
+
+    # -- features ------------------------------------------------------------------------------
+
+    @property
+    def feature_sources(self) -> tuple[str, ...]:
+        """Names of the teachers with stored features."""
+        return tuple(self._state.get("features", {}))
+
+    def taps(self, source: str) -> dict[str, dict[str, Any]]:
+        """What is known of the stored taps of a teacher, by name.
+
+        Each has `kind`, `width`, `recipe` (of the graph, for features of pairs), `default` (whether
+        it is the teacher's own choice), `n_done` (frames gone through) and `failures`.
+        """
+        own = self._state.get("features", {}).get(source)
+        return {} if own is None else copy.deepcopy(own["taps"])
+
+    def feature_info(self, source: str) -> dict[str, Any]:
+        """Fingerprint, licence, citation and so on of the teacher of stored features."""
+        return copy.deepcopy(self._state["features"][source]["info"])
+
+    def features(self, source: str, tap: str, start: int = 0, stop: int | None = None) -> Feature:
+        """Read a feature of the systems start..stop-1, all by default.
+
+        Systems that the teacher has not gone through, or failed on, are not present; features of
+        atoms are NaN there.
+        """
+        own = self._tap(source, tap)
+        start, stop = self._range(start, stop)
+        done = min(max(own["n_done"], start), stop)
+        base = f"features/{source}/{tap}"
+        present = torch.from_numpy(self._read(f"{base}/present", start, stop, committed=done))
+        if own["kind"] != "edge_scalar":
+            first, last = self._atom_range(start, stop)
+            full = self._atom_range(start, done)[1]
+            values = torch.from_numpy(self._read(f"{base}/values", first, last, committed=full))
+            return Feature(own["kind"], values, present=present)
+        counts = self._read(f"{base}/n_pairs", 0, stop, committed=done).astype("i8")
+        first, last = int(counts[:start].sum()), int(counts.sum())
+        values, center, neighbor, shifts = (
+            torch.from_numpy(self._read(f"{base}/{name}", first, last))
+            for name in ("values", "center", "neighbor", "shifts")
+        )
+        per_system = torch.from_numpy(counts[start:])
+        sizes = torch.from_numpy(self._read("structures/n_atoms", start, stop))
+        before = torch.repeat_interleave(offsets_from_counts(sizes)[:-1], per_system)
+        graph = NeighborList(
+            center.long() + before,
+            neighbor.long() + before,
+            shifts.long(),
+            per_system,
+            own["cutoff"],
+        )
+        return Feature("edge_scalar", values, graph, own["recipe"], present)
+
+    def begin_features(self, source: str, tap: str, info: Mapping[str, Any]) -> int:
+        """Open a tap of a teacher, a new one or one to go on with.
+
+        Parameters
+        ----------
+        source : str
+            The teacher's name, as of `begin_labels`.
+        tap : str
+            Name of the feature: letters, digits and `._-`.
+        info : mapping
+            As of `begin_labels`; `default` says whether this is the teacher's own choice.
+
+        Returns
+        -------
+        int
+            Frames that are done.
+
+        Raises
+        ------
+        StoreError
+            If the name is taken by a teacher with another fingerprint.
+        """
+        for name in (source, tap):
+            if not _SOURCE_NAME.fullmatch(name) or "+" in tap:
+                raise StoreError(f"'{name}' cannot name features: use letters, digits and ._-")
+        if not info.get("fingerprint"):
+            raise StoreError(f"the features of '{source}' need the teacher's fingerprint")
+        plain = _plain(info, source)
+        default = bool(plain.pop("default", False))
+        with self._writing() as state:
+            own = state.setdefault("features", {}).setdefault(source, {"info": plain, "taps": {}})
+            labels = state["sources"].get(source, {"info": plain})["info"]
+            for known in (own["info"], labels):
+                if known["fingerprint"] != plain["fingerprint"]:
+                    raise StoreError(
+                        f"{self.path} holds '{source}' of a different teacher (fingerprint "
+                        f"{known['fingerprint']}, not {plain['fingerprint']}): choose another name"
+                    )
+            new = {"n_done": 0, "n_rows": 0, "digest": "", "failures": [], "default": default}
+            return own["taps"].setdefault(tap, new)["n_done"]
+
+    def write_features(
+        self,
+        source: str,
+        tap: str,
+        start: int,
+        feature: Feature,
+        structures: Structures,
+        failed: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
+        """Add the rows of a feature for the frames that come next.
+
+        Parameters
+        ----------
+        source, tap : str
+            Opened by `begin_features`.
+        start : int
+            Position in the store of the first of `structures`; must be the next one.
+        feature : Feature
+            Of these structures; systems that failed are not present.
+        structures : Structures
+            The same systems as in the store at this place.
+        failed : iterable of mapping
+            `system` (counted within `structures`) and `reason`.
+
+        Raises
+        ------
+        StoreError
+            If the frames are not the next ones or not those of the store, the tap has another kind,
+            width or graph than before, or features of pairs do not say how their graph was made.
+        DataError
+            If a value is not finite.
+        """
+        structures, feature = structures.to("cpu"), feature.to("cpu")
+        facts = _feature_facts(feature, f"the tap '{tap}' of '{source}'")
+        _check_finite(feature, structures)
+        with self._writing() as state:
+            own = state["features"][source]["taps"][tap]
+            stop = start + structures.n_systems
+            if start != own["n_done"] or structures.fingerprints() != self._fingerprints(
+                start, stop
+            ):
+                raise StoreError(
+                    f"'{tap}' of '{source}': the structures are not frames {own['n_done']} and "
+                    f"later of {self.path}"
+                )
+            for name, value in facts.items():
+                if own.setdefault(name, value) != value:
+                    raise StoreError(
+                        f"'{tap}' of '{source}' has {name} {own[name]!r} in {self.path}, and now "
+                        f"{value!r}: a tap cannot change between frames"
+                    )
+            base, rows = f"features/{source}/{tap}", int(own["n_rows"])
+            present = feature.presence(structures.n_systems).numpy()
+            self._write(state, f"{base}/present", start, present, False)
+            self._write(state, f"{base}/values", rows, feature.values.detach().numpy(), np.nan)
+            if feature.graph is not None:
+                graph = feature.graph
+                before = structures.atom_offsets[structures.system_index[graph.center]]
+                columns = {
+                    "center": (graph.center - before).numpy().astype("i4"),
+                    "neighbor": (graph.neighbor - before).numpy().astype("i4"),
+                    "shifts": graph.shifts.numpy().astype("i4"),
+                }
+                for name, column in columns.items():
+                    self._write(state, f"{base}/{name}", rows, column, 0)
+                counts = graph.n_pairs_per_system.numpy().astype("i4")
+                self._write(state, f"{base}/n_pairs", start, counts, 0)
+            own["n_done"], own["n_rows"] = stop, rows + feature.values.shape[0]
+            own["digest"] = _chain(own["digest"], _feature_digests(feature, structures))
+            own["failures"] += [
+                {
+                    "system": start + int(entry["system"]),
+                    "frame_id": structures.name_of(int(entry["system"])),
+                    "reason": str(entry["reason"]),
+                }
+                for entry in failed
+            ]
+
+    def _tap(self, source: str, tap: str) -> dict[str, Any]:
+        known = self._state.get("features", {})
+        if source not in known:
+            raise StoreError(
+                f"{self.path} has no features of '{source}'{suggest(source, known)}: make them "
+                "with `potstill label --taps`"
+            )
+        taps = {name: own for name, own in known[source]["taps"].items() if "kind" in own}
+        if tap not in taps:
+            raise StoreError(
+                f"{self.path} has no features '{tap}' of '{source}'{suggest(tap, taps)}"
+            )
+        return taps[tap]
 
     # -- rows ----------------------------------------------------------------------------------
 
@@ -721,6 +925,43 @@ def _label_digests(properties: Properties, structures: Structures) -> Iterator[b
                 digest.update(name.encode() + values[rows].tobytes())
             if (weights[rows] != 1).any():
                 digest.update(b"weight " + name.encode() + weights[rows].tobytes())
+        yield digest.digest()
+
+
+def _feature_facts(feature: Feature, what: str) -> dict[str, Any]:
+    """What stays the same for all frames of a tap."""
+    facts: dict[str, Any] = {"kind": feature.kind, "width": feature.width}
+    facts["dtype"] = str(feature.values.dtype).removeprefix("torch.")
+    if feature.graph is not None:
+        if not feature.recipe:
+            raise StoreError(
+                f"{what} lives on pairs and does not say how they were chosen: it cannot be "
+                "stored; compute it online, by naming the teacher under 'teachers'"
+            )
+        facts |= {"recipe": feature.recipe, "cutoff": feature.graph.cutoff}
+    return facts
+
+
+def _check_finite(feature: Feature, structures: Structures) -> None:
+    present = feature.presence(structures.n_systems)
+    atom = torch.arange(structures.n_atoms) if feature.graph is None else feature.graph.center
+    system = structures.system_index[atom]
+    bad = ~feature.values.reshape(len(atom), -1).isfinite().all(dim=1) & present[system]
+    if bool(bad.any()):
+        raise DataError(f"{structures.name_of(int(system[bad][0]))}: a feature is not finite")
+
+
+def _feature_digests(feature: Feature, structures: Structures) -> Iterator[bytes]:
+    """One hash per system that has the feature."""
+    present = feature.presence(structures.n_systems).tolist()
+    for s in range(structures.n_systems):
+        digest = hashlib.blake2b(digest_size=16)
+        if present[s]:
+            part = feature.select([s], structures)
+            digest.update(part.values.detach().contiguous().numpy().tobytes())
+            if part.graph is not None:
+                for column in (part.graph.center, part.graph.neighbor, part.graph.shifts):
+                    digest.update(column.contiguous().numpy().tobytes())
         yield digest.digest()
 
 

@@ -173,7 +173,12 @@ def label(
     teacher: Annotated[str | None, typer.Option(help="As of distill.")] = None,
     teacher_arg: Args = None,
     properties: Annotated[
-        str | None, typer.Option(help="What to ask for, with commas; all that can be learnt.")
+        str | None,
+        typer.Option(help="With commas; all that can be learnt by default, or 'none'."),
+    ] = None,
+    taps: Annotated[
+        str | None,
+        typer.Option(help="Internal features to store as well, with commas; or 'default'."),
     ] = None,
     config: Config = None,
 ) -> None:
@@ -187,6 +192,8 @@ def label(
       potstill label labels.zarr structures.extxyz --teacher chgnet
 
       potstill label labels.zarr --teacher 'run/seed*/best.pt'
+
+      potstill label labels.zarr --teacher chgnet --taps default
     """
     from potstill.config import LabelConfig, load_config
     from potstill.workflows.labeling import label as work
@@ -195,7 +202,8 @@ def label(
         "store": str(store),
         "files": [{"path": str(file)} for file in files] if files else None,
         "teacher": _teacher(teacher, teacher_arg),
-        "properties": None if properties is None else properties.replace(" ", "").split(","),
+        "properties": [] if properties == "none" else _listed(properties),
+        "taps": _listed(taps),
     }
     with one_sentence():
         report = work(load_config(config, LabelConfig, overrides), RichDisplay(console))
@@ -515,6 +523,11 @@ def _plain(text: str) -> Any:
         except ValueError:
             continue
     return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _listed(text: str | None) -> list[str] | None:
+    """Words between commas."""
+    return None if text is None else text.replace(" ", "").split(",")
 
 
 def _models(texts: list[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
@@ -18,6 +18,8 @@ from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from torch import Tensor
 
 from potstill.errors import ModelError, OptionalDependencyError, TeacherError, suggest
+from potstill.features import Feature
+from potstill.models import TapSpec
 from potstill.properties import property_spec
 from potstill.structures import Properties, Structures
 
@@ -110,6 +112,92 @@ class Teacher(ABC):
             Float64, (S, ...) or (N, ...); stress is NaN where a system is not fully periodic.
         """
 
+    @property
+    def taps(self) -> Mapping[str, TapSpec]:
+        """Internal features that it names, from its input to its output; others may go by path."""
+        return {}
+
+    @property
+    def default_tap(self) -> str | None:
+        """The last feature before its output."""
+        return None
+
+    def compute_features(self, structures: Structures, taps: Sequence[str]) -> dict[str, Feature]:
+        """Compute internal features of a batch, raising whatever goes wrong.
+
+        Parameters
+        ----------
+        structures : Structures
+            The batch.
+        taps : sequence of str
+            Names among `self.taps`, or paths of submodules where the teacher is a torch module.
+
+        Returns
+        -------
+        dict of str to Feature
+            On the CPU, without a graph, in the precision that the teacher computes in.
+        """
+        raise TeacherError(f"the teacher '{self.name}' has no internal features to distill")
+
+    def features(
+        self,
+        structures: Structures,
+        taps: Sequence[str],
+        like: Mapping[str, Feature] | None = None,
+    ) -> tuple[dict[str, Feature], list[Failure]]:
+        """Internal features of a batch.
+
+        Parameters
+        ----------
+        structures : Structures
+            The batch, on the CPU.
+        taps : sequence of str
+            As of `compute_features`.
+        like : mapping, optional
+            Earlier features, whose kind and width those have that no system of the batch has.
+
+        Returns
+        -------
+        features : dict of str to Feature
+            Not present in failed systems.
+        failures : list of Failure
+            The systems that failed.
+
+        Raises
+        ------
+        TeacherError
+            If the teacher has no features, or there is neither a system that it did not fail on nor
+            an earlier feature.
+        """
+        names = tuple(dict.fromkeys(taps))
+        parts: list[tuple[Structures, dict[str, Feature] | None]] = []
+        failures: list[Failure] = []
+        for _, part, result in self._batched(structures, self.compute_features, names):
+            if isinstance(result, Failure):
+                failures.append(result)
+            parts.append((part, None if isinstance(result, Failure) else result))
+        example = next((found for _, found in parts if found is not None), like)
+        if example is None:
+            reason = failures[0].reason if failures else "there are none"
+            raise TeacherError(f"{self.name} has features of none of the structures: {reason}")
+        if not parts:
+            return {name: example[name].absent(structures) for name in names}, failures
+        sizes = [part for part, _ in parts]
+        return {
+            name: Feature.concatenate(
+                [
+                    example[name].absent(part) if found is None else found[name]
+                    for part, found in parts
+                ],
+                sizes,
+            )
+            for name in names
+        }, failures
+
+    def to(self, device: torch.device | str) -> Teacher:
+        """Compute on another device, where the teacher can choose; returns itself."""
+        return self
+
     def require(self, properties: Iterable[str]) -> None:
         """Check that this teacher can give all of these properties.
 
@@ -181,13 +269,34 @@ class Teacher(ABC):
     def _rows(
         self, structures: Structures, names: tuple[str, ...]
     ) -> Iterator[tuple[int, Properties | Failure]]:
-        """Yield results system by system; a batch that fails is tried again one at a time."""
+        """Yield results system by system."""
+
+        def compute(part: Structures, names: Sequence[str]) -> Properties:
+            return Properties(self.compute(part, names))  # refuses wrong shapes
+
+        for first, part, result in self._batched(structures, compute, names):
+            if isinstance(result, Failure):
+                yield first, result
+                continue
+            for k in range(part.n_systems):
+                yield first + k, result.select([k], part)
+
+    def _batched(
+        self,
+        structures: Structures,
+        compute: Callable[[Structures, Sequence[str]], Any],
+        names: tuple[str, ...],
+    ) -> Iterator[tuple[int, Structures, Any]]:
+        """Yield (first system, systems, results) by batch, in order.
+
+        A batch that fails is tried again one system at a time; what fails then is a `Failure`.
+        """
         queue = [b.tolist() for b in reversed(structures.batches(self.batch_atoms))]
         while queue:
             systems = queue.pop()
             part = structures.select(systems)
             try:
-                result = Properties(self.compute(part, names))
+                result = compute(part, names)
             except (TeacherError, ModelError, OptionalDependencyError, MemoryError):
                 raise
             except Exception as error:
@@ -196,10 +305,9 @@ class Teacher(ABC):
                     queue.extend([s] for s in reversed(systems))
                     continue
                 reason = " ".join(str(error).split()) or type(error).__name__
-                yield systems[0], Failure(systems[0], reason[:300])
+                yield systems[0], part, Failure(systems[0], reason[:300])
             else:
-                for k, s in enumerate(systems):
-                    yield s, result.select([k], part)
+                yield systems[0], part, result
 
 
 class TeacherCalculator(Calculator):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from potstill.distill.taps import atom_feature, captured
 from potstill.errors import DataError, TeacherError, require
-from potstill.structures import Structures
+from potstill.features import Feature
+from potstill.models import TapSpec
+from potstill.structures import NeighborList, Structures
 from potstill.teachers.base import Teacher, TeacherInfo, fingerprint_of, versions_of
 from potstill.units import GPA
 
@@ -65,17 +69,7 @@ class CHGNetTeacher(Teacher):
 
     def compute(self, structures: Structures, properties: Sequence[str]) -> dict[str, Tensor]:
         """Convert to graphs and predict them as one batch."""
-        reach = self.model.graph_converter.atom_graph_cutoff
-        cells, graphs = [], []
-        for atoms in structures.to_ase():
-            if len(atoms) == 0:
-                raise DataError("CHGNet cannot label a system without atoms")
-            cell = _closed_cell(atoms.cell.array, atoms.pbc, atoms.positions, reach)
-            crystal = self._pymatgen.Structure(
-                cell, atoms.numbers, atoms.positions, coords_are_cartesian=True
-            )
-            cells.append(cell)
-            graphs.append(self.model.graph_converter(crystal))
+        graphs, cells = self._graphs(structures)
         task = "efs" if "stress" in properties else "ef" if "forces" in properties else "e"
         with warnings.catch_warnings():
             # CHGNet makes a tensor of volumes that carry gradients.
@@ -104,6 +98,90 @@ class CHGNetTeacher(Teacher):
             stress[open_system] = np.nan
             result["stress"] = stress
         return {k: torch.from_numpy(v.astype(np.float64)) for k, v in result.items()}
+
+    @property
+    def taps(self) -> Mapping[str, TapSpec]:
+        """Features of atoms after each convolution and within the readout, and those of bonds."""
+        width = self.model.model_args["atom_fea_dim"]
+        n = self.model.n_conv
+        bonds = TapSpec("edge_scalar", self.model.model_args["bond_fea_dim"])
+        taps = {"atom_embedding": TapSpec("node_scalar", width), "bond_embedding": bonds}
+        for k in range(n - 1):
+            taps[f"atom_conv_layers.{k}"] = TapSpec("node_scalar", width)
+            taps[f"bond_conv_layers.{k}"] = bonds
+        taps[f"atom_conv_layers.{n - 1}"] = TapSpec("node_scalar", width)
+        return taps | {self.default_tap: TapSpec("node_scalar", self._readout()[1].in_features)}
+
+    @property
+    def default_tap(self) -> str:
+        """The input of the last linear layer of the readout."""
+        return self._readout()[0]
+
+    def _readout(self) -> tuple[str, torch.nn.Linear]:
+        """Path of the layer before the last linear one, and that one."""
+        layers = self.model.mlp.layers
+        last = max(k for k, layer in enumerate(layers) if isinstance(layer, torch.nn.Linear))
+        return f"mlp.layers.{last - 1}", layers[last]
+
+    def compute_features(self, structures: Structures, taps: Sequence[str]) -> dict[str, Feature]:
+        """Outputs of CHGNet's submodules by path; bonds are pairs, in both directions."""
+        graphs, _ = self._graphs(structures)
+        device = next(self.model.parameters()).device
+        with captured(self.model, taps) as outputs, torch.no_grad():
+            self.model.forward([graph.to(device) for graph in graphs], task="e")
+        pairs, bond = _bonds(graphs, self.model.graph_converter.atom_graph_cutoff)
+        n_bonds = sum(len(graph.undirected2directed) for graph in graphs)
+        features = {}
+        for tap in taps:
+            values = outputs[tap].cpu() if tap in outputs else None
+            spec = self.taps.get(tap)
+            if spec is not None and spec.kind == "edge_scalar":
+                assert values is not None
+                assert len(values) == n_bonds
+                recipe = f"CHGNet's atom graph within {pairs.cutoff:g} Å"
+                features[tap] = Feature("edge_scalar", values[bond], pairs, recipe)
+            else:
+                features[tap] = atom_feature(values, structures.n_atoms, tap)
+        return features
+
+    def _graphs(self, structures: Structures) -> tuple[list[Any], list[np.ndarray]]:
+        """CHGNet's graph of each system, and the cells that they are in."""
+        reach = self.model.graph_converter.atom_graph_cutoff
+        cells, graphs = [], []
+        for atoms in structures.to_ase():
+            if len(atoms) == 0:
+                raise DataError("CHGNet cannot label a system without atoms")
+            cell = _closed_cell(atoms.cell.array, atoms.pbc, atoms.positions, reach)
+            crystal = self._pymatgen.Structure(
+                cell, atoms.numbers, atoms.positions, coords_are_cartesian=True
+            )
+            cells.append(cell)
+            graphs.append(self.model.graph_converter(crystal))
+        return graphs, cells
+
+
+def _bonds(graphs: Sequence[Any], cutoff: float) -> tuple[NeighborList, Tensor]:
+    """Pairs of CHGNet's atom graphs, sorted by center, and the bond that each of them is."""
+    centers, neighbors, shifts, bonds, counts = [], [], [], [], []
+    n_atoms = n_bonds = 0
+    for graph in graphs:
+        centers.append(graph.atom_graph[:, 0].long().cpu() + n_atoms)
+        neighbors.append(graph.atom_graph[:, 1].long().cpu() + n_atoms)
+        shifts.append(graph.neighbor_image.long().cpu())
+        bonds.append(graph.directed2undirected.long().cpu() + n_bonds)
+        counts.append(len(graph.atom_graph))
+        n_atoms += len(graph.atomic_number)
+        n_bonds += len(graph.undirected2directed)
+    center = torch.cat(centers)
+    order = torch.argsort(center, stable=True)
+    pairs = NeighborList(
+        center[order],
+        torch.cat(neighbors)[order],
+        torch.cat(shifts)[order],
+        torch.tensor(counts),
+        float(cutoff),
+    )
+    return pairs, torch.cat(bonds)[order]
 
 
 def _closed_cell(

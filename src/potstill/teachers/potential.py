@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from potstill import __version__
 from potstill.checkpoint import load_potential, potential_fingerprint
-from potstill.models import ANI, Potential, SumPotential
+from potstill.distill.taps import potential_features
+from potstill.features import Feature
+from potstill.models import ANI, Potential, SumPotential, TapSpec
 from potstill.models.base import PREDICTABLE
 from potstill.structures import Structures
 from potstill.teachers.base import Teacher, TeacherInfo, versions_of
@@ -47,6 +50,28 @@ class PotentialTeacher(Teacher):
         structures = structures.to(self.potential.device)
         prediction = self.potential.predict(structures, properties=properties)
         return prediction.properties.to("cpu").values
+
+    def to(self, device: torch.device | str) -> PotentialTeacher:
+        """Move the potential."""
+        self.potential.to(device)
+        return self
+
+    @property
+    def taps(self) -> Mapping[str, TapSpec]:
+        """Those of the potential."""
+        return self.potential.taps
+
+    @property
+    def default_tap(self) -> str | None:
+        """That of the potential."""
+        return self.potential.default_tap
+
+    def compute_features(self, structures: Structures, taps: Sequence[str]) -> dict[str, Feature]:
+        """Named taps, and outputs of submodules by path, on the potential's device."""
+        features = potential_features(
+            self.potential, structures.to(self.potential.device), tuple(taps)
+        )
+        return {name: feature.to("cpu") for name, feature in features.items()}
 
 
 def describe_potential(potential: Potential, name: str, info: Mapping[str, Any]) -> TeacherInfo:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from potstill.core import (
     select_neighbors,
 )
 from potstill.errors import DataError
+from potstill.features import Feature
 from potstill.models import Potential
 from potstill.models.base import Pairs
 from potstill.neighbors import build_neighbor_list
@@ -24,11 +25,12 @@ from potstill.structures import NeighborList, Properties, SpeciesTable, Structur
 
 @dataclass(frozen=True)
 class Batch:
-    """A few configurations with their neighbor list and the labels of every source."""
+    """A few configurations with their neighbor list, labels and features of every source."""
 
     structures: Structures
     neighbors: Pairs
     labels: dict[str, Properties]
+    features: dict[str, dict[str, Feature]] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Batch:
         """Move all tensors to a device."""
@@ -39,6 +41,10 @@ class Batch:
             if isinstance(self.neighbors, NeighborList)
             else self.neighbors,
             {source: labels.to(device) for source, labels in self.labels.items()},
+            {
+                source: {tap: feature.to(device) for tap, feature in taps.items()}
+                for source, taps in self.features.items()
+            },
         )
 
 
@@ -54,6 +60,8 @@ class TrainingSet:
         One entry per source: `reference`, and teachers by name.
     neighbors : NeighborList or CompactNeighbors, optional
         Filled in by `with_neighbors`.
+    features : dict of str to dict of str to Feature
+        Stored features of teachers, by name and tap; the teacher's own choice of a tap comes last.
     synthetic : Tensor, optional
         (S,) bool, which configurations a model has made; None where nobody said. Settings may draw
         and weigh them differently (`potstill.train.mixing`).
@@ -62,6 +70,7 @@ class TrainingSet:
     structures: Structures
     labels: Mapping[str, Properties]
     neighbors: Pairs | None = None
+    features: Mapping[str, Mapping[str, Feature]] = field(default_factory=dict)
     synthetic: Tensor | None = None
 
     def __len__(self) -> int:
@@ -95,6 +104,10 @@ class TrainingSet:
             self.structures.select(systems),
             {name: p.select(systems, self.structures) for name, p in self.labels.items()},
             self._select_neighbors(systems),
+            {
+                source: {tap: f.select(systems, self.structures) for tap, f in taps.items()}
+                for source, taps in self.features.items()
+            },
             synthetic=None if self.synthetic is None else self.synthetic[systems],
         )
 
@@ -128,7 +141,8 @@ class TrainingSet:
         labels = dict(part.labels)
         if weights is not None:
             labels = {k: p.weighted(weights, part.structures) for k, p in labels.items()}
-        return Batch(part.structures, part.neighbors, labels)
+        features = {source: dict(taps) for source, taps in part.features.items()}
+        return Batch(part.structures, part.neighbors, labels, features)
 
     def minus(self, baseline: Potential) -> TrainingSet:
         """Subtract what fixed potentials (offsets, prior) give from the labels of every source.
@@ -147,13 +161,19 @@ class TrainingSet:
         return replace(self, labels=labels)
 
     def summary(self) -> list[tuple[str, str, int]]:
-        """(source, property, number of configurations that have it) for every label."""
-        return [
+        """(source, property, number of configurations that have it) for labels and features."""
+        labels = [
             (source, name, int(labels.presence(name, len(self)).sum()))
             for source, labels in self.labels.items()
             for name in labels.names
             if name in PROPERTIES
         ]
+        features = [
+            (source, f"features {tap}", int(feature.presence(len(self)).sum()))
+            for source, taps in self.features.items()
+            for tap, feature in taps.items()
+        ]
+        return labels + features
 
 
 def epoch_batches(

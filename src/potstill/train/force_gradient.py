@@ -15,6 +15,9 @@ r+ and r-. Folded, two are enough: ∇e(r) is replaced by the mean over r+ and r
 that atom i weighs c_i / 2 - 1 / (2η) at r+ and c_i / 2 + 1 / (2η) at r-. `forward_over_reverse`
 (Pearlmutter) takes the slope exactly, by dual numbers. Both take E and dE/dr without a graph first.
 
+A loss of internal features is a function of the positions r alone: the first-order methods add one
+more pass at r for it, through the features.
+
 A loss of second derivatives of the energy (rows of the Hessian) is no function of what first-order
 passes give: its gradient needs `backpropagation`, or dual numbers once more.
 """
@@ -23,7 +26,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -95,7 +98,7 @@ class NetworkPasses(nn.Module):
         self.network = network
 
     def forward(self, name: str, *args: Any) -> Any:
-        """Call `predict`, `weighted_energy` or `directional` with `args`."""
+        """Call `predict`, `weighted_energy`, `weighted_features` or `directional` with `args`."""
         return getattr(self, f"_{name}")(*args)
 
     def _predict(
@@ -114,6 +117,15 @@ class NetworkPasses(nn.Module):
         n_terms = self.network.n_terms
         spread = [(at, weights.expand(-1, n_terms).contiguous()) for at, weights in copies]
         return self.network.weighted_energy(spread, neighbors)
+
+    def _weighted_features(
+        self, structures: Structures, neighbors: NeighborList, weights: dict[str, Tensor]
+    ) -> Tensor:
+        """Weighted sum of features at r, which needs first derivatives only."""
+        taps = tuple(weights)
+        found = self.network.predict(structures, neighbors, (), taps=taps, create_graph=True)
+        products = [(weights[tap] * found.features[tap]).sum() for tap in taps]
+        return torch.stack(products).sum()
 
     def _directional(self, point: Point, direction: Tensor, weights: Tensor) -> Tensor:
         """Scalar whose gradient is Σ weights ∇e(r) + d/dη ∇E(r + η direction).
@@ -209,12 +221,15 @@ class Cotangents:
         the loss.
     slope : Tensor
         (S,) s = Σ g·F + G:σ of each system, which is -dE/dη.
+    features : dict of str to Tensor
+        With respect to the features at r, by tap.
     """
 
     partial: Tensor | None
     forces: Tensor
     strain: Tensor | None
     slope: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)
 
     def scale(self, point: Point) -> Tensor:
         """(S,) g0 of Eq. 10: max |g_i|, and what the strain moves at half the list's reach.
@@ -294,6 +309,9 @@ class ForceGradient:
         What is trained.
     watch : bool
         Look at the proxy every `CHECK_EVERY` steps, and warn once where it is too large.
+    features : bool
+        Whether the loss will be a function of internal features, too. Native kernels keep theirs to
+        themselves, so that a pass in torch is added where they give the forces.
 
     Raises
     ------
@@ -302,7 +320,12 @@ class ForceGradient:
     """
 
     def __init__(
-        self, settings: ForceGradientSettings, network: Potential, *, watch: bool = True
+        self,
+        settings: ForceGradientSettings,
+        network: Potential,
+        *,
+        watch: bool = True,
+        features: bool = False,
     ) -> None:
         self.method = settings.method
         if self.method == "auto":
@@ -319,12 +342,14 @@ class ForceGradient:
         if self.method == "central_difference":
             self.epsilon = epsilon_for(settings.epsilon, network.dtype)
         self._watching = watch
+        self._features = features
         self._steps = 0
 
     @property
     def takes_compact_lists(self) -> bool:
         """Whether all passes are native, so that neighbor lists need not be spelled out."""
-        return self.method == "central_difference" and self.network.uses_native
+        native = self.method == "central_difference" and self.network.uses_native
+        return native and not self._features
 
     @property
     def margin(self) -> float:
@@ -369,10 +394,15 @@ class ForceGradient:
             *earlier, last = difference_passes(module, point, cotangents, move, folded=self.folded)
         else:
             *earlier, last = [self._exact(module, point, cotangents)]
+        if cotangents.features:
+            tapped = (point.structures, point.neighbors, cotangents.features)
+            # What follows the features in the loss has parameters of its own.
+            passes = [lambda: value.data, lambda: module("weighted_features", *tapped)]
+            earlier = [*passes, *earlier]
         return LossGradient(value.parts, [*earlier, lambda: last() + value.penalty])
 
     def _check(self, batch: Batch, wanted: tuple[str, ...]) -> None:
-        for name in set(wanted) - set(FIRST_ORDER):
+        for name in set(wanted) - set(FIRST_ORDER) - set(self.network.taps):
             # A Hessian is a second derivative already: its loss' gradient takes a third.
             raise ConfigError(
                 f"a loss of '{name}' needs force_gradient.method = backpropagation: "
@@ -484,11 +514,20 @@ def loss_cotangents(
         "forces": forces,
     }
     leaves = [partial, forces]
+    taps = [name for name in wanted if name in network.taps and name not in FIRST_ORDER]
+    if taps:
+        tapped = network.predict(structures, point.neighbors, (), taps=taps).features
+        values |= {t: tapped[t].to(torch.float64).requires_grad_(True) for t in taps}
+        leaves += [values[tap] for tap in taps]
     if "stress" in wanted:
         values["stress"] = stress_from_virial(found.virial, structures).requires_grad_(True)
         leaves.append(values["stress"])
     value = objective(values)
-    c, g, *rest = torch.autograd.grad(value.data, leaves, allow_unused=True)
+    c, g, *rest = torch.autograd.grad(
+        value.data, leaves, allow_unused=True, retain_graph=bool(taps)
+    )
+    of_taps, rest = rest[: len(taps)], rest[len(taps) :]
+    features = {tap: f for tap, f in zip(taps, of_taps, strict=True) if f is not None}
     g = torch.zeros_like(forces) if g is None else g
     slope = g.new_zeros(structures.n_systems)
     slope = slope.index_add(0, structures.system_index, (g * forces.detach()).sum(dim=1))
@@ -499,7 +538,7 @@ def loss_cotangents(
         slope = slope + work.sum(dim=(1, 2))
         symmetric = 0.5 * (rest[0] + rest[0].transpose(1, 2))
         strain = torch.where(periodic, symmetric / structures.volume[:, None, None], 0.0)
-    return value, Cotangents(c, g, strain, slope)
+    return value, Cotangents(c, g, strain, slope, features)
 
 
 def proxy_error(

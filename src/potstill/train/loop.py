@@ -33,10 +33,13 @@ from potstill.models import (
 )
 from potstill.models.gemnet_oc import fit_scale_factors
 from potstill.structures import SpeciesTable, Structures
+from potstill.teachers.base import Teacher
 from potstill.train.compilation import network_passes
 from potstill.train.data import TrainingSet, fit_offsets
 from potstill.train.devices import default_fabric
+from potstill.train.features import FeatureSources, average_over_ranks
 from potstill.train.force_gradient import ForceGradient
+from potstill.train.initialize import initialize_weights
 from potstill.train.mixing import batch_weights, check_mixing, mixed_batches
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import TrainSettings
@@ -83,6 +86,7 @@ def train(
     *,
     info: Mapping[str, Any] | None = None,
     initial: Potential | None = None,
+    teachers: Mapping[str, Teacher] | None = None,
     on_epoch: EpochCallback | None = None,
     say: Callable[[str], None] | None = None,
     fabric: lightning_fabric.Fabric | None = None,
@@ -102,6 +106,8 @@ def train(
         What to write into the saved potential (data, teacher, versions).
     initial : Potential, optional
         Start from this potential's weights, offsets and prior (fine-tuning) instead of anew.
+    teachers : mapping, optional
+        Teachers by source, which compute the features that the training set does not hold.
     on_epoch : callable, optional
         Progress display.
     say : callable, optional
@@ -117,14 +123,14 @@ def train(
     Raises
     ------
     MissingLabelError
-        If a label that the loss or the score asks for is absent.
+        If a label or feature that the loss or the score asks for is absent.
     DivergenceError
         If the loss becomes infinite or NaN; the last good weights stay in the folder.
     ConfigError
         If the folder holds a run with other settings or data.
     """
     fabric = fabric or default_fabric()
-    check_signals(settings.loss, training.labels, "training set")
+    check_signals(settings.label_terms, training.labels, "training set")
     score_needs = [_score_term(key, settings.score.source) for key in settings.score.weights]
     check_signals(score_needs, validation.labels, "validation set")
     check_mixing(settings, training.structures, training.synthetic)
@@ -134,7 +140,11 @@ def train(
     student, training = initial_student(settings, training, initial)
     network, baseline = student["network"], student.without("network")
     network.use_core(settings.core)
-    force_gradient = ForceGradient(settings.force_gradient, network)
+    features = FeatureSources(settings, training, teachers or {}, network)
+    heads = features.heads
+    force_gradient = ForceGradient(
+        settings.force_gradient, network, features=bool(settings.feature_terms)
+    )
     own_passes = network_passes(
         network,
         force_gradient,
@@ -146,10 +156,12 @@ def train(
     validation = validation.minus(baseline)
     validation = validation.with_neighbors(network.cutoff, packed=network.uses_native)
 
-    run = RunFolder.open(Path(folder), settings, training, fabric)
-    trainee = Trainee.create(student, settings, fabric)
+    run = RunFolder.open(Path(folder), settings, training, fabric, features.summary())
+    trainee = Trainee.create(student, heads, settings, fabric)
+    features.to(fabric.device)
     passes = fabric.setup_module(own_passes)
-    restore(run, trainee)
+    if not restore(run, trainee):
+        features.choose_scales(settings, network, training, fabric)
 
     with Interruption() as interruption, run.event_log(settings, trainee) as events:
         while trainee.epoch <= settings.epochs and not trainee.should_stop(settings):
@@ -165,15 +177,17 @@ def train(
                 mine = slice(fabric.global_rank, None, fabric.world_size)
                 weights = batch_weights(training.synthetic, systems, settings)
                 weights = None if weights is None else weights[mine]
-                batch = training.batch(systems[mine], weights).to(fabric.device)
-                objective = BatchLoss(settings, epoch, network, batch, fabric)
+                batch = training.batch(systems[mine], weights)
+                batch = features.complete(batch).to(fabric.device)
+                objective = BatchLoss(settings, epoch, network, batch, fabric, heads)
                 gradient = force_gradient(passes, batch, objective.wanted, objective)
                 if not math.isfinite(gradient.parts["loss"]):
                     run.report_divergence(epoch, trainee.step, gradient.parts)
                 trainee.optimizer.zero_grad(set_to_none=True)
                 gradient.backward(fabric, passes)
+                average_over_ranks(heads, fabric)
                 if settings.optimizer.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(network.parameters(), settings.optimizer.clip_norm)
+                    nn.utils.clip_grad_norm_(trainee.trained, settings.optimizer.clip_norm)
                 trainee.optimizer.step()
                 trainee.after_step(gradient.parts)
             if interruption.requested and trainee.step < len(batches):
@@ -193,7 +207,8 @@ def train(
                 "epoch": epoch,
                 "steps": trainee.steps,
                 "learning_rate": trainee.learning_rate,
-                "weights": {term.name: term.weight_at(epoch) for term in settings.loss},
+                "weights": {t.name: t.weight_at(epoch) for t in settings.label_terms}
+                | {t.name: heads.weight(t, epoch) for t in settings.feature_terms},
                 "train": trainee.epoch_means(),
                 "validation": metrics,
                 "score": score,
@@ -222,7 +237,7 @@ def _validate(
 ) -> dict[str, float]:
     """Metrics against the score's source; those against other sources as `metric:source`."""
     network.eval()
-    sources = {settings.score.source, *(t.source for t in settings.loss if t.ever_active)}
+    sources = {settings.score.source, *(t.source for t in settings.label_terms if t.ever_active)}
     sources &= set(data.labels)
     accumulators = {source: ErrorAccumulator(fabric.device) for source in sorted(sources)}
     names = _validated_properties(settings)
@@ -242,7 +257,7 @@ def _validate(
 
 
 def _validated_properties(settings: TrainSettings) -> tuple[str, ...]:
-    used = {term.property for term in settings.loss if term.ever_active}
+    used = {term.property for term in settings.label_terms if term.ever_active}
     return tuple(sorted(used | {"energy", "forces"}))
 
 
@@ -294,6 +309,8 @@ def initial_student(
         network.initialize_energy_layers(_residual_offsets(settings, residual))
     if isinstance(network, GemNetOC):
         fit_scale_factors(network, _typical_batches(settings, residual.structures))
+    if settings.model.initialize is not None:
+        initialize_weights(network, settings.model.initialize)
     return SumPotential({**components, "network": network}), residual
 
 
@@ -338,7 +355,7 @@ def _residual_offsets(settings: TrainSettings, data: TrainingSet) -> Tensor:
 
 
 def _energy_source(settings: TrainSettings) -> str:
-    for term in settings.loss:
+    for term in settings.label_terms:
         if term.property == "energy":
             return term.source
     return settings.score.source

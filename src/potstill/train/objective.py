@@ -10,10 +10,11 @@ import lightning_fabric
 import torch
 from torch import Tensor
 
+from potstill.distill.heads import FeatureHead, FeatureHeads
 from potstill.distill.losses import error_measure, error_sums
 from potstill.models import HIPNN, Potential
 from potstill.models.hipnn import hierarchicality
-from potstill.structures import Properties
+from potstill.structures import NeighborList, Properties
 from potstill.train.data import Batch
 from potstill.train.settings import TrainSettings
 
@@ -56,6 +57,8 @@ class BatchLoss:
         With the labels of every source.
     fabric : lightning_fabric.Fabric
         Sums run over all its processes.
+    heads : FeatureHeads, optional
+        Of the terms on features; without them these are left out.
     """
 
     def __init__(
@@ -65,42 +68,53 @@ class BatchLoss:
         network: Potential,
         batch: Batch,
         fabric: lightning_fabric.Fabric,
+        heads: FeatureHeads | None = None,
     ) -> None:
         self.epoch, self.network, self.batch, self.fabric = epoch, network, batch, fabric
-        self.active = [term for term in settings.loss if term.weight_at(epoch) != 0.0]
+        self.active = [term for term in settings.label_terms if term.weight_at(epoch) != 0.0]
+        self.heads = FeatureHeads() if heads is None else heads
+        self.active_heads = self.heads.active(epoch)
         self.regularization = settings.regularization
         self.hierarchical = self.regularization.hierarchicality > 0 and isinstance(network, HIPNN)
 
     @property
     def wanted(self) -> tuple[str, ...]:
         """Names of the values that the loss is a function of."""
-        names = dict.fromkeys(term.property for term in self.active)
-        return (*names, "hierarchical_energies") if self.hierarchical else tuple(names)
+        names: list[str] = [term.property for term in self.active]
+        names += ["hierarchical_energies"] if self.hierarchical else []
+        names += [tap for head in self.active_heads for tap in head.wanted]
+        return tuple(dict.fromkeys(names))
 
     def __call__(self, values: Mapping[str, Tensor]) -> LossValue:
         """The loss, with its parts for the log."""
         batch, fabric = self.batch, self.fabric
         prediction = Properties({term.property: values[term.property] for term in self.active})
 
-        # One all-reduce for everything: sums of every error term, then those of the regularizer.
+        # One all-reduce for everything: sums of every error term, of every term on features, then
+        # those of the regularizer.
         rows = [
             error_sums(term, prediction, batch.labels[term.source], batch.structures).stacked()
             for term in self.active
         ]
+        rows += [self._feature_sums(head, values) for head in self.active_heads]
         if self.hierarchical:
             per_atom = hierarchicality(values["hierarchical_energies"])
             n_systems = per_atom.new_tensor(float(batch.structures.n_systems))
             rows.append(torch.stack([per_atom.sum(), n_systems, n_systems]))
-        sums = _sum_over_ranks(torch.stack(rows), fabric)
+        sums = _sum_over_ranks(torch.cat(rows), fabric).split([len(row) for row in rows])
 
-        loss = sums.new_zeros(())
+        loss = sums[0].new_zeros(())
         parts: dict[str, float] = {}
         for term, row in zip(self.active, sums, strict=False):
             error = error_measure(term.error, row)
             loss = loss + term.weight_at(self.epoch) * error
             parts[term.name] = float(error.detach())
+        for head, row in zip(self.active_heads, sums[len(self.active) :], strict=False):
+            error = head.value(row)
+            loss = loss + self.heads.weight(head.term, self.epoch) * error
+            parts[head.term.name] = float(error.detach())
         if self.hierarchical:
-            mean = sums[-1, 0] / sums[-1, 1]  # over configurations, of the sum over their atoms
+            mean = sums[-1][0] / sums[-1][1]  # over configurations, of the sum over their atoms
             loss = loss + self.regularization.hierarchicality * mean
             parts["hierarchicality"] = float(mean.detach())
         penalty = loss.new_zeros(())
@@ -113,6 +127,12 @@ class BatchLoss:
         # Data-parallel gradients are averaged over ranks. What depends on data is complete only in
         # the sum over ranks; the penalty is the same on each.
         return LossValue(loss * fabric.world_size, penalty, parts)
+
+    def _feature_sums(self, head: FeatureHead, values: Mapping[str, Tensor]) -> Tensor:
+        batch = self.batch
+        assert isinstance(batch.neighbors, NeighborList)
+        teacher = batch.features[head.term.source]
+        return head.sums(values, teacher, batch.structures, batch.neighbors)
 
 
 def _sum_over_ranks(local: Tensor, fabric: lightning_fabric.Fabric) -> Tensor:

@@ -6,18 +6,50 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from potstill.distill import LossTerm
+from potstill.distill import FeatureTerm, LossTerm, expand
+from potstill.distill.strategies import AnyTerm
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class WeightsSettings(_Settings):
+    """Weights that the student's network starts from; see `potstill.train.initialize`.
+
+    Parameters
+    ----------
+    checkpoint : str
+        A potential of the same kind, the teacher's say.
+    names : tuple of str
+        Patterns of the names of parameters, such as `blocks.*` for the interaction layers; what
+        only one of the two networks has is left alone.
+    first_channels : bool
+        Let layers that are wider in the checkpoint be cut down to their first channels. The same
+        channels are kept in all layers, so that the layers still fit one another.
+    """
+
+    checkpoint: str
+    names: tuple[str, ...] = Field(default=("*",), min_length=1)
+    first_channels: bool = False
+
+
 class ModelSettings(_Settings):
-    """The student's network: a kind of `potstill.models.MODELS` and its hyper-parameters."""
+    """The student's network.
+
+    Parameters
+    ----------
+    kind : str
+        One of `potstill.models.MODELS`.
+    hyperparameters : dict
+        Its arguments.
+    initialize : WeightsSettings, optional
+        Start from weights of another network in place of random ones.
+    """
 
     kind: str = "hipnn"
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
+    initialize: WeightsSettings | None = None
 
 
 class EnergySettings(_Settings):
@@ -143,10 +175,12 @@ class TrainSettings(_Settings):
 
     Parameters
     ----------
-    model, energy, loss, force_gradient, regularization, optimizer, learning_rate, score
+    model, energy, force_gradient, regularization, optimizer, learning_rate, score
         See the classes.
     mixing : MixingSettings, optional
         Sampling and weighting ratio of synthetic data.
+    loss : tuple of LossTerm or FeatureTerm
+        Its terms; lines with `distill` name strategies (`potstill.distill.strategies`).
     epochs : int
         At most this many.
     batch_size : int
@@ -170,7 +204,7 @@ class TrainSettings(_Settings):
 
     model: ModelSettings = Field(default_factory=ModelSettings)
     energy: EnergySettings = Field(default_factory=EnergySettings)
-    loss: tuple[LossTerm, ...] = Field(default_factory=paper_loss)
+    loss: tuple[AnyTerm, ...] = Field(default_factory=paper_loss)
     force_gradient: ForceGradientSettings = Field(default_factory=ForceGradientSettings)
     regularization: RegularizationSettings = Field(default_factory=RegularizationSettings)
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
@@ -187,16 +221,38 @@ class TrainSettings(_Settings):
     seed: int = 0
     tensorboard: bool = False
 
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _strategies(cls, lines: Any) -> Any:
+        return expand(lines)
+
     @field_validator("loss")
     @classmethod
-    def _some_loss(cls, terms: tuple[LossTerm, ...]) -> tuple[LossTerm, ...]:
+    def _some_loss(
+        cls, terms: tuple[LossTerm | FeatureTerm, ...]
+    ) -> tuple[LossTerm | FeatureTerm, ...]:
         if not any(term.ever_active for term in terms):
             raise ValueError("the loss has no term with a weight other than zero")
         names = [term.name for term in terms]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"the loss names the term {name} twice")
+        if sum(t.share or 0.0 for t in terms if isinstance(t, FeatureTerm)) >= 1.0:
+            raise ValueError("the shares of the loss add up to one or more")
+        if all(isinstance(t, FeatureTerm) and t.share is not None for t in terms):
+            raise ValueError("a share of the loss needs a term with a weight beside it")
         return terms
+
+    @property
+    def label_terms(self) -> tuple[LossTerm, ...]:
+        """The terms on labels."""
+        return tuple(term for term in self.loss if isinstance(term, LossTerm))
+
+    @property
+    def feature_terms(self) -> tuple[FeatureTerm, ...]:
+        """The terms on internal features that ever weigh."""
+        terms = (term for term in self.loss if isinstance(term, FeatureTerm))
+        return tuple(term for term in terms if term.ever_active)
 
     @property
     def schedule_end(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from potstill import __version__
 from potstill.checkpoint import FORMAT_VERSION, read_payload, write_atomically
+from potstill.distill.heads import FeatureHeads
 from potstill.errors import ConfigError, DivergenceError
 from potstill.models import SumPotential
 from potstill.train.data import TrainingSet
@@ -33,8 +34,10 @@ class Trainee:
     ----------
     student : SumPotential
         Only its component `network` is trained.
+    heads : FeatureHeads
+        Transformations of features, trained along and not saved with the student.
     optimizer : torch.optim.Optimizer
-        Over the network's parameters.
+        Over the parameters of network and heads.
     average : dict of str to Tensor, optional
         Exponential moving average of the weights.
     epoch, step : int
@@ -50,6 +53,7 @@ class Trainee:
     """
 
     student: SumPotential
+    heads: FeatureHeads
     optimizer: torch.optim.Optimizer
     average_decay: float | None
     average: dict[str, Tensor] | None
@@ -65,16 +69,22 @@ class Trainee:
 
     @classmethod
     def create(
-        cls, student: SumPotential, settings: TrainSettings, fabric: lightning_fabric.Fabric
+        cls,
+        student: SumPotential,
+        heads: FeatureHeads,
+        settings: TrainSettings,
+        fabric: lightning_fabric.Fabric,
     ) -> Trainee:
-        """Move the student to the device and make its optimizer."""
+        """Move student and heads to the device and make their optimizer."""
         network = student["network"].to(fabric.device)
-        optimizer = _optimizer(settings.optimizer, list(network.parameters()))
+        heads.to(fabric.device)
+        trained: list[Tensor] = [*network.parameters(), *heads.parameters()]
+        optimizer = _optimizer(settings.optimizer, trained)
         decay = settings.optimizer.ema_decay
         average = None
         if decay is not None:
             average = {k: v.detach().clone() for k, v in network.state_dict().items()}
-        return cls(student, optimizer, decay, average)
+        return cls(student, heads, optimizer, decay, average)
 
     # -- learning rate -------------------------------------------------------------------------
 
@@ -140,6 +150,11 @@ class Trainee:
         reference = max(self.best_epoch, settings.schedule_end)
         return self.epoch - 1 - reference >= settings.early_stopping
 
+    @property
+    def trained(self) -> list[Tensor]:
+        """All parameters that the optimizer moves."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Put the moving average into the network for validation and saving."""
@@ -194,8 +209,11 @@ class RunFolder:
         settings: TrainSettings,
         training: TrainingSet,
         fabric: lightning_fabric.Fabric,
+        features: Mapping[str, str] | None = None,
     ) -> RunFolder:
         """Make the folder, or check that it belongs to the same run.
+
+        What is known of the taps that learn from one another goes into `settings.json`.
 
         Raises
         ------
@@ -222,6 +240,7 @@ class RunFolder:
                 )
         elif run.writes:
             record = {**identity, "versions": versions(), "labels": training.summary()}
+            record |= {"features": dict(features)} if features else {}
             text = json.dumps(record, indent=2)
             write_atomically(file, lambda f: f.write(text.encode()))
         fabric.barrier()
@@ -315,22 +334,29 @@ def snapshot(run: RunFolder, trainee: Trainee) -> None:
         "optimizer": trainee.optimizer.state_dict(),
         "average": trainee.average,
     }
+    if trainee.heads.all:
+        payload["heads"] = trainee.heads.state_dict()
+        payload["scales"] = trainee.heads.scales
     write_atomically(run.last, lambda file: torch.save(payload, file))
 
 
-def restore(run: RunFolder, trainee: Trainee) -> None:
-    """Continue from the folder's snapshot, if there is one."""
+def restore(run: RunFolder, trainee: Trainee) -> bool:
+    """Continue from the folder's snapshot; False if there is none."""
     if not run.last.is_file():
         run.drop_records_from(0)
-        return
+        return False
     payload = read_payload(run.last)
     trainee.student["network"].load_state_dict(payload["state"])
     trainee.optimizer.load_state_dict(payload["optimizer"])
     if trainee.average is not None:
         trainee.average = payload["average"]
+    if trainee.heads.all:
+        trainee.heads.load_state_dict(payload["heads"])
+        trainee.heads.scales = payload["scales"]
     for name, value in json.loads(payload["header"]).items():
         setattr(trainee, name, value)
     run.drop_records_from(trainee.epoch)
+    return True
 
 
 class Interruption:
@@ -371,6 +397,10 @@ def data_fingerprint(data: TrainingSet) -> str:
             digest.update(labels[name].cpu().contiguous().numpy().tobytes())
     if data.synthetic is not None:
         digest.update(data.synthetic.numpy().tobytes())
+    for source, taps in sorted(data.features.items()):
+        for tap, feature in sorted(taps.items()):
+            digest.update(f"{source}/{tap}".encode())
+            digest.update(feature.values.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from potstill.distill import FeatureTerm
+from potstill.distill.taps import split_tap
 from potstill.errors import DataError, suggest
+from potstill.features import Feature
 from potstill.readers import KeyMap, Units, read, split_by_group, split_by_seed, split_from_file
 from potstill.store import LabelledStore
 from potstill.structures import Properties, Structures
@@ -176,9 +179,18 @@ def read_files(files: Sequence[FileData]) -> list[tuple[Structures, Properties]]
 
 
 def load_store(
-    path: str, sources: Sequence[str] | None = None
+    path: str, sources: Sequence[str] | None = None, terms: Sequence[FeatureTerm] = ()
 ) -> tuple[TrainingSet, Mapping[str, Mapping[str, Any]]]:
     """All structures of a store with labels by source, and what is known of the sources.
+
+    Parameters
+    ----------
+    path : str
+        The store.
+    sources : sequence of str, optional
+        Label sets to read; all by default.
+    terms : sequence of FeatureTerm
+        Terms of a loss whose teachers' features are read, too, as far as they are stored.
 
     Raises
     ------
@@ -197,11 +209,35 @@ def load_store(
         raise DataError(f"{path} holds no labels at all: label it with `potstill label`")
     labels = {name: store.labels(name) for name in names}
     infos = {name: store.source_info(name) for name in names}
-    return TrainingSet(store.structures(), labels), infos
+    features = {term.source: _stored_features(store, term.source, terms) for term in terms}
+    features = {source: taps for source, taps in features.items() if taps}
+    infos = {source: store.feature_info(source) for source in features} | infos
+    return TrainingSet(store.structures(), labels, features=features), infos
 
 
-def load_parts(settings: DataSettings) -> tuple[dict[str, TrainingSet], dict[str, Any]]:
+def _stored_features(
+    store: LabelledStore, source: str, terms: Sequence[FeatureTerm]
+) -> dict[str, Feature]:
+    """Features of a source by tap, the teacher's default last; only those that terms may take."""
+    own = [term.teacher_tap for term in terms if term.source == source]
+    wanted = {tap for name in own if name for tap in split_tap(name)}
+    known = {tap: entry for tap, entry in store.taps(source).items() if "kind" in entry}
+    names = [tap for tap in known if tap in wanted or None in own]
+    names.sort(key=lambda tap: known[tap]["default"])
+    return {tap: store.features(source, tap) for tap in names}
+
+
+def load_parts(
+    settings: DataSettings, terms: Sequence[FeatureTerm] = ()
+) -> tuple[dict[str, TrainingSet], dict[str, Any]]:
     """Read and split.
+
+    Parameters
+    ----------
+    settings : DataSettings
+        What, and how.
+    terms : sequence of FeatureTerm
+        As of `load_store`; only the training set gets features.
 
     Returns
     -------
@@ -217,7 +253,7 @@ def load_parts(settings: DataSettings) -> tuple[dict[str, TrainingSet], dict[str
     """
     sources: Mapping[str, Any] = {}
     if settings.store is not None:
-        data, sources = load_store(settings.store, settings.sources)
+        data, sources = load_store(settings.store, settings.sources, terms)
     else:
         data = _joined(settings.files)
     indices = dict(settings.split.split(data.structures))
@@ -228,6 +264,7 @@ def load_parts(settings: DataSettings) -> tuple[dict[str, TrainingSet], dict[str
             indices["train"] = _union(indices["train"], indices.pop(name, None))
     parts = {name: data.select(index) for name, index in indices.items() if len(index)}
     parts |= {name: _joined(files) for name, files in apart.items() if files}
+    parts = {k: p if k == "train" else replace(p, features={}) for k, p in parts.items()}
     for name in ("train", "validation"):
         if name not in parts:
             raise DataError(f"the split leaves nothing for '{name}'")

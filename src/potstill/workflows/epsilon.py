@@ -69,7 +69,7 @@ def find_epsilon(config: EpsilonConfig, display: Display | None = None) -> Epsil
     if initial is not None:
         data = data.with_species_table(initial.species_table)
     quadratic = config.loss == "quadratic"
-    terms = (LossTerm(property="forces"),) if quadratic else config.train.loss
+    terms = (LossTerm(property="forces"),) if quadratic else config.train.label_terms
     check_signals(terms, data.labels, "training set")
     claim_folder(folder, config)
     student, data = initial_student(config.train, data, initial)

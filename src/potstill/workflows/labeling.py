@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from potstill.errors import ConfigError
-from potstill.label import LabelReport, label_store
+from potstill.label import LabelReport, label_features, label_store
 from potstill.store import LabelledStore
 from potstill.structures import Structures
 from potstill.teachers import Teacher
@@ -31,7 +31,11 @@ class LabelConfig(Settings):
     teacher : TeacherSettings
         Who labels.
     properties : tuple of str, optional
-        What to ask for; by default all that a student can learn from and the teacher gives.
+        What to ask for; by default all that a student can learn from and the teacher gives. None
+        at all if empty, for a run that stores features only.
+    taps : tuple of str
+        Internal features to store as well, by name; `default` is the teacher's last before its
+        output.
     chunk : int
         Frames that are written together.
     """
@@ -40,6 +44,7 @@ class LabelConfig(Settings):
     files: tuple[FileData, ...] = ()
     teacher: TeacherSettings
     properties: tuple[str, ...] | None = None
+    taps: tuple[str, ...] = ()
     chunk: int = Field(default=8, ge=1)
 
 
@@ -51,8 +56,35 @@ def label(config: LabelConfig, display: Display | None = None) -> LabelReport:
     display = display or Display()
     store = _open_store(config)
     teacher = config.teacher.make()
-    properties = config.properties or learnable(teacher, store.structures(0, 1))
-    return label_with_progress(store, teacher, properties, display, chunk=config.chunk)
+    properties = config.properties
+    if properties is None:
+        properties = learnable(teacher, store.structures(0, 1))
+    if not properties and not config.taps:
+        raise ConfigError("there is nothing to label: name properties, taps or both")
+    report = None
+    if properties:
+        report = label_with_progress(store, teacher, properties, display, chunk=config.chunk)
+    if config.taps:
+        features = _store_features(store, teacher, config, display)
+        report = report or features
+    assert report is not None
+    return report
+
+
+def _store_features(
+    store: LabelledStore, teacher: Teacher, config: LabelConfig, display: Display
+) -> LabelReport:
+    """`label_features` with a display."""
+    with display.task(f"features of {teacher.name}", store.n_systems) as task:
+        report = label_features(
+            store,
+            teacher,
+            config.taps,
+            chunk=config.chunk,
+            progress=lambda done, total: task.update(done, total),
+        )
+    display.say(f"features {', '.join(config.taps)} of {report.n_labelled} structures are stored")
+    return report
 
 
 def learnable(teacher: Teacher, example: Structures) -> tuple[str, ...]:

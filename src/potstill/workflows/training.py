@@ -12,10 +12,13 @@ from pydantic import Field, model_validator
 from potstill.checkpoint import load_potential
 from potstill.evaluate.errors import evaluate_errors
 from potstill.models import Potential
+from potstill.teachers import Teacher
 from potstill.train import TrainingSet, TrainResult, TrainSettings, train
+from potstill.train.features import is_stored
 from potstill.workflows.base import (
     Display,
     Settings,
+    TeacherSettings,
     claim_folder,
     potential_info,
     seconds_in_words,
@@ -58,6 +61,9 @@ class TrainConfig(Settings):
         data; each starts from the best network of the one before.
     initial : str, optional
         Start from this checkpoint.
+    teachers : dict of str to TeacherSettings
+        Teachers by source that compute their internal features during training, where the loss
+        distils some that the data do not hold.
     """
 
     out: str
@@ -65,6 +71,7 @@ class TrainConfig(Settings):
     train: TrainSettings = Field(default_factory=TrainSettings)
     stages: tuple[StageConfig, ...] = ()
     initial: str | None = None
+    teachers: dict[str, TeacherSettings] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -101,12 +108,22 @@ def train_from_config(config: TrainConfig, display: Display | None = None) -> Tr
     display = display or Display()
     folder = Path(config.out)
     stages = config.stages or (StageConfig(name="."),)
-    data = [load_parts(stage.data or config.data) for stage in stages]  # type: ignore[arg-type]
+    data = [
+        load_parts(stage.data or config.data, config.settings_of(stage).feature_terms)  # type: ignore[arg-type]
+        for stage in stages
+    ]
+    teachers: dict[str, Teacher] = {}
     claim_folder(folder, config)
     initial = None if config.initial is None else load_potential(config.initial)[0]
     for stage, (parts, sources) in zip(stages, data, strict=True):
         settings = config.settings_of(stage)
         place = folder / stage.name
+        for term in settings.feature_terms:  # a teacher's package is imported only if it must be
+            name = term.source
+            online = not is_stored(term, parts["train"])
+            if online and name in config.teachers and name not in teachers:
+                teachers[name] = config.teachers[name].make()
+        sources = {name: t.info.to_json() for name, t in teachers.items()} | sources
         result = train_with_progress(
             settings,
             parts["train"],
@@ -116,6 +133,7 @@ def train_from_config(config: TrainConfig, display: Display | None = None) -> Tr
             title=f"training {stage.name}" if config.stages else "training",
             info=potential_info(parts["train"].structures, teacher=_teacher(settings, sources)),
             initial=initial,
+            teachers=teachers,
         )
         if result.status == "interrupted":
             return result
@@ -135,6 +153,7 @@ def train_with_progress(
     title: str,
     info: Mapping[str, Any] | None = None,
     initial: Potential | None = None,
+    teachers: Mapping[str, Teacher] | None = None,
 ) -> TrainResult:
     """`potstill.train.train` with a display."""
     rows = [[source, name, str(n)] for source, name, n in training.summary()]
@@ -148,6 +167,7 @@ def train_with_progress(
             folder,
             info=info,
             initial=initial,
+            teachers=teachers,
             on_epoch=lambda record: task.update(record["epoch"], note=_note(record)),
             say=display.say,
         )
@@ -163,7 +183,9 @@ def write_test_errors(
     potential: Potential, data: TrainingSet, settings: TrainSettings, folder: Path
 ) -> None:
     """Write errors on a test set to `test.json`, against every source that the loss names."""
-    sources = dict.fromkeys((settings.score.source, *(term.source for term in settings.loss)))
+    sources = dict.fromkeys(
+        (settings.score.source, *(term.source for term in settings.label_terms))
+    )
     channels = {
         source: evaluate_errors(
             potential,

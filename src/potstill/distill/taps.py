@@ -1,0 +1,178 @@
+"""Features of potentials and of any torch module, by name: what feature distillation looks at.
+
+A potential names its taps. Of any other module, and of a potential besides its own taps, the output
+of each submodule is a tap under the submodule's path, such as `atom_conv_layers.2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from potstill.errors import ModelError, suggest
+from potstill.features import Feature, FeatureKind, pairs_at
+from potstill.models import Potential, TapSpec
+from potstill.neighbors import build_neighbor_list
+from potstill.structures import Structures
+
+#: Models that choose among the pairs of their list say with this tap, (M, 1), which of them their
+#: features of pairs belong to.
+CHOSEN_PAIRS = "edges"
+
+#: Between the names of taps whose channels are put side by side: `message_6+update_6`.
+JOIN = "+"
+
+
+def split_tap(name: str) -> tuple[str, ...]:
+    """Names of the taps that are concatenated."""
+    return tuple(part.strip() for part in name.split(JOIN))
+
+
+@contextmanager
+def captured(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Record what submodules return while the context lasts.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Any module.
+    paths : sequence of str
+        Paths of submodules, as of `named_modules`.
+
+    Yields
+    ------
+    dict of str to Tensor
+        Fills with the outputs by path; of a submodule that is called several times, the last.
+
+    Raises
+    ------
+    ModelError
+        If there is no such submodule.
+    """
+    known = dict(module.named_modules())
+    found: dict[str, Tensor] = {}
+    handles = []
+    for path in paths:
+        if path not in known or not path:
+            raise ModelError(
+                f"{type(module).__name__} has no feature tap or submodule '{path}'"
+                f"{suggest(path, [name for name in known if name])}"
+            )
+
+        def record(_module: nn.Module, _inputs: Any, output: Any, path: str = path) -> None:
+            if not isinstance(output, Tensor):
+                raise ModelError(f"the submodule '{path}' returns no tensor: tap another one")
+            found[path] = output
+
+        handles.append(known[path].register_forward_hook(record))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def potential_features(
+    potential: Potential, structures: Structures, taps: Sequence[str]
+) -> dict[str, Feature]:
+    """Features of a batch, without a graph of derivatives.
+
+    Parameters
+    ----------
+    potential : Potential
+        In evaluation mode or not: its mode is left alone.
+    structures : Structures
+        The batch, on the potential's device.
+    taps : sequence of str
+        Names among `potential.taps`, or paths of submodules that return one row per atom.
+
+    Raises
+    ------
+    ModelError
+        If a tap is unknown, or a submodule's output does not belong to the atoms.
+    """
+    neighbors = build_neighbor_list(structures, potential.cutoff)
+    named = [tap for tap in taps if tap in potential.taps]
+    paths = [tap for tap in taps if tap not in potential.taps]
+    for path in paths:
+        if path not in dict(potential.named_modules()):
+            raise ModelError(
+                f"{potential.kind} has no feature tap or submodule '{path}'"
+                f"{suggest(path, potential.taps)}"
+            )
+    chooses = CHOSEN_PAIRS in potential.taps and any(
+        potential.taps[tap].kind == "edge_scalar" for tap in named
+    )
+    asked = [*named, CHOSEN_PAIRS] if chooses else named
+    with captured(potential, paths) as outputs, torch.no_grad():
+        # The torch twin: native kernels keep their features to themselves.
+        found = potential.predict(structures, neighbors, ["atomic_energies"], taps=asked)
+    pairs, recipe = neighbors, f"all pairs within {potential.cutoff:g} Å"
+    if chooses:
+        pairs = pairs_at(structures, neighbors, found.features[CHOSEN_PAIRS][:, 0].long())
+        recipe = f"the choice of {potential.kind} among the pairs within {potential.cutoff:g} Å"
+    features = {}
+    for tap in taps:
+        if tap in found.features:
+            spec, values = potential.taps[tap], found.features[tap]
+            graph = (pairs, recipe) if spec.kind == "edge_scalar" else ()
+            features[tap] = Feature(spec.kind, values.detach(), *graph)
+        else:
+            features[tap] = atom_feature(outputs.get(tap), structures.n_atoms, tap)
+    return features
+
+
+def atom_feature(output: Tensor | None, n_atoms: int, tap: str) -> Feature:
+    """The output of a submodule as a feature of atoms: (N, F), or (N, 3, F) for vectors.
+
+    Raises
+    ------
+    ModelError
+        If it has another shape.
+    """
+    if output is None:
+        raise ModelError(f"the submodule '{tap}' was not called: tap another one")
+    vector = output.ndim == 3 and output.shape[1] == 3
+    if output.shape[0] != n_atoms or not (output.ndim == 2 or vector):
+        raise ModelError(
+            f"the submodule '{tap}' returns {tuple(output.shape)}, which are no rows of "
+            f"{n_atoms} atoms: tap another one"
+        )
+    return Feature("node_vector" if vector else "node_scalar", output.detach())
+
+
+def default_tap(
+    taps: Mapping[str, TapSpec], preferred: str | None, kinds: Sequence[FeatureKind], owner: str
+) -> str:
+    """The tap that is taken where none is named.
+
+    Parameters
+    ----------
+    taps : mapping
+        Those of the model, from its input to its output.
+    preferred : str, optional
+        The model's own choice, taken where it is of the right kind.
+    kinds : sequence of str
+        Kinds that fit, the best first.
+    owner : str
+        Whose taps these are, for the message.
+
+    Raises
+    ------
+    ModelError
+        If no tap is of a fitting kind.
+    """
+    for kind in kinds:
+        if preferred is not None and preferred in taps and taps[preferred].kind == kind:
+            return preferred
+        of_kind = [n for n, spec in taps.items() if spec.kind == kind and n != CHOSEN_PAIRS]
+        if of_kind:
+            return of_kind[-1]
+    raise ModelError(
+        f"{owner} has no tap of the kind {' or '.join(kinds)}: its taps are "
+        f"{', '.join(f'{name} ({spec.kind})' for name, spec in taps.items()) or 'none'}"
+    )
