@@ -22,6 +22,7 @@ from potstill.checkpoint import save_potential
 from potstill.config import SampleConfig, TrainConfig, validate
 from potstill.distill import LossTerm
 from potstill.errors import ConfigError, DivergenceError
+from potstill.features import Feature
 from potstill.models import HIPNN
 from potstill.models.base import LocalOutput, Potential
 from potstill.readers import read
@@ -319,6 +320,18 @@ def test_joined_sets_know_their_origins_and_labels():
     assert data.select(torch.tensor([4, 0])).synthetic.tolist() == [True, False]
     assert data.labels["reference"].presence("energy", 5).all()
     assert data.labels["teacher"].presence("energy", 5).tolist() == [False] * 3 + [True] * 2
+
+
+def test_joined_sets_keep_stored_features():
+    data = two_origins(3, 2)
+    parts = [data.select(torch.arange(3)), data.select(torch.arange(3, 5))]
+    values = torch.arange(parts[0].structures.n_atoms, dtype=torch.float64).unsqueeze(1)
+    known = replace(parts[0], features={"teacher": {"last": Feature("node_scalar", values)}})
+    for one, other in ((known, parts[1]), (parts[1], known)):
+        feature = one.with_synthetic(other).features["teacher"]["last"]
+        present = [True] * 3 + [False] * 2 if one is known else [False] * 2 + [True] * 3
+        assert feature.presence(5).tolist() == present
+        assert torch.equal(feature.values[feature.values.isfinite()], values.flatten())
 
 
 def test_the_loss_weighs_samples_by_origin():

@@ -114,7 +114,7 @@ class TrainingSet:
     def with_synthetic(self, others: TrainingSet) -> TrainingSet:
         """Join other configurations, marked as synthetic; neighbor lists are dropped.
 
-        Labels that only one of the two has are absent in the other.
+        Labels and features that only one of the two has are absent in the other.
         """
         parts = (self, others)
         sizes = [part.structures for part in parts]
@@ -123,8 +123,21 @@ class TrainingSet:
             source: Properties.concatenate([p.labels.get(source, empty) for p in parts], sizes)
             for source in dict.fromkeys((*self.labels, *others.labels))
         }
-        marks = [torch.full((len(part),), part is others) for part in parts]
-        return TrainingSet(Structures.concatenate(sizes), labels, synthetic=torch.cat(marks))
+        features: dict[str, dict[str, Feature]] = {}
+        for source in dict.fromkeys((*self.features, *others.features)):
+            own, theirs = (part.features.get(source, {}) for part in parts)
+            features[source] = {
+                tap: Feature.concatenate(
+                    [
+                        own.get(tap) or theirs[tap].absent(self.structures),
+                        theirs.get(tap) or own[tap].absent(others.structures),
+                    ],
+                    sizes,
+                )
+                for tap in dict.fromkeys((*own, *theirs))
+            }
+        marks = torch.cat([torch.full((len(part),), part is others) for part in parts])
+        return TrainingSet(Structures.concatenate(sizes), labels, None, features, marks)
 
     def _select_neighbors(self, systems: Tensor) -> Pairs | None:
         if isinstance(self.neighbors, CompactNeighbors):
