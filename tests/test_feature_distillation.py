@@ -8,9 +8,10 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from ase.build import bulk
+from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 from typer.testing import CliRunner
@@ -19,8 +20,9 @@ import potstill.models
 from potstill.checkpoint import load_potential, save_potential
 from potstill.cli import app
 from potstill.config import TrainConfig, load_config, validate
-from potstill.distill import FeatureTerm, LossTerm, Schedule, expand
+from potstill.distill import AuxiliaryTerm, FeatureTerm, LossTerm, Schedule, expand
 from potstill.distill.aggregate import edges_to_nodes, match_pairs
+from potstill.distill.heads import AuxiliaryHead
 from potstill.distill.strategies import PRESETS, STRATEGIES
 from potstill.errors import ConfigError, MissingLabelError
 from potstill.features import Feature, pairs_within
@@ -28,7 +30,7 @@ from potstill.label import label_features
 from potstill.models import HIPNN
 from potstill.neighbors import build_neighbor_list
 from potstill.store import LabelledStore
-from potstill.structures import Structures
+from potstill.structures import Properties, Structures
 from potstill.teachers import PotentialTeacher, make_teacher
 from potstill.teachers.base import TeacherInfo
 from potstill.train import TrainingSet, TrainSettings, train
@@ -592,6 +594,72 @@ def test_another_teacher_cannot_add_features_under_the_same_name(
         label_features(store, other, ["pair"])
     with pytest.raises(potstill.errors.StoreError, match="different teacher"):
         store.begin_labels("big", {"fingerprint": "another"})
+
+
+# -- other properties, read off the features -------------------------------------------------------
+
+
+def molecules() -> TrainingSet:
+    """Water and its fragments with charges that depend on the distances, and their dipoles."""
+    frames, charges, dipoles = [], [], []
+    for k, name in enumerate(("H2O", "H2O", "OH", "H2O")):
+        atoms = molecule(name)
+        atoms.rattle(0.1, seed=k)
+        atoms.calc = SinglePointCalculator(atoms, energy=-1.0, forces=0.1 * atoms.positions)
+        distance = atoms.get_all_distances() + 1e3 * np.eye(len(atoms))
+        q = np.where(atoms.numbers == 8, -0.4, 0.2) / distance.min(axis=1)
+        q -= q.mean()
+        frames.append(atoms)
+        charges.append(q)
+        dipoles.append(q @ atoms.positions)
+    values = {"charges": np.concatenate(charges), "dipole": np.array(dipoles)}
+    values["energy"] = np.array([a.get_potential_energy() for a in frames])
+    values["forces"] = np.concatenate([a.get_forces() for a in frames])
+    labels = Properties({name: torch.from_numpy(value) for name, value in values.items()})
+    return TrainingSet(Structures.from_ase(frames), {"reference": labels})
+
+
+@pytest.mark.parametrize("learn", ["charges", "dipole"])
+def test_other_properties_are_learnt_from_the_features(learn: str, tmp_path: Path) -> None:
+    data = molecules()
+    run = settings({"learn": learn, "weight": 100.0, "transform": "mlp"}, epochs=40)
+    result = train(run, data, data, tmp_path / "run")
+    first, *_, last = (record["train"] for record in records(tmp_path / "run"))
+    assert last[f"{learn}:reference"] < 0.3 * first[f"{learn}:reference"]
+    control = train(settings(epochs=1), data, data, tmp_path / "control")
+    kept, plain = (load_potential(r.best)[0].state_dict() for r in (result, control))
+    assert list(kept) == list(plain)
+    network = Tapped(data.structures.species_table, width=5, seed=1).double()
+    only = settings(loss=[{"learn": learn, "student_tap": "message"}])
+    parts = gradients(only, network, data, PotentialTeacher(network))[1]
+    assert set(parts) == {f"{learn}:reference", "loss"}
+    reached = {n.split(".")[0] for n, p in network.named_parameters() if p.grad is not None}
+    assert reached == {"embedding", "radial", "message"}
+
+
+def test_dipoles_are_those_of_the_charges() -> None:
+    """A head that gives the right charges gives the right dipoles; ions and crystals stay out."""
+    data = molecules()
+    network = Tapped(data.structures.species_table, width=5).double()
+    head = AuxiliaryHead(AuxiliaryTerm(learn="dipole"), network)
+    labels = data.labels["reference"]
+    head.readout = torch.nn.Linear(1, 1).double()
+    torch.nn.init.constant_(head.readout.weight, 1.0)
+    torch.nn.init.constant_(head.readout.bias, 0.7)  # a shift of all charges is taken off
+    student = {"update": labels["charges"].unsqueeze(1)}
+    right = head.sums(student, labels, data.structures).detach()
+    assert float(head.value(right)) < 1e-20
+    assert float(right[1]) == 12.0
+    ions = replace(data.structures, charge=torch.tensor([0.0, 1.0, 0.0, 0.0]).double())
+    crystals = replace(ions, pbc=torch.tensor([[False] * 3, [False] * 3, [True] * 3, [False] * 3]))
+    assert float(head.sums(student, labels, crystals).detach()[1]) == 6.0
+
+
+def test_an_absent_property_is_told(data: TrainingSet, tmp_path: Path) -> None:
+    with pytest.raises(MissingLabelError, match="asks for 'charges' from 'reference', which holds"):
+        train(settings({"learn": "charges"}), data, data, tmp_path / "run")
+    with pytest.raises(ConfigError, match="unknown key 'property'"):
+        validate({"loss": [{"learn": "charges", "property": "energy"}]}, TrainSettings)
 
 
 # -- starting from a teacher's layers --------------------------------------------------------------

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from potstill.distill.aggregate import edges_to_nodes, edges_to_vectors, match_pairs
 from potstill.distill.feature_losses import FEATURE_LOSSES, Rows
 from potstill.distill.taps import CHOSEN_PAIRS, default_tap, split_tap
-from potstill.distill.terms import FeatureTerm
+from potstill.distill.terms import AuxiliaryTerm, FeatureTerm
 from potstill.distill.transforms import make_transform
-from potstill.errors import ConfigError, ModelError, suggest
+from potstill.errors import ConfigError, MissingLabelError, ModelError, suggest
 from potstill.features import Feature, FeatureKind, pairs_at, pairs_within
 from potstill.models import Potential, TapSpec
-from potstill.structures import NeighborList, Structures
+from potstill.structures import NeighborList, Properties, Structures
 
 
 def resolve_taps(
@@ -231,33 +231,122 @@ class FeatureHead(nn.Module):
         return value.double()
 
 
+class AuxiliaryHead(nn.Module):
+    """Reads a property off the student's features, for one term.
+
+    Parameters
+    ----------
+    term : AuxiliaryTerm
+        The term.
+    student : Potential
+        Whose tap is looked at.
+
+    Raises
+    ------
+    ConfigError
+        If the tap is unknown or of the wrong kind.
+    """
+
+    def __init__(self, term: AuxiliaryTerm, student: Potential) -> None:
+        super().__init__()
+        self.term = term
+        self.loss = FEATURE_LOSSES[term.error]
+        self.student_taps, spec = resolve_taps(
+            term.student_tap,
+            student.taps,
+            student.default_tap,
+            ("node_scalar",),
+            owner=f"the student ({student.kind})",
+            term=term.name,
+        )
+        self.wanted = self.student_taps
+        self.readout = make_transform(term.transform, spec.width, 1, vector=False)
+        self.to(student.dtype)
+
+    @property
+    def taps_in_words(self) -> str:
+        """Where the property is read off."""
+        return "+".join(self.student_taps)
+
+    def sums(
+        self, student: Mapping[str, Tensor], labels: Properties, structures: Structures
+    ) -> Tensor:
+        """(2,) float64 sums over the batch, from the student's features and the labels."""
+        system = structures.system_index
+        x = torch.cat([student[tap] for tap in self.student_taps], dim=-1)
+        dtype = next(self.parameters()).dtype
+        charges = self.readout(x.to(dtype))[:, 0].double()
+        present = labels.presence(self.term.learn, structures.n_systems)
+        if self.term.learn == "charges":
+            atoms = present[system]
+            predicted, label = charges[atoms].unsqueeze(1), labels["charges"][atoms].unsqueeze(1)
+        else:
+            present = present & ~structures.pbc.any(dim=1)
+            if structures.charge is not None:
+                present = present & (structures.charge == 0)
+            n_systems, sizes = structures.n_systems, structures.n_atoms_per_system
+            total = charges.new_zeros(n_systems).index_add(0, system, charges)
+            neutral = charges - (total / sizes.clamp(min=1))[system]
+            moments = neutral.unsqueeze(1) * structures.positions
+            dipole = moments.new_zeros(n_systems, 3).index_add(0, system, moments)
+            predicted, label = dipole[present], labels["dipole"][present]
+        return self.loss.sums(predicted, label, Rows(structures, present[system]))
+
+    def value(self, sums: Tensor) -> Tensor:
+        """Scalar loss, from sums over the whole batch."""
+        return self.loss.value(sums, 1, 1)
+
+
+#: A head of either kind.
+Head = FeatureHead | AuxiliaryHead
+
+
 class FeatureHeads(nn.Module):
     """The heads of all terms of a loss.
 
     Parameters
     ----------
-    heads : iterable of FeatureHead
+    heads : iterable of FeatureHead or AuxiliaryHead
         In the order of the terms.
     """
 
-    def __init__(self, heads: Iterable[FeatureHead] = ()) -> None:
+    def __init__(self, heads: Iterable[Head] = ()) -> None:
         super().__init__()
         self.members = nn.ModuleList(heads)
         #: Factors of the weights by term, where a share of the initial loss was asked for.
         self.scales: dict[str, float] = {}
 
     @property
-    def all(self) -> list[FeatureHead]:
+    def all(self) -> list[Head]:
         """The heads."""
-        return [cast(FeatureHead, head) for head in self.members]
+        return [cast(Head, head) for head in self.members]
 
-    def active(self, epoch: int) -> list[FeatureHead]:
+    def active(self, epoch: int) -> list[Head]:
         """Those whose term weighs in an epoch."""
         return [head for head in self.all if head.term.weight_at(epoch) != 0.0]
 
-    def weight(self, term: FeatureTerm, epoch: int) -> float:
+    def weight(self, term: FeatureTerm | AuxiliaryTerm, epoch: int) -> float:
         """The weight of a term in an epoch."""
         return term.weight_at(epoch) * self.scales.get(term.name, 1.0)
+
+
+def check_auxiliary(
+    terms: Iterable[AuxiliaryTerm], labels: Mapping[str, Properties], where: str
+) -> None:
+    """Refuse a run whose auxiliary terms ask for labels that are not there.
+
+    Raises
+    ------
+    MissingLabelError
+        Naming the term and what is there instead.
+    """
+    for term in terms:
+        have = labels.get(term.source, Properties({}))
+        if term.learn not in have or not bool(have.presence(term.learn, 1).any()):
+            raise MissingLabelError(
+                f"{where}: the loss asks for '{term.learn}' from '{term.source}', which holds only "
+                f"{', '.join(have.names) or 'nothing'}"
+            )
 
 
 def _joined(features: list[Feature], term: str) -> Feature:

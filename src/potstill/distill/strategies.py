@@ -13,7 +13,7 @@ from pydantic import BaseModel, Discriminator, Tag
 
 from potstill.distill.losses import LossTerm
 from potstill.distill.schedules import Schedule
-from potstill.distill.terms import FeatureTerm
+from potstill.distill.terms import AuxiliaryTerm, FeatureTerm
 from potstill.errors import suggest
 
 #: Weights λ by pair of models and strategy, for OC20-2M and COLL: Tables 6 and 8 of the paper. They
@@ -48,10 +48,12 @@ PRESETS: dict[str, dict[str, dict[str, float]]] = {
 
 _PRESET = "preset:"
 
-#: A term of the loss as settings hold it: on a label, or on features.
+#: A term of the loss as settings hold it: on a label, on features, or on what is read off them.
 AnyTerm = Annotated[
-    Annotated[LossTerm, Tag("LossTerm")] | Annotated[FeatureTerm, Tag("FeatureTerm")],
-    Discriminator(lambda value: "FeatureTerm" if _is_feature(value) else "LossTerm"),
+    Annotated[LossTerm, Tag("LossTerm")]
+    | Annotated[FeatureTerm, Tag("FeatureTerm")]
+    | Annotated[AuxiliaryTerm, Tag("AuxiliaryTerm")],
+    Discriminator(lambda value: _class_of(value)),
 ]
 
 
@@ -195,5 +197,9 @@ def _names_strategy(line: Any) -> bool:
     return isinstance(line, Mapping) and isinstance(line.get("distill"), str)
 
 
-def _is_feature(value: Any) -> bool:
-    return isinstance(value, FeatureTerm) or (isinstance(value, Mapping) and "distill" in value)
+def _class_of(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return type(value).__name__
+    keys = {"distill": "FeatureTerm", "learn": "AuxiliaryTerm"}
+    found = [name for key, name in keys.items() if isinstance(value, Mapping) and key in value]
+    return found[0] if found else "LossTerm"

@@ -43,6 +43,60 @@ KINDS: dict[str, Kinds] = {
 }
 
 
+class AuxiliaryTerm(BaseModel):
+    """One term of the loss on a property that the student reads off its features while it learns.
+
+    A linear or MLP head on the student's tap predicts charges, or charges whose dipole is compared.
+    The head is dropped with the transformations: the student itself predicts energies and forces
+    only, from features that other teachers have shaped, too (Matin et al., outlook).
+
+    Parameters
+    ----------
+    learn : {"charges", "dipole"}
+        Partial charges (e); or dipoles (e·Å) of systems without periodicity and total charge, from
+        charges that are shifted to sum to zero: others are left out.
+    source : str
+        Name of the label set.
+    student_tap : str, optional
+        Scalars of atoms; by default the last before the output.
+    transform : {"linear", "mlp"}
+        The head.
+    error : {"mse", "mae"}
+        Over all components in the batch.
+    weight : float or Schedule
+        Constant, or by epoch.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    learn: Literal["charges", "dipole"]
+    source: str = "reference"
+    student_tap: str | None = None
+    transform: Literal["linear", "mlp"] = "linear"
+    error: Literal["mse", "mae"] = "mse"
+    weight: float | Schedule = 1.0
+
+    @property
+    def name(self) -> str:
+        """`charges:source`, as in logs."""
+        return f"{self.learn}:{self.source}"
+
+    def weight_at(self, epoch: int) -> float:
+        """The weight in an epoch, counted from 1."""
+        return self.weight.at(epoch) if isinstance(self.weight, Schedule) else self.weight
+
+    @property
+    def schedule_end(self) -> int:
+        """The epoch from which on the weight is constant."""
+        return self.weight.end if isinstance(self.weight, Schedule) else 1
+
+    @property
+    def ever_active(self) -> bool:
+        """Whether the weight is ever different from zero."""
+        values = self.weight.values if isinstance(self.weight, Schedule) else (self.weight,)
+        return any(value != 0.0 for value in values)
+
+
 class FeatureTerm(BaseModel):
     """One term of the loss: weight x loss(M_s(student's feature), M_t(teacher's feature)), Eq. 3.
 

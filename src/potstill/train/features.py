@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from potstill.distill import FeatureTerm
-from potstill.distill.heads import FeatureHead, FeatureHeads
+from potstill.distill.heads import AuxiliaryHead, FeatureHead, FeatureHeads, Head
 from potstill.distill.taps import split_tap
 from potstill.errors import ConfigError, MissingLabelError
 from potstill.features import Feature
@@ -64,7 +64,7 @@ class FeatureSources:
     ) -> None:
         self._online: dict[str, Teacher] = {}
         self._examples: dict[str, dict[str, Feature]] = {}
-        heads = []
+        heads: list[Head] = []
         # The student starts from the weights of a control: its random numbers stay untouched.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -77,6 +77,7 @@ class FeatureSources:
                     known = self._examples.setdefault(term.source, {})
                     new = [tap for tap in head.teacher_taps if tap not in known]
                     known |= _features_of_some(teacher, training, new)
+            heads += [AuxiliaryHead(term, network) for term in settings.auxiliary_terms]
         self.heads = FeatureHeads(heads)
 
     def complete(self, batch: Batch) -> Batch:

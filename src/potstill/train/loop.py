@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.checkpoint import save_potential
+from potstill.distill.heads import check_auxiliary
 from potstill.distill.losses import LossTerm, check_signals
 from potstill.errors import ConfigError
 from potstill.metrics import ErrorAccumulator
@@ -131,6 +132,7 @@ def train(
     """
     fabric = fabric or default_fabric()
     check_signals(settings.label_terms, training.labels, "training set")
+    check_auxiliary(settings.auxiliary_terms, training.labels, "training set")
     score_needs = [_score_term(key, settings.score.source) for key in settings.score.weights]
     check_signals(score_needs, validation.labels, "validation set")
     check_mixing(settings, training.structures, training.synthetic)
@@ -142,9 +144,7 @@ def train(
     network.use_core(settings.core)
     features = FeatureSources(settings, training, teachers or {}, network)
     heads = features.heads
-    force_gradient = ForceGradient(
-        settings.force_gradient, network, features=bool(settings.feature_terms)
-    )
+    force_gradient = ForceGradient(settings.force_gradient, network, features=bool(heads.all))
     own_passes = network_passes(
         network,
         force_gradient,
@@ -208,7 +208,7 @@ def train(
                 "steps": trainee.steps,
                 "learning_rate": trainee.learning_rate,
                 "weights": {t.name: t.weight_at(epoch) for t in settings.label_terms}
-                | {t.name: heads.weight(t, epoch) for t in settings.feature_terms},
+                | {head.term.name: heads.weight(head.term, epoch) for head in heads.all},
                 "train": trainee.epoch_means(),
                 "validation": metrics,
                 "score": score,

@@ -10,7 +10,7 @@ import lightning_fabric
 import torch
 from torch import Tensor
 
-from potstill.distill.heads import FeatureHead, FeatureHeads
+from potstill.distill.heads import AuxiliaryHead, FeatureHeads, Head
 from potstill.distill.losses import error_measure, error_sums
 from potstill.models import HIPNN, Potential
 from potstill.models.hipnn import hierarchicality
@@ -96,7 +96,7 @@ class BatchLoss:
             error_sums(term, prediction, batch.labels[term.source], batch.structures).stacked()
             for term in self.active
         ]
-        rows += [self._feature_sums(head, values) for head in self.active_heads]
+        rows += [self._head_sums(head, values) for head in self.active_heads]
         if self.hierarchical:
             per_atom = hierarchicality(values["hierarchical_energies"])
             n_systems = per_atom.new_tensor(float(batch.structures.n_systems))
@@ -128,8 +128,10 @@ class BatchLoss:
         # the sum over ranks; the penalty is the same on each.
         return LossValue(loss * fabric.world_size, penalty, parts)
 
-    def _feature_sums(self, head: FeatureHead, values: Mapping[str, Tensor]) -> Tensor:
+    def _head_sums(self, head: Head, values: Mapping[str, Tensor]) -> Tensor:
         batch = self.batch
+        if isinstance(head, AuxiliaryHead):
+            return head.sums(values, batch.labels[head.term.source], batch.structures)
         assert isinstance(batch.neighbors, NeighborList)
         teacher = batch.features[head.term.source]
         return head.sums(values, teacher, batch.structures, batch.neighbors)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from potstill.distill import FeatureTerm, LossTerm, expand
+from potstill.distill import AuxiliaryTerm, FeatureTerm, LossTerm, expand
 from potstill.distill.strategies import AnyTerm
 
 
@@ -179,7 +179,7 @@ class TrainSettings(_Settings):
         See the classes.
     mixing : MixingSettings, optional
         Sampling and weighting ratio of synthetic data.
-    loss : tuple of LossTerm or FeatureTerm
+    loss : tuple of LossTerm, FeatureTerm or AuxiliaryTerm
         Its terms; lines with `distill` name strategies (`potstill.distill.strategies`).
     epochs : int
         At most this many.
@@ -229,8 +229,8 @@ class TrainSettings(_Settings):
     @field_validator("loss")
     @classmethod
     def _some_loss(
-        cls, terms: tuple[LossTerm | FeatureTerm, ...]
-    ) -> tuple[LossTerm | FeatureTerm, ...]:
+        cls, terms: tuple[LossTerm | FeatureTerm | AuxiliaryTerm, ...]
+    ) -> tuple[LossTerm | FeatureTerm | AuxiliaryTerm, ...]:
         if not any(term.ever_active for term in terms):
             raise ValueError("the loss has no term with a weight other than zero")
         names = [term.name for term in terms]
@@ -247,6 +247,12 @@ class TrainSettings(_Settings):
     def label_terms(self) -> tuple[LossTerm, ...]:
         """The terms on labels."""
         return tuple(term for term in self.loss if isinstance(term, LossTerm))
+
+    @property
+    def auxiliary_terms(self) -> tuple[AuxiliaryTerm, ...]:
+        """The terms on what is read off features that ever weigh."""
+        terms = (term for term in self.loss if isinstance(term, AuxiliaryTerm))
+        return tuple(term for term in terms if term.ever_active)
 
     @property
     def feature_terms(self) -> tuple[FeatureTerm, ...]:
