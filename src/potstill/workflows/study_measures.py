@@ -6,13 +6,14 @@ Timings are taken one after the other, never beside training; one model stands f
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ase
+import torch
 from ase.build import bulk
 from ase.calculators.calculator import BaseCalculator
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +24,7 @@ from potstill.errors import PotstillError
 from potstill.evaluate.memory import memory_per_atom
 from potstill.evaluate.rdf import RadialDistribution, compare_radial, radial_distribution
 from potstill.evaluate.speed import md_speed
+from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.sample.md import run_md
 from potstill.structures import Structures
 from potstill.teachers import make_teacher
@@ -34,11 +36,18 @@ REFERENCE = "reference"
 #: Timesteps between two frames of a distribution.
 _STRIDE = 20
 
+#: Atoms have fused where they come closer than this share of the shortest distance in training:
+#: no potential knows what is there, and some have a hole.
+_FUSED = 0.7
+
+#: Å; shorter distances are looked for.
+_NEAR = 2.5
+
 
 class ReferenceLiquid(BaseModel):
     """A potential from elsewhere, whose liquid those of the models are compared with.
 
-    It starts from the liquid of the study's first model, since it may be slow.
+    It starts from the liquid of the first model that has one, since it may be slow.
 
     Parameters
     ----------
@@ -71,7 +80,8 @@ class MeasureSettings(BaseModel):
     repeat : int
         Cubic cells along each axis for the liquid.
     melting_temperature, temperature : float
-        K: the crystal is melted at the first, the distribution is taken at the second.
+        K: the crystal is melted at the first, the distribution is taken at the second. Far above
+        what the training data hold, atoms may fuse in potentials without a short-range prior.
     density_scale : float
         Linear expansion of the cell before melting.
     timestep : float
@@ -145,7 +155,7 @@ def measure_study(
     if settings.reference is not None:
         if on_model is not None:
             on_model(settings.reference.name)
-        _cached(folder / f"rdf-{REFERENCE}.json", partial(_reference, models[0], settings, folder))
+        _cached(folder / f"rdf-{REFERENCE}.json", partial(_reference, models, settings, folder))
     for model in models:
         result[model.name] |= _rdf_errors(model, folder)
     representatives = {model.size: model for model in reversed(models)}
@@ -170,24 +180,45 @@ def stored_distribution(folder: Path, name: str) -> RadialDistribution | None:
 
 
 def _liquid(model: TrainedModel, settings: MeasureSettings) -> dict[str, Any]:
-    """RDF of the liquid, or why there is none."""
+    """RDF of the liquid, or why there is none: the dynamics exploded, or atoms fused."""
+    potential, info = load_potential(model.path)
+    calculator = PotstillCalculator(potential)
     try:
-        calculator = PotstillCalculator(load_potential(model.path)[0])
         melt = _melt(calculator, settings)
         frames = _sample(
             melt, calculator, settings, settings.equilibration, settings.production, None
         )
     except PotstillError as error:
         return {"failure": str(error)}
-    return {"rdf": radial_distribution(frames).to_json()}
+    closest = _closest(frames)
+    trained = min(info["trained_on"]["shortest_distances"].values())
+    if closest < _FUSED * trained:
+        return {
+            "failure": f"atoms fused: a pair came to {closest:.2f} Å, where the training data have "
+            f"none below {trained:.2f} Å"
+        }
+    return {"rdf": radial_distribution(frames).to_json(), "closest": closest}
 
 
-def _reference(first: TrainedModel, settings: MeasureSettings, folder: Path) -> dict[str, Any]:
+def _closest(frames: Structures) -> float:
+    """Shortest distance in any frame, Å."""
+    neighbors = build_neighbor_list(frames, _NEAR)
+    if neighbors.n_pairs == 0:
+        return _NEAR
+    return float(torch.linalg.vector_norm(pair_vectors(frames, neighbors), dim=1).min())
+
+
+def _reference(
+    models: Sequence[TrainedModel], settings: MeasureSettings, folder: Path
+) -> dict[str, Any]:
     """RDF of the reference liquid; interrupted, it goes on where it was."""
     reference = settings.reference
     assert reference is not None
+    intact = [m for m in models if stored_distribution(folder, m.name) is not None]
+    if not intact:
+        return {"failure": "no model has a liquid for it to start from"}
     calculator = TeacherCalculator(make_teacher(reference.teacher, reference.arguments))
-    melt = _melt(PotstillCalculator(load_potential(first.path)[0]), settings)
+    melt = _melt(PotstillCalculator(load_potential(intact[0].path)[0]), settings)
     times = (reference.equilibration, reference.production)
     frames = _sample(melt, calculator, settings, *times, folder / REFERENCE)
     return {"rdf": radial_distribution(frames).to_json()}
