@@ -341,8 +341,8 @@ def _capacity(
     caption = (
         "Errors against the number of trainable parameters: means over seeds, bars are standard "
         "deviations. Force and energy errors are on the test set against the reference, the RDF "
-        "error is the integral of the absolute difference from the teacher's (Fig. 3 of the paper); "
-        "what lies near the line of chance cannot be told from sampling noise."
+        "error is the integral of the absolute difference from the teacher's g(r) (Fig. 3 of the "
+        "paper); what lies near the line of chance cannot be told from sampling noise."
     )
     title = "Accuracy against size"
     return [write_figure(folder, "capacity", title, caption, panels, looks_of=known)]
