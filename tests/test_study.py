@@ -93,6 +93,7 @@ def test_a_study_trains_every_cell_once_and_reports(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::potstill.calculators.ExtrapolationWarning")
+@pytest.mark.filterwarnings("ignore:constrained_layout:UserWarning")  # tiny figures
 def test_models_are_measured_beside_a_reference_from_elsewhere(tmp_path: Path) -> None:
     measure = {
         "element": "Cu",

@@ -77,8 +77,9 @@ class StudyRow:
         Of the initial weights and the order of configurations.
     metrics : mapping
         By the keys of `potstill.metrics` (test set, against the reference), and where measured
-        `rdf_error` (sum over bins of the difference from the teacher's g(r)), `rdf_error_noise`
-        (what it would be by chance), `time_per_step_atom_us` (µs), `memory_per_atom_kib` (KiB).
+        `rdf_error` (Å, integral of the absolute difference from the teacher's g(r)),
+        `rdf_error_noise` (what it would be by chance), `time_per_step_atom_us` (µs),
+        `memory_per_atom_kib` (KiB).
     learning_curve : LearningCurves, optional
         What `potstill.evaluate.read_learning_curves` reads from the run's folder.
     rdf : RadialDistribution, optional
@@ -340,8 +341,8 @@ def _capacity(
     caption = (
         "Errors against the number of trainable parameters: means over seeds, bars are standard "
         "deviations. Force and energy errors are on the test set against the reference, the RDF "
-        "error is the total absolute difference from the teacher's RDF (Fig. 3 of the paper); what "
-        "lies near the line of chance cannot be told from sampling noise."
+        "error is the integral of the absolute difference from the teacher's g(r) (Fig. 3 of the "
+        "paper); what lies near the line of chance cannot be told from sampling noise."
     )
     title = "Accuracy against size"
     return [write_figure(folder, "capacity", title, caption, panels, looks_of=known)]

@@ -62,8 +62,8 @@ _SHOWN = (
     Metric("stress_rmse", "Stress RMSE", "GPa", 1.0 / GPA),
     Metric("stress_mae", "Stress MAE", "GPa", 1.0 / GPA),
     Metric("efwt", "EFwT", "%", lower_is_better=False),
-    Metric("rdf_error", "RDF error, sum over bins"),
-    Metric("rdf_error_reference", "RDF error to the reference"),
+    Metric("rdf_error", "RDF error", "Å"),
+    Metric("rdf_error_reference", "RDF error to the reference", "Å"),
     Metric("time_per_step_atom_us", "Time per step and atom", "µs"),
     Metric("memory_per_atom_kib", "Memory per atom", "KiB"),
 )

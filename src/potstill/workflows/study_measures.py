@@ -142,7 +142,7 @@ def measure_study(
     Returns
     -------
     dict of str to dict
-        By model name: `rdf_error` (sum over bins of the absolute difference to its teacher's RDF),
+        By model name: `rdf_error` (Å, integral of the absolute difference to its teacher's RDF),
         `rdf_error_noise`, `rdf_error_reference` and its noise (the same to the reference liquid),
         `rdf_failure` (what went wrong in MD), `time_per_step_atom_us`, `memory_per_atom_kib`.
     """
