@@ -51,6 +51,9 @@ _COST_COLUMNS = ("time_per_step_atom_us", "memory_per_atom_kib")
 _COMPARED = ("forces_rmse", "energy_per_atom_rmse", "stress_rmse", "rdf_error")
 _JUDGED = ("forces_rmse", "energy_per_atom_rmse", "rdf_error")
 
+#: Costs whose largest and smallest values are closer than this factor are the same.
+_ALIKE = 1.05
+
 #: Horizontal lines: name of a published potential to its metrics.
 Baselines = Mapping[str, Mapping[str, float]]
 
@@ -295,7 +298,8 @@ def _pareto(
     panels = []
     for key in _measured(rows, _COST_COLUMNS):
         series = _by_strategy(rows, key, "forces_rmse")
-        if not series:
+        values = [row.value(key) for row in rows if math.isfinite(row.value(key))]
+        if not series or (len(_sizes(rows)) > 1 and max(values) < _ALIKE * min(values)):
             continue
         points = np.concatenate([np.column_stack([s.x, s.y]) for s in series])
         cost = points[pareto_front(points)]
@@ -312,7 +316,8 @@ def _pareto(
     caption = (
         "Force RMSE on the test set against the cost of molecular dynamics; lower and further left "
         "is better. Points are means over seeds, bars standard deviations; the gray staircase "
-        "joins what no other point beats in both (Fig. 2 of the paper)."
+        "joins what no other point beats in both (Fig. 2 of the paper). A cost that is the same for "
+        "all sizes is left out."
     )
     return [
         write_figure(folder, "pareto", "Accuracy against cost", caption, panels, looks_of=known)
