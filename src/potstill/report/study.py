@@ -316,8 +316,8 @@ def _pareto(
     caption = (
         "Force RMSE on the test set against the cost of molecular dynamics; lower and further left "
         "is better. Points are means over seeds, bars standard deviations; the gray staircase "
-        "joins what no other point beats in both (Fig. 2 of the paper). A cost that is the same for "
-        "all sizes is left out."
+        "joins what no other point beats in both (Fig. 2 of the paper). A cost that is the same "
+        "for all sizes is left out."
     )
     return [
         write_figure(folder, "pareto", "Accuracy against cost", caption, panels, looks_of=known)
