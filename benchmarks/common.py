@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ase
 import numpy as np
@@ -21,6 +21,30 @@ if TYPE_CHECKING:
     from potstill.train import TrainingSet
 
 LATTICE_CONSTANT = 4.05  # Å, aluminium
+
+#: Hyper-parameters of the aluminium student of the teacher-student study.
+STUDENT: dict[str, Any] = {
+    "n_features": 24,
+    "n_sensitivities": 10,
+    "dist_soft_min": 1.8,
+    "dist_soft_max": 7.0,
+    "dist_hard_max": 7.5,
+    "n_atom_layers": 2,
+    "l_max": 1,
+}
+
+#: Hyper-parameters of ANI with the functions and layers of ANI-Al.
+ANI_AL: dict[str, Any] = {
+    "radial_cutoff": 7.0,
+    "angular_cutoff": 5.0,
+    "eta_r": 43.9,
+    "shifts_r": [1.2 + 0.18125 * k for k in range(32)],
+    "eta_a": 6.5,
+    "zeta": 69.4,
+    "shifts_a": [1.2, 1.675, 2.15, 2.625, 3.1, 3.575, 4.05, 4.525],
+    "shifts_z": [0.19634954 + 0.39269908 * k for k in range(8)],
+    "hidden_widths": [96, 96, 64],
+}
 
 Step = Callable[[], object]
 

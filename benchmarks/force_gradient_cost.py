@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from ase.build import bulk
+from common import ANI_AL, STUDENT
 
 from potstill.core import describe_core
 from potstill.distill import LossTerm
@@ -50,17 +51,7 @@ from potstill.train.settings import ForceGradientSettings, ModelSettings
 
 RESULTS = Path(__file__).parent / "results" / "force_gradient_cost.json"
 
-HIPNN = ModelSettings(
-    hyperparameters={
-        "n_features": 24,
-        "n_sensitivities": 10,
-        "dist_soft_min": 1.8,
-        "dist_soft_max": 7.0,
-        "dist_hard_max": 7.5,
-        "n_atom_layers": 2,
-        "l_max": 1,
-    }
-)
+HIPNN = ModelSettings(hyperparameters=STUDENT)
 
 #: The aluminium student of the teacher-student study on the native kernels and in PyTorch, SNAP of
 #: the size of the published tantalum potential, and ANI with the functions of ANI-Al.
@@ -68,23 +59,7 @@ MODELS: dict[str, tuple[ModelSettings, Core]] = {
     "hipnn-native": (HIPNN, "native"),
     "hipnn": (HIPNN, "torch"),
     "snap": (ModelSettings(kind="snap", hyperparameters={"twojmax": 6, "rcutfac": 5.2}), "torch"),
-    "ani": (
-        ModelSettings(
-            kind="ani",
-            hyperparameters={
-                "radial_cutoff": 7.0,
-                "angular_cutoff": 5.0,
-                "eta_r": 43.9,
-                "shifts_r": [1.2 + 0.18125 * k for k in range(32)],
-                "eta_a": 6.5,
-                "zeta": 69.4,
-                "shifts_a": [1.2, 1.675, 2.15, 2.625, 3.1, 3.575, 4.05, 4.525],
-                "shifts_z": [0.19634954 + 0.39269908 * k for k in range(8)],
-                "hidden_widths": [96, 96, 64],
-            },
-        ),
-        "torch",
-    ),
+    "ani": (ModelSettings(kind="ani", hyperparameters=ANI_AL), "torch"),
 }
 
 ENERGY = LossTerm(property="energy")

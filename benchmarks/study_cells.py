@@ -57,8 +57,10 @@ def settings(config: StudyConfig, size: str, way: str, epochs: int) -> TrainSett
     return config.common.model_copy(update=changes | WAYS[way])
 
 
-def one_run(run: TrainSettings, training: TrainingSet, validation: TrainingSet) -> list[float]:
-    """Processor time of each epoch after the first, s; and on the clock, interleaved."""
+def one_run(
+    run: TrainSettings, training: TrainingSet, validation: TrainingSet
+) -> list[tuple[float, float]]:
+    """Processor time and time on the clock of each epoch after the first, s."""
     times: list[tuple[float, float]] = []
 
     def note(_: dict[str, Any]) -> None:
@@ -66,8 +68,7 @@ def one_run(run: TrainSettings, training: TrainingSet, validation: TrainingSet) 
 
     with tempfile.TemporaryDirectory() as folder:
         train(run, training, validation, folder, on_epoch=note)
-    pairs = pairwise(times)
-    return [later - earlier for one, two in pairs for earlier, later in zip(one, two, strict=True)]
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(times)]
 
 
 def main() -> int:
@@ -87,13 +88,13 @@ def main() -> int:
     training, validation = (data.select(mask.nonzero()[:, 0]) for mask in (~held_out, held_out))
     sizes: dict[str, Any] = {}
     for size in args.sizes or config.sizes:
-        found: dict[str, list[float]] = {way: [] for way in WAYS}
+        found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
         for _ in range(args.rounds):
             for way, times in found.items():
                 times += one_run(settings(config, size, way, args.epochs + 1), training, validation)
         rows = {}
         for way, times in found.items():
-            processor, clock = statistics.median(times[::2]), statistics.median(times[1::2])
+            processor, clock = map(statistics.median, zip(*times, strict=True))
             hours = config.common.epochs * processor / 3600.0
             rows[way] = {
                 "processor_seconds_per_epoch": processor,

@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from common import (
+    ANI_AL,
     Step,
     Times,
     crystals,
@@ -50,16 +51,6 @@ from common import (
 RESULTS = Path(__file__).parent / "results" / "vs_peers.json"
 CUTOFF, CHANNELS, RADIAL = 7.5, 24, 10
 N_SYSTEMS, REPEAT = 16, 3
-
-ANI = {
-    "eta_r": 43.9,
-    "shifts_r": [1.2 + 0.18125 * k for k in range(32)],
-    "eta_a": 6.5,
-    "zeta": 69.4,
-    "shifts_a": [1.2, 1.675, 2.15, 2.625, 3.1, 3.575, 4.05, 4.525],
-    "shifts_z": [0.19634954 + 0.39269908 * k for k in range(8)],
-    "hidden_widths": [96, 96, 64],
-}
 
 #: Energies (S,) and forces (N, 3) of the training batch, with a graph.
 Predict = Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -100,7 +91,7 @@ def potstill_steps(kind: str, repeat: int) -> dict[str, Step]:
             "dist_hard_max": CUTOFF,
             "l_max": 1,
         },
-        "ani": {"radial_cutoff": 7.0, "angular_cutoff": 5.0, **ANI},
+        "ani": ANI_AL,
     }
 
     def network() -> Any:
@@ -240,7 +231,7 @@ def torchani_steps(kind: str, repeat: int) -> dict[str, Step]:
     class Networks(ANINetworks):
         @classmethod
         def small(cls, symbols: Any, in_dim: int, **_: Any) -> Networks:
-            widths = (in_dim, *ANI["hidden_widths"], 1)  # type: ignore[misc]
+            widths = (in_dim, *ANI_AL["hidden_widths"], 1)
             return cls({s: AtomicNetwork(widths, activation="celu", bias=True) for s in symbols})
 
     def model(neighbor_list: str) -> Any:
@@ -249,9 +240,13 @@ def torchani_steps(kind: str, repeat: int) -> dict[str, Step]:
         assembler.set_zeros_as_self_energies()
         assembler.set_global_cutoff_fn("cosine")
         angular = ANIAngular(
-            ANI["eta_a"], ANI["zeta"], ANI["shifts_a"], ANI["shifts_z"], cutoff=5.0
+            ANI_AL["eta_a"],
+            ANI_AL["zeta"],
+            ANI_AL["shifts_a"],
+            ANI_AL["shifts_z"],
+            cutoff=ANI_AL["angular_cutoff"],
         )
-        radial = ANIRadial(ANI["eta_r"], ANI["shifts_r"], cutoff=7.0)
+        radial = ANIRadial(ANI_AL["eta_r"], ANI_AL["shifts_r"], cutoff=ANI_AL["radial_cutoff"])
         assembler.set_aev_computer(angular=angular, radial=radial)
         assembler.set_atomic_networks(cls=Networks, ctor="small")
         assembler.set_neighborlist(neighbor_list)

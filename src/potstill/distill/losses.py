@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from potstill.distill.schedules import Schedule
+from potstill.distill.schedules import WeightedTerm
 from potstill.errors import ConfigError, MissingLabelError
 from potstill.properties import property_spec
 from potstill.structures import Properties, Structures
 
 
-class LossTerm(BaseModel):
+class LossTerm(WeightedTerm):
     """One term of the loss: weight x error(prediction, label).
 
     Parameters
@@ -42,11 +42,8 @@ class LossTerm(BaseModel):
         In the unit of `spread`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     property: Literal["energy", "forces", "stress", "atomic_energies"]
     source: str = "reference"
-    weight: float | Schedule = 1.0
     error: Literal["rmse+mae", "rmse", "mae", "mse"] = "rmse+mae"
     per_atom: bool = False
     spread: str | None = None
@@ -66,21 +63,6 @@ class LossTerm(BaseModel):
     def name(self) -> str:
         """`property:source`, as in logs."""
         return f"{self.property}:{self.source}"
-
-    def weight_at(self, epoch: int) -> float:
-        """The weight in an epoch, counted from 1."""
-        return self.weight.at(epoch) if isinstance(self.weight, Schedule) else self.weight
-
-    @builtins.property
-    def schedule_end(self) -> int:
-        """The epoch from which on the weight is constant."""
-        return self.weight.end if isinstance(self.weight, Schedule) else 1
-
-    @builtins.property
-    def ever_active(self) -> bool:
-        """Whether the weight is ever different from zero."""
-        values = self.weight.values if isinstance(self.weight, Schedule) else (self.weight,)
-        return any(value != 0.0 for value in values)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from potstill.distill.feature_losses import FEATURE_LOSSES, FeatureError
-from potstill.distill.schedules import Schedule
+from potstill.distill.schedules import Schedule, WeightedTerm
 from potstill.distill.transforms import Transform
 from potstill.features import FeatureKind
 
@@ -43,7 +43,7 @@ KINDS: dict[str, Kinds] = {
 }
 
 
-class AuxiliaryTerm(BaseModel):
+class AuxiliaryTerm(WeightedTerm):
     """One term of the loss on a property that the student reads off its features while it learns.
 
     A linear or MLP head on the student's tap predicts charges, or charges whose dipole is compared.
@@ -67,37 +67,19 @@ class AuxiliaryTerm(BaseModel):
         Constant, or by epoch.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     learn: Literal["charges", "dipole"]
     source: str = "reference"
     student_tap: str | None = None
     transform: Literal["linear", "mlp"] = "linear"
     error: Literal["mse", "mae"] = "mse"
-    weight: float | Schedule = 1.0
 
     @property
     def name(self) -> str:
         """`charges:source`, as in logs."""
         return f"{self.learn}:{self.source}"
 
-    def weight_at(self, epoch: int) -> float:
-        """The weight in an epoch, counted from 1."""
-        return self.weight.at(epoch) if isinstance(self.weight, Schedule) else self.weight
 
-    @property
-    def schedule_end(self) -> int:
-        """The epoch from which on the weight is constant."""
-        return self.weight.end if isinstance(self.weight, Schedule) else 1
-
-    @property
-    def ever_active(self) -> bool:
-        """Whether the weight is ever different from zero."""
-        values = self.weight.values if isinstance(self.weight, Schedule) else (self.weight,)
-        return any(value != 0.0 for value in values)
-
-
-class FeatureTerm(BaseModel):
+class FeatureTerm(WeightedTerm):
     """One term of the loss: weight x loss(M_s(student's feature), M_t(teacher's feature)), Eq. 3.
 
     Parameters
@@ -120,8 +102,6 @@ class FeatureTerm(BaseModel):
         Multiply the weight by a factor such that the initial term is this share of the whole loss.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     distill: FeatureStrategy
     source: str
     student_tap: str | None = None
@@ -129,7 +109,6 @@ class FeatureTerm(BaseModel):
     student_transform: Transform = "linear"
     teacher_transform: Transform = "identity"
     error: FeatureError = "mse"
-    weight: float | Schedule = 1.0
     share: float | None = Field(default=None, gt=0, lt=1)
 
     @model_validator(mode="after")
@@ -161,18 +140,3 @@ class FeatureTerm(BaseModel):
     def kinds(self) -> Kinds:
         """What the strategy compares."""
         return KINDS[self.distill]
-
-    def weight_at(self, epoch: int) -> float:
-        """The weight in an epoch, counted from 1, before a share scales it."""
-        return self.weight.at(epoch) if isinstance(self.weight, Schedule) else self.weight
-
-    @property
-    def schedule_end(self) -> int:
-        """The epoch from which on the weight is constant."""
-        return self.weight.end if isinstance(self.weight, Schedule) else 1
-
-    @property
-    def ever_active(self) -> bool:
-        """Whether the weight is ever different from zero."""
-        values = self.weight.values if isinstance(self.weight, Schedule) else (self.weight,)
-        return any(value != 0.0 for value in values)

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from potstill.report.plots import STYLE, Figure
+from potstill.report.plots import STYLE, Figure, save_canvas
 from potstill.report.tables import Table
 
 
@@ -62,7 +62,6 @@ def write_heatmaps(
     maps : sequence of Heatmap
         At least one.
     """
-    files = {kind: folder / f"{name}.{kind}" for kind in ("png", "svg", "csv")}
     widest = max(len(one.columns) for one in maps)
     tallest = max(len(one.rows) for one in maps)
     size = (len(maps) * (2.6 + 0.42 * widest), 1.8 + 0.36 * tallest)
@@ -72,10 +71,8 @@ def write_heatmaps(
         axes = canvas.subplots(1, len(maps), squeeze=False).flatten()
         for one, axis in zip(maps, axes, strict=True):
             _draw(canvas, axis, one)
-        canvas.savefig(files["png"], dpi=160)
-        canvas.savefig(files["svg"], dpi=160, metadata={"Date": None})
-    files["csv"].write_text(_data(name, maps).csv(), encoding="utf-8")
-    return Figure(name, title, caption, files["png"], files["svg"], files["csv"])
+        png, svg, csv = save_canvas(canvas, folder, _data(name, maps))
+    return Figure(name, title, caption, png, svg, csv)
 
 
 def _draw(canvas: Canvas, axis: Axes, one: Heatmap) -> None:

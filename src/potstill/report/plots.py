@@ -241,7 +241,6 @@ def write_figure(
     n_columns = n_columns or min(len(panels), 3)
     n_rows = math.ceil(len(panels) / n_columns)
     width = width or {1: 5.6, 2: 4.3}.get(n_columns, 3.5)
-    files = {kind: folder / f"{name}.{kind}" for kind in ("png", "svg", "csv")}
     with matplotlib.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.08, wspace=0.03)
         canvas = Canvas((width * n_columns, height * n_rows + 0.4), layout=layout)
@@ -255,10 +254,17 @@ def write_figure(
             axis.remove()
         if legend:
             _draw_legend(canvas, panels, known)
-        canvas.savefig(files["png"], dpi=_DPI)
-        canvas.savefig(files["svg"], dpi=_DPI, metadata={"Date": None})
-    files["csv"].write_text(_data(name, panels).csv(), encoding="utf-8")
-    return Figure(name, title, caption, files["png"], files["svg"], files["csv"])
+        png, svg, csv = save_canvas(canvas, folder, _data(name, panels))
+    return Figure(name, title, caption, png, svg, csv)
+
+
+def save_canvas(canvas: Canvas, folder: Path, data: Table) -> tuple[Path, Path, Path]:
+    """Write `.png`, `.svg` and `.csv` under the name of the table of what is drawn."""
+    png, svg, csv = (folder / f"{data.name}.{kind}" for kind in ("png", "svg", "csv"))
+    canvas.savefig(png, dpi=_DPI)
+    canvas.savefig(svg, dpi=_DPI, metadata={"Date": None})
+    csv.write_text(data.csv(), encoding="utf-8")
+    return png, svg, csv
 
 
 def learning_panels(curves: Mapping[str, Sequence[LearningCurves]]) -> list[Panel]:
