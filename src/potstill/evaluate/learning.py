@@ -39,8 +39,9 @@ class LearningCurves(Result):
         ----------
         key : str
             For instance `validation/energy_mae`.
-        axis : {"seconds", "steps", "epoch"}
-            Seconds of training and validation so far, over all resumed parts; optimizer steps.
+        axis : {"seconds", "processor_seconds", "steps", "epoch"}
+            Seconds of training and validation so far, over all resumed parts, on the clock or of
+            the process; optimizer steps.
 
         Returns
         -------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,7 @@ from potstill.train.initialize import initialize_weights
 from potstill.train.mixing import batch_weights, check_mixing, mixed_batches
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import TrainSettings
-from potstill.train.state import Interruption, RunFolder, Trainee, restore, snapshot
+from potstill.train.state import Interruption, RunFolder, Trainee, now, restore, snapshot
 
 #: Called after every epoch with the epoch's record (what also goes into metrics.jsonl).
 EpochCallback = Callable[[dict[str, Any]], None]
@@ -166,7 +165,7 @@ def train(
     with Interruption() as interruption, run.event_log(settings, trainee) as events:
         while trainee.epoch <= settings.epochs and not trainee.should_stop(settings):
             # -- one pass over the training set ------------------------------------------------
-            started = time.perf_counter()
+            started = now()
             epoch = trainee.epoch
             trainee.set_learning_rate(settings)
             network.train()
@@ -191,7 +190,7 @@ def train(
                 trainee.optimizer.step()
                 trainee.after_step(gradient.parts)
             if interruption.requested and trainee.step < len(batches):
-                trainee.seconds += time.perf_counter() - started
+                trainee.count_time(started)
                 snapshot(run, trainee)
                 return _result(run, trainee, "interrupted", fabric)
 
@@ -202,7 +201,7 @@ def train(
                 improved = trainee.register_score(score)
                 if improved and fabric.is_global_zero:
                     save_potential(run.best, student, _info(info, settings, epoch, metrics))
-            trainee.seconds += time.perf_counter() - started
+            trainee.count_time(started)
             record = {
                 "epoch": epoch,
                 "steps": trainee.steps,
@@ -214,6 +213,7 @@ def train(
                 "score": score,
                 "best": improved,
                 "seconds": trainee.seconds,
+                "processor_seconds": trainee.processor_seconds,
             }
             trainee.next_epoch(settings)
             run.log(record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ class Trainee:
         Lowest validation score so far, reached in `best_epoch`.
     plateau_epochs, plateau_scale : int, float
         Epochs since the last improvement or cut, and the product of all cuts.
+    seconds, processor_seconds : float
+        On the clock and of this process, over all resumed parts.
     steps : int
         Optimizer steps since the start.
     sums : dict of str to float
@@ -64,6 +67,7 @@ class Trainee:
     plateau_epochs: int = 0
     plateau_scale: float = 1.0
     seconds: float = 0.0
+    processor_seconds: float = 0.0
     steps: int = 0
     sums: dict[str, float] = field(default_factory=dict)
 
@@ -122,6 +126,12 @@ class Trainee:
                 for name, value in self.student["network"].state_dict().items():
                     self.average[name].lerp_(value, 1.0 - self.average_decay)
 
+    def count_time(self, since: tuple[float, float]) -> None:
+        """Add the time since `now()` was asked for `since`."""
+        clock, processor = now()
+        self.seconds += clock - since[0]
+        self.processor_seconds += processor - since[1]
+
     def epoch_means(self) -> dict[str, float]:
         """Parts of the loss, averaged over the steps of the epoch."""
         return {name: value / max(self.step, 1) for name, value in self.sums.items()}
@@ -170,6 +180,11 @@ class Trainee:
             network.load_state_dict(current)
 
 
+def now() -> tuple[float, float]:
+    """Seconds on the clock, and of this process: on a busy machine only the second tell costs."""
+    return time.perf_counter(), time.process_time()
+
+
 #: Relative improvement that counts; that of torch's ReduceLROnPlateau.
 _THRESHOLD = 1e-4
 
@@ -182,6 +197,7 @@ _COUNTERS = (
     "plateau_epochs",
     "plateau_scale",
     "seconds",
+    "processor_seconds",
     "steps",
     "sums",
 )
