@@ -42,7 +42,14 @@ from potstill.train.objective import BatchLoss
 from potstill.train.settings import ForceGradientSettings, ModelSettings, OptimizerSettings
 from potstill.workflows.training import train_from_config
 from tapped import Choosing, Tapped
-from test_train import SMALL, assert_same_weights, emt_set, run_on_two_ranks
+from test_train import (
+    SMALL,
+    assert_same_weights,
+    emt_set,
+    records_of,
+    run_on_two_ranks,
+    without_times,
+)
 
 REFERENCE = ({"property": "energy"}, {"property": "forces", "weight": 10.0})
 STUDENT = ModelSettings(kind="tapped", hyperparameters={"width": 5, "seed": 1})
@@ -89,10 +96,6 @@ def line(strategy: str, **options: object) -> dict:
     return {"distill": strategy, "source": "big", **options}
 
 
-def records(folder: Path) -> list[dict]:
-    return [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def terms_of(run: TrainSettings) -> list[str]:
     return [term.name for term in run.loss if term.source == "big"]
 
@@ -125,7 +128,7 @@ def test_the_loss_of_each_strategy_falls_and_the_teacher_stays(
     before = {k: v.clone() for k, v in teacher.potential.state_dict().items()}
     run = settings(LINES[name], epochs=8)
     train(run, data, data, tmp_path / "run", teachers={"big": teacher})
-    first, *_, last = (record["train"] for record in records(tmp_path / "run"))
+    first, *_, last = (record["train"] for record in records_of(tmp_path / "run"))
     assert terms_of(run)
     for term in terms_of(run):
         assert last[term] < 0.9 * first[term], term
@@ -276,10 +279,7 @@ def test_interrupted_runs_end_with_the_same_weights(
     again = train(run, data, data, folder, teachers=teachers)
     assert again.status == "finished"
     assert_same_weights(whole.best, again.best)
-    one, other = records(tmp_path / "whole"), records(folder)
-    for record in (*one, *other):
-        record.pop("seconds")
-    assert one == other
+    assert without_times(tmp_path / "whole") == without_times(folder)
 
 
 def test_a_share_of_the_initial_loss(
@@ -292,7 +292,7 @@ def test_a_share_of_the_initial_loss(
         optimizer=OptimizerSettings(learning_rate=1e-300),
     )
     train(run, data, data, tmp_path, teachers={"big": teacher})
-    (record,) = records(tmp_path)
+    (record,) = records_of(tmp_path)
     parts = {name: record["weights"][name] * record["train"][name] for name in record["weights"]}
     total = record["train"]["loss"]
     assert sum(parts.values()) == pytest.approx(total)
@@ -365,7 +365,7 @@ def test_stored_and_online_features_give_the_same_numbers(
     first, second = (load_potential(result.best)[0].state_dict() for result in (stored, online))
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-8, atol=1e-10)
-    one, other = (records(tmp_path / name)[-1]["train"] for name in ("stored", "online"))
+    one, other = (records_of(tmp_path / name)[-1]["train"] for name in ("stored", "online"))
     assert one == pytest.approx(other, rel=1e-8)
 
 
@@ -624,7 +624,7 @@ def test_other_properties_are_learnt_from_the_features(learn: str, tmp_path: Pat
     data = molecules()
     run = settings({"learn": learn, "weight": 100.0, "transform": "mlp"}, epochs=40)
     result = train(run, data, data, tmp_path / "run")
-    first, *_, last = (record["train"] for record in records(tmp_path / "run"))
+    first, *_, last = (record["train"] for record in records_of(tmp_path / "run"))
     assert last[f"{learn}:reference"] < 0.3 * first[f"{learn}:reference"]
     control = train(settings(epochs=1), data, data, tmp_path / "control")
     kept, plain = (load_potential(r.best)[0].state_dict() for r in (result, control))
@@ -726,7 +726,7 @@ def test_chgnet_is_distilled_into_hipnn_from_one_config(tmp_path: Path) -> None:
         overrides = {**changes, "out": str(tmp_path / name)}
         config = load_config(CHGNET_CONFIG, TrainConfig, overrides)
         result = train_from_config(config)
-        results[name] = [record["train"]["n2n:chgnet"] for record in records(tmp_path / name)]
+        results[name] = [record["train"]["n2n:chgnet"] for record in records_of(tmp_path / name)]
         potential, info = load_potential(result.best)
         assert potential["network"].kind == "hipnn"
         assert info["teacher"]["name"] == "chgnet"
