@@ -23,6 +23,7 @@ from potstill.workflows.distill import DistillConfig as DistillConfig
 from potstill.workflows.dynamics import MdConfig as MdConfig
 from potstill.workflows.epsilon import EpsilonConfig as EpsilonConfig
 from potstill.workflows.evaluation import EvaluateConfig as EvaluateConfig
+from potstill.workflows.feature_study import FeatureStudyConfig as FeatureStudyConfig
 from potstill.workflows.labeling import LabelConfig as LabelConfig
 from potstill.workflows.sampling import SampleConfig as SampleConfig
 from potstill.workflows.study import StudyConfig as StudyConfig
@@ -54,6 +55,14 @@ def load_config(
     data = {} if path is None else read_yaml(path)
     data = merged(data, _given(overrides or {}))
     return validate(data, model, where="" if path is None else str(path))
+
+
+def load_study(path: str | Path) -> StudyConfig | FeatureStudyConfig:
+    """Read the config of a study: of sizes, or with `kind: features` of feature distillation."""
+    data = read_yaml(path)
+    if "kind" in data:
+        return validate(data, FeatureStudyConfig, where=str(path))
+    return validate(data, StudyConfig, where=str(path))
 
 
 def validate(data: Mapping[str, Any], model: type[Model], *, where: str = "") -> Model:

@@ -445,35 +445,47 @@ def study(
     out: Annotated[Path, typer.Option(help="Folder of the study.")],
     workers: Annotated[int, typer.Option(help="Trainings at a time.", min=1)] = 1,
 ) -> None:
-    """Train sizes x strategies x seeds from one config, and continue where it was interrupted.
+    """Train all runs of a study from one config, and continue where it was interrupted.
 
-    Then measure liquid structure, speed and memory as the config asks, and write report.html and
-    results.json.
+    Sizes x strategies x seeds of teachers and students; or, with `kind: features`, pairs of models
+    x strategies of feature distillation x seeds, and grids of taps, losses and transformations.
+    Then measure what the config asks for, and write report.html and results.json.
 
     [bold]Example[/bold]
 
       potstill study studies/teacher_student/molybdenum.yaml --out run/mo --workers 2
+      potstill study studies/feature_distillation/3bpa.yaml --out run/3bpa --workers 2
     """
-    from potstill.config import StudyConfig, load_config
+    from potstill.config import load_study
     from potstill.workflows.base import seconds_in_words
-    from potstill.workflows.study import StudyProgress, report_study, run_study
+    from potstill.workflows.cells import StudyProgress
+    from potstill.workflows.feature_study import (
+        FeatureStudyConfig,
+        report_feature_study,
+        run_feature_study,
+    )
+    from potstill.workflows.study import report_study, run_study
 
     def note(progress: StudyProgress) -> str:
         cell = progress.cell.name if progress.cell else ""
         return f"{cell}, about {seconds_in_words(progress.seconds_left)} left"
 
+    def show(progress: StudyProgress) -> None:
+        task.update(progress.done, note=note(progress))
+
     with one_sentence():
-        settings = load_config(config, StudyConfig)
+        settings = load_study(config)
         display = RichDisplay(console)
-        with display.task(settings.title, len(settings.cells())) as task:
-            run_study(
-                settings,
-                out,
-                workers=workers,
-                on_progress=lambda p: task.update(p.done, note=note(p)),
-            )
         command = shlex.join(["potstill", *sys.argv[1:]])
-        report_study(settings, out, command=command, on_model=display.say)
+        with display.task(settings.title, len(settings.cells())) as task:
+            if isinstance(settings, FeatureStudyConfig):
+                run_feature_study(settings, out, workers=workers, on_progress=show)
+            else:
+                run_study(settings, out, workers=workers, on_progress=show)
+        if isinstance(settings, FeatureStudyConfig):
+            report_feature_study(settings, out, command=command, on_model=display.say)
+        else:
+            report_study(settings, out, command=command, on_model=display.say)
         console.print(f"The report is {out / 'report.html'}", highlight=False)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import ase
 import lightning_fabric
@@ -194,6 +194,20 @@ class S2EFErrors(Result):
 
     splits: dict[str, dict[str, Estimate]]
     average: dict[str, Estimate]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> S2EFErrors:
+        """Inverse of `to_json`."""
+        splits = {name: _estimates(metrics) for name, metrics in data["splits"].items()}
+        return cls(splits, _estimates(data["average"]))
+
+
+def _estimates(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Estimate]:
+    found = {}
+    for key, one in metrics.items():
+        value, error = (math.nan if one[k] is None else one[k] for k in ("value", "standard_error"))
+        found[key] = Estimate(value, error, one["n"])
+    return found
 
 
 def evaluate_s2ef(

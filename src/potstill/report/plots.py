@@ -292,12 +292,17 @@ def learning_panels(curves: Mapping[str, Sequence[LearningCurves]]) -> list[Pane
     return panels
 
 
-_PROGRESS = {"seconds": "Wall-clock time (s)", "steps": "Steps", "epoch": "Epoch"}
+_PROGRESS = {
+    "seconds": "Wall-clock time (s)",
+    "processor_seconds": "Processor time (s)",
+    "steps": "Steps",
+    "epoch": "Epoch",
+}
 
 
 def progress_panels(
     curves: Mapping[str, Sequence[LearningCurves]],
-    axis: Literal["seconds", "steps", "epoch"] = "seconds",
+    axis: Literal["seconds", "processor_seconds", "steps", "epoch"] = "seconds",
     *,
     keys: Mapping[str, str] | None = None,
 ) -> list[Panel]:
@@ -308,7 +313,7 @@ def progress_panels(
     curves : mapping
         Strategy or model to the curves of its seeds; each seed is a line of its own, since runs
         are not validated at the same moments.
-    axis : {"seconds", "steps", "epoch"}
+    axis : {"seconds", "processor_seconds", "steps", "epoch"}
         What errors are drawn against.
     keys : mapping, optional
         What to draw, with its label; by default the MAE of energies and of forces.

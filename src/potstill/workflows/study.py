@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import datetime
 import json
-import multiprocessing
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +37,7 @@ from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.settings import ScoreSettings
 from potstill.train.state import versions
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3
+from potstill.workflows.cells import StudyProgress, run_cells
 from potstill.workflows.study_measures import (
     REFERENCE,
     MeasureSettings,
@@ -262,17 +262,6 @@ class Cell:
         return f"{self.strategy}-{self.size}-{self.seed}"
 
 
-@dataclass(frozen=True)
-class StudyProgress:
-    """How far a study is; passed to the progress callback after every cell."""
-
-    done: int
-    total: int
-    cell: Cell | None
-    seconds: float
-    seconds_left: float
-
-
 def run_study(
     config: StudyConfig,
     folder: str | Path,
@@ -302,30 +291,15 @@ def run_study(
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, config)
     cells = config.cells()
-    waiting = [cell for cell in cells if not _result_file(folder, cell).is_file()]
-    weights = {cell.name: _cost(config, cell) for cell in cells}
-    started, total_cost = time.perf_counter(), sum(weights[c.name] for c in waiting)
-    done_cost = 0.0
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        running: dict[Future, Cell] = {}
-        while waiting or running:
-            for cell in [c for c in waiting if _is_ready(config, folder, c)]:
-                if len(running) == workers:
-                    break
-                threads = 1 if workers > 1 else torch.get_num_threads()
-                running[pool.submit(run_cell, config, folder, cell, threads)] = cell
-                waiting.remove(cell)
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                cell = running.pop(future)
-                future.result()
-                done_cost += weights[cell.name]
-                elapsed = time.perf_counter() - started
-                left = elapsed / done_cost * (total_cost - done_cost)
-                n_done = len(cells) - len(waiting) - len(running)
-                if on_progress is not None:
-                    on_progress(StudyProgress(n_done, len(cells), cell, elapsed, left))
+    run_cells(
+        cells,
+        partial(run_cell, config, folder),
+        is_finished=lambda cell: _result_file(folder, cell).is_file(),
+        is_ready=lambda cell: _is_ready(config, folder, cell),
+        cost=lambda cell: _cost(config, cell),
+        workers=workers,
+        on_progress=on_progress,
+    )
     return [json.loads(_result_file(folder, cell).read_text()) for cell in cells]
 
 

@@ -1,0 +1,286 @@
+"""Studies of feature distillation: runs of a config, shares of the gap, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import pytest
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from typer.testing import CliRunner
+
+from potstill.checkpoint import load_potential
+from potstill.cli.app import app
+from potstill.config import load_study, validate
+from potstill.errors import ConfigError
+from potstill.metrics import Estimate
+from potstill.report.feature_study import FeatureRow, pairs_of, result_table, sentences
+from potstill.workflows.feature_study import FeatureStudyConfig, run_feature_study
+from test_train import emt_set
+
+PAINN = {"hidden_channels": 8, "num_layers": 2, "num_rbf": 8, "cutoff": 4.0}
+SCHNET = {"hidden_channels": 8, "num_filters": 8, "num_interactions": 1, "num_gaussians": 8}
+
+
+def write_frames(path: Path, n: int, seed: int) -> str:
+    data = emt_set(n, seed=seed)
+    frames = []
+    for k, atoms in enumerate(data.structures.to_ase()):
+        labels = data.labels["reference"].select([k], data.structures)
+        own = Atoms(atoms)
+        own.calc = SinglePointCalculator(
+            own, energy=float(labels["energy"][0]), forces=labels["forces"].numpy()
+        )
+        frames.append(own)
+    ase.io.write(path, frames, format="extxyz")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A study of two pairs, as a config file holds it."""
+    folder = tmp_path_factory.mktemp("data")
+    files = {
+        name: {"path": write_frames(folder / f"{name}.extxyz", n, seed)}
+        for seed, (name, n) in enumerate({"train": 8, "validation": 4, "near": 3, "far": 3}.items())
+    }
+    return {
+        "kind": "features",
+        "name": "tiny",
+        "title": "Two pairs of models",
+        "data": {
+            "files": [files["train"]],
+            "validation_files": [files["validation"]],
+            "split": {"fractions": {"train": 1.0}},
+        },
+        "tests": {
+            "near": {"file": files["near"]},
+            "far": {"file": files["far"], "forces_only": True},
+        },
+        "models": {
+            "painn": {"kind": "painn", "hyperparameters": PAINN, "train": {"epochs": 3}},
+            "schnet": {"kind": "schnet", "hyperparameters": SCHNET | {"cutoff": 4.0}},
+            "unused": {"kind": "schnet", "hyperparameters": SCHNET | {"cutoff": 4.0}},
+        },
+        "pairs": {
+            "similar": {
+                "teacher": "painn",
+                "student": "schnet",
+                "strategies": {
+                    "vanilla1": {"distill": "vanilla1", "weight": 0.5},
+                    "vanilla2": {"distill": "vanilla2"},
+                    "n2n": {"distill": "n2n", "share": 0.3},
+                },
+                "grids": {
+                    "taps": {
+                        "line": {"distill": "n2n", "share": 0.3},
+                        "over": {"teacher_tap": ["message_1", "update_2"]},
+                        "seeds": [0],
+                    }
+                },
+            }
+        },
+        "seeds": [0, 1],
+        "common": {"epochs": 2, "batch_size": 4, "early_stopping": None},
+        "measure": {"rounds": 1, "n_structures": 4},
+    }
+
+
+def write_config(path: Path, plain: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(plain))  # JSON is YAML
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(plain: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the study, run by the command."""
+    folder = tmp_path_factory.mktemp("study")
+    config = write_config(folder / "study.yaml", plain)
+    result = CliRunner().invoke(app, ["study", str(config), "--out", str(folder / "out")])
+    assert result.exit_code == 0, result.output
+    assert "report.html" in result.output.replace("\n", "")
+    return folder / "out"
+
+
+def test_every_run_of_a_study_is_there(done: Path, plain: dict[str, Any]) -> None:
+    result = json.loads((done / "results.json").read_text())
+    names = set(result["cells"])
+    runs = ("vanilla1", "vanilla2", "n2n")
+    assert names == {
+        *(f"{model}-{seed}" for model in ("painn", "schnet") for seed in (0, 1)),
+        *(f"similar.{run}-{seed}" for run in runs for seed in (0, 1)),
+        *(f"similar.taps[teacher_tap={tap}]-0" for tap in ("message_1", "update_2")),
+    }
+    assert result["n_finished"] == result["n_cells"] == len(names)
+    assert result["cells"]["painn-0"]["epochs"] == 3
+    cell = result["cells"]["similar.taps[teacher_tap=message_1]-0"]
+    assert cell["taps"] == {"n2n:teacher[default<-message_1]": "last <- message_1"}
+    far = result["cells"]["schnet-0"]["tests"]["splits"]["far"]
+    assert set(far) == {"force_mae", "force_cosine"}
+    average = result["cells"]["schnet-0"]["tests"]["average"]
+    near = result["cells"]["schnet-0"]["tests"]["splits"]["near"]
+    both = (near["force_mae"]["value"] + far["force_mae"]["value"]) / 2
+    assert average["force_mae"]["value"] == pytest.approx(both)
+    assert average["energy_mae"]["value"] == near["energy_mae"]["value"]
+
+
+def test_what_is_measured_is_of_the_runs(done: Path) -> None:
+    measures = json.loads((done / "results.json").read_text())["measures"]
+    assert set(measures["throughput"]) == {"painn", "schnet"}
+    assert all(one["samples_per_second"] > 0 for one in measures["throughput"].values())
+    cka = measures["cka"]["similar.n2n-0"]
+    assert cka["before"]["values"] != cka["after"]["values"]
+    # The control is the same for all strategies.
+    assert cka["before"] == measures["cka"]["similar.vanilla1-0"]["before"]
+    assert {p["tap"] for p in measures["probes"]["painn"]} >= {"message_1", "update_2"}
+
+
+def test_students_carry_nothing_of_their_teachers(done: Path) -> None:
+    control, _ = load_potential(done / "schnet-0/best.pt")
+    for run in ("vanilla1", "vanilla2", "n2n"):
+        student, _ = load_potential(done / f"similar.{run}-0/best.pt")
+        shapes = [{k: v.shape for k, v in p.state_dict().items()} for p in (student, control)]
+        assert shapes[0] == shapes[1]
+
+
+def test_the_report_shows_tables_and_figures(done: Path) -> None:
+    page = (done / "report.html").read_text()
+    for text in ("Strategies, mean over the test sets", "Size and speed", "similarity of student and teacher"):
+        assert text in page
+    parts = {path.name for path in (done / "report").iterdir()}
+    assert {
+        "table_results.md",
+        "table_results_near.csv",
+        "table_models.csv",
+        "table_similar_taps.md",
+        "progress_similar.png",
+        "cka_similar_n2n.svg",
+    } <= parts
+    table = (done / "report/table_results.md").read_text()
+    assert "control (schnet)" in table
+    assert "teacher (painn)" in table
+
+
+def test_a_finished_study_does_nothing_again(done: Path, plain: dict[str, Any]) -> None:
+    config = validate(plain, FeatureStudyConfig)
+    before = {p: p.stat().st_mtime_ns for p in done.glob("*/cell.json")}
+    told: list[Any] = []
+    run_feature_study(config, done, on_progress=told.append)
+    assert not told
+    assert before == {p: p.stat().st_mtime_ns for p in done.glob("*/cell.json")}
+
+
+def test_a_finished_run_of_other_settings_is_refused(plain: dict[str, Any], done: Path) -> None:
+    other = {**plain, "common": {**plain["common"], "batch_size": 2}}
+    with pytest.raises(ConfigError, match=r"painn-0 holds a run with other settings"):
+        run_feature_study(validate(other, FeatureStudyConfig), done)
+
+
+def test_stored_and_online_features_give_the_same_student(
+    plain: dict[str, Any], done: Path, tmp_path: Path
+) -> None:
+    pair = plain["pairs"]["similar"]
+    only = {**pair, "strategies": {"n2n": pair["strategies"]["n2n"]}, "grids": {}}
+    online = {**plain, "features": "online", "seeds": [0], "pairs": {"similar": only}}
+    run_feature_study(validate(online, FeatureStudyConfig), tmp_path)
+    for name in ("schnet-0", "similar.n2n-0"):
+        one, other = (load_potential(f / name / "best.pt")[0] for f in (done, tmp_path))
+        for key, value in one.state_dict().items():
+            assert value.allclose(other.state_dict()[key], rtol=1e-4, atol=1e-6), key
+
+
+def test_a_killed_study_leaves_no_run_behind(plain: dict[str, Any], tmp_path: Path) -> None:
+    long = {**plain, "common": {**plain["common"], "epochs": 100_000}, "seeds": [0]}
+    config = write_config(tmp_path / "study.yaml", long)
+    command = [sys.executable, "-m", "potstill", "study", str(config), "--out", str(tmp_path / "o")]
+    study = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "o/schnet-0/metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not metrics.is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(study.pid, signal.SIGKILL)
+    study.wait()
+    time.sleep(1.0)
+    size = metrics.stat().st_size
+    time.sleep(1.0)
+    assert metrics.stat().st_size == size > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pairs": {"a": {"teacher": "pain", "student": "schnet"}}}, "did you mean 'painn'"),
+        (
+            {
+                "pairs": {
+                    "a": {
+                        "teacher": "painn",
+                        "student": "schnet",
+                        "strategies": {"n2n": {"distill": "n2m"}},
+                    }
+                }
+            },
+            "unknown strategy 'n2m'",
+        ),
+        ({"models": {"painn": {"kind": ""}}}, "either 'kind' or 'checkpoint'"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(
+    plain: dict[str, Any], tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    path = write_config(tmp_path / "study.yaml", {**plain, **change})
+    with pytest.raises(ConfigError, match=words):
+        load_study(path)
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def row(model: str, run: str, seed: int, energy: float, force: float, **own: Any) -> FeatureRow:
+    average = {"energy_mae": Estimate(energy, 0.01, 50), "force_mae": Estimate(force, 0.01, 50)}
+    teacher = "big" if own.get("pair") else None
+    pair = own.get("pair")
+    return FeatureRow(f"{model}-{run}-{seed}", model, teacher, pair, run, seed, 10, {}, average)
+
+
+def three(model: str, run: str, energy: float, force: float, **own: Any) -> list[FeatureRow]:
+    return [row(model, run, k, energy + 0.001 * k, force + 0.001 * k, **own) for k in range(3)]
+
+
+def test_shares_of_the_gap_follow_from_the_means() -> None:
+    rows = [
+        *three("small", "alone", 0.100, 0.200),
+        *three("big", "alone", 0.050, 0.201),
+        *three("small", "n2n", 0.075, 0.150, pair="p"),
+    ]
+    table = result_table(pairs_of(rows))
+    assert [line[1] for line in table.rows] == ["control (small)", "teacher (big)", "n2n"]
+    cells = dict(zip(table.columns[:4], table.rows[2], strict=False))
+    assert cells["Energy MAE (meV)"].mean == pytest.approx(76.0)  # type: ignore[union-attr]
+    assert table.rows[2][3].mean == pytest.approx(50.0)  # type: ignore[union-attr]
+    # The gap in forces, 1 meV/Å, is below two standard errors.
+    assert table.rows[2][5] is None
+    assert table.rows[2][-1] == "energy −25 % (better), force −25 % (better)"
+    assert sentences(pairs_of(rows))[0] == (
+        "p, Energy MAE, beside the control: better: n2n (−25 %)."
+    )
+
+
+def test_a_single_seed_takes_the_errors_over_frames() -> None:
+    rows = [
+        row("small", "alone", 0, 0.100, 0.200),
+        row("big", "alone", 0, 0.090, 0.100),
+        row("small", "n2n", 0, 0.095, 0.150, pair="p"),
+    ]
+    line = result_table(pairs_of(rows)).rows[2]
+    assert line[3] is None  # 10 +- 14 meV
+    assert line[5].mean == pytest.approx(50.0)  # type: ignore[union-attr]
+    assert line[-1] == "energy −5 %, force −25 %"
