@@ -23,7 +23,11 @@ from potstill.config import load_study, validate
 from potstill.errors import ConfigError
 from potstill.metrics import Estimate
 from potstill.report.feature_study import FeatureRow, pairs_of, result_table, sentences
-from potstill.workflows.feature_study import FeatureStudyConfig, run_feature_study
+from potstill.workflows.feature_study import (
+    FeatureStudyConfig,
+    report_feature_study,
+    run_feature_study,
+)
 from test_train import emt_set
 
 PAINN = {"hidden_channels": 8, "num_layers": 2, "num_rbf": 8, "cutoff": 4.0}
@@ -110,6 +114,37 @@ def done(plain: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder / "out"
 
 
+def test_all_stands_for_the_taps_that_fit(plain: dict[str, Any]) -> None:
+    grid = {"line": {"distill": "n2n"}, "over": {"student_tap": "all", "teacher_tap": "all"}}
+    pair = {"teacher": "painn", "student": "schnet", "grids": {"taps": grid}}
+    config = validate({**plain, "pairs": {"p": pair}, "seeds": [0]}, FeatureStudyConfig)
+    lines = [cell.line for cell in config.cells() if cell.pair is not None]
+    assert {line["student_tap"] for line in lines} == {"embedding", "interaction_1", "last"}
+    of_teacher = {line["teacher_tap"] for line in lines}
+    assert of_teacher == {"embedding", "message_1", "update_1", "message_2", "update_2", "last"}
+    assert len(lines) == 18
+    grid["over"] = {"error": "all"}
+    with pytest.raises(ConfigError, match="'all' stands for the taps"):
+        validate({**plain, "pairs": {"p": pair}}, FeatureStudyConfig)
+
+
+def test_a_teacher_may_come_from_elsewhere(
+    plain: dict[str, Any], done: Path, tmp_path: Path
+) -> None:
+    models = {**plain["models"], "big": {"checkpoint": {"spec": str(done / "painn-0/best.pt")}}}
+    line = {"n2n": {"distill": "n2n", "share": 0.3}}
+    pair = {"teacher": "big", "student": "schnet", "strategies": line}
+    study = {**plain, "models": models, "pairs": {"p": pair}, "seeds": [0]}
+    config = validate(study, FeatureStudyConfig)
+    run_feature_study(config, tmp_path)
+    result = report_feature_study(config, tmp_path)
+    assert set(result["cells"]) == {"schnet-0", "p.n2n-0"}
+    assert result["measures"]["cka"].keys() == {"p.n2n-0"}
+    table = (tmp_path / "report/table_results.md").read_text()
+    own = json.loads((done / "painn-0/cell.json").read_text())["tests"]["average"]
+    assert f"teacher (big) | {1e3 * own['energy_mae']['value']:.0f} |" in table
+
+
 def test_every_run_of_a_study_is_there(done: Path, plain: dict[str, Any]) -> None:
     result = json.loads((done / "results.json").read_text())
     names = set(result["cells"])
@@ -153,7 +188,11 @@ def test_students_carry_nothing_of_their_teachers(done: Path) -> None:
 
 def test_the_report_shows_tables_and_figures(done: Path) -> None:
     page = (done / "report.html").read_text()
-    for text in ("Strategies, mean over the test sets", "Size and speed", "similarity of student and teacher"):
+    for text in (
+        "Strategies, mean over the test sets",
+        "Size and speed",
+        "similarity of student and teacher",
+    ):
         assert text in page
     parts = {path.name for path in (done / "report").iterdir()}
     assert {
@@ -263,12 +302,13 @@ def test_shares_of_the_gap_follow_from_the_means() -> None:
     ]
     table = result_table(pairs_of(rows))
     assert [line[1] for line in table.rows] == ["control (small)", "teacher (big)", "n2n"]
-    cells = dict(zip(table.columns[:4], table.rows[2], strict=False))
-    assert cells["Energy MAE (meV)"].mean == pytest.approx(76.0)  # type: ignore[union-attr]
-    assert table.rows[2][3].mean == pytest.approx(50.0)  # type: ignore[union-attr]
+    assert table.columns[2:4] == ("Energy MAE (meV)", "Force MAE (meV/Å)")
     # The gap in forces, 1 meV/Å, is below two standard errors.
-    assert table.rows[2][5] is None
-    assert table.rows[2][-1] == "energy −25 % (better), force −25 % (better)"
+    assert table.rows[2][2:] == (
+        "76.0 ± 1.0 (50 ± 1 %)",
+        "151.0 ± 1.0",
+        "energy −25 % (better), force −25 % (better)",
+    )
     assert sentences(pairs_of(rows))[0] == (
         "p, Energy MAE, beside the control: better: n2n (−25 %)."
     )
@@ -281,6 +321,6 @@ def test_a_single_seed_takes_the_errors_over_frames() -> None:
         row("small", "n2n", 0, 0.095, 0.150, pair="p"),
     ]
     line = result_table(pairs_of(rows)).rows[2]
-    assert line[3] is None  # 10 +- 14 meV
-    assert line[5].mean == pytest.approx(50.0)  # type: ignore[union-attr]
+    assert line[2] == "95.0"  # the gap is 10 +- 14 meV
+    assert line[3] == "150 (50 ± 12 %)"
     assert line[-1] == "energy −5 %, force −25 %"

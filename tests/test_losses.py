@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -48,6 +50,16 @@ def test_force_error_runs_over_components_of_present_systems_only() -> None:
     term = LossTerm(property="forces")
     value = _loss(term, Properties({"forces": forces}), Properties({"forces": labels}, present), s)
     assert value == pytest.approx(6.0)
+
+
+def test_forces_of_fixed_atoms_can_be_left_out() -> None:
+    s = replace(_structures([1, 2]), fixed=torch.tensor([True, False, False]))
+    prediction = Properties({"forces": torch.zeros(3, 3, dtype=torch.float64)})
+    labels = Properties({"forces": torch.tensor([[9.0], [1.0], [3.0]]).expand(3, 3).double()})
+    assert _loss(LossTerm(property="forces", error="mae"), prediction, labels, s) == 13 / 3
+    free = LossTerm(property="forces", error="mae", free_atoms=True)
+    assert _loss(free, prediction, labels, s) == 2.0
+    assert _loss(free, prediction, labels, replace(s, fixed=None)) == 13 / 3
 
 
 def test_zero_error_and_no_label_give_zero_loss_and_finite_gradients() -> None:

@@ -35,6 +35,8 @@ class LossTerm(WeightedTerm):
         Over all components in the batch. `rmse+mae` is Eq. 3 of Matin et al.
     per_atom : bool
         Divide energies by the number of atoms first; the paper's loss does not.
+    free_atoms : bool
+        Of forces: leave fixed atoms out, as the Open Catalyst Project does.
     spread : str, optional
         Name of a property (such as `forces_std`, a committee's spread) in the same source that
         lowers the weight of uncertain items to spread_scale² / (spread_scale² + spread²).
@@ -46,6 +48,7 @@ class LossTerm(WeightedTerm):
     source: str = "reference"
     error: Literal["rmse+mae", "rmse", "mae", "mse"] = "rmse+mae"
     per_atom: bool = False
+    free_atoms: bool = False
     spread: str | None = None
     spread_scale: float = Field(default=0.1, gt=0.0)
 
@@ -102,6 +105,8 @@ def error_sums(
     if term.property == "stress":  # NaN where a cell is not fully periodic
         present = present & structures.pbc.all(dim=1)
     rows = present if spec.level == "system" else present[structures.system_index]
+    if term.free_atoms and term.property == "forces" and structures.fixed is not None:
+        rows = rows & ~structures.fixed
     difference = prediction[term.property][rows] - labels[term.property][rows]
     if term.per_atom and term.property == "energy":
         difference = difference / structures.n_atoms_per_system[rows]

@@ -7,14 +7,14 @@ closes is given with its standard error and left out where the gap itself is noi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from potstill.errors import DataError
 from potstill.evaluate.cka import CKAMatrix, similarity_gain
-from potstill.evaluate.errors import estimate_over_seeds, share_of_gap
+from potstill.evaluate.errors import GapShare, estimate_over_seeds, share_of_gap
 from potstill.evaluate.learning import LearningCurves
 from potstill.metrics import Estimate
 from potstill.report.heatmaps import Heatmap, write_heatmaps
@@ -48,7 +48,7 @@ class FeatureRow:
     pair, run : str
         Pair of models, and strategy. Runs of a grid are called `grid[option=value,...]`.
     seed, n_parameters : int
-        Of the initial weights; trainable numbers.
+        Of the initial weights, -1 of a teacher from elsewhere; trainable numbers.
     splits, average : mapping
         Metrics by test set, and averaged over these.
     taps : (str, str), optional
@@ -143,37 +143,46 @@ def result_table(pairs: Sequence[PairRuns], split: str | None = None) -> Table:
         A test set; the average over all by default.
     """
     body = []
+    metrics = _shown((row for p in pairs for rows in p.runs.values() for row in rows), split)
     for pair in pairs:
         named = {_CONTROL: pair.student, _TEACHER: pair.teacher}
         for run in [r for r in (_CONTROL, _TEACHER) if r in pair.runs] + pair.strategies:
             words = f"{run} ({_plain(named[run])})" if run in named else run
-            body.append((_plain(pair.name), words, *_cells(pair, pair.runs[run], split)))
+            body.append((_plain(pair.name), words, *_cells(pair, pair.runs[run], metrics, split)))
     where = "mean over the test sets" if split is None else split
     name = "table_results" if split is None else f"table_results_{_file(split)}"
-    return Table(name, f"Strategies, {where}", ("Pair", "Run", *_headers()), tuple(body), _NOTE)
+    columns = ("Pair", "Run", *(metric.label for metric in metrics), "Against the control")
+    return Table(name, f"Strategies, {where}", columns, tuple(body), _NOTE)
 
 
 _NOTE = (
-    "Mean over seeds ± standard deviation; the share of the gap between control and teacher ± its "
-    "standard error, left out where the gap is below two standard errors. “Against the control”: "
-    "energy and force MAE, Welch's t test over seeds at 95 %, not corrected for the number of "
+    "Mean over seeds ± standard deviation; in brackets the share of the gap between control and "
+    "teacher that is closed ± its standard error, left out where the gap is below two standard "
+    "errors (over seeds; of a single run over frames). “Against the control”: MAE of "
+    "energies and forces, Welch's t test over seeds at 95 %, not corrected for the number of "
     "comparisons; “unclear” where the difference is not beyond the spread over seeds."
 )
 
 
-def _headers() -> tuple[str, ...]:
-    pairs = ((metric.label, "of the gap (%)") for metric in COLUMNS)
-    return (*(text for pair in pairs for text in pair), "Against the control")
+def _shown(rows: Iterable[FeatureRow], split: str | None) -> list[Metric]:
+    """Metrics that say something: EFwT may be zero everywhere."""
+    rows = list(rows)
+    return [m for m in COLUMNS if any(value != 0.0 for value in _values(rows, m, split))]
 
 
-def _cells(pair: PairRuns, rows: Sequence[FeatureRow], split: str | None) -> list[Cell]:
+def _cells(
+    pair: PairRuns, rows: Sequence[FeatureRow], metrics: Sequence[Metric], split: str | None
+) -> list[Cell]:
     """Value and share of the gap for each metric, and the verdict."""
     cells: list[Cell] = []
     own = rows[0].pair is not None
-    for metric in COLUMNS:
-        values = _values(rows, metric, split)
-        cells.append(Spread.of(values).scaled(metric.scale) if values else None)
-        cells.append(_share(pair, rows, metric, split) if own else None)
+    for metric in metrics:
+        text = str(Spread.of(_values(rows, metric, split)).scaled(metric.scale))
+        share = _share(pair, rows, metric, split) if own else None
+        if share is not None and share.reported:
+            error = f" ± {share.standard_error:.0f}" if share.standard_error > 0 else ""
+            text += f" ({share.percent:.0f}{error} %)"
+        cells.append(text.replace("-", "−"))
     return [*cells, _verdict(pair, rows, split) if own else ""]
 
 
@@ -192,7 +201,7 @@ def _estimate(rows: Sequence[FeatureRow], metric: Metric, split: str | None) -> 
 
 def _share(
     pair: PairRuns, rows: Sequence[FeatureRow], metric: Metric, split: str | None
-) -> Spread | None:
+) -> GapShare | None:
     seeds = {row.seed for row in rows}
     parts = [
         _estimate(runs, metric, split)
@@ -200,8 +209,7 @@ def _share(
     ]
     if any(part is None for part in parts):
         return None
-    share = share_of_gap(*parts)  # type: ignore[arg-type]
-    return Spread(share.percent, share.standard_error, len(rows)) if share.reported else None
+    return share_of_gap(*parts)  # type: ignore[arg-type]
 
 
 def _verdict(pair: PairRuns, rows: Sequence[FeatureRow], split: str | None) -> str:
@@ -221,7 +229,8 @@ def _verdict(pair: PairRuns, rows: Sequence[FeatureRow], split: str | None) -> s
 
 
 def _at(pair: PairRuns, run: str, seeds: set[int]) -> list[FeatureRow]:
-    return [row for row in pair.runs.get(run, []) if row.seed in seeds]
+    """Runs of these seeds; a teacher from elsewhere has none (-1) and belongs to all."""
+    return [row for row in pair.runs.get(run, []) if row.seed in seeds or row.seed < 0]
 
 
 def model_table(measured: Mapping[str, Any]) -> Table:
@@ -251,16 +260,20 @@ def model_table(measured: Mapping[str, Any]) -> Table:
 
 def grid_table(pair: PairRuns, grid: str, measured: Mapping[str, Any]) -> Table:
     """Runs of a grid, with the similarity of the tapped features before and after."""
-    body = []
-    for options, rows in pair.grid(grid).items():
-        body.append((options, *_cells(pair, rows, None), *_similarity(rows[0], measured)))
-    control = pair.runs.get(_CONTROL, [])
-    if control:
-        body.insert(0, ("control", *_cells(pair, control, None), None, None, None, None))
-    columns = ("CKA before", "CKA after", "Energy R² of the teacher's tap", "Forces R²")
+    runs = pair.grid(grid)
+    metrics = _shown((row for rows in runs.values() for row in rows), None)
+    body: list[tuple[Cell, ...]] = []
+    if _CONTROL in pair.runs:
+        own = _at(pair, _CONTROL, {row.seed for rows in runs.values() for row in rows})
+        body.append((_CONTROL, *_cells(pair, own, metrics, None), None, None, None, None))
+    for options, rows in runs.items():
+        similarity = _similarity(rows[0], measured)
+        body.append((options, *_cells(pair, rows, metrics, None), *similarity))
+    columns = (grid, *(metric.label for metric in metrics), "Against the control")
+    probes = ("CKA before", "CKA after", "Energy R² of the teacher's tap", "Forces R²")
     title = f"{_plain(pair.name)}: {grid}"
     name = f"table_{_file(pair.name)}_{_file(grid)}"
-    return Table(name, title, (grid, *_headers(), *columns), tuple(body), _GRID_NOTE)
+    return Table(name, title, (*columns, *probes), tuple(body), _GRID_NOTE)
 
 
 _GRID_NOTE = (

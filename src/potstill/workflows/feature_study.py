@@ -19,17 +19,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from ase.calculators.calculator import BaseCalculator
 from pydantic import Field, model_validator
 
 from potstill.checkpoint import load_potential
 from potstill.distill.heads import resolve_taps
+from potstill.distill.taps import CHOSEN_PAIRS
+from potstill.distill.terms import KINDS
 from potstill.errors import ConfigError, suggest
 from potstill.evaluate.base import machine_description
 from potstill.evaluate.errors import S2EFErrors, average_estimates, evaluate_s2ef
 from potstill.evaluate.learning import read_learning_curves
 from potstill.metrics import S2EF_METRICS, Estimate
-from potstill.models import Potential
+from potstill.models import Potential, TapSpec, build_model
 from potstill.report.feature_study import FeatureRow, write_feature_report
+from potstill.structures import SpeciesTable
 from potstill.teachers import Teacher
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.settings import ModelSettings
@@ -81,6 +85,13 @@ class StudyModel(Settings):
             raise ValueError("give either 'kind' or 'checkpoint'")
         return self
 
+    @property
+    def taps(self) -> Mapping[str, TapSpec]:
+        """Its features by name."""
+        if self.checkpoint is not None:
+            return self.checkpoint.make().taps
+        return build_model(self.kind, SpeciesTable.from_symbols(["H"]), self.hyperparameters).taps
+
 
 class Grid(Settings):
     """Runs of one pair that differ in options of one line: taps, losses, transformations, weights.
@@ -90,22 +101,22 @@ class Grid(Settings):
     line : dict
         The line of the loss.
     over : dict of str to tuple
-        Values of its options; every combination is a run. A value of the option `line` replaces
-        several options at once.
+        Values of its options; every combination is a run. `all` stands for all taps that fit.
     seeds : tuple of int, optional
         Those of the study by default.
     """
 
     line: dict[str, Any]
-    over: dict[str, tuple[Any, ...]]
+    over: dict[str, tuple[Any, ...] | Literal["all"]]
     seeds: tuple[int, ...] | None = None
 
-    def lines(self, name: str) -> dict[str, dict[str, Any]]:
-        """Line of the loss by name of the run."""
+    def lines(self, name: str, taps: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+        """Line of the loss by name of the run; `taps` are what `all` stands for, by option."""
+        values = {k: taps[k] if v == "all" else v for k, v in self.over.items()}
         found = {}
-        for values in itertools.product(*self.over.values()):
-            options = dict(zip(self.over, values, strict=True))
-            words = ",".join(f"{key}={_word(value)}" for key, value in options.items())
+        for combination in itertools.product(*values.values()):
+            options = dict(zip(values, combination, strict=True))
+            words = ",".join(f"{key}={value}" for key, value in options.items())
             found[f"{name}[{words}]"] = self.line | options
         return found
 
@@ -206,7 +217,8 @@ class FeatureStudyConfig(Settings):
             lines = [(label, line, self.seeds) for label, line in pair.strategies.items()]
             for key, grid in pair.grids.items():
                 seeds = self.seeds if grid.seeds is None else grid.seeds
-                lines += [(label, line, seeds) for label, line in grid.lines(key).items()]
+                taps = self._fitting_taps(pair, grid)
+                lines += [(label, line, seeds) for label, line in grid.lines(key, taps).items()]
             runs += [
                 FeatureCell(pair.student, name, label, line, seed)
                 for label, line, seeds in lines
@@ -222,6 +234,29 @@ class FeatureStudyConfig(Settings):
             if name in used and model.checkpoint is None
         ]
         return alone + runs
+
+    @property
+    def foreign(self) -> list[str]:
+        """Teachers that the study does not train."""
+        used = {pair.teacher for pair in self.pairs.values()}
+        return [name for name in self.models if name in used and self.models[name].checkpoint]
+
+    def _fitting_taps(self, pair: StudyPair, grid: Grid) -> dict[str, list[str]]:
+        """The taps that `all` stands for in a grid."""
+        asked = [option for option, values in grid.over.items() if values == "all"]
+        kinds = KINDS.get(str(grid.line.get("distill")))
+        if asked and (kinds is None or not set(asked) <= {"student_tap", "teacher_tap"}):
+            raise ValueError(
+                f"'all' stands for the taps of one strategy on features, not for {', '.join(asked)}"
+            )
+        found = {}
+        for option in asked:
+            assert kinds is not None
+            student = option == "student_tap"
+            taps = self.models[pair.student if student else pair.teacher].taps
+            fitting = (kinds.student,) if student else kinds.teacher
+            found[option] = [k for k, t in taps.items() if t.kind in fitting and k != CHOSEN_PAIRS]
+        return found
 
     def settings_of(self, cell: FeatureCell) -> TrainSettings:
         """The settings of one run."""
@@ -350,7 +385,9 @@ def run_feature_cell(
     write_json(_result_file(folder, cell), record)
 
 
-def held_out_errors(config: FeatureStudyConfig, potential: Potential) -> S2EFErrors:
+def held_out_errors(
+    config: FeatureStudyConfig, potential: Potential | BaseCalculator
+) -> S2EFErrors:
     """Errors per test set and averaged; a metric is averaged over the sets that have it."""
     splits = {}
     for name, test in config.tests.items():
@@ -399,6 +436,7 @@ def report_feature_study(
     records = {c.name: read_json(_result_file(folder, c)) for c in finished}
     measured = _measures(config, folder, finished, on_model)
     rows = [_row(config, folder, cell, records[cell.name]) for cell in finished]
+    rows += [_teacher_row(config, folder, name) for name in config.foreign]
     result = {
         "study": config.name,
         "title": config.title,
@@ -428,10 +466,6 @@ def report_feature_study(
 # -- parts -----------------------------------------------------------------------------------------
 
 
-def _word(value: Any) -> str:
-    return "+".join(str(v) for v in value.values()) if isinstance(value, Mapping) else str(value)
-
-
 def _result_file(folder: Path, cell: FeatureCell) -> Path:
     return folder / cell.name / "cell.json"
 
@@ -455,6 +489,17 @@ def _teacher_cell(config: FeatureStudyConfig, cell: FeatureCell) -> FeatureCell 
     if config.models[name].checkpoint is not None:
         return None
     return FeatureCell(name, None, "alone", {}, cell.seed)
+
+
+def _teacher_file(config: FeatureStudyConfig, folder: Path, cell: FeatureCell) -> Path:
+    """A cell's teacher; teachers that are no potential of potstill's have no such file."""
+    assert cell.pair is not None
+    own = _teacher_cell(config, cell)
+    if own is not None:
+        return folder / own.name / "best.pt"
+    spec = config.models[config.pairs[cell.pair].teacher].checkpoint
+    assert spec is not None
+    return Path(spec.spec)
 
 
 def _is_ready(config: FeatureStudyConfig, folder: Path, cell: FeatureCell) -> bool:
@@ -508,26 +553,32 @@ def _measures(
 ) -> dict[str, Any]:
     """Throughput of the models and similarity of features, of the first seed."""
     seed = config.seeds[0]
-    own = [c for c in finished if c.pair is None and c.seed == seed]
-    alone = {cell.model: folder / cell.name / "best.pt" for cell in own}
+    alone = {
+        c.model: folder / c.name / "best.pt" for c in finished if c.pair is None and c.seed == seed
+    }
     first = [c for c in finished if c.pair is not None and c.seed == seed]
     compared = []
     for cell in first:
         assert cell.pair is not None
-        pair, teacher = config.pairs[cell.pair], _teacher_cell(config, cell)
-        if teacher is not None and pair.student in alone:
-            compared.append(
-                ComparedCell(
-                    cell.name,
-                    folder / cell.name / "best.pt",
-                    alone[pair.student],
-                    folder / teacher.name / "best.pt",
-                )
-            )
+        student, teacher = config.pairs[cell.pair].student, _teacher_file(config, folder, cell)
+        if teacher.is_file() and student in alone:
+            own = folder / cell.name / "best.pt"
+            compared.append(ComparedCell(cell.name, own, alone[student], teacher))
     parts, _ = load_parts(config.data)
     return measure_features(
         config.measure, alone, compared, parts["validation"], folder / "measures", on_model=on_model
     )
+
+
+def _teacher_row(config: FeatureStudyConfig, folder: Path, name: str) -> FeatureRow:
+    """Errors of a teacher that the study has not trained."""
+    file = folder / "measures" / f"teacher-{name}.json"
+    if not file.is_file():
+        spec = config.models[name].checkpoint
+        assert spec is not None
+        write_json(file, held_out_errors(config, spec.make().ase_calculator()).to_json())
+    errors = S2EFErrors.from_json(read_json(file))
+    return FeatureRow(name, name, None, None, "alone", -1, 0, errors.splits, errors.average)
 
 
 def _taps(record: Mapping[str, Any]) -> tuple[str, str] | None:
