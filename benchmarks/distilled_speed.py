@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.utils._python_dispatch
 from common import (
     STUDENT,
     Step,
@@ -32,6 +31,7 @@ from common import (
     potstill_training_set,
     timed,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential, read_payload
@@ -91,7 +91,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 CONTROL, DISTILLED, AGAIN = "control", "student", "control again"
 
-#: Atoms of a structure are 4 repeat^3; of the larger network one is predicted at a time.
+#: Structures are of 4 repeat^3 atoms, and so many are predicted at a time.
 REPEAT = 2
 PREDICTED = {"PaiNN": 4, "SchNet": 4, "HIP-NN": 4, "GemNet-OC-small": 1}
 
@@ -118,12 +118,10 @@ def trained(name: str, folder: Path) -> dict[str, Path]:
             early_stopping=None,
         )
         files[who] = train(settings, data, data, folder / who, teachers={"teacher": teacher}).best
-        last = read_payload(folder / who / "last.pt")
-        print(f"  {who}: {len(last.get('heads', {}))} tensors of heads in training", flush=True)
     return files
 
 
-class Operations(torch.utils._python_dispatch.TorchDispatchMode):
+class Operations(TorchDispatchMode):
     """Writes down what torch is asked for, with shapes; native kernels are seen from outside."""
 
     def __init__(self) -> None:
@@ -147,8 +145,9 @@ def compared_files(files: dict[str, Path]) -> dict[str, Any]:
         state = states[who] = payload["state"]
         tensors[who] = {k: (list(v.shape), str(v.dtype)) for k, v in state.items()}
         keys[who] = (sorted(payload), sorted(header), sorted(header["info"]))
+        predict = prediction(path, 1)
         with Operations() as seen:
-            prediction(path, 1)()
+            predict()
         operations[who] = seen.listed
         found[who] = {
             "bytes": path.stat().st_size,
@@ -156,6 +155,9 @@ def compared_files(files: dict[str, Path]) -> dict[str, Any]:
             "bytes of tensors": sum(v.numel() * v.element_size() for v in state.values()),
             "tensors": len(state),
             "parameters": sum(p.numel() for p in load_potential(path)[0].parameters()),
+            "tensors of heads in last.pt": len(
+                read_payload(path.with_name("last.pt")).get("heads", {})
+            ),
         }
     return found | {
         "same tensors": tensors[CONTROL] == tensors[DISTILLED],
