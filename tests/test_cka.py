@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 
 from data import rattled_copper
 from potstill.checkpoint import save_potential
-from potstill.config import CKAConfig
+from potstill.config import CKAConfig, TrainConfig, validate
 from potstill.errors import ConfigError, DataError, ModelError
 from potstill.evaluate.cka import (
     CKAAccumulator,
@@ -30,10 +32,17 @@ from potstill.evaluate.cka import (
 )
 from potstill.models import HIPNN, SumPotential
 from potstill.models.base import LocalOutput, Potential, TapSpec
+from potstill.neighbors import build_neighbor_list
 from potstill.readers import read
 from potstill.structures import Properties, SpeciesTable, Structures
 from potstill.train import TrainingSet, TrainSettings, train
+from potstill.workflows.base import Display, Task
 from potstill.workflows.cka import compare_features
+from potstill.workflows.data import load_parts
+from potstill.workflows.training import cka_trackers, train_from_config
+from test_gemnet_oc import CAPS
+from test_gemnet_oc import small as gemnet_oc
+from test_train import assert_same_weights
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -139,8 +148,41 @@ def test_features_come_to_atoms(geometry):
     assert found["pull"].shape == (structures.n_atoms, 6)
     # A pair's feature summed over the pairs of a center is what the model sums by itself (Eq. 5).
     torch.testing.assert_close(found["distance"][:, :1], found["count"])
-    with pytest.raises(ModelError, match="'few' has 3 pairs"):
+    with pytest.raises(ModelError, match="'few' of geometry has 3 pairs"):
         node_features(geometry, structures, ["few"])
+
+
+def test_models_that_choose_among_the_pairs_are_compared_like_others():
+    """GemNet-OC with caps: features of the pairs it has chosen, which fewer atoms share."""
+    frames = rattled_copper(4, 0.2)
+    for atoms in frames:
+        atoms.symbols[:2] = "Mg"
+        atoms.symbols[2:] = "O"
+    structures = Structures.from_ase(frames)
+    model = gemnet_oc(**CAPS, num_blocks=1, direct_forces=True)
+    matrix = cka_matrix(model, model, structures)
+    assert set(matrix.first) == set(model.taps) - {"edges"}
+    assert "interaction_1.edge" in matrix.first
+    np.testing.assert_allclose(matrix.values.diagonal(), 1.0, rtol=1e-9)
+    small_batches = cka_matrix(model, model, structures, max_atoms=4)
+    np.testing.assert_allclose(matrix.values, small_batches.values, rtol=1e-8)
+    # By hand: which pairs the rows belong to stands in the tap `edges`.
+    neighbors = build_neighbor_list(structures, model.cutoff)
+    taps = ["edges", "final.edge"]
+    tapped = model.predict(structures, neighbors, ["atomic_energies"], taps=taps).features
+    rows = tapped["edges"].shape[0]
+    assert 0 < rows < neighbors.n_pairs
+    expected = torch.zeros(structures.n_atoms, tapped["final.edge"].shape[1]).double()
+    for pair, row in zip(tapped["edges"][:, 0].tolist(), tapped["final.edge"], strict=True):
+        expected[int(neighbors.center[pair])] += row
+    found = node_features(model, structures, ["final.edge"])["final.edge"]
+    torch.testing.assert_close(found, expected)
+    energy, forces = noise(4), noise(structures.n_atoms, 3)
+    labels = Properties({"energy": energy, "forces": forces})
+    scores = linear_probes(model, structures, labels)
+    assert [s.tap for s in scores] == list(matrix.first)
+    with pytest.raises(ModelError, match="'edges' numbers pairs and holds no features"):
+        cka_matrix(model, model, structures, second_taps=["edges"])
 
 
 def test_vectors_are_compared_whichever_way_the_structures_are_turned(geometry):
@@ -223,6 +265,115 @@ def test_cka_during_training_is_that_of_the_snapshots(run):
         read_cka_history(run)
     with pytest.raises(ConfigError, match="at least one, not 0"):
         CKATracker(run, hipnn(1), structures, every=0)
+
+
+@pytest.fixture
+def config_of(run, tmp_path):
+    """Makes configs of trainings on the run's data, by the name of their folder."""
+
+    def make(name: str, cka: dict | None, **changes) -> TrainConfig:
+        train = {
+            "model": {"kind": "hipnn", "hyperparameters": hipnn(0).hyperparameters()},
+            "epochs": 3,
+            "batch_size": 4,
+            "core": "torch",
+            "early_stopping": None,
+        }
+        files = [{"path": str(run / "data.extxyz")}]
+        data = {
+            "files": files,
+            "split": {"fractions": {"train": 0.5, "validation": 0.4, "test": 0.1}},
+        }
+        out = str(tmp_path / name)
+        return validate(
+            {"out": out, "data": data, "train": train, "cka": cka} | changes, TrainConfig
+        )
+
+    return make
+
+
+def test_a_config_records_cka_and_changes_nothing_else(run, config_of, tmp_path):
+    cka = {"teacher": str(run / "teacher.pt"), "every": 2, "student_taps": ["block_1"]}
+    stages = {"stages": [{"name": "one"}, {"name": "two", "train": {"epochs": 1, "seed": 5}}]}
+    result = train_from_config(config_of("with", cka, **stages))
+    plain = train_from_config(config_of("without", None, **stages))
+    assert_same_weights(result.best, plain.best)
+    assert [list(read_cka_history(tmp_path / "with" / name)) for name in ("one", "two")] == [
+        [1, 3],
+        [1],
+    ]
+    assert list((tmp_path / "without").rglob("*cka*")) == []
+    for name in ("one", "two"):
+        assert (tmp_path / "with" / name / "cka_history.svg").stat().st_size > 0
+    # The last epoch of stage one by hand: the validation set has fewer structures than are drawn.
+    parts, _ = load_parts(config_of("x", cka).data)
+    structures = parts["validation"].structures
+    student = snapshot_potential(tmp_path / "with" / "one")
+    expected = cka_matrix(student, hipnn(1), structures, first_taps=["block_1"])
+    recorded = read_cka_history(tmp_path / "with" / "one")[3]
+    assert recorded.first == ("block_1",)
+    np.testing.assert_allclose(recorded.values, expected.values, rtol=1e-6)
+    # Some of them, the same ones for a seed.
+    few = config_of("few", cka | {"n_structures": 2})
+    (tracker,) = cka_trackers(few, [parts], None)
+    (again,) = cka_trackers(few, [parts], None)
+    assert len(tracker.structures) == 2
+    torch.testing.assert_close(tracker.structures.positions, again.structures.positions)
+
+
+class Stopping(Display):
+    """Interrupts the training after its second epoch."""
+
+    @contextmanager
+    def task(self, title, total=None):
+        class Watch(Task):
+            def update(self, done, total=None, note=""):
+                if done == 2:
+                    signal.raise_signal(signal.SIGTERM)
+
+        yield Watch()
+
+
+def test_a_resumed_run_continues_its_cka(run, config_of, tmp_path):
+    cka = {"teacher": str(run / "teacher.pt")}
+    train_from_config(config_of("whole", cka))
+    parts = config_of("parts", cka)
+    assert train_from_config(parts, Stopping()).status == "interrupted"
+    first = read_cka_history(tmp_path / "parts")
+    assert list(first) == [1, 2]
+    assert (tmp_path / "parts" / "cka_history.csv").is_file()
+    # What a killed run left: an epoch that will be done again, and half a line.
+    lines = (tmp_path / "parts" / "cka.jsonl").read_text()
+    wrong = json.loads(lines.splitlines()[0]) | {"epoch": 3}
+    (tmp_path / "parts" / "cka.jsonl").write_text(f"{lines}{json.dumps(wrong)}\n{lines[:40]}")
+    assert train_from_config(parts).status == "finished"
+    whole, resumed = (read_cka_history(tmp_path / name) for name in ("whole", "parts"))
+    assert list(whole) == list(resumed) == [1, 2, 3]
+    for epoch, matrix in whole.items():
+        np.testing.assert_allclose(resumed[epoch].values, matrix.values, rtol=1e-9)
+    drawn = (tmp_path / "parts" / "cka_history.csv").read_text()
+    assert drawn == (tmp_path / "whole" / "cka_history.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"teacher": "nowhere.pt"}, "'cka.teacher': nowhere.pt: no such file"),
+        ({"teacher_taps": ["blok_1"]}, "'cka.teacher_taps': hipnn has no feature tap 'blok_1'"),
+        ({"student_taps": ["update_1"]}, "'cka.student_taps': hipnn has no feature tap"),
+        ({"teacher": "gold.pt"}, "'cka.teacher': .* holds Cu, which is not among the species Au"),
+    ],
+)
+def test_mistakes_in_the_section_are_told_before_the_first_epoch(
+    run, config_of, tmp_path, monkeypatch, changes, words
+):
+    monkeypatch.chdir(tmp_path)
+    gold = HIPNN(SpeciesTable.from_symbols(["Au"]), **hipnn(0).hyperparameters())
+    save_potential(tmp_path / "gold.pt", gold, {})
+    config = config_of("run", {"teacher": str(run / "teacher.pt")} | changes)
+    with pytest.raises(ConfigError, match=words):
+        train_from_config(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_writes_matrices_gains_probes_and_figures(run, tmp_path):

@@ -88,6 +88,15 @@ def test_examples_of_configs_of_feature_distillation_are_valid():
     }
 
 
+def test_the_section_that_records_cka_is_valid():
+    text = (DOCS / "cka.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    section = YAML(typ="safe", pure=True).load(block)
+    config = TrainConfig(out="run", data={"store": "x"}, **section)
+    assert config.cka is not None
+    assert config.cka.student_taps == ("block_0", "block_1")
+
+
 def shell_commands() -> list[str]:
     """All calls of `potstill` in documentation, Makefile and comments of the studies' configs."""
     root, found = DOCS.parent, []

@@ -14,10 +14,11 @@ import torch
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import potstill.models
-from potstill.checkpoint import load_potential, save_potential
+from potstill.checkpoint import load_potential, read_payload, save_potential
 from potstill.cli import app
 from potstill.config import TrainConfig, load_config, validate
 from potstill.distill import AuxiliaryTerm, FeatureTerm, LossTerm, Schedule, expand
@@ -255,6 +256,77 @@ def test_a_distilled_student_is_saved_like_its_control(
     # They start from the same weights: transformations draw from random numbers of their own.
     for key, value in starts["control"].items():
         torch.testing.assert_close(starts["student"][key], value, rtol=0, atol=1e-12)
+
+
+#: Small ones of the real models, and the lines with the largest heads that their taps allow.
+REAL: dict[str, tuple[dict, list[dict]]] = {
+    "painn": (
+        {"hidden_channels": 6, "num_layers": 2, "num_rbf": 4, "cutoff": 3.5},
+        [line("n2n", student_transform="mlp"), line("v2v")],
+    ),
+    "schnet": (
+        {"hidden_channels": 6, "num_filters": 5, "num_interactions": 2, "cutoff": 3.5},
+        [line("n2n", student_transform="mlp"), line("e2e", student_transform="mlp")],
+    ),
+    "hipnn": (
+        {**SMALL.hyperparameters, "n_interaction_layers": 2},
+        [line("n2n", student_tap="block_0+block_1", student_transform="mlp"), line("e2n")],
+    ),
+    "gemnet_oc": (
+        {
+            **{f"cutoff{part}": 3.5 for part in ("", "_qint", "_aeaint", "_aint")},
+            **{f"max_neighbors{part}": 6 for part in ("", "_qint", "_aeaint", "_aint")},
+            **{"num_blocks": 1, "num_spherical": 3, "num_radial": 6},
+            **{"emb_size_atom": 6, "emb_size_edge": 8, "direct_forces": True},
+        },
+        [line("n2n", student_transform="mlp"), line("e2e", student_transform="mlp")],
+    ),
+}
+
+
+class Operations(TorchDispatchMode):
+    """Lists what torch is asked for, with the shapes of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listed: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        shapes = [tuple(a.shape) for a in args if isinstance(a, torch.Tensor)]
+        self.listed.append(f"{func} {shapes}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", list(REAL))
+def test_a_file_holds_and_does_what_its_controls_does(
+    data: TrainingSet, teacher: PotentialTeacher, tmp_path: Path, kind: str
+) -> None:
+    data = data.select(torch.tensor([0, 1]))
+    hyperparameters, lines = REAL[kind]
+    found = {}
+    for name, extra in {"student": lines, "control": []}.items():
+        model = ModelSettings(kind=kind, hyperparameters=hyperparameters)
+        run = settings(*extra, model=model, epochs=2, optimizer=OptimizerSettings(), core="torch")
+        best = train(run, data, data, tmp_path / name, teachers={"big": teacher}).best
+        assert ("heads" in read_payload(best.with_name("last.pt"))) == bool(extra)
+        payload = read_payload(best)
+        header = json.loads(payload["header"])
+        state = payload["state"]
+        potential, info = load_potential(best)
+        assert set(info) == set(header["info"])
+        with Operations() as seen:
+            potential.predict(data.structures)
+        found[name] = {
+            "keys": (set(payload), set(header), set(info), set(info["settings"])),
+            "tensors": {key: (value.shape, value.dtype) for key, value in state.items()},
+            "described": {key: header[key] for key in header if key != "info"},
+            "operations": seen.listed,
+        }
+        found[f"{name}'s weights"] = state
+    assert found["student"] == found["control"]
+    assert len(found["student"]["operations"]) > 20
+    weights = found["student's weights"].items()
+    assert any(not torch.equal(value, found["control's weights"][key]) for key, value in weights)
 
 
 def test_interrupted_runs_end_with_the_same_weights(

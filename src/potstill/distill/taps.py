@@ -93,7 +93,8 @@ def potential_features(
     Raises
     ------
     ModelError
-        If a tap is unknown, or a submodule's output does not belong to the atoms.
+        If a tap is unknown, a submodule's output does not belong to the atoms, or the rows of a tap
+        of pairs to no pairs that are known.
     """
     neighbors = build_neighbor_list(structures, potential.cutoff)
     named = [tap for tap in taps if tap in potential.taps]
@@ -120,6 +121,11 @@ def potential_features(
         if tap in found.features:
             spec, values = potential.taps[tap], found.features[tap]
             graph = (pairs, recipe) if spec.kind == "edge_scalar" else ()
+            if graph and len(values) != pairs.n_pairs:
+                raise ModelError(
+                    f"the tap '{tap}' of {potential.kind} has {len(values)} pairs of "
+                    f"{pairs.n_pairs}, and no tap '{CHOSEN_PAIRS}' says which: leave it out"
+                )
             features[tap] = Feature(spec.kind, values.detach(), *graph)
         else:
             features[tap] = atom_feature(outputs.get(tap), structures.n_atoms, tap)

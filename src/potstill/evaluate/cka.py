@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from potstill.checkpoint import load_potential, read_payload
-from potstill.errors import ConfigError, DataError, ModelError
+from potstill.distill.aggregate import edges_to_nodes
+from potstill.distill.taps import CHOSEN_PAIRS, potential_features
+from potstill.errors import ConfigError, DataError, ModelError, suggest
 from potstill.evaluate.base import Result
 from potstill.models import Potential, SumPotential
-from potstill.neighbors import build_neighbor_list
 from potstill.structures import Properties, Structures
 
 #: Atoms that a probe is fitted to at most, and structures.
@@ -40,6 +41,25 @@ _RIDGES = tuple(10.0**k for k in range(-10, 2))
 
 
 # -- features of atoms ---------------------------------------------------------------------------
+
+
+def compared_taps(potential: Potential, taps: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Taps that are compared: the given ones, or all that hold features.
+
+    Raises
+    ------
+    ModelError
+        If the model has no taps, or not those.
+    """
+    featured = tuple(tap for tap in potential.taps if tap != CHOSEN_PAIRS)
+    if not featured:
+        raise ModelError(f"{potential.kind} has no feature taps, so there is nothing to compare")
+    for tap in taps or ():
+        if tap == CHOSEN_PAIRS:
+            raise ModelError(f"the tap '{tap}' numbers pairs and holds no features: leave it out")
+        if tap not in featured:
+            raise ModelError(f"{potential.kind} has no feature tap '{tap}'{suggest(tap, featured)}")
+    return featured if taps is None else tuple(taps)
 
 
 def node_features(
@@ -54,36 +74,26 @@ def node_features(
     structures : Structures
         The batch.
     taps : sequence of str, optional
-        Which taps; all by default.
+        Which taps; all that hold features by default.
 
     Returns
     -------
     dict of str to Tensor
-        (N, F) float64; (N, 3F) of vectors.
+        (N, F) float64; (N, 3F) of vectors. Features of pairs are summed over the pairs of each
+        center, of a model that chooses among the pairs over those it has chosen.
 
     Raises
     ------
     ModelError
-        If a tap is unknown, or the features of a tap belong neither to the atoms nor to the pairs
-        within the model's cutoff.
+        If a tap is unknown, or the features of a tap belong neither to the atoms nor to pairs that
+        are known.
     """
-    taps = tuple(potential.taps if taps is None else taps)
     batch = structures.to(potential.device)
-    neighbors = build_neighbor_list(batch, potential.cutoff)
-    with torch.no_grad():
-        found = potential.predict(batch, neighbors, ("atomic_energies",), taps=taps).features
-    n = batch.n_atoms
     features = {}
-    for tap in taps:
-        value = found[tap].to(torch.float64)
-        if potential.taps[tap].kind == "edge_scalar":
-            if value.shape[0] != neighbors.n_pairs:
-                raise ModelError(
-                    f"the tap '{tap}' has {value.shape[0]} pairs, and the cutoff makes "
-                    f"{neighbors.n_pairs}: leave it out"
-                )
-            value = value.new_zeros(n, value.shape[1]).index_add(0, neighbors.center, value)
-        features[tap] = value.reshape(n, -1)
+    for tap, found in potential_features(potential, batch, compared_taps(potential, taps)).items():
+        feature = replace(found, values=found.values.to(torch.float64))
+        value = feature.values if feature.graph is None else edges_to_nodes(feature, batch)
+        features[tap] = value.reshape(batch.n_atoms, -1)
     return features
 
 
@@ -223,7 +233,7 @@ def cka_matrix(
     structures : Structures
         Their atoms are the examples.
     first_taps, second_taps : sequence of str, optional
-        Which taps; all by default.
+        Which taps; all that hold features by default.
     max_atoms : int
         Atoms per batch; the result does not depend on it.
 
@@ -232,7 +242,7 @@ def cka_matrix(
     ModelError
         If a model has no taps, or not those.
     """
-    rows, columns = (_some(p, taps) for p, taps in ((first, first_taps), (second, second_taps)))
+    rows, columns = compared_taps(first, first_taps), compared_taps(second, second_taps)
     metric = CKAAccumulator(rows, columns)
     for systems in structures.batches(max_atoms):
         batch = structures.select(systems)
@@ -254,12 +264,6 @@ def similarity_gain(before: CKAMatrix, after: CKAMatrix) -> CKAMatrix:
     return CKAMatrix(after.first, after.second, after.values - before.values, after.n_atoms)
 
 
-def _some(potential: Potential, taps: Sequence[str] | None) -> tuple[str, ...]:
-    if not potential.taps:
-        raise ModelError(f"{potential.kind} has no feature taps, so there is nothing to compare")
-    return tuple(potential.taps if taps is None else taps)
-
-
 # -- during training -----------------------------------------------------------------------------
 
 
@@ -276,11 +280,18 @@ class CKATracker:
     teacher : Potential
         Whom to compare with.
     structures : Structures
-        A few, in the species table of the run or in one that it can be mapped from.
+        A few of species that both models know.
     every : int
         Epochs between comparisons; the first is always compared.
     student_taps, teacher_taps : sequence of str, optional
-        Which taps; all by default.
+        Which taps; all that hold features by default.
+
+    Raises
+    ------
+    ModelError
+        If the teacher has no taps, or not those; the student is looked at first after an epoch.
+    DataError
+        If the teacher does not know a species.
     """
 
     FILE: ClassVar[str] = "cka.jsonl"
@@ -297,15 +308,16 @@ class CKATracker:
     ) -> None:
         if every < 1:
             raise ConfigError(f"CKA is compared every so many epochs, at least one, not {every}")
-        self.folder, self.teacher, self.structures = Path(folder), teacher, structures
-        self.every, self.taps = every, (student_taps, teacher_taps)
+        self.folder, self.teacher, self.every = Path(folder), teacher, every
+        self.structures = structures.with_species_table(teacher.species_table)
+        self.taps = (student_taps, compared_taps(teacher, teacher_taps))
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         """Compare, if it is this epoch's turn."""
         epoch = int(record["epoch"])
         if (epoch - 1) % self.every or not (self.folder / "best.pt").is_file():
             return
-        student = snapshot_potential(self.folder)
+        student = snapshot_potential(self.folder).to(self.teacher.device)
         matrix = cka_matrix(
             student,
             self.teacher,
@@ -314,8 +326,11 @@ class CKATracker:
             second_taps=self.taps[1],
         )
         line = {"epoch": epoch, "steps": record.get("steps"), "cka": matrix.to_json()}
-        with (self.folder / self.FILE).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        path = self.folder / self.FILE
+        # A line that a killed run left unfinished stays a line of its own.
+        torn = path.is_file() and not path.read_bytes().endswith(b"\n")
+        with path.open("a") as file:
+            file.write("\n" * torn + json.dumps(line) + "\n")
 
 
 def read_cka_history(folder: str | Path) -> dict[int, CKAMatrix]:
@@ -336,6 +351,8 @@ def read_cka_history(folder: str | Path) -> dict[int, CKAMatrix]:
         except json.JSONDecodeError:  # the run was killed while it wrote this line
             continue
         found[int(record["epoch"])] = CKAMatrix.from_json(record["cka"])
+    if not found:
+        raise DataError(f"{path} holds no comparison")
     return dict(sorted(found.items()))
 
 
@@ -407,7 +424,7 @@ def linear_probes(
     structures, labels : Structures, Properties
         With energies and forces, all present.
     taps : sequence of str, optional
-        Which; all by default.
+        Which; all that hold features by default.
     test_fraction : float
         Share of the structures that is held out.
     seed : int
@@ -427,7 +444,7 @@ def linear_probes(
     n_test = max(round(test_fraction * n), 1)
     if n < 4 or n - n_test < 2:
         raise DataError(f"linear probes need at least four structures, not {n}")
-    names = _some(potential, taps)
+    names = compared_taps(potential, taps)
     parts: dict[str, list[Tensor]] = {tap: [] for tap in names}
     for systems in structures.batches(max_atoms):
         for tap, value in node_features(potential, structures.select(systems), names).items():

@@ -25,6 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
+from potstill.evaluate.cka import CKAMatrix
 from potstill.evaluate.learning import LearningCurves
 from potstill.report.tables import Cell, Table
 
@@ -332,6 +333,28 @@ def progress_panels(
         if series:
             panels.append(Panel(_PROGRESS[axis], label, series, y_scale="log"))
     return panels
+
+
+def write_cka_history(folder: Path, history: Mapping[int, CKAMatrix]) -> Figure:
+    """Draw the CKA of each tap of the student with the teacher's most alike tap, by epoch.
+
+    Parameters
+    ----------
+    folder : Path
+        Gets `cka_history.png`, `.svg` and `.csv`.
+    history : mapping of int to CKAMatrix
+        By epoch, see `potstill.evaluate.cka.read_cka_history`; what is most alike in the last one
+        decides.
+    """
+    epochs, last = list(history), history[max(history)]
+    series = []
+    for i, tap in enumerate(last.first):
+        j = int(np.nan_to_num(last.values[i], nan=-1.0).argmax())
+        values = [history[epoch].values[i, j] for epoch in epochs]
+        series.append(Series(f"{tap} / {last.second[j]}", epochs, values, kind="line"))
+    panel = Panel("Epoch", "CKA", series)
+    title = "Similarity during training"
+    return write_figure(folder, "cka_history", title, "Taps of student / teacher.", [panel])
 
 
 def _learning_series(name: str, runs: Sequence[LearningCurves], start: str) -> list[Series]:

@@ -254,6 +254,12 @@ def read_start(spec: str, *, index: str = ":") -> Structures:
     return read(spec, allow_partial=True, index=index)[0]
 
 
+def draw(n: int, count: int, seed: int) -> torch.Tensor:
+    """Increasing numbers below n, (count,) of them or all if there are fewer; a seed's own."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return order[:count].sort().values
+
+
 def trained_on(
     structures: Structures, temperature: tuple[float, float] | None = None
 ) -> dict[str, Any]:

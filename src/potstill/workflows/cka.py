@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from potstill.checkpoint import load_potential
@@ -22,9 +21,9 @@ from potstill.evaluate.cka import (
 )
 from potstill.models import Potential
 from potstill.report.heatmaps import Heatmap, write_heatmaps
-from potstill.report.plots import Panel, Series, write_figure
+from potstill.report.plots import write_cka_history
 from potstill.structures import Properties, Structures
-from potstill.workflows.base import Display, Settings, claim_folder, write_json
+from potstill.workflows.base import Display, Settings, claim_folder, draw, write_json
 from potstill.workflows.data import FileData, load_store
 
 
@@ -49,7 +48,7 @@ class CKAConfig(Settings):
     run : str, optional
         A run folder in which CKA was recorded during training.
     student_taps, teacher_taps : tuple of str, optional
-        Which taps; all by default.
+        Which taps; all that hold features by default.
     n_structures : int
         How many to draw.
     probes : bool
@@ -185,9 +184,7 @@ def _drawn(config: CKAConfig) -> tuple[Structures, Properties]:
         structures, labels = data.structures, data.labels.get(config.source, Properties({}))
     else:
         structures, labels = FileData(path=config.data, allow_partial=True).read()
-    generator = torch.Generator().manual_seed(config.seed)
-    order = torch.randperm(len(structures), generator=generator)[: config.n_structures]
-    drawn = order.sort().values
+    drawn = draw(len(structures), config.n_structures, config.seed)
     return structures.select(drawn), labels.select(drawn, structures)
 
 
@@ -220,17 +217,4 @@ def _draw(config: CKAConfig, report: CKAReport, folder: Path) -> None:
     ]
     write_heatmaps(folder, "cka_within", "Similarity within each model", caption, own)
     if config.run is not None:
-        _draw_history(read_cka_history(config.run), folder)
-
-
-def _draw_history(history: dict[int, CKAMatrix], folder: Path) -> None:
-    """CKA of each tap of the student with the teacher's most alike tap, by epoch."""
-    epochs, last = list(history), history[max(history)]
-    series = []
-    for i, tap in enumerate(last.first):
-        j = int(np.nan_to_num(last.values[i], nan=-1.0).argmax())
-        values = [history[epoch].values[i, j] for epoch in epochs]
-        series.append(Series(f"{tap} / {last.second[j]}", epochs, values, kind="line"))
-    panel = Panel("Epoch", "CKA", series)
-    title = "Similarity during training"
-    write_figure(folder, "cka_history", title, "Taps of student / teacher.", [panel])
+        write_cka_history(folder, read_cka_history(config.run))

@@ -2,29 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field, model_validator
 
 from potstill.checkpoint import load_potential
+from potstill.errors import ConfigError, DataError, PotstillError
+from potstill.evaluate.cka import CKATracker, compared_taps, read_cka_history
 from potstill.evaluate.errors import evaluate_errors
-from potstill.models import Potential
+from potstill.models import Potential, build_model
+from potstill.report.plots import write_cka_history
 from potstill.teachers import Teacher
 from potstill.train import TrainingSet, TrainResult, TrainSettings, train
 from potstill.train.features import is_stored
+from potstill.train.loop import EpochCallback
 from potstill.workflows.base import (
     Display,
     Settings,
     TeacherSettings,
     claim_folder,
+    draw,
     potential_info,
     seconds_in_words,
     write_json,
 )
 from potstill.workflows.data import DataSettings, load_parts
+
+
+class CKASettings(Settings):
+    """Compare the student's features with another model's while it is trained.
+
+    Parameters
+    ----------
+    teacher : str
+        Checkpoint of the model to compare with: the teacher, a control, any that potstill trained.
+    every : int
+        Epochs between comparisons; the first epoch is always compared.
+    n_structures : int
+        How many to draw from the validation set, by the training's seed.
+    student_taps, teacher_taps : tuple of str, optional
+        Which taps; all that hold features by default.
+    """
+
+    teacher: str
+    every: int = Field(default=1, ge=1)
+    n_structures: int = Field(default=50, ge=1)
+    student_taps: tuple[str, ...] | None = None
+    teacher_taps: tuple[str, ...] | None = None
 
 
 class StageConfig(Settings):
@@ -64,6 +95,8 @@ class TrainConfig(Settings):
     teachers : dict of str to TeacherSettings
         Teachers by source that compute their internal features during training, where the loss
         distils some that the data do not hold.
+    cka : CKASettings, optional
+        Record how alike the features of the student and another model are.
     """
 
     out: str
@@ -72,6 +105,7 @@ class TrainConfig(Settings):
     stages: tuple[StageConfig, ...] = ()
     initial: str | None = None
     teachers: dict[str, TeacherSettings] = Field(default_factory=dict)
+    cka: CKASettings | None = None
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -104,6 +138,7 @@ def train_from_config(config: TrainConfig, display: Display | None = None) -> Tr
 
     The run folder gets `config.yaml` and the files of `potstill.train.train`, in one subfolder per
     stage if there are stages, and `test.json` with the errors on the test set, if there is one.
+    With the section `cka` each of these folders gets `cka.jsonl` and the figure `cka_history`.
     """
     display = display or Display()
     folder = Path(config.out)
@@ -113,9 +148,10 @@ def train_from_config(config: TrainConfig, display: Display | None = None) -> Tr
         for stage in stages
     ]
     teachers: dict[str, Teacher] = {}
-    claim_folder(folder, config)
     initial = None if config.initial is None else load_potential(config.initial)[0]
-    for stage, (parts, sources) in zip(stages, data, strict=True):
+    trackers = cka_trackers(config, [parts for parts, _ in data], initial)
+    claim_folder(folder, config)
+    for stage, (parts, sources), tracker in zip(stages, data, trackers, strict=True):
         settings = config.settings_of(stage)
         place = folder / stage.name
         for term in settings.feature_terms:  # a teacher's package is imported only if it must be
@@ -134,13 +170,85 @@ def train_from_config(config: TrainConfig, display: Display | None = None) -> Tr
             info=potential_info(parts["train"].structures, teacher=_teacher(settings, sources)),
             initial=initial,
             teachers=teachers,
+            on_epoch=tracker,
         )
+        if tracker is not None:
+            _draw_cka(place)
         if result.status == "interrupted":
             return result
         initial = load_potential(result.best)[0]
         if "test" in parts:
             write_test_errors(initial, parts["test"], settings, place)
     return result
+
+
+def cka_trackers(
+    config: TrainConfig, stages: Sequence[Mapping[str, TrainingSet]], initial: Potential | None
+) -> list[CKATracker | None]:
+    """What records CKA in each stage; nothing without the section `cka`.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        The run's settings.
+    stages : sequence of mapping of str to TrainingSet
+        Parts of each stage's data; one entry if there are no stages.
+    initial : Potential, optional
+        What the first stage starts from. Later stages keep the first one's network.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such checkpoint, a model has no such taps, or the teacher does not know a
+        species: all of that before the first epoch.
+    """
+    asked = config.cka
+    if asked is None:
+        return [None] * len(stages)
+    order = config.stages or (StageConfig(name="."),)
+    if initial is None:
+        model = config.settings_of(order[0]).model
+        with torch.random.fork_rng(devices=[]):
+            table = stages[0]["train"].structures.species_table
+            initial = build_model(model.kind, table, model.hyperparameters)
+    with _blaming("cka.student_taps"):
+        compared_taps(initial, asked.student_taps)
+    with _blaming("cka.teacher"):
+        teacher = load_potential(asked.teacher)[0]
+    with _blaming("cka.teacher_taps"):
+        compared_taps(teacher, asked.teacher_taps)
+    teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+    found: list[CKATracker | None] = []
+    for stage, parts in zip(order, stages, strict=True):
+        structures = parts["validation"].structures
+        drawn = draw(len(structures), asked.n_structures, config.settings_of(stage).seed)
+        with _blaming("cka.teacher"):
+            tracker = CKATracker(
+                Path(config.out) / stage.name,
+                teacher,
+                structures.select(drawn),
+                every=asked.every,
+                student_taps=asked.student_taps,
+                teacher_taps=asked.teacher_taps,
+            )
+        found.append(tracker)
+    return found
+
+
+@contextmanager
+def _blaming(key: str) -> Iterator[None]:
+    """Say which setting a mistake is in."""
+    try:
+        yield
+    except PotstillError as error:
+        raise ConfigError(f"'{key}': {error}") from None
+
+
+def _draw_cka(place: Path) -> None:
+    """Draw what was recorded, in one process alone if there are several."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        with contextlib.suppress(DataError):  # interrupted before the first comparison
+            write_cka_history(place, read_cka_history(place))
 
 
 def train_with_progress(
@@ -154,12 +262,19 @@ def train_with_progress(
     info: Mapping[str, Any] | None = None,
     initial: Potential | None = None,
     teachers: Mapping[str, Teacher] | None = None,
+    on_epoch: EpochCallback | None = None,
 ) -> TrainResult:
-    """`potstill.train.train` with a display."""
+    """`potstill.train.train` with a display; `on_epoch` is called after that has been updated."""
     rows = [[source, name, str(n)] for source, name, n in training.summary()]
     if not (folder / "settings.json").is_file():
         display.table(f"{title}: labels", ("source", "property", "structures"), rows)
     with display.task(title, settings.epochs) as task:
+
+        def after_epoch(record: dict[str, Any]) -> None:
+            task.update(record["epoch"], note=_note(record))
+            if on_epoch is not None:
+                on_epoch(record)
+
         result = train(
             settings,
             training,
@@ -168,7 +283,7 @@ def train_with_progress(
             info=info,
             initial=initial,
             teachers=teachers,
-            on_epoch=lambda record: task.update(record["epoch"], note=_note(record)),
+            on_epoch=after_epoch,
             say=display.say,
         )
     if result.status == "stopped early":
