@@ -86,7 +86,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 "grids": {
                     "taps": {
                         "line": {"distill": "n2n", "share": 0.3},
-                        "over": {"teacher_tap": ["message_1", "update_2"]},
+                        "over": {
+                            "student_tap": ["embedding", "last"],
+                            "teacher_tap": ["message_1", "update_2"],
+                        },
                         "seeds": [0],
                     }
                 },
@@ -142,7 +145,7 @@ def test_a_teacher_may_come_from_elsewhere(
     assert result["measures"]["cka"].keys() == {"p.n2n-0"}
     table = (tmp_path / "report/table_results.md").read_text()
     own = json.loads((done / "painn-0/cell.json").read_text())["tests"]["average"]
-    assert f"teacher (big) | {1e3 * own['energy_mae']['value']:.0f} |" in table
+    assert f"teacher (big) | {1e3 * own['energy_mae']['value']:,.0f} |" in table
 
 
 def test_every_run_of_a_study_is_there(done: Path, plain: dict[str, Any]) -> None:
@@ -152,12 +155,16 @@ def test_every_run_of_a_study_is_there(done: Path, plain: dict[str, Any]) -> Non
     assert names == {
         *(f"{model}-{seed}" for model in ("painn", "schnet") for seed in (0, 1)),
         *(f"similar.{run}-{seed}" for run in runs for seed in (0, 1)),
-        *(f"similar.taps[teacher_tap={tap}]-0" for tap in ("message_1", "update_2")),
+        *(
+            f"similar.taps[student_tap={one},teacher_tap={other}]-0"
+            for one in ("embedding", "last")
+            for other in ("message_1", "update_2")
+        ),
     }
     assert result["n_finished"] == result["n_cells"] == len(names)
     assert result["cells"]["painn-0"]["epochs"] == 3
-    cell = result["cells"]["similar.taps[teacher_tap=message_1]-0"]
-    assert cell["taps"] == {"n2n:teacher[default<-message_1]": "last <- message_1"}
+    cell = result["cells"]["similar.taps[student_tap=last,teacher_tap=message_1]-0"]
+    assert cell["taps"] == {"n2n:teacher[last<-message_1]": "last <- message_1"}
     far = result["cells"]["schnet-0"]["tests"]["splits"]["far"]
     assert set(far) == {"force_mae", "force_cosine"}
     average = result["cells"]["schnet-0"]["tests"]["average"]
@@ -201,6 +208,8 @@ def test_the_report_shows_tables_and_figures(done: Path) -> None:
         "table_models.csv",
         "table_similar_taps.md",
         "progress_similar.png",
+        "progress_similar_taps.png",
+        "grid_similar_taps.csv",
         "cka_similar_n2n.svg",
     } <= parts
     table = (done / "report/table_results.md").read_text()

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from potstill.errors import DataError
 from potstill.evaluate.cka import CKAMatrix, similarity_gain
 from potstill.evaluate.errors import GapShare, estimate_over_seeds, share_of_gap
@@ -301,23 +303,64 @@ def _similarity(row: FeatureRow, measured: Mapping[str, Any]) -> list[Cell]:
 # -- figures ---------------------------------------------------------------------------------------
 
 
-def progress_figure(pair: PairRuns, folder: Path) -> Figure:
-    """Validation errors against processor time and steps (Fig. 9 of the paper)."""
-    order = [run for run in (_CONTROL, _TEACHER) if run in pair.runs] + pair.strategies
-    curves = {run: [row.curve for row in pair.runs[run] if row.curve is not None] for run in order}
-    curves = {run: found for run, found in curves.items() if found and run != _TEACHER}
+def progress_figure(pair: PairRuns, folder: Path, grid: str | None = None) -> Figure:
+    """Validation errors against processor time and steps (Figs. 4, 5 and 9 of the paper).
+
+    Of the strategies of a pair, or of the runs of a grid; beside the control.
+    """
+    found = {run: pair.runs[run] for run in pair.strategies} if grid is None else pair.grid(grid)
+    seeds = {row.seed for rows in found.values() for row in rows}
+    found = {_CONTROL: _at(pair, _CONTROL, seeds), **found}
+    curves = {run: [r.curve for r in rows if r.curve is not None] for run, rows in found.items()}
+    what = "" if grid is None else f"_{_file(grid)}"
+    title = _plain(pair.name) if grid is None else f"{_plain(pair.name)}, {grid}"
     panels = [
         *progress_panels(curves, "processor_seconds"),
         *progress_panels(curves, "steps"),
     ]
     return write_figure(
         folder,
-        f"progress_{_file(pair.name)}",
-        f"{_plain(pair.name)}: validation error while students are trained",
+        f"progress_{_file(pair.name)}{what}",
+        f"{title}: validation error while students are trained",
         "Against the processor time of training and validation on one thread, without the one pass "
         "of the teacher, and against steps; one line per seed.",
         panels,
         n_columns=2,
+    )
+
+
+def grid_figure(pair: PairRuns, grid: str, folder: Path) -> Figure | None:
+    """Change of energies and forces by two options, as a field; None for other grids."""
+    found: dict[tuple[str, ...], list[FeatureRow]] = {}
+    for options, rows in pair.grid(grid).items():
+        found[tuple(options.split(","))] = rows
+    first, second = (list(dict.fromkeys(key[k] for key in found if len(key) == 2)) for k in (0, 1))
+    if min(len(first), len(second)) < 2 or _CONTROL not in pair.runs:
+        return None
+    maps = []
+    for metric in _JUDGED:
+        values = np.full((len(first), len(second)), np.nan)
+        for (one, other), rows in found.items():
+            controls = _at(pair, _CONTROL, {row.seed for row in rows})
+            c = compare(metric, _values(rows, metric, None), _values(controls, metric, None))
+            values[first.index(one), second.index(other)] = c.change
+        maps.append(
+            Heatmap(
+                metric.name,
+                [key.partition("=")[2] for key in first],
+                [key.partition("=")[2] for key in second],
+                values,
+                row_label=_plain(first[0].partition("=")[0]),
+                column_label=_plain(second[0].partition("=")[0]),
+                signed=True,
+            )
+        )
+    return write_heatmaps(
+        folder,
+        f"grid_{_file(pair.name)}_{_file(grid)}",
+        f"{_plain(pair.name)}: {grid}",
+        "Change against the control, as a fraction of it: blue is better. Mean over the test sets.",
+        maps,
     )
 
 
@@ -393,6 +436,13 @@ def write_feature_report(
     for table in (*tables, models, *by_split, *grids):
         table.write(parts)
     progress = [progress_figure(pair, parts) for pair in main]
+    ablations = [
+        figure
+        for pair in pairs
+        for grid in pair.grids
+        for figure in (progress_figure(pair, parts, grid), grid_figure(pair, grid, parts))
+        if figure is not None
+    ]
     similar = [
         cka_figure(pair, found[0], measured, parts)
         for pair in pairs
@@ -403,7 +453,7 @@ def write_feature_report(
         Section("Results", tables=(*tables, models)),
         Section("Progress", figures=tuple(progress)),
         Section("Similarity", figures=tuple(similar)),
-        Section("Ablations", tables=tuple(grids)),
+        Section("Ablations", figures=tuple(ablations), tables=tuple(grids)),
         Section("By test set", tables=tuple(by_split)),
     ]
     page = Page(title, tuple(about.items()), sentences(main), (), (), tuple(sections))

@@ -17,6 +17,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from potstill.report.plots import STYLE, Figure, save_canvas
 from potstill.report.tables import Table
 
+#: Inches up to which fields stand side by side.
+_WIDEST = 16.0
+
 
 @dataclass(frozen=True)
 class Heatmap:
@@ -51,7 +54,9 @@ class Heatmap:
 def write_heatmaps(
     folder: Path, name: str, title: str, caption: str, maps: Sequence[Heatmap]
 ) -> Figure:
-    """Draw fields side by side and write `<name>.png`, `.svg` and `.csv`.
+    """Draw fields and write `<name>.png`, `.svg` and `.csv`.
+
+    They stand side by side, or below one another where that is too wide.
 
     Parameters
     ----------
@@ -64,11 +69,14 @@ def write_heatmaps(
     """
     widest = max(len(one.columns) for one in maps)
     tallest = max(len(one.rows) for one in maps)
-    size = (len(maps) * (2.6 + 0.42 * widest), 1.8 + 0.36 * tallest)
+    width, height = 2.6 + 0.42 * widest, 1.8 + 0.36 * tallest
+    across = len(maps) if len(maps) * width <= _WIDEST else 1
+    down = len(maps) // across
     with matplotlib.rc_context(STYLE):
-        canvas = Canvas(size, layout=ConstrainedLayoutEngine(w_pad=0.08))
+        layout = ConstrainedLayoutEngine(w_pad=0.08)
+        canvas = Canvas((across * width, down * height), layout=layout)
         FigureCanvasAgg(canvas)
-        axes = canvas.subplots(1, len(maps), squeeze=False).flatten()
+        axes = canvas.subplots(down, across, squeeze=False).flatten()
         for one, axis in zip(maps, axes, strict=True):
             _draw(canvas, axis, one)
         png, svg, csv = save_canvas(canvas, folder, _data(name, maps))

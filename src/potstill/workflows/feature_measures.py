@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 
 from potstill.checkpoint import load_potential
+from potstill.distill.taps import CHOSEN_PAIRS, split_tap
 from potstill.evaluate.cka import cka_matrix, linear_probes
 from potstill.evaluate.speed import inference_throughput
 from potstill.models import Potential
@@ -46,12 +47,23 @@ class FeatureMeasureSettings(Settings):
 
 @dataclass(frozen=True)
 class ComparedCell:
-    """A distilled student beside its control and its teacher: files of the potentials."""
+    """A distilled student beside its control and its teacher.
+
+    Parameters
+    ----------
+    name : str
+        Of the run.
+    student, control, teacher : Path
+        Files of the potentials.
+    taps : (str, str), optional
+        Taps of student and teacher that were distilled.
+    """
 
     name: str
     student: Path
     control: Path
     teacher: Path
+    taps: tuple[str, str] | None = None
 
 
 def measure_features(
@@ -132,11 +144,26 @@ def _throughput(
 
 
 def _similarity(cell: ComparedCell, structures: Structures) -> dict[str, Any]:
+    """CKA between the taps of the kinds that were distilled; scalars of atoms by default."""
     teacher = _load(cell.teacher)
-    return {
-        "after": cka_matrix(_load(cell.student), teacher, structures).to_json(),
-        "before": cka_matrix(_load(cell.control), teacher, structures).to_json(),
-    }
+    student_tap, teacher_tap = cell.taps or (None, None)
+    found = {}
+    for when, file in (("after", cell.student), ("before", cell.control)):
+        student = _load(file)
+        found[when] = cka_matrix(
+            student,
+            teacher,
+            structures,
+            first_taps=_alike(student, student_tap),
+            second_taps=_alike(teacher, teacher_tap),
+        ).to_json()
+    return found
+
+
+def _alike(potential: Potential, tap: str | None) -> list[str]:
+    """The taps of a potential of the same kind as one of them."""
+    kind = "node_scalar" if tap is None else potential.taps[split_tap(tap)[0]].kind
+    return [k for k, spec in potential.taps.items() if spec.kind == kind and k != CHOSEN_PAIRS]
 
 
 def _probes(file: Path, data: TrainingSet) -> list[dict[str, Any]]:

@@ -563,7 +563,8 @@ def _measures(
         student, teacher = config.pairs[cell.pair].student, _teacher_file(config, folder, cell)
         if teacher.is_file() and student in alone:
             own = folder / cell.name / "best.pt"
-            compared.append(ComparedCell(cell.name, own, alone[student], teacher))
+            taps = _taps(read_json(_result_file(folder, cell)))
+            compared.append(ComparedCell(cell.name, own, alone[student], teacher, taps))
     parts, _ = load_parts(config.data)
     return measure_features(
         config.measure, alone, compared, parts["validation"], folder / "measures", on_model=on_model
