@@ -169,13 +169,14 @@ def gradients(
     network: Tapped | HIPNN,
     data: TrainingSet,
     teacher: PotentialTeacher,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The gradient of the loss over student and heads, flat, and the loss' parts."""
     fabric = default_fabric()
     sources = FeatureSources(run, data, {"big": teacher}, network)
     method = ForceGradient(run.force_gradient, network, features=True)
     data = data.with_neighbors(network.cutoff + method.margin)
-    batch = sources.complete(data.batch(torch.arange(len(data))))
+    batch = sources.complete(data.batch(torch.arange(len(data)), weights))
     objective = BatchLoss(run, 1, network, batch, fabric, sources.heads)
     passes = fabric.setup_module(NetworkPasses(network))
     found = method(passes, batch, objective.wanted, objective)
@@ -185,6 +186,43 @@ def gradients(
     found.backward(fabric, passes)
     flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     return torch.cat([g.double().flatten() for g in flat]), found.parts
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [line("n2n"), line("v2v", error="mae")],
+        [line("e2n", error="lsp"), line("n2n", error="gsp")],
+        [line("n2n", error="cka"), line("v2v", error="fork")],
+        [line("e2e"), {"learn": "charges"}, {"learn": "dipole"}],
+        [line("e2e", error="cka")],
+    ],
+)
+def test_the_weights_of_a_batch_count_in_terms_on_features(
+    data: TrainingSet, teacher: PotentialTeacher, lines: list[dict]
+) -> None:
+    """What weighs nothing has no part in the loss and its gradient; equal weights do nothing."""
+    molecules = replace(data.structures, pbc=torch.zeros_like(data.structures.pbc))
+    charges = molecules.positions[:, 0].sin()
+    own = Properties({**data.labels["reference"].values, "charges": charges})
+    own.values["dipole"] = torch.arange(12.0, dtype=torch.float64).reshape(4, 3)
+    data = replace(data, structures=molecules, labels={**data.labels, "reference": own})
+    run = settings(*lines)
+    table = data.structures.species_table
+
+    def found(part: TrainingSet, *weights: float) -> tuple[torch.Tensor, dict[str, float]]:
+        network = Tapped(table, width=5, seed=1).double()
+        given = torch.tensor(weights, dtype=torch.float64) if weights else None
+        return gradients(run, network, part, teacher, given)
+
+    some = found(data.select(torch.tensor([0, 2, 3])))
+    weighed = found(data, 1.0, 0.0, 1.0, 1.0)
+    torch.testing.assert_close(weighed[0], some[0])
+    assert weighed[1] == pytest.approx(some[1])
+    whole, equal = found(data), found(data, 1.0, 1.0, 1.0, 1.0)
+    torch.testing.assert_close(equal[0], whole[0])
+    assert equal[1] == pytest.approx(whole[1])
+    assert weighed[1]["loss"] != pytest.approx(whole[1]["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("forces", [True, False])

@@ -131,10 +131,11 @@ class BatchLoss:
     def _head_sums(self, head: Head, values: Mapping[str, Tensor]) -> Tensor:
         batch = self.batch
         if isinstance(head, AuxiliaryHead):
-            return head.sums(values, batch.labels[head.term.source], batch.structures)
+            labels = batch.labels[head.term.source]
+            return head.sums(values, labels, batch.structures, batch.weights)
         assert isinstance(batch.neighbors, NeighborList)
         teacher = batch.features[head.term.source]
-        return head.sums(values, teacher, batch.structures, batch.neighbors)
+        return head.sums(values, teacher, batch.structures, batch.neighbors, batch.weights)
 
 
 def _sum_over_ranks(local: Tensor, fabric: lightning_fabric.Fabric) -> Tensor:
