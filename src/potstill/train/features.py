@@ -20,6 +20,7 @@ from potstill.distill.taps import split_tap
 from potstill.errors import ConfigError, MissingLabelError
 from potstill.features import Feature
 from potstill.models import Potential, TapSpec
+from potstill.structures import Properties
 from potstill.teachers.base import Teacher
 from potstill.train.data import Batch, TrainingSet, epoch_batches
 from potstill.train.force_gradient import ForceGradient, NetworkPasses
@@ -80,14 +81,41 @@ class FeatureSources:
             heads += [AuxiliaryHead(term, network) for term in settings.auxiliary_terms]
         self.heads = FeatureHeads(heads)
 
-    def complete(self, batch: Batch) -> Batch:
-        """The batch, on the CPU, with what teachers compute online."""
-        features = dict(batch.features)
+    def complete(self, batch: Batch, *, pairs: bool = True) -> Batch:
+        """The batch, on the CPU, with what teachers compute online and it does not hold.
+
+        Parameters
+        ----------
+        batch : Batch
+            With what is stored.
+        pairs : bool
+            Whether features of pairs are computed, too.
+        """
+        features = {source: dict(taps) for source, taps in batch.features.items()}
         for source, teacher in self._online.items():
-            like = self._examples[source]
-            found, _ = teacher.features(batch.structures, list(like), like)
-            features[source] = {**features.get(source, {}), **found}
+            held, like = features.setdefault(source, {}), self._examples[source]
+            missing = [
+                tap
+                for tap, example in like.items()
+                if tap not in held and (pairs or example.graph is None)
+            ]
+            if missing:
+                held |= teacher.features(batch.structures, missing, like)[0]
         return replace(batch, features=features) if self._online else batch
+
+    def heads_for(self, data: TrainingSet) -> list[Head]:
+        """Heads whose term can be evaluated on a set: what they compare is there, or online."""
+        found: list[Head] = []
+        for head in self.heads.all:
+            source = head.term.source
+            if isinstance(head, AuxiliaryHead):
+                labels = data.labels.get(source, Properties({}))
+                there = bool(labels.presence(head.term.learn, len(data)).any())
+            else:
+                known = {*data.features.get(source, {}), *self._examples.get(source, {})}
+                there = known.issuperset(head.teacher_taps)
+            found += [head] if there else []
+        return found
 
     def to(self, device: torch.device | str) -> None:
         """Move the teachers to the device of the training, those that can be moved."""

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning_fabric
 import torch
@@ -21,7 +21,6 @@ from potstill.checkpoint import save_potential
 from potstill.distill.heads import check_auxiliary
 from potstill.distill.losses import LossTerm, check_signals
 from potstill.errors import ConfigError
-from potstill.metrics import ErrorAccumulator
 from potstill.models import (
     HIPNN,
     ZBL,
@@ -44,11 +43,11 @@ from potstill.train.mixing import batch_weights, check_mixing, mixed_batches
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import TrainSettings
 from potstill.train.state import Interruption, RunFolder, Trainee, now, restore, snapshot
+from potstill.train.validation import Validation
 
 #: Called after every epoch with the epoch's record (what also goes into metrics.jsonl).
 EpochCallback = Callable[[dict[str, Any]], None]
 
-_EVALUATION_ATOMS = 4096
 _BATCHES_FOR_SCALES = 4
 
 
@@ -152,12 +151,11 @@ def train(
     )
     reach = network.cutoff + force_gradient.margin
     training = training.with_neighbors(reach, packed=force_gradient.takes_compact_lists)
-    validation = validation.minus(baseline)
-    validation = validation.with_neighbors(network.cutoff, packed=network.uses_native)
 
     run = RunFolder.open(Path(folder), settings, training, fabric, features.summary())
     trainee = Trainee.create(student, heads, settings, fabric)
     features.to(fabric.device)
+    validated = Validation(settings, network, validation.minus(baseline), features, fabric)
     passes = fabric.setup_module(own_passes)
     if not restore(run, trainee):
         features.choose_scales(settings, network, training, fabric)
@@ -196,7 +194,7 @@ def train(
 
             # -- validation, best weights, snapshot ----------------------------------------------
             with trainee.averaged_weights():
-                metrics = _validate(settings, network, validation, fabric)
+                metrics = validated.metrics()
                 score = sum(w * metrics[key] for key, w in settings.score.weights.items())
                 improved = trainee.register_score(score)
                 if improved and fabric.is_global_zero:
@@ -226,39 +224,6 @@ def train(
                 return _result(run, trainee, "interrupted", fabric)
     status = "finished" if trainee.epoch > settings.epochs else "stopped early"
     return _result(run, trainee, status, fabric)
-
-
-@torch.no_grad()
-def _validate(
-    settings: TrainSettings,
-    network: Potential,
-    data: TrainingSet,
-    fabric: lightning_fabric.Fabric,
-) -> dict[str, float]:
-    """Metrics against the score's source; those against other sources as `metric:source`."""
-    network.eval()
-    sources = {settings.score.source, *(t.source for t in settings.label_terms if t.ever_active)}
-    sources &= set(data.labels)
-    accumulators = {source: ErrorAccumulator(fabric.device) for source in sorted(sources)}
-    names = _validated_properties(settings)
-    batches = data.structures.batches(_EVALUATION_ATOMS)
-    for systems in batches[fabric.global_rank :: fabric.world_size]:
-        batch = data.batch(systems).to(fabric.device)
-        prediction = network.predict(batch.structures, batch.neighbors, names).properties
-        for source, accumulator in accumulators.items():
-            accumulator.update(prediction, batch.labels[source], batch.structures)
-    result: dict[str, float] = {}
-    for source, accumulator in accumulators.items():
-        total = fabric.all_reduce(accumulator.state(), reduce_op="sum")
-        accumulator.load_state(cast(Tensor, total))
-        suffix = "" if source == settings.score.source else f":{source}"
-        result |= {f"{key}{suffix}": value for key, value in accumulator.compute().items()}
-    return result
-
-
-def _validated_properties(settings: TrainSettings) -> tuple[str, ...]:
-    used = {term.property for term in settings.label_terms if term.ever_active}
-    return tuple(sorted(used | {"energy", "forces"}))
 
 
 def _score_term(metric: str, source: str) -> LossTerm:
