@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,15 @@ from potstill.models import (
 from potstill.models.gemnet_oc import fit_scale_factors
 from potstill.structures import SpeciesTable, Structures
 from potstill.teachers.base import Teacher
+from potstill.train.augment import Augmentation
+from potstill.train.batches import BatchSource
 from potstill.train.compilation import network_passes
 from potstill.train.data import TrainingSet, fit_offsets
 from potstill.train.devices import default_fabric
 from potstill.train.features import FeatureSources, average_over_ranks
 from potstill.train.force_gradient import ForceGradient
 from potstill.train.initialize import initialize_weights
-from potstill.train.mixing import batch_weights, check_mixing, mixed_batches
+from potstill.train.mixing import check_mixing, mixed_batches
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import TrainSettings
 from potstill.train.state import Interruption, RunFolder, Trainee, now, restore, snapshot
@@ -106,7 +108,8 @@ def train(
     initial : Potential, optional
         Start from this potential's weights, offsets and prior (fine-tuning) instead of anew.
     teachers : mapping, optional
-        Teachers by source, which compute the features that the training set does not hold.
+        Teachers by source, which compute the features that the training set does not hold, and
+        label displaced structures.
     on_epoch : callable, optional
         Progress display.
     say : callable, optional
@@ -129,8 +132,14 @@ def train(
         If the folder holds a run with other settings or data.
     """
     fabric = fabric or default_fabric()
-    check_signals(settings.label_terms, training.labels, "training set")
-    check_auxiliary(settings.auxiliary_terms, training.labels, "training set")
+    if settings.augment is None:
+        check_signals(settings.label_terms, training.labels, "training set")
+        check_auxiliary(settings.auxiliary_terms, training.labels, "training set")
+    else:
+        # A teacher labels what is displaced; stored features are those of other positions.
+        given = [term for term in settings.label_terms if term.source == "reference"]
+        check_signals(given, training.labels, "training set")
+        training = replace(training, features={})
     score_needs = [_score_term(key, settings.score.source) for key in settings.score.weights]
     check_signals(score_needs, validation.labels, "validation set")
     check_mixing(settings, training.structures, training.synthetic)
@@ -142,6 +151,9 @@ def train(
     network.use_core(settings.core)
     features = FeatureSources(settings, training, teachers or {}, network)
     heads = features.heads
+    augmentation = None
+    if settings.augment is not None:
+        augmentation = Augmentation(settings, student, teachers or {}, fabric.device)
     force_gradient = ForceGradient(settings.force_gradient, network, features=bool(heads.all))
     own_passes = network_passes(
         network,
@@ -157,8 +169,10 @@ def train(
     features.to(fabric.device)
     validated = Validation(settings, network, validation.minus(baseline), features, fabric)
     passes = fabric.setup_module(own_passes)
+    draw = BatchSource(settings, training, augmentation, features, fabric)
     if not restore(run, trainee):
-        features.choose_scales(settings, network, training, fabric)
+        order = mixed_batches(training.structures, training.synthetic, settings, epoch=1)
+        features.choose_scales(settings, network, draw, order, fabric)
 
     with Interruption() as interruption, run.event_log(settings, trainee) as events:
         while trainee.epoch <= settings.epochs and not trainee.should_stop(settings):
@@ -171,11 +185,7 @@ def train(
             for systems in batches[trainee.step :]:
                 if interruption.requested:
                     break
-                mine = slice(fabric.global_rank, None, fabric.world_size)
-                weights = batch_weights(training.synthetic, systems, settings)
-                weights = None if weights is None else weights[mine]
-                batch = training.batch(systems[mine], weights)
-                batch = features.complete(batch).to(fabric.device)
+                batch = draw(systems, epoch, trainee.step)  # weighed, displaced, with features
                 objective = BatchLoss(settings, epoch, network, batch, fabric, heads)
                 gradient = force_gradient(passes, batch, objective.wanted, objective)
                 if not math.isfinite(gradient.parts["loss"]):
@@ -307,21 +317,23 @@ def _energy_zero(settings: TrainSettings, data: TrainingSet, table: SpeciesTable
             raise ConfigError(f"energy.zero gives no value for {', '.join(missing)}")
         return torch.tensor([zero[name] for name in table.names], dtype=torch.float64)
     if zero == "least_squares":
-        return fit_offsets(data.structures, data.labels[_energy_source(settings)]["energy"])[0]
+        return fit_offsets(data.structures, data.labels[_energy_source(settings, data)]["energy"])[
+            0
+        ]
     return torch.zeros(len(table), dtype=torch.float64)
 
 
 def _residual_offsets(settings: TrainSettings, data: TrainingSet) -> Tensor:
     """(n_species,) linear fit to what the energy zero and the prior leave."""
-    labels = data.labels.get(_energy_source(settings))
+    labels = data.labels.get(_energy_source(settings, data))
     if labels is None or "energy" not in labels:
         return torch.zeros(len(data.structures.species_table), dtype=torch.float64)
     return fit_offsets(data.structures, labels["energy"])[0]
 
 
-def _energy_source(settings: TrainSettings) -> str:
+def _energy_source(settings: TrainSettings, data: TrainingSet) -> str:
     for term in settings.label_terms:
-        if term.property == "energy":
+        if term.property == "energy" and term.source in data.labels:
             return term.source
     return settings.score.source
 
