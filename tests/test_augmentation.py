@@ -47,7 +47,7 @@ from potstill.train.settings import MixingSettings
 from potstill.workflows.data import DataSettings, load_parts
 from potstill.workflows.sampling import sample
 from potstill.workflows.training import train_from_config
-from test_train import assert_same_weights, records_of, without_times
+from test_train import assert_same_weights, records_of, run_on_two_ranks, without_times
 
 
 def surfaces(n: int) -> Structures:
@@ -686,6 +686,25 @@ def test_interrupted_runs_draw_the_same_displacements(tmp_path):
     assert again.status == "finished"
     assert_same_weights(whole.best, again.best)
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
+
+
+def train_for_ranks(folder: str | Path) -> None:
+    """Three frames in batches of two: in the last step one of two processes has nothing."""
+    data = labelled_surfaces(3, big())
+    lines = [*LABELS, {"distill": "n2n", "source": "big", "share": 0.2}]
+    for kind in ("random", "ascent"):
+        run = augmented(loss=lines, kind=kind, fraction=0.7, epochs=1)
+        train(run, data, data, Path(folder) / kind, teachers={"big": big()})
+
+
+@pytest.mark.slow
+def test_two_ranks_displace_as_one_rank_with_the_whole_batch(tmp_path):
+    run_on_two_ranks("import test_augmentation as t\nt.train_for_ranks(sys.argv[2])\n", tmp_path)
+    train_for_ranks(tmp_path / "one")
+    for kind in ("random", "ascent"):
+        one, two = (records_of(tmp_path / ranks / kind)[-1] for ranks in ("one", "two"))
+        for part in ("train", "validation", "weights"):
+            assert two[part] == pytest.approx(one[part], rel=1e-6)
 
 
 def test_augmentation_that_cannot_work_is_told(tmp_path):

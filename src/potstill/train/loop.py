@@ -149,6 +149,7 @@ def train(
     student, training = initial_student(settings, training, initial)
     network, baseline = student["network"], student.without("network")
     network.use_core(settings.core)
+    network.to(fabric.device)  # before native kernels are chosen, which are for the CPU
     features = FeatureSources(settings, training, teachers or {}, network)
     heads = features.heads
     augmentation = None
