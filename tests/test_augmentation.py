@@ -1,8 +1,10 @@
-"""Jitter of fixed norm, gradient ascent, relaxations, and mixing synthetic data into training."""
+"""Jitter of fixed norm, gradient ascent, relaxations; synthetic and displaced data in training."""
 
 from __future__ import annotations
 
 import math
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +19,14 @@ from ase.constraints import FixAtoms
 
 from data import rattled_copper
 from potstill.calculators import PotstillCalculator
-from potstill.checkpoint import save_potential
+from potstill.checkpoint import load_potential, save_potential
 from potstill.config import SampleConfig, TrainConfig, validate
 from potstill.distill import LossTerm
-from potstill.errors import ConfigError, DivergenceError
+from potstill.errors import ConfigError, DivergenceError, TeacherError
 from potstill.features import Feature
-from potstill.models import HIPNN
+from potstill.models import HIPNN, ZBL, SpeciesOffsets, SumPotential
 from potstill.models.base import LocalOutput, Potential
+from potstill.neighbors import build_neighbor_list
 from potstill.readers import read
 from potstill.sample import (
     AscentJob,
@@ -35,13 +38,16 @@ from potstill.sample import (
 )
 from potstill.sample.jitter import discrepancy
 from potstill.structures import Properties, SpeciesTable, Structures
+from potstill.teachers import PotentialTeacher, Teacher, make_teacher
 from potstill.train import TrainingSet, TrainSettings, train
+from potstill.train.augment import Augmentation
 from potstill.train.mixing import mixed_batches, origin_weights
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import MixingSettings
 from potstill.workflows.data import DataSettings, load_parts
 from potstill.workflows.sampling import sample
-from test_train import without_times
+from potstill.workflows.training import train_from_config
+from test_train import assert_same_weights, records_of, run_on_two_ranks, without_times
 
 
 def surfaces(n: int) -> Structures:
@@ -433,7 +439,6 @@ def test_synthetic_labels_of_a_store_count_as_reference(tmp_path):
     store.append(structures, Properties({}))
     ase.io.write(tmp_path / "dft.extxyz", rattled_copper(10, 0.1))
     from potstill.label import label_store
-    from potstill.teachers import make_teacher
 
     label_store(store, make_teacher("ase.calculators.emt:EMT", {}), ("energy", "forces"))
     (source,) = [name for name in store.sources if name != "reference"]
@@ -445,3 +450,292 @@ def test_synthetic_labels_of_a_store_count_as_reference(tmp_path):
     for name in ("reference", source):
         torch.testing.assert_close(made.labels[name]["energy"][-3:], energy)
     assert int(made.labels[source].presence("energy", len(made)).sum()) == 3
+
+
+# -- displaced while training ----------------------------------------------------------------------
+
+
+def big() -> PotentialTeacher:
+    """A teacher with offsets of its own."""
+    network = hipnn(3)
+    return PotentialTeacher(
+        SumPotential({"offsets": SpeciesOffsets(network.species_table, [-3.0]), "network": network})
+    )
+
+
+def labelled_surfaces(n: int, teacher: Teacher) -> TrainingSet:
+    structures = surfaces(n)
+    return TrainingSet(
+        structures, {"reference": teacher.label(structures, ["energy", "forces"])[0]}
+    )
+
+
+def augmented(**values) -> TrainSettings:
+    """Settings of a small run; `augment` is given by its own keys."""
+    keys = {"norm", "norm_of", "kind", "fraction"}
+    own = {k: values.pop(k) for k in keys & set(values)}
+    defaults = {
+        "model": {"kind": "hipnn", "hyperparameters": hipnn(0).hyperparameters()},
+        "energy": {"zero": "least_squares", "prior": "zbl"},
+        "augment": {"source": "big", **own},
+        "regularization": {"l2": 0.0, "hierarchicality": 0.0},
+        "precision": "float64",
+        "epochs": 3,
+        "batch_size": 2,
+        "early_stopping": None,
+    }
+    return TrainSettings(**{**defaults, **values})
+
+
+def student(seed: int = 0) -> SumPotential:
+    network = hipnn(seed)
+    table = network.species_table
+    fixed = {"offsets": SpeciesOffsets(table, [-2.5]), "prior": ZBL.for_species(table)}
+    return SumPotential({**fixed, "network": network})
+
+
+def batch_of(data: TrainingSet, cutoff: float = 4.0, weights: torch.Tensor | None = None):
+    return data.with_neighbors(cutoff).batch(torch.arange(len(data)), weights)
+
+
+LABELS = (
+    LossTerm(property="energy"),
+    LossTerm(property="forces"),
+    LossTerm(property="atomic_energies", source="big"),
+)
+
+
+@pytest.mark.parametrize("norm_of", ["structure", "atom"])
+def test_displaced_structures_have_the_labels_of_the_teacher(norm_of):
+    teacher, own = big(), student()
+    data = labelled_surfaces(3, teacher)
+    weights = torch.tensor([1.0, 0.5, 1.5], dtype=torch.float64)
+    before = batch_of(data.minus(own.without("network")), weights=weights)
+    run = augmented(norm=0.3, norm_of=norm_of, loss=LABELS)
+    batch = Augmentation(run, own, {"big": teacher}, "cpu")(before, 1, 0, range(3))
+    step = torch.linalg.vector_norm(batch.structures.positions - data.structures.positions, dim=1)
+    fixed = data.structures.fixed
+    assert bool((step[fixed] == 0).all())
+    if norm_of == "atom":
+        np.testing.assert_allclose(step[~fixed], 0.3)
+    else:
+        np.testing.assert_allclose(step.square().reshape(3, -1).sum(1).sqrt(), 0.3)
+    names = ("energy", "forces", "atomic_energies")
+    there = teacher.potential.predict(batch.structures, properties=names)
+    rest = own.without("network").predict(batch.structures, properties=names)
+    for source in ("reference", "big"):
+        labels = batch.labels[source]
+        for name in names:
+            torch.testing.assert_close(labels[name], there[name] - rest[name])
+            assert bool(labels.presence(name, 3).all())
+            rows = labels.row_weights(name, batch.structures)
+            assert torch.equal(
+                rows, weights if len(rows) == 3 else weights[batch.structures.system_index]
+            )
+    expected = build_neighbor_list(batch.structures, 4.0)
+    assert batch.neighbors.n_pairs == expected.n_pairs != before.neighbors.n_pairs
+    assert torch.equal(batch.neighbors.neighbor, expected.neighbor)
+    assert all(p.grad is None for p in teacher.potential.parameters())
+
+
+def test_displacements_follow_from_seed_epoch_step_and_place():
+    teacher, data = big(), labelled_surfaces(4, big())
+    batch = batch_of(data)
+    some = batch_of(data.select(torch.tensor([1, 3])))
+    augmentation = Augmentation(augmented(), student(), {"big": teacher}, "cpu")
+    whole = augmentation(batch, 2, 5, range(4))
+    part = augmentation(some, 2, 5, [1, 3])  # as the second of two processes has them
+    assert torch.equal(part.structures.positions, whole.structures.select([1, 3]).positions)
+    torch.testing.assert_close(
+        part.labels["reference"]["energy"], whole.labels["reference"]["energy"][[1, 3]]
+    )
+    for epoch, step, seed in ((3, 5, 0), (2, 4, 0), (2, 5, 1)):
+        other = Augmentation(augmented(seed=seed), student(), {"big": teacher}, "cpu")
+        found = other(batch, epoch, step, range(4)).structures.positions
+        assert not torch.equal(found, whole.structures.positions)
+
+
+def test_what_is_not_displaced_keeps_its_labels():
+    teacher = big()
+    data = labelled_surfaces(8, make_teacher("ase.calculators.emt:EMT", {}))
+    batch = batch_of(data)
+    run = augmented(fraction=0.5, loss=LABELS)
+    augmentation = Augmentation(run, student(), {"big": teacher}, "cpu")
+    found = augmentation(batch, 1, 0, range(8))
+    step = (found.structures.positions - batch.structures.positions).abs().reshape(8, -1).sum(1)
+    moved = step > 0
+    assert 0 < int(moved.sum()) < 8
+    own, new = (b.labels["reference"]["energy"] for b in (batch, found))
+    assert torch.equal(own[~moved], new[~moved])
+    assert bool((own[moved] - new[moved]).abs().min() > 1e-3)
+    assert torch.equal(found.labels["big"].presence("atomic_energies", 8), moved)
+    assert bool(found.labels["reference"].presence("energy", 8).all())
+    none = Augmentation(augmented(fraction=1e-9), student(), {"big": teacher}, "cpu")
+    same = none(batch, 1, 0, range(8))
+    assert torch.equal(same.structures.positions, batch.structures.positions)
+    assert torch.equal(same.labels["reference"]["energy"], own)
+    assert not bool(same.labels["big"].presence("atomic_energies", 8).any())
+    nobody = augmentation(batch_of(data.select(torch.tensor([], dtype=torch.int64))), 1, 0, [])
+    assert nobody.labels["big"]["atomic_energies"].shape == (0,)
+
+
+def test_ascent_displaces_to_where_student_and_teacher_differ_more():
+    teacher, own = big(), student()
+    batch = batch_of(labelled_surfaces(3, teacher))
+    mean = {}
+    for kind in ("random", "ascent"):
+        augmentation = Augmentation(augmented(kind=kind), own, {"big": teacher}, "cpu")
+        mean[kind] = apart(own, teacher.potential, augmentation(batch, 1, 0, range(3)).structures)
+    assert bool((mean["ascent"] > mean["random"]).all())
+    parameters = [*own.parameters(), *teacher.potential.parameters()]
+    assert all(p.grad is None for p in parameters)
+
+
+class Failing(PotentialTeacher):
+    """Fails where the first atom lies to the right of where it was."""
+
+    batch_atoms = 0
+
+    def compute(self, structures, properties):
+        if float(structures.positions[0, 0]) > 0.0:
+            raise RuntimeError("to the right")
+        return super().compute(structures, properties)
+
+
+def test_structures_that_the_teacher_fails_on_have_no_part():
+    structures = surfaces(6)
+    offsets = structures.atom_offsets[:-1]
+    start = structures.positions - structures.positions[offsets][structures.system_index]
+    data = TrainingSet(replace(structures, positions=start, fixed=None), {})
+    run = augmented(loss=LABELS)
+    augmentation = Augmentation(run, student(), {"big": Failing(hipnn(3))}, "cpu")
+    with pytest.warns(UserWarning, match="no part in the loss then: to the right"):
+        batch = augmentation(batch_of(data), 1, 0, range(6))
+    right = batch.structures.positions[offsets, 0] > 0
+    assert 0 < int(right.sum()) < 6
+    for source in ("reference", "big"):
+        assert torch.equal(batch.labels[source].presence("forces", 6), ~right)
+
+
+# -- runs that do so
+
+
+def test_training_learns_from_displaced_structures(tmp_path):
+    teacher = big()
+    before = {k: v.clone() for k, v in teacher.potential.state_dict().items()}
+    data = labelled_surfaces(6, teacher)
+    lines = [LABELS[0], LossTerm(property="forces", weight=30.0), LABELS[2]]
+    lines += [{"distill": "n2n", "source": "big", "share": 0.2}]
+    for kind in ("random", "ascent"):
+        run = augmented(
+            loss=lines,
+            kind=kind,
+            fraction=0.8,
+            energy={"zero": "least_squares"},
+            epochs=12,
+            optimizer={"learning_rate": 1e-2},
+        )
+        result = train(run, data, data, tmp_path / kind, teachers={"big": teacher})
+        # Of the displaced structures the errors need not fall: ascent looks for large ones.
+        first, *_, last = (record["validation"] for record in records_of(tmp_path / kind))
+        for name in ("forces_rmse", "n2n:big"):
+            assert last[name] < 0.9 * first[name], name
+        assert result.status == "finished"
+    for key, value in teacher.potential.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert all(p.grad is None for p in teacher.potential.parameters())
+
+
+def test_displacements_of_no_length_are_those_of_the_control(tmp_path):
+    """Offsets and prior are subtracted from the teacher's labels as from those of the data."""
+    teacher = big()
+    data = labelled_surfaces(4, teacher)
+    held = {"big": teacher.label(data.structures, ["atomic_energies"])[0], **data.labels}
+    control = replace(data, labels=held)
+    lines = [*LABELS, {"distill": "n2n", "source": "big", "weight": 10.0}]
+    for name, run in (("augmented", augmented(norm=1e-11)), ("control", augmented(augment=None))):
+        run = run.model_copy(update={"loss": augmented(loss=lines).loss})
+        part = control if name == "control" else data
+        train(run, part, control, tmp_path / name, teachers={"big": teacher})
+    found, expected = (records_of(tmp_path / name) for name in ("augmented", "control"))
+    for one, other in zip(found, expected, strict=True):
+        assert one["train"] == pytest.approx(other["train"], rel=1e-5)
+        assert one["validation"] == pytest.approx(other["validation"], rel=1e-5)
+
+
+def test_interrupted_runs_draw_the_same_displacements(tmp_path):
+    """Stopped in the middle of an epoch, from within the teacher."""
+
+    class Stopping(PotentialTeacher):
+        calls = 0
+
+        def compute(self, structures, properties):
+            self.calls += 1
+            if self.calls == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().compute(structures, properties)
+
+    data = labelled_surfaces(6, big())
+    run = augmented(loss=LABELS, fraction=0.9)
+    whole = train(run, data, data, tmp_path / "whole", teachers={"big": big()})
+    teachers = {"big": Stopping(big().potential)}
+    first = train(run, data, data, tmp_path / "parts", teachers=teachers)
+    assert first.status == "interrupted"
+    assert first.epochs == 1
+    again = train(run, data, data, tmp_path / "parts", teachers={"big": big()})
+    assert again.status == "finished"
+    assert_same_weights(whole.best, again.best)
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
+
+
+def train_for_ranks(folder: str | Path) -> None:
+    """Three frames in batches of two: in the last step one of two processes has nothing."""
+    data = labelled_surfaces(3, big())
+    lines = [*LABELS, {"distill": "n2n", "source": "big", "share": 0.2}]
+    for kind in ("random", "ascent"):
+        run = augmented(loss=lines, kind=kind, fraction=0.7, epochs=1)
+        train(run, data, data, Path(folder) / kind, teachers={"big": big()})
+
+
+@pytest.mark.slow
+def test_two_ranks_displace_as_one_rank_with_the_whole_batch(tmp_path):
+    run_on_two_ranks("import test_augmentation as t\nt.train_for_ranks(sys.argv[2])\n", tmp_path)
+    train_for_ranks(tmp_path / "one")
+    for kind in ("random", "ascent"):
+        one, two = (records_of(tmp_path / ranks / kind)[-1] for ranks in ("one", "two"))
+        for part in ("train", "validation", "weights"):
+            assert two[part] == pytest.approx(one[part], rel=1e-6)
+
+
+def test_augmentation_that_cannot_work_is_told(tmp_path):
+    data = labelled_surfaces(2, big())
+    emt = make_teacher("ase.calculators.emt:EMT", {})
+    with pytest.raises(ConfigError, match="there is no such teacher: name it under 'teachers'"):
+        train(augmented(), data, data, tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"'big' is no potential of potstill: take .*random"):
+        train(augmented(kind="ascent"), data, data, tmp_path / "b", teachers={"big": emt})
+    dipoles = augmented(loss=(*LABELS, {"learn": "dipole"}))
+    with pytest.raises(TeacherError, match="does not give 'dipole'"):
+        train(dipoles, data, data, tmp_path / "c", teachers={"big": big()})
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="energy:other asks 'other' about them"):
+        augmented(loss=(*LABELS, LossTerm(property="energy", source="other")))
+    with pytest.raises(ValueError, match="no reference labels: name a teacher"):
+        augmented(augment={"source": "reference"})
+
+
+def test_configs_name_the_teacher_of_displaced_structures(tmp_path):
+    ase.io.write(tmp_path / "dft.extxyz", rattled_copper(10, 0.1))
+    save_potential(tmp_path / "big.pt", big().potential, {"licence": "that of big"})
+    config = {
+        "out": str(tmp_path / "run"),
+        "data": {"files": [{"path": str(tmp_path / "dft.extxyz")}]},
+        "train": augmented(epochs=1, norm=0.2).model_dump(mode="json"),
+        "teachers": {"big": {"spec": str(tmp_path / "big.pt")}},
+    }
+    result = train_from_config(validate(config, TrainConfig))
+    teacher = load_potential(result.best)[1]["teacher"]
+    assert (teacher["name"], teacher["licence"]) == ("big", "that of big")
+    bare = {**config, "out": str(tmp_path / "bare"), "teachers": {}}
+    with pytest.raises(ConfigError, match="no such teacher"):
+        train_from_config(validate(bare, TrainConfig))

@@ -41,6 +41,7 @@ from potstill.train.force_gradient import ForceGradient, NetworkPasses
 from potstill.train.loop import initial_student
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import ForceGradientSettings, ModelSettings, OptimizerSettings
+from potstill.workflows.data import DataSettings, load_parts
 from potstill.workflows.training import train_from_config
 from tapped import Choosing, Tapped
 from test_train import (
@@ -170,13 +171,14 @@ def gradients(
     network: Tapped | HIPNN,
     data: TrainingSet,
     teacher: PotentialTeacher,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The gradient of the loss over student and heads, flat, and the loss' parts."""
     fabric = default_fabric()
     sources = FeatureSources(run, data, {"big": teacher}, network)
     method = ForceGradient(run.force_gradient, network, features=True)
     data = data.with_neighbors(network.cutoff + method.margin)
-    batch = sources.complete(data.batch(torch.arange(len(data))))
+    batch = sources.complete(data.batch(torch.arange(len(data)), weights))
     objective = BatchLoss(run, 1, network, batch, fabric, sources.heads)
     passes = fabric.setup_module(NetworkPasses(network))
     found = method(passes, batch, objective.wanted, objective)
@@ -186,6 +188,43 @@ def gradients(
     found.backward(fabric, passes)
     flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     return torch.cat([g.double().flatten() for g in flat]), found.parts
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [line("n2n"), line("v2v", error="mae")],
+        [line("e2n", error="lsp"), line("n2n", error="gsp")],
+        [line("n2n", error="cka"), line("v2v", error="fork")],
+        [line("e2e"), {"learn": "charges"}, {"learn": "dipole"}],
+        [line("e2e", error="cka")],
+    ],
+)
+def test_the_weights_of_a_batch_count_in_terms_on_features(
+    data: TrainingSet, teacher: PotentialTeacher, lines: list[dict]
+) -> None:
+    """What weighs nothing has no part in the loss and its gradient; equal weights do nothing."""
+    molecules = replace(data.structures, pbc=torch.zeros_like(data.structures.pbc))
+    charges = molecules.positions[:, 0].sin()
+    own = Properties({**data.labels["reference"].values, "charges": charges})
+    own.values["dipole"] = torch.arange(12.0, dtype=torch.float64).reshape(4, 3)
+    data = replace(data, structures=molecules, labels={**data.labels, "reference": own})
+    run = settings(*lines)
+    table = data.structures.species_table
+
+    def found(part: TrainingSet, *weights: float) -> tuple[torch.Tensor, dict[str, float]]:
+        network = Tapped(table, width=5, seed=1).double()
+        given = torch.tensor(weights, dtype=torch.float64) if weights else None
+        return gradients(run, network, part, teacher, given)
+
+    some = found(data.select(torch.tensor([0, 2, 3])))
+    weighed = found(data, 1.0, 0.0, 1.0, 1.0)
+    torch.testing.assert_close(weighed[0], some[0])
+    assert weighed[1] == pytest.approx(some[1])
+    whole, equal = found(data), found(data, 1.0, 1.0, 1.0, 1.0)
+    torch.testing.assert_close(equal[0], whole[0])
+    assert equal[1] == pytest.approx(whole[1])
+    assert weighed[1]["loss"] != pytest.approx(whole[1]["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("forces", [True, False])
@@ -390,6 +429,9 @@ def test_two_ranks_equal_one_rank_with_the_whole_batch(
         first, second = (load_potential(file)[0].state_dict() for file in files)
         for name, value in first.items():
             torch.testing.assert_close(second[name], value, rtol=1e-7, atol=1e-9)
+        logged = [records_of(tmp_path / ranks / run)[-1]["validation"] for ranks in ("one", "two")]
+        assert logged[0] == pytest.approx(logged[1], rel=1e-6)
+        assert "n2n:big" in logged[0]
 
 
 def train_for_ranks(folder: str | Path) -> None:
@@ -528,6 +570,89 @@ def test_frames_that_a_teacher_fails_on_are_listed(
     store.verify()
     result = train(settings(LINES["n2n"]), data, data, tmp_path / "r", teachers={"big": failing})
     assert result.status == "finished"
+
+
+# -- the validation set ----------------------------------------------------------------------------
+
+AT_REST = {"epochs": 1, "batch_size": 4, "optimizer": OptimizerSettings(learning_rate=1e-300)}
+
+
+@pytest.mark.parametrize("model", [STUDENT, SMALL])
+def test_terms_on_features_are_evaluated_on_the_validation_set(
+    data: TrainingSet, teacher: PotentialTeacher, tmp_path: Path, model: ModelSettings
+) -> None:
+    """On the training set, in one batch and at rest, they are what the training shows."""
+    lines = [line("n2n"), line("e2n", error="lsp", student_transform="identity")]
+    lines += [line("v2v", error="cka"), line("e2e")] if model is STUDENT else []
+    run = settings(*lines, model=model, **AT_REST)
+    train(run, data, data, tmp_path / "online", teachers={"big": teacher})
+    (record,) = records_of(tmp_path / "online")
+    names = terms_of(run)
+    assert len(names) == len(lines)
+    for name in names:
+        assert record["validation"][name] == pytest.approx(record["train"][name], rel=1e-9)
+        assert record["train"][name] > 1e-6
+    # Stored features give the same, and without any only the labels are compared, as of a control.
+    features, _ = teacher.features(data.structures, ["pair", "message.vector", "update"])
+    with_features = replace(data, features={"big": features})
+    for name, held_out in (("stored", with_features), ("none", data)):
+        train(run, with_features, held_out, tmp_path / name)
+    stored, none = (records_of(tmp_path / name)[0]["validation"] for name in ("stored", "none"))
+    assert stored == pytest.approx(record["validation"], rel=1e-9)
+    assert set(stored) - set(none) == set(names)
+    train(settings(model=model, **AT_REST), data, data, tmp_path / "control")
+    assert none == records_of(tmp_path / "control")[0]["validation"]
+
+
+def test_a_teacher_computes_features_of_atoms_of_the_validation_set_once(
+    data: TrainingSet, teacher: PotentialTeacher, tmp_path: Path
+) -> None:
+    asked: list[tuple[int, tuple[str, ...]]] = []
+
+    class Counting(PotentialTeacher):
+        def compute_features(self, structures, taps):  # type: ignore[no-untyped-def]
+            asked.append((structures.n_systems, tuple(taps)))
+            return super().compute_features(structures, taps)
+
+    held_out = data.select(torch.tensor([0, 1, 2]))
+    for lines, expected in ((["n2n"], [("update",)]), (["n2n", "e2e"], [("update",), ("pair",)])):
+        asked.clear()
+        run = settings(*(line(name) for name in lines), epochs=3)
+        folder = tmp_path / str(len(lines))
+        train(run, data, held_out, folder, teachers={"big": Counting(teacher.potential)})
+        of_validation = [taps for n, taps in asked if n == 3]
+        assert of_validation == expected[:1] + 3 * expected[1:]
+        assert all(set(terms_of(run)) <= set(r["validation"]) for r in records_of(folder))
+
+
+def test_what_is_read_off_features_is_evaluated_where_there_are_labels(tmp_path: Path) -> None:
+    data = molecules()
+    run = settings({"learn": "charges"}, {"learn": "dipole", "error": "mae"}, **AT_REST)
+    train(run, data, data, tmp_path / "run")
+    (record,) = records_of(tmp_path / "run")
+    for name in ("charges:reference", "dipole:reference"):
+        assert record["validation"][name] == pytest.approx(record["train"][name], rel=1e-9)
+    reference = data.labels["reference"]
+    values = {k: v for k, v in reference.values.items() if k != "dipole"}
+    fewer = replace(data, labels={"reference": Properties(values)})
+    train(run, data, fewer, tmp_path / "fewer")
+    (record,) = records_of(tmp_path / "fewer")
+    assert "charges:reference" in record["validation"]
+    assert "dipole:reference" not in record["validation"]
+
+
+def test_parts_of_a_store_keep_their_features(
+    teacher: PotentialTeacher, store: LabelledStore
+) -> None:
+    label_features(store, teacher, ["update"])
+    split = {"fractions": {"train": 0.5, "validation": 0.25, "test": 0.25}}
+    config = DataSettings(store=str(store.path), sources=("reference",), split=split)
+    parts, _ = load_parts(config, [FeatureTerm(distill="n2n", source="big")])
+    for name in ("train", "validation"):
+        expected, _ = teacher.features(parts[name].structures, ["update"])
+        found = parts[name].features["big"]["update"]
+        torch.testing.assert_close(found.values, expected["update"].values)
+    assert not parts["test"].features
 
 
 # -- one line per strategy -------------------------------------------------------------------------

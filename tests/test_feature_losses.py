@@ -28,11 +28,17 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def loss(
-    name: str, x: Tensor, y: Tensor, structures: Structures, atoms: Tensor | None = None
+    name: str,
+    x: Tensor,
+    y: Tensor,
+    structures: Structures,
+    atoms: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     atoms = torch.ones(structures.n_atoms, dtype=torch.bool) if atoms is None else atoms
     pairs = build_neighbor_list(structures, 3.0)
-    rows = Rows(structures, atoms, pairs)
+    by_row = None if weights is None else weights[structures.system_index]
+    rows = Rows(structures, atoms, pairs, by_row)
     return FEATURE_LOSSES[name].value(
         FEATURE_LOSSES[name].sums(x, y, rows), x.shape[-1], y.shape[-1]
     )
@@ -144,6 +150,25 @@ def test_atoms_that_do_not_count(structures: Structures, name: str) -> None:
     part = structures.select([0, 1])
     expected = float(loss(name, x[atoms], y[atoms], part))
     assert float(loss(name, x, y, structures, atoms)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("name", list(FEATURE_LOSSES))
+def test_a_system_weighs_as_often_as_it_is_there(
+    structures: Structures, name: str, vectors: bool
+) -> None:
+    """Weight zero leaves a system and its gradient out, two repeats it, equal ones do nothing."""
+    shape = (3, 4) if vectors else (4,)
+    x, y = (normal(structures.n_atoms, *shape, seed=k).requires_grad_(k == 0) for k in (0, 1))
+    for weights, systems in (([1, 0, 2, 1], [0, 2, 2, 3]), ([3, 3, 3, 3], [0, 1, 2, 3])):
+        (found,) = torch.autograd.grad(
+            value := loss(name, x, y, structures, weights=torch.tensor(weights).double()), x
+        )
+        rows = torch.cat([(structures.system_index == s).nonzero()[:, 0] for s in systems])
+        expected = loss(name, x[rows], y[rows], structures.select(systems))
+        (gradient,) = torch.autograd.grad(expected, x)
+        assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+        torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", [name for name in FEATURE_LOSSES if name != "fork"])

@@ -24,10 +24,14 @@ Conventions, where the literature leaves a choice:
   norms. Rows are the atoms (or pairs) of the whole batch, and the mean over them is subtracted.
   With fewer rows than channels it is close to one whatever the features are. Vectors have three
   rows per atom and are not centered: rotations leave it alone.
+* **Weights of systems** (Ekström Kelvinius et al., Eqs. 9 to 11) are weights in these means: of the
+  rows (MSE, MAE), centers (LSP), systems (GSP) and pairs (FORK) of a system; in CKA of its rows, in
+  the mean that is subtracted as in the products. A system that weighs nothing counts as left out.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
@@ -61,11 +65,14 @@ class Rows:
         atoms, the others only rows that count.
     pairs : NeighborList, optional
         The student's neighbors, of losses that look at them.
+    weights : Tensor, optional
+        (n,) float64 of the rows of the features, one value per system; all weigh one if absent.
     """
 
     structures: Structures
     atoms: Tensor
     pairs: NeighborList | None = None
+    weights: Tensor | None = None
 
 
 class FeatureLoss(ABC):
@@ -103,7 +110,7 @@ class MeanSquare(_Mean):
     def sums(self, student: Tensor, teacher: Tensor, rows: Rows) -> Tensor:
         """Sum of squares and number of components."""
         difference = (student - teacher).double()
-        return torch.stack([difference.square().sum(), _count(difference)])
+        return _row_sums(difference.square(), rows.weights)
 
 
 class MeanAbsolute(_Mean):
@@ -114,7 +121,7 @@ class MeanAbsolute(_Mean):
     def sums(self, student: Tensor, teacher: Tensor, rows: Rows) -> Tensor:
         """Sum of absolute values and number of components."""
         difference = (student - teacher).double()
-        return torch.stack([difference.abs().sum(), _count(difference)])
+        return _row_sums(difference.abs(), rows.weights)
 
 
 class LocalStructure(_Mean):
@@ -132,9 +139,12 @@ class LocalStructure(_Mean):
             _log_softmax_by_center((z[center] * z[neighbor]).sum(dim=1), center, n)
             for z in (_directions(student), _directions(teacher))
         ]
-        divergence = (logs[0].exp() * (logs[0] - logs[1])).sum()
+        divergence = logs[0].exp() * (logs[0] - logs[1])
         count = torch.zeros(n, dtype=torch.bool, device=center.device).index_fill(0, center, True)
-        return torch.stack([divergence, count.sum().to(divergence)])
+        if rows.weights is None:
+            return torch.stack([divergence.sum(), count.sum().to(divergence)])
+        weighted = rows.weights[center] * divergence
+        return torch.stack([weighted.sum(), rows.weights[count].sum()])
 
 
 class GlobalStructure(_Mean):
@@ -161,7 +171,10 @@ class GlobalStructure(_Mean):
         present = torch.zeros(n_systems, dtype=torch.bool, device=system.device)
         present = present.index_fill(0, system[rows.atoms], True)
         mean = square / sizes.clamp(min=1).square()
-        return torch.stack([mean.sum(), present.sum().to(mean)])
+        if rows.weights is None:
+            return torch.stack([mean.sum(), present.sum().to(mean)])
+        weights = mean.new_zeros(n_systems).index_put((system,), rows.weights)
+        return torch.stack([(weights * mean).sum(), weights[present].sum()])
 
 
 class RelationalContrast(_Mean):
@@ -187,7 +200,10 @@ class RelationalContrast(_Mean):
         score = relations(student) @ relations(teacher).transpose(1, 2) / _TEMPERATURE
         score = score.masked_fill(~used.unsqueeze(1), _NEVER)
         own = torch.log_softmax(score, dim=2).diagonal(dim1=1, dim2=2)  # (N, K)
-        return torch.stack([-own[used].sum(), used.sum().to(own)])
+        if rows.weights is None:
+            return torch.stack([-own[used].sum(), used.sum().to(own)])
+        weights = rows.weights.unsqueeze(1).expand_as(own)[used]
+        return torch.stack([-(weights * own[used]).sum(), weights.sum()])
 
 
 class KernelAlignment(FeatureLoss):
@@ -195,7 +211,7 @@ class KernelAlignment(FeatureLoss):
 
     def sums(self, student: Tensor, teacher: Tensor, rows: Rows) -> Tensor:
         """Number of rows, sums of x and y, and of x xᵀ, y yᵀ and x yᵀ, in one vector."""
-        return _moments(student, teacher)
+        return _moments(student, teacher, rows.weights)
 
     def value(self, sums: Tensor, n_student: int, n_teacher: int) -> Tensor:
         """1 - |Xc^T Yc|² / (|Xc^T Xc| |Yc^T Yc|); zero where one of the features is constant."""
@@ -229,16 +245,24 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     return 1.0 - float(KernelAlignment().value(_moments(x, y), x.shape[-1], y.shape[-1]))
 
 
-def _moments(student: Tensor, teacher: Tensor) -> Tensor:
+def _moments(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     vectors = student.ndim == 3
     x, y = (z.flatten(0, 1) if vectors else z for z in (student.double(), teacher.double()))
-    sums = [z.new_zeros(z.shape[1]) if vectors else z.sum(dim=0) for z in (x, y)]
-    parts = [x.new_tensor([float(x.shape[0])]), *sums, x.T @ x, y.T @ y, x.T @ y]
+    count, left = x.new_tensor([float(x.shape[0])]), (x, y)
+    if weights is not None:
+        weights = weights.repeat_interleave(3) if vectors else weights
+        count, left = weights.sum(), (weights.unsqueeze(1) * x, weights.unsqueeze(1) * y)
+    sums = [z.new_zeros(z.shape[1]) if vectors else z.sum(dim=0) for z in left]
+    parts = [count, *sums, left[0].T @ x, left[1].T @ y, left[0].T @ y]
     return torch.cat([part.flatten() for part in parts])
 
 
-def _count(value: Tensor) -> Tensor:
-    return torch.tensor(float(value.numel()), dtype=torch.float64, device=value.device)
+def _row_sums(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Sum of (n, ...) values and their number, both with the weights of the rows."""
+    if weights is None:
+        return torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
+    by_row = weights * values.flatten(1).sum(dim=1)
+    return torch.stack([by_row.sum(), weights.sum() * math.prod(values.shape[1:])])
 
 
 def _directions(features: Tensor) -> Tensor:

@@ -164,6 +164,7 @@ class FeatureHead(nn.Module):
         teacher: Mapping[str, Feature],
         structures: Structures,
         neighbors: NeighborList,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """(k,) float64 sums over the batch, which `value` makes a loss of.
 
@@ -177,10 +178,13 @@ class FeatureHead(nn.Module):
             The batch.
         neighbors : NeighborList
             The student's; it may reach beyond the student's cutoff.
+        weights : Tensor, optional
+            (S,) float64 of the systems; all weigh one if absent.
         """
         feature = _joined([teacher[tap] for tap in self.teacher_taps], self.term.name)
         present = feature.presence(structures.n_systems)
-        atoms = present[structures.system_index]
+        system = structures.system_index
+        atoms = present[system]
         x = torch.cat([student[tap] for tap in self.student_taps], dim=-1)
         pairs = None
         if self.term.distill == "e2e":
@@ -189,18 +193,21 @@ class FeatureHead(nn.Module):
             else:
                 rows = pairs_within(structures, neighbors, self.cutoff)[1].nonzero()[:, 0]
                 x = x[rows]
-            x, y = self._shared_pairs(x, pairs_at(structures, neighbors, rows), feature)
+            x, y, system = self._shared_pairs(
+                x, pairs_at(structures, neighbors, rows), feature, system
+            )
         else:
             y = self._of_atoms(feature, structures)
             if self.loss.row_wise:
-                x, y = x[atoms], y[atoms]
+                x, y, system = x[atoms], y[atoms], system[atoms]
             else:
                 shape = (-1, *[1] * (y.ndim - 1))
                 y = torch.where(atoms.reshape(shape), y, 0.0)  # NaN where there is none
                 pairs, _ = pairs_within(structures, neighbors, self.cutoff)
         x, y = (self._cast(z) for z in (x, y))
         x, y = self.student_transform(x), self.teacher_transform(y)
-        return self.loss.sums(x, y, Rows(structures, atoms, pairs))
+        by_row = None if weights is None else weights[system]
+        return self.loss.sums(x, y, Rows(structures, atoms, pairs, by_row))
 
     def value(self, sums: Tensor) -> Tensor:
         """Scalar loss, from sums over the whole batch."""
@@ -214,8 +221,9 @@ class FeatureHead(nn.Module):
         return edges_to_vectors(feature, structures)
 
     def _shared_pairs(
-        self, x: Tensor, own: NeighborList, teacher: Feature
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, own: NeighborList, teacher: Feature, system: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of the pairs that both have, and the system of each; `system` is by atom."""
         assert teacher.graph is not None
         mine, theirs = match_pairs(own, teacher.graph)
         if own.n_pairs and teacher.graph.n_pairs and not len(mine):
@@ -223,7 +231,7 @@ class FeatureHead(nn.Module):
                 f"{self.term.name}: student and teacher have no pair in common, so that features "
                 "of pairs cannot be compared: let both work on one graph"
             )
-        return x[mine], teacher.values[theirs]
+        return x[mine], teacher.values[theirs], system[own.center[mine]]
 
     def _cast(self, value: Tensor) -> Tensor:
         for parameter in self.parameters():
@@ -269,9 +277,16 @@ class AuxiliaryHead(nn.Module):
         return "+".join(self.student_taps)
 
     def sums(
-        self, student: Mapping[str, Tensor], labels: Properties, structures: Structures
+        self,
+        student: Mapping[str, Tensor],
+        labels: Properties,
+        structures: Structures,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """(2,) float64 sums over the batch, from the student's features and the labels."""
+        """(2,) float64 sums over the batch, from the student's features and the labels.
+
+        (S,) `weights` of the systems count as in `FeatureHead.sums`.
+        """
         system = structures.system_index
         x = torch.cat([student[tap] for tap in self.student_taps], dim=-1)
         dtype = next(self.parameters()).dtype
@@ -280,6 +295,7 @@ class AuxiliaryHead(nn.Module):
         if self.term.learn == "charges":
             atoms = present[system]
             predicted, label = charges[atoms].unsqueeze(1), labels["charges"][atoms].unsqueeze(1)
+            by_row = None if weights is None else weights[system][atoms]
         else:
             present = present & ~structures.pbc.any(dim=1)
             if structures.charge is not None:
@@ -290,7 +306,8 @@ class AuxiliaryHead(nn.Module):
             moments = neutral.unsqueeze(1) * structures.positions
             dipole = moments.new_zeros(n_systems, 3).index_add(0, system, moments)
             predicted, label = dipole[present], labels["dipole"][present]
-        return self.loss.sums(predicted, label, Rows(structures, present[system]))
+            by_row = None if weights is None else weights[present]
+        return self.loss.sums(predicted, label, Rows(structures, present[system], weights=by_row))
 
     def value(self, sums: Tensor) -> Tensor:
         """Scalar loss, from sums over the whole batch."""

@@ -104,12 +104,16 @@ def _along_gradient(
 ) -> Structures:
     """Displaced along a gradient, at random where it vanishes."""
     spare = torch.from_numpy(generator.normal(size=tuple(gradient.shape)))
-    gradient = torch.where(_lengths(gradient, structures, norm_of) > 0, gradient, spare)
-    return displaced(structures, gradient, norm, norm_of=norm_of)
+    return displaced(structures, gradient, norm, norm_of=norm_of, spare=spare)
 
 
 def displaced(
-    structures: Structures, direction: Tensor, norm: float, *, norm_of: NormOf = "structure"
+    structures: Structures,
+    direction: Tensor,
+    norm: float,
+    *,
+    norm_of: NormOf = "structure",
+    spare: Tensor | None = None,
 ) -> Structures:
     """Move the free atoms along a direction by a fixed norm.
 
@@ -123,9 +127,13 @@ def displaced(
         Å.
     norm_of : {"structure", "atom"}
         What is scaled to `norm`.
+    spare : Tensor, optional
+        (N, 3), taken where the direction vanishes.
     """
     if norm < 0.0:
         raise ConfigError(f"the norm of a jitter must not be negative, and {norm:g} Å is")
+    if spare is not None:
+        direction = torch.where(_lengths(direction, structures, norm_of) > 0, direction, spare)
     if structures.fixed is not None:
         direction = torch.where(structures.fixed.unsqueeze(1), 0.0, direction)
     length = _lengths(direction, structures, norm_of)

@@ -25,12 +25,16 @@ from potstill.structures import NeighborList, Properties, SpeciesTable, Structur
 
 @dataclass(frozen=True)
 class Batch:
-    """A few configurations with their neighbor list, labels and features of every source."""
+    """A few configurations with their neighbor list, labels and features of every source.
+
+    Where the configurations have (S,) float64 `weights`, those of the labels hold them, too.
+    """
 
     structures: Structures
     neighbors: Pairs
     labels: dict[str, Properties]
     features: dict[str, dict[str, Feature]] = field(default_factory=dict)
+    weights: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Move all tensors to a device."""
@@ -45,6 +49,7 @@ class Batch:
                 source: {tap: feature.to(device) for tap, feature in taps.items()}
                 for source, taps in self.features.items()
             },
+            None if self.weights is None else self.weights.to(device),
         )
 
 
@@ -155,7 +160,7 @@ class TrainingSet:
         if weights is not None:
             labels = {k: p.weighted(weights, part.structures) for k, p in labels.items()}
         features = {source: dict(taps) for source, taps in part.features.items()}
-        return Batch(part.structures, part.neighbors, labels, features)
+        return Batch(part.structures, part.neighbors, labels, features, weights)
 
     def minus(self, baseline: Potential) -> TrainingSet:
         """Subtract what fixed potentials (offsets, prior) give from the labels of every source.

@@ -6,7 +6,7 @@ batch by the teacher itself; the loss sees no difference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -20,8 +20,9 @@ from potstill.distill.taps import split_tap
 from potstill.errors import ConfigError, MissingLabelError
 from potstill.features import Feature
 from potstill.models import Potential, TapSpec
+from potstill.structures import Properties
 from potstill.teachers.base import Teacher
-from potstill.train.data import Batch, TrainingSet, epoch_batches
+from potstill.train.data import Batch, TrainingSet
 from potstill.train.force_gradient import ForceGradient, NetworkPasses
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import TrainSettings
@@ -80,14 +81,41 @@ class FeatureSources:
             heads += [AuxiliaryHead(term, network) for term in settings.auxiliary_terms]
         self.heads = FeatureHeads(heads)
 
-    def complete(self, batch: Batch) -> Batch:
-        """The batch, on the CPU, with what teachers compute online."""
-        features = dict(batch.features)
+    def complete(self, batch: Batch, *, pairs: bool = True) -> Batch:
+        """The batch, on the CPU, with what teachers compute online and it does not hold.
+
+        Parameters
+        ----------
+        batch : Batch
+            With what is stored.
+        pairs : bool
+            Whether features of pairs are computed, too.
+        """
+        features = {source: dict(taps) for source, taps in batch.features.items()}
         for source, teacher in self._online.items():
-            like = self._examples[source]
-            found, _ = teacher.features(batch.structures, list(like), like)
-            features[source] = {**features.get(source, {}), **found}
+            held, like = features.setdefault(source, {}), self._examples[source]
+            missing = [
+                tap
+                for tap, example in like.items()
+                if tap not in held and (pairs or example.graph is None)
+            ]
+            if missing:
+                held |= teacher.features(batch.structures, missing, like)[0]
         return replace(batch, features=features) if self._online else batch
+
+    def heads_for(self, data: TrainingSet) -> list[Head]:
+        """Heads whose term can be evaluated on a set: what they compare is there, or online."""
+        found: list[Head] = []
+        for head in self.heads.all:
+            source = head.term.source
+            if isinstance(head, AuxiliaryHead):
+                labels = data.labels.get(source, Properties({}))
+                there = bool(labels.presence(head.term.learn, len(data)).any())
+            else:
+                known = {*data.features.get(source, {}), *self._examples.get(source, {})}
+                there = known.issuperset(head.teacher_taps)
+            found += [head] if there else []
+        return found
 
     def to(self, device: torch.device | str) -> None:
         """Move the teachers to the device of the training, those that can be moved."""
@@ -102,7 +130,8 @@ class FeatureSources:
         self,
         settings: TrainSettings,
         network: Potential,
-        training: TrainingSet,
+        draw: Callable[[Tensor, int, int], Batch],
+        order: Sequence[Tensor],
         fabric: lightning_fabric.Fabric,
     ) -> None:
         """Scale the weights of terms that are to have a share of the initial loss.
@@ -110,6 +139,15 @@ class FeatureSources:
         With R the sum of the terms with given weights and s_k the shares, the whole is
         R / (1 - Σ s_k), and term k gets the weight that makes it s_k of that. All are means over
         the first batches of the first epoch, without regularization.
+
+        Parameters
+        ----------
+        settings, network, fabric
+            As of the training.
+        draw : callable
+            Makes a batch out of indices of configurations, the epoch and the step.
+        order : sequence of Tensor
+            The indices of each step of the first epoch.
         """
         shares = {t.name: t.share for t in settings.feature_terms if t.share is not None}
         if not shares:
@@ -117,17 +155,10 @@ class FeatureSources:
         gradient = ForceGradient(
             settings.force_gradient, network, watch=False, features=bool(self.heads.all)
         )
-        batches = epoch_batches(
-            training.structures,
-            batch_size=settings.batch_size,
-            batch_atoms=settings.batch_atoms,
-            seed=settings.seed,
-            epoch=1,
-        )[:SHARE_BATCHES]
+        batches = order[:SHARE_BATCHES]
         means: dict[str, float] = {}
-        for systems in batches:
-            mine = systems[fabric.global_rank :: fabric.world_size]
-            batch = self.complete(training.batch(mine)).to(fabric.device)
+        for step, systems in enumerate(batches):
+            batch = draw(systems, 1, step)
             objective = BatchLoss(settings, 1, network, batch, fabric, self.heads)
             parts = gradient(NetworkPasses(network), batch, objective.wanted, objective).parts
             for term in settings.loss:

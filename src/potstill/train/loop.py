@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning_fabric
 import torch
@@ -21,7 +21,6 @@ from potstill.checkpoint import save_potential
 from potstill.distill.heads import check_auxiliary
 from potstill.distill.losses import LossTerm, check_signals
 from potstill.errors import ConfigError
-from potstill.metrics import ErrorAccumulator
 from potstill.models import (
     HIPNN,
     ZBL,
@@ -34,21 +33,23 @@ from potstill.models import (
 from potstill.models.gemnet_oc import fit_scale_factors
 from potstill.structures import SpeciesTable, Structures
 from potstill.teachers.base import Teacher
+from potstill.train.augment import Augmentation
+from potstill.train.batches import BatchSource
 from potstill.train.compilation import network_passes
 from potstill.train.data import TrainingSet, fit_offsets
 from potstill.train.devices import default_fabric
 from potstill.train.features import FeatureSources, average_over_ranks
 from potstill.train.force_gradient import ForceGradient
 from potstill.train.initialize import initialize_weights
-from potstill.train.mixing import batch_weights, check_mixing, mixed_batches
+from potstill.train.mixing import check_mixing, mixed_batches
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import TrainSettings
 from potstill.train.state import Interruption, RunFolder, Trainee, now, restore, snapshot
+from potstill.train.validation import Validation
 
 #: Called after every epoch with the epoch's record (what also goes into metrics.jsonl).
 EpochCallback = Callable[[dict[str, Any]], None]
 
-_EVALUATION_ATOMS = 4096
 _BATCHES_FOR_SCALES = 4
 
 
@@ -107,7 +108,8 @@ def train(
     initial : Potential, optional
         Start from this potential's weights, offsets and prior (fine-tuning) instead of anew.
     teachers : mapping, optional
-        Teachers by source, which compute the features that the training set does not hold.
+        Teachers by source, which compute the features that the training set does not hold, and
+        label displaced structures.
     on_epoch : callable, optional
         Progress display.
     say : callable, optional
@@ -130,8 +132,14 @@ def train(
         If the folder holds a run with other settings or data.
     """
     fabric = fabric or default_fabric()
-    check_signals(settings.label_terms, training.labels, "training set")
-    check_auxiliary(settings.auxiliary_terms, training.labels, "training set")
+    if settings.augment is None:
+        check_signals(settings.label_terms, training.labels, "training set")
+        check_auxiliary(settings.auxiliary_terms, training.labels, "training set")
+    else:
+        # A teacher labels what is displaced; stored features are those of other positions.
+        given = [term for term in settings.label_terms if term.source == "reference"]
+        check_signals(given, training.labels, "training set")
+        training = replace(training, features={})
     score_needs = [_score_term(key, settings.score.source) for key in settings.score.weights]
     check_signals(score_needs, validation.labels, "validation set")
     check_mixing(settings, training.structures, training.synthetic)
@@ -141,8 +149,12 @@ def train(
     student, training = initial_student(settings, training, initial)
     network, baseline = student["network"], student.without("network")
     network.use_core(settings.core)
+    network.to(fabric.device)  # before native kernels are chosen, which are for the CPU
     features = FeatureSources(settings, training, teachers or {}, network)
     heads = features.heads
+    augmentation = None
+    if settings.augment is not None:
+        augmentation = Augmentation(settings, student, teachers or {}, fabric.device)
     force_gradient = ForceGradient(settings.force_gradient, network, features=bool(heads.all))
     own_passes = network_passes(
         network,
@@ -152,15 +164,16 @@ def train(
     )
     reach = network.cutoff + force_gradient.margin
     training = training.with_neighbors(reach, packed=force_gradient.takes_compact_lists)
-    validation = validation.minus(baseline)
-    validation = validation.with_neighbors(network.cutoff, packed=network.uses_native)
 
     run = RunFolder.open(Path(folder), settings, training, fabric, features.summary())
     trainee = Trainee.create(student, heads, settings, fabric)
     features.to(fabric.device)
+    validated = Validation(settings, network, validation.minus(baseline), features, fabric)
     passes = fabric.setup_module(own_passes)
+    draw = BatchSource(settings, training, augmentation, features, fabric)
     if not restore(run, trainee):
-        features.choose_scales(settings, network, training, fabric)
+        order = mixed_batches(training.structures, training.synthetic, settings, epoch=1)
+        features.choose_scales(settings, network, draw, order, fabric)
 
     with Interruption() as interruption, run.event_log(settings, trainee) as events:
         while trainee.epoch <= settings.epochs and not trainee.should_stop(settings):
@@ -173,11 +186,7 @@ def train(
             for systems in batches[trainee.step :]:
                 if interruption.requested:
                     break
-                mine = slice(fabric.global_rank, None, fabric.world_size)
-                weights = batch_weights(training.synthetic, systems, settings)
-                weights = None if weights is None else weights[mine]
-                batch = training.batch(systems[mine], weights)
-                batch = features.complete(batch).to(fabric.device)
+                batch = draw(systems, epoch, trainee.step)  # weighed, displaced, with features
                 objective = BatchLoss(settings, epoch, network, batch, fabric, heads)
                 gradient = force_gradient(passes, batch, objective.wanted, objective)
                 if not math.isfinite(gradient.parts["loss"]):
@@ -196,7 +205,7 @@ def train(
 
             # -- validation, best weights, snapshot ----------------------------------------------
             with trainee.averaged_weights():
-                metrics = _validate(settings, network, validation, fabric)
+                metrics = validated.metrics()
                 score = sum(w * metrics[key] for key, w in settings.score.weights.items())
                 improved = trainee.register_score(score)
                 if improved and fabric.is_global_zero:
@@ -226,39 +235,6 @@ def train(
                 return _result(run, trainee, "interrupted", fabric)
     status = "finished" if trainee.epoch > settings.epochs else "stopped early"
     return _result(run, trainee, status, fabric)
-
-
-@torch.no_grad()
-def _validate(
-    settings: TrainSettings,
-    network: Potential,
-    data: TrainingSet,
-    fabric: lightning_fabric.Fabric,
-) -> dict[str, float]:
-    """Metrics against the score's source; those against other sources as `metric:source`."""
-    network.eval()
-    sources = {settings.score.source, *(t.source for t in settings.label_terms if t.ever_active)}
-    sources &= set(data.labels)
-    accumulators = {source: ErrorAccumulator(fabric.device) for source in sorted(sources)}
-    names = _validated_properties(settings)
-    batches = data.structures.batches(_EVALUATION_ATOMS)
-    for systems in batches[fabric.global_rank :: fabric.world_size]:
-        batch = data.batch(systems).to(fabric.device)
-        prediction = network.predict(batch.structures, batch.neighbors, names).properties
-        for source, accumulator in accumulators.items():
-            accumulator.update(prediction, batch.labels[source], batch.structures)
-    result: dict[str, float] = {}
-    for source, accumulator in accumulators.items():
-        total = fabric.all_reduce(accumulator.state(), reduce_op="sum")
-        accumulator.load_state(cast(Tensor, total))
-        suffix = "" if source == settings.score.source else f":{source}"
-        result |= {f"{key}{suffix}": value for key, value in accumulator.compute().items()}
-    return result
-
-
-def _validated_properties(settings: TrainSettings) -> tuple[str, ...]:
-    used = {term.property for term in settings.label_terms if term.ever_active}
-    return tuple(sorted(used | {"energy", "forces"}))
 
 
 def _score_term(metric: str, source: str) -> LossTerm:
@@ -342,21 +318,23 @@ def _energy_zero(settings: TrainSettings, data: TrainingSet, table: SpeciesTable
             raise ConfigError(f"energy.zero gives no value for {', '.join(missing)}")
         return torch.tensor([zero[name] for name in table.names], dtype=torch.float64)
     if zero == "least_squares":
-        return fit_offsets(data.structures, data.labels[_energy_source(settings)]["energy"])[0]
+        return fit_offsets(data.structures, data.labels[_energy_source(settings, data)]["energy"])[
+            0
+        ]
     return torch.zeros(len(table), dtype=torch.float64)
 
 
 def _residual_offsets(settings: TrainSettings, data: TrainingSet) -> Tensor:
     """(n_species,) linear fit to what the energy zero and the prior leave."""
-    labels = data.labels.get(_energy_source(settings))
+    labels = data.labels.get(_energy_source(settings, data))
     if labels is None or "energy" not in labels:
         return torch.zeros(len(data.structures.species_table), dtype=torch.float64)
     return fit_offsets(data.structures, labels["energy"])[0]
 
 
-def _energy_source(settings: TrainSettings) -> str:
+def _energy_source(settings: TrainSettings, data: TrainingSet) -> str:
     for term in settings.label_terms:
-        if term.property == "energy":
+        if term.property == "energy" and term.source in data.labels:
             return term.source
     return settings.score.source
 

@@ -96,7 +96,7 @@ class BatchLoss:
             error_sums(term, prediction, batch.labels[term.source], batch.structures).stacked()
             for term in self.active
         ]
-        rows += [self._head_sums(head, values) for head in self.active_heads]
+        rows += [head_sums(head, values, batch) for head in self.active_heads]
         if self.hierarchical:
             per_atom = hierarchicality(values["hierarchical_energies"])
             n_systems = per_atom.new_tensor(float(batch.structures.n_systems))
@@ -128,13 +128,15 @@ class BatchLoss:
         # the sum over ranks; the penalty is the same on each.
         return LossValue(loss * fabric.world_size, penalty, parts)
 
-    def _head_sums(self, head: Head, values: Mapping[str, Tensor]) -> Tensor:
-        batch = self.batch
-        if isinstance(head, AuxiliaryHead):
-            return head.sums(values, batch.labels[head.term.source], batch.structures)
-        assert isinstance(batch.neighbors, NeighborList)
-        teacher = batch.features[head.term.source]
-        return head.sums(values, teacher, batch.structures, batch.neighbors)
+
+def head_sums(head: Head, values: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    """(k,) sums of a term over a batch with its neighbor list, from the student's features."""
+    if isinstance(head, AuxiliaryHead):
+        labels = batch.labels[head.term.source]
+        return head.sums(values, labels, batch.structures, batch.weights)
+    assert isinstance(batch.neighbors, NeighborList)
+    teacher = batch.features[head.term.source]
+    return head.sums(values, teacher, batch.structures, batch.neighbors, batch.weights)
 
 
 def _sum_over_ranks(local: Tensor, fabric: lightning_fabric.Fabric) -> Tensor:

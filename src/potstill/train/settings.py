@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from potstill.distill import AuxiliaryTerm, FeatureTerm, LossTerm, expand
 from potstill.distill.strategies import AnyTerm
+from potstill.sample.jitter import NormOf
 
 
 class _Settings(BaseModel):
@@ -162,6 +163,37 @@ class MixingSettings(_Settings):
     r: float = Field(default=1.0, gt=0)
 
 
+class AugmentSettings(_Settings):
+    """Noise on positions, labelled by a teacher online; see `potstill.train.augment`.
+
+    Parameters
+    ----------
+    source : str
+        Name of the teacher. Of displaced structures its labels count as `reference`, too.
+    norm : float
+        Å, of the displacement.
+    norm_of : {"structure", "atom"}
+        Whether that is the norm of the displacement of all atoms together or of each.
+    kind : {"random", "ascent"}
+        The direction: at random, or where student and teacher differ more (a potstill potential).
+    fraction : float
+        Share of the samples that are displaced, each by a draw of its own.
+    """
+
+    source: str
+    norm: float = Field(default=0.1, gt=0)
+    norm_of: NormOf = "structure"
+    kind: Literal["random", "ascent"] = "random"
+    fraction: float = Field(default=1.0, gt=0, le=1)
+
+    @field_validator("source")
+    @classmethod
+    def _a_teacher(cls, name: str) -> str:
+        if name == "reference":
+            raise ValueError("displaced structures have no reference labels: name a teacher")
+        return name
+
+
 def paper_loss(w_forces: float = 10.0) -> tuple[LossTerm, ...]:
     """The loss of teachers and controls: Eq. 2 with w_E = 1."""
     return (
@@ -179,6 +211,8 @@ class TrainSettings(_Settings):
         See the classes.
     mixing : MixingSettings, optional
         Sampling and weighting ratio of synthetic data.
+    augment : AugmentSettings, optional
+        Displace the structures of every batch, and let a teacher label them.
     loss : tuple of LossTerm, FeatureTerm or AuxiliaryTerm
         Its terms; lines with `distill` name strategies (`potstill.distill.strategies`).
     epochs : int
@@ -211,6 +245,7 @@ class TrainSettings(_Settings):
     learning_rate: LearningRateSettings = Field(default_factory=LearningRateSettings)
     score: ScoreSettings = Field(default_factory=ScoreSettings)
     mixing: MixingSettings | None = None
+    augment: AugmentSettings | None = None
     epochs: int = Field(default=300, ge=1)
     batch_size: int = Field(default=8, ge=1)
     batch_atoms: int | None = Field(default=None, ge=1)
@@ -242,6 +277,18 @@ class TrainSettings(_Settings):
         if all(isinstance(t, FeatureTerm) and t.share is not None for t in terms):
             raise ValueError("a share of the loss needs a term with a weight beside it")
         return terms
+
+    @model_validator(mode="after")
+    def _one_source_of_displaced_structures(self) -> TrainSettings:
+        if self.augment is None:
+            return self
+        for term in self.loss:
+            if term.ever_active and term.source not in ("reference", self.augment.source):
+                raise ValueError(
+                    f"augment lets '{self.augment.source}' alone label displaced structures, and "
+                    f"{term.name} asks '{term.source}' about them: leave out one of the two"
+                )
+        return self
 
     @property
     def label_terms(self) -> tuple[LossTerm, ...]:

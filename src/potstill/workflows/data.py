@@ -237,7 +237,7 @@ def load_parts(
     settings : DataSettings
         What, and how.
     terms : sequence of FeatureTerm
-        As of `load_store`; only the training set gets features.
+        As of `load_store`; the test set gets no features.
 
     Returns
     -------
@@ -264,7 +264,7 @@ def load_parts(
             indices["train"] = _union(indices["train"], indices.pop(name, None))
     parts = {name: data.select(index) for name, index in indices.items() if len(index)}
     parts |= {name: _joined(files) for name, files in apart.items() if files}
-    parts = {k: p if k == "train" else replace(p, features={}) for k, p in parts.items()}
+    parts |= {k: replace(p, features={}) for k, p in parts.items() if k == "test"}
     for name in ("train", "validation"):
         if name not in parts:
             raise DataError(f"the split leaves nothing for '{name}'")

@@ -93,8 +93,8 @@ class TrainConfig(Settings):
     initial : str, optional
         Start from this checkpoint.
     teachers : dict of str to TeacherSettings
-        Teachers by source that compute their internal features during training, where the loss
-        distils some that the data do not hold.
+        Teachers by source that compute during training: their internal features, where the loss
+        distils some that the data do not hold, and labels of displaced structures (`augment`).
     cka : CKASettings, optional
         Record how alike the features of the student and another model are.
     """
@@ -154,10 +154,9 @@ def train_from_config(config: TrainConfig, display: Display | None = None) -> Tr
     for stage, (parts, sources), tracker in zip(stages, data, trackers, strict=True):
         settings = config.settings_of(stage)
         place = folder / stage.name
-        for term in settings.feature_terms:  # a teacher's package is imported only if it must be
-            name = term.source
-            online = not is_stored(term, parts["train"])
-            if online and name in config.teachers and name not in teachers:
+        for name in _online(settings, parts["train"]):
+            # A teacher's package is imported only if it must be.
+            if name in config.teachers and name not in teachers:
                 teachers[name] = config.teachers[name].make()
         sources = {name: t.info.to_json() for name, t in teachers.items()} | sources
         result = train_with_progress(
@@ -324,9 +323,17 @@ def _note(record: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
+def _online(settings: TrainSettings, training: TrainingSet) -> list[str]:
+    """Names of the teachers that compute during the training."""
+    if settings.augment is not None:  # the only one then
+        return [settings.augment.source]
+    return [term.source for term in settings.feature_terms if not is_stored(term, training)]
+
+
 def _teacher(settings: TrainSettings, sources: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What is known of the teacher whose labels the loss uses; one goes into the file."""
     names = [t.source for t in settings.loss if t.source != "reference" and t.ever_active]
+    names += [] if settings.augment is None else [settings.augment.source]
     unique = list(dict.fromkeys(names))
     if len(unique) > 1:
         return {"name": " + ".join(unique), "all": {name: sources.get(name) for name in unique}}

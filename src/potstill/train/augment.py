@@ -1,0 +1,174 @@
+"""Augmentation while training: noise of a fixed norm, labelled by a teacher online.
+
+Ekström Kelvinius et al., appendix D.1: noise is added to the positions of the samples of a batch,
+and the teacher says what energies and forces are there. Its labels take the place of reference
+labels, of which there are none at displaced positions.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from potstill.distill.losses import required_signals
+from potstill.errors import ConfigError
+from potstill.models import Potential, SumPotential
+from potstill.properties import property_spec
+from potstill.sample.base import make_generator
+from potstill.sample.jitter import discrepancy_gradient, displaced
+from potstill.structures import NeighborList, Properties, Structures
+from potstill.teachers import PotentialTeacher
+from potstill.teachers.base import Teacher
+from potstill.train.data import Batch, TrainingSet
+from potstill.train.settings import AugmentSettings, TrainSettings
+
+
+class Augmentation:
+    """Displaces configurations of a batch and lets a teacher label them.
+
+    Parameters
+    ----------
+    settings : TrainSettings
+        With `augment`, the loss and the seed.
+    student : SumPotential
+        Its offsets and prior are subtracted from the teacher's labels; `ascent` looks at all of it.
+    teachers : mapping
+        Teachers by name. The one that is asked is left as it is and gets no gradient.
+    device : torch.device or str
+        Where student and teacher compute.
+
+    Raises
+    ------
+    ConfigError
+        If the teacher is missing, or no potential where one is needed.
+    TeacherError
+        If it does not give what the loss asks for.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        student: SumPotential,
+        teachers: Mapping[str, Teacher],
+        device: torch.device | str,
+    ) -> None:
+        assert settings.augment is not None
+        self.settings: AugmentSettings = settings.augment
+        self.seed = settings.seed
+        name = self.settings.source
+        if name not in teachers:
+            raise ConfigError(
+                f"augment lets '{name}' label displaced structures, and there is no such teacher: "
+                "name it under 'teachers'"
+            )
+        self.teacher = teachers[name].to(device)
+        asked: set[str] = set().union(*required_signals(settings.label_terms).values())
+        asked |= {term.learn for term in settings.auxiliary_terms}
+        self.properties = tuple(sorted(asked))
+        self.teacher.require(self.properties)
+        self.baseline = student.without("network")
+        self._rivals: tuple[SumPotential, Potential] | None = None
+        if self.settings.kind == "ascent":
+            if not isinstance(self.teacher, PotentialTeacher):
+                raise ConfigError(
+                    f"augment.kind = ascent differentiates the teacher, and '{name}' is no "
+                    "potential of potstill: take augment.kind = random"
+                )
+            fixed = copy.deepcopy(self.baseline).to(device)
+            whole = SumPotential({**fixed.components, "network": student["network"].to(device)})
+            self._rivals = (whole, self.teacher.potential)
+        self._warned = False
+
+    def __call__(self, batch: Batch, epoch: int, step: int, samples: Sequence[int]) -> Batch:
+        """Displace some or all configurations, label them, and find the neighbors again.
+
+        Parameters
+        ----------
+        batch : Batch
+            On the CPU.
+        epoch, step : int
+            With the seed and the place of a sample they decide on its displacement.
+        samples : sequence of int
+            Places of the configurations in the whole batch over all processes.
+        """
+        structures = batch.structures
+        moved, direction = self._draws(structures, epoch, step, samples)
+        atoms = moved[structures.system_index]
+        part = structures.select(moved)
+        if part.n_systems:
+            part = self._displaced(part, direction[atoms])
+        positions = structures.positions.clone()
+        positions[atoms] = part.positions
+        structures = replace(structures, positions=positions)
+        labels = self._labels(part)
+        known = {
+            source: _replaced(batch, batch.labels.get(source, Properties({})), labels, moved)
+            for source in ("reference", self.settings.source)
+        }
+        packed = not isinstance(batch.neighbors, NeighborList)
+        found = TrainingSet(structures, {}).with_neighbors(batch.neighbors.cutoff, packed=packed)
+        assert found.neighbors is not None
+        return replace(
+            batch,
+            structures=structures,
+            neighbors=found.neighbors,
+            labels={**batch.labels, **known},
+        )
+
+    def _draws(
+        self, structures: Structures, epoch: int, step: int, samples: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """(S,) bool, which systems move, and (N, 3), where to at random."""
+        moved, directions = [], [np.zeros((0, 3))]
+        for sample, n_atoms in zip(samples, structures.n_atoms_per_system.tolist(), strict=True):
+            generator = make_generator(self.seed, epoch, step, sample)
+            moved.append(bool(generator.random() < self.settings.fraction))
+            directions.append(generator.normal(size=(n_atoms, 3)))
+        return torch.tensor(moved, dtype=torch.bool), torch.from_numpy(np.concatenate(directions))
+
+    def _displaced(self, structures: Structures, random: Tensor) -> Structures:
+        direction = random
+        if self._rivals is not None:
+            student, teacher = self._rivals
+            gradient = discrepancy_gradient(student, teacher, structures.to(teacher.device))
+            direction = gradient.to(random.device)
+        norm, norm_of = self.settings.norm, self.settings.norm_of
+        return displaced(structures, direction, norm, norm_of=norm_of, spare=random)
+
+    def _labels(self, structures: Structures) -> Properties:
+        """The teacher's, without what the student's offsets and prior give there."""
+        labels, failures = self.teacher.label(structures, self.properties)
+        if failures and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the teacher '{self.settings.source}' fails on displaced structures, which have "
+                f"no part in the loss then: {failures[0].reason}",
+                stacklevel=2,
+            )
+        return TrainingSet(structures, {"all": labels}).minus(self.baseline).labels["all"]
+
+
+def _replaced(batch: Batch, own: Properties, new: Properties, moved: Tensor) -> Properties:
+    """Labels of a batch with new ones, or none, for the systems that have moved; weights stay."""
+    structures = batch.structures
+    values, present, weights = {}, {}, dict(own.weights)
+    for name in dict.fromkeys((*own.names, *new.names)):
+        spec = property_spec(name)
+        per_atom = spec.level == "atom"
+        rows = moved[structures.system_index] if per_atom else moved
+        value = torch.full((len(rows), *spec.shape), torch.nan, dtype=torch.float64)
+        if name in own:
+            value = own[name].clone()
+        value[rows] = new.values.get(name, torch.nan)
+        values[name] = value
+        present[name] = own.presence(name, structures.n_systems).clone()
+        present[name][moved] = new.presence(name, int(moved.sum()))
+        if name not in own and batch.weights is not None:
+            weights[name] = batch.weights[structures.system_index] if per_atom else batch.weights
+    return Properties(values, present, weights)
