@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import gzip
 import io
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,7 @@ import numpy as np
 import typer
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.geometry import find_mic
 
 #: Systems that are held out as a whole.
 N_NEW_SYSTEMS = 4
@@ -35,7 +37,7 @@ N_NEW_SYSTEMS = 4
 #: Shares of a relaxation: validation block, test block, and each of the four gaps around them.
 VALIDATION, TEST, GAP = 0.08, 0.12, 0.04
 
-#: Frames per relaxation and part, evenly spread: training, validation, test, new systems.
+#: Frames per relaxation and part, evenly along its path: training, validation, test, new
 FRAMES = {"train": 24, "validation": 3, "test": 5, "new_systems": 15}
 
 app = typer.Typer()
@@ -116,9 +118,14 @@ def blocks(frames: list[Atoms], rng: np.random.Generator) -> dict[str, list[Atom
 
 
 def thinned(frames: list[Atoms], n: int) -> list[Atoms]:
-    """At most n frames, evenly spread."""
-    rows = np.unique(np.linspace(0, len(frames) - 1, min(n, len(frames))).round().astype(int))
-    return [frames[k] for k in rows]
+    """At most n frames, evenly spread along the path of the relaxation.
+
+    Most steps of a relaxation hardly move; by number they would be nearly all that is drawn.
+    """
+    steps = [find_mic(b.positions - a.positions, a.cell)[1] for a, b in pairwise(frames)]
+    path = np.cumsum([0.0, *(np.linalg.norm(lengths) for lengths in steps)])
+    wanted = np.linspace(0.0, path[-1], min(n, len(frames)))
+    return [frames[k] for k in np.unique([np.abs(path - place).argmin() for place in wanted])]
 
 
 def prepared(frame: Atoms, zero: float) -> Atoms:

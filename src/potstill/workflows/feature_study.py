@@ -353,7 +353,9 @@ def run_feature_cell(
     if cell.pair is not None:
         teacher = _teacher(config, folder, cell)
         training = _with_teacher(training, settings, teacher, config.features)
-        teachers = {TEACHER: teacher}
+        # Stored features need no teacher; with one, training asks it about the validation set, too.
+        if config.features == "online" or settings.augment is not None:
+            teachers = {TEACHER: teacher}
     asked = time.process_time() - started
     result = train(
         settings,
