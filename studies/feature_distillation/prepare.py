@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import gzip
 import io
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +28,6 @@ import numpy as np
 import typer
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.geometry import find_mic
 
 #: Systems that are held out as a whole.
 N_NEW_SYSTEMS = 4
@@ -37,7 +35,7 @@ N_NEW_SYSTEMS = 4
 #: Shares of a relaxation: validation block, test block, and each of the four gaps around them.
 VALIDATION, TEST, GAP = 0.08, 0.12, 0.04
 
-#: Frames per relaxation and part, evenly along its path: training, validation, test, new
+#: Frames per relaxation and part, evenly spread: training, validation, test, new systems.
 FRAMES = {"train": 24, "validation": 3, "test": 5, "new_systems": 15}
 
 app = typer.Typer()
@@ -50,11 +48,23 @@ def read(path: Path) -> list[Atoms]:
 
 
 def write(folder: Path, parts: dict[str, list[Atoms]]) -> None:
-    """One file per part."""
+    """One file per part; also print how large energies and forces are: the errors of zeros."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, frames in parts.items():
         ase.io.write(folder / f"{name}.extxyz", frames, format="extxyz")
-        print(f"{folder / name}.extxyz: {len(frames)} frames, {sum(map(len, frames))} atoms")
+        energies = np.array([frame.get_potential_energy() for frame in frames])
+        forces = np.concatenate([f.get_forces(apply_constraint=False)[free(f)] for f in frames])
+        print(
+            f"{folder / name}.extxyz: {len(frames)} frames, {sum(map(len, frames))} atoms; mean of "
+            f"|E - mean| {1e3 * np.abs(energies - energies.mean()).mean():.0f} meV, of |E| "
+            f"{1e3 * np.abs(energies).mean():.0f} meV, of |F| {1e3 * np.abs(forces).mean():.1f} "
+            "meV/Å over free atoms"
+        )
+
+
+def free(frame: Atoms) -> np.ndarray:
+    """(N,) bool: atoms that may move."""
+    return ~np.asarray(frame.arrays.get("fixed", np.zeros(len(frame)))).astype(bool)
 
 
 @app.command("3bpa")
@@ -118,20 +128,15 @@ def blocks(frames: list[Atoms], rng: np.random.Generator) -> dict[str, list[Atom
 
 
 def thinned(frames: list[Atoms], n: int) -> list[Atoms]:
-    """At most n frames, evenly spread along the path of the relaxation.
-
-    Most steps of a relaxation hardly move; by number they would be nearly all that is drawn.
-    """
-    steps = [find_mic(b.positions - a.positions, a.cell)[1] for a, b in pairwise(frames)]
-    path = np.cumsum([0.0, *(np.linalg.norm(lengths) for lengths in steps)])
-    wanted = np.linspace(0.0, path[-1], min(n, len(frames)))
-    return [frames[k] for k in np.unique([np.abs(path - place).argmin() for place in wanted])]
+    """At most n frames, evenly spread."""
+    rows = np.unique(np.linspace(0, len(frames) - 1, min(n, len(frames))).round().astype(int))
+    return [frames[k] for k in rows]
 
 
 def prepared(frame: Atoms, zero: float) -> Atoms:
     """The frame with tags, and its energy relative to `zero`."""
     own = frame.copy()
-    own.set_tags(np.where(np.asarray(frame.arrays["fixed"]).astype(bool), 0, 1))
+    own.set_tags(free(frame).astype(int))
     own.calc = SinglePointCalculator(
         own,
         energy=frame.get_potential_energy() - zero,

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
+
+from potstill.errors import ConfigError
+from potstill.evaluate.base import machine_description
+from potstill.train.state import versions
+from potstill.workflows.base import read_json, write_json
 
 
 class NamedCell(Protocol):
@@ -21,6 +29,28 @@ class NamedCell(Protocol):
     @property
     def name(self) -> str:
         """Folder name."""
+
+
+class AnyStudy(Protocol):
+    """What the config of a study has."""
+
+    @property
+    def name(self) -> str:
+        """Short name."""
+
+    @property
+    def title(self) -> str:
+        """One line for the report."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of the runs."""
+
+    def cells(self) -> Sequence[NamedCell]:
+        """All runs."""
+
+    def model_dump_json(self) -> str:
+        """All settings."""
 
 
 C = TypeVar("C", bound=NamedCell)
@@ -88,6 +118,64 @@ def run_cells(
                 n_done = len(cells) - len(waiting) - len(running)
                 if on_progress is not None:
                     on_progress(StudyProgress(n_done, len(cells), cell, elapsed, left))
+
+
+def result_file(folder: Path, cell: NamedCell) -> Path:
+    """What a finished cell leaves."""
+    return folder / cell.name / "cell.json"
+
+
+def finished_cells(study: AnyStudy, folder: Path) -> dict[str, Any]:
+    """Records of the finished cells by name.
+
+    Raises
+    ------
+    ConfigError
+        If there are none.
+    """
+    files = {cell.name: result_file(folder, cell) for cell in study.cells()}
+    records = {name: read_json(file) for name, file in files.items() if file.is_file()}
+    if not records:
+        raise ConfigError(f"{folder} holds no finished run of the study '{study.name}'")
+    return records
+
+
+def write_results(
+    study: AnyStudy, folder: Path, command: str, records: Mapping[str, Any], **more: Any
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Write `results.json`: records, config, versions and machine.
+
+    Returns
+    -------
+    result : dict
+        What was written.
+    about : dict of str to str
+        The same in a few words, for the report.
+    """
+    n_cells = len(study.cells())
+    result = {
+        "study": study.name,
+        "title": study.title,
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "n_cells": n_cells,
+        "n_finished": len(records),
+        "versions": versions(),
+        "machine": machine_description(),
+        "config": json.loads(study.model_dump_json()),
+        "cells": dict(records),
+        **more,
+    }
+    write_json(folder / "results.json", result)
+    about = {
+        "study": study.name,
+        "command": command,
+        "date": result["date"],
+        "runs": f"{len(records)} of {n_cells}",
+        "seeds": ", ".join(str(seed) for seed in study.seeds),
+        "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
+    }
+    return result, about
 
 
 def _follow_parent() -> None:

@@ -8,9 +8,7 @@ of their own, so that a study continues where it was interrupted.
 
 from __future__ import annotations
 
-import datetime
 import itertools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +25,6 @@ from potstill.distill.heads import resolve_taps
 from potstill.distill.taps import CHOSEN_PAIRS
 from potstill.distill.terms import KINDS
 from potstill.errors import ConfigError, suggest
-from potstill.evaluate.base import machine_description
 from potstill.evaluate.errors import S2EFErrors, average_estimates, evaluate_s2ef
 from potstill.evaluate.learning import read_learning_curves
 from potstill.metrics import S2EF_METRICS, Estimate
@@ -37,7 +34,6 @@ from potstill.structures import SpeciesTable
 from potstill.teachers import Teacher
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.settings import ModelSettings
-from potstill.train.state import versions
 from potstill.workflows.base import (
     Settings,
     TeacherSettings,
@@ -45,7 +41,13 @@ from potstill.workflows.base import (
     read_json,
     write_json,
 )
-from potstill.workflows.cells import StudyProgress, run_cells
+from potstill.workflows.cells import (
+    StudyProgress,
+    finished_cells,
+    result_file,
+    run_cells,
+    write_results,
+)
 from potstill.workflows.data import DataSettings, FileData, load_parts
 from potstill.workflows.feature_measures import (
     ComparedCell,
@@ -333,7 +335,7 @@ def run_feature_study(
     run_cells(
         config.cells(),
         partial(run_feature_cell, config, folder),
-        is_finished=lambda cell: _result_file(folder, cell).is_file(),
+        is_finished=lambda cell: result_file(folder, cell).is_file(),
         is_ready=lambda cell: _is_ready(config, folder, cell),
         cost=lambda cell: 1.0,
         workers=workers,
@@ -384,7 +386,7 @@ def run_feature_cell(
         "taps": read_json(folder / cell.name / "settings.json").get("features", {}),
         "tests": errors.to_json(),
     }
-    write_json(_result_file(folder, cell), record)
+    write_json(result_file(folder, cell), record)
 
 
 def held_out_errors(
@@ -432,35 +434,12 @@ def report_feature_study(
         machine.
     """
     folder = Path(folder)
-    finished = [c for c in config.cells() if _result_file(folder, c).is_file()]
-    if not finished:
-        raise ConfigError(f"{folder} holds no finished run of the study '{config.name}'")
-    records = {c.name: read_json(_result_file(folder, c)) for c in finished}
+    records = finished_cells(config, folder)
+    finished = [cell for cell in config.cells() if cell.name in records]
     measured = _measures(config, folder, finished, on_model)
     rows = [_row(config, folder, cell, records[cell.name]) for cell in finished]
     rows += [_teacher_row(config, folder, name) for name in config.foreign]
-    result = {
-        "study": config.name,
-        "title": config.title,
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "n_cells": len(config.cells()),
-        "n_finished": len(finished),
-        "versions": versions(),
-        "machine": machine_description(),
-        "config": json.loads(config.model_dump_json()),
-        "cells": records,
-        "measures": measured,
-    }
-    write_json(folder / "results.json", result)
-    about = {
-        "study": config.name,
-        "command": command,
-        "date": result["date"],
-        "runs": f"{len(finished)} of {len(config.cells())}",
-        "seeds": ", ".join(str(seed) for seed in config.seeds),
-        "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
-    }
+    result, about = write_results(config, folder, command, records, measures=measured)
     write_feature_report(rows, measured, folder, title=config.title, about=about)
     return result
 
@@ -468,14 +447,10 @@ def report_feature_study(
 # -- parts -----------------------------------------------------------------------------------------
 
 
-def _result_file(folder: Path, cell: FeatureCell) -> Path:
-    return folder / cell.name / "cell.json"
-
-
 def _check_cell(config: FeatureStudyConfig, folder: Path, cell: FeatureCell) -> None:
     """Refuse a finished run of other settings: it would pass for one of these."""
     file = folder / cell.name / "settings.json"
-    if _result_file(folder, cell).is_file():
+    if result_file(folder, cell).is_file():
         stored = TrainSettings.model_validate(read_json(file)["settings"])
         if stored != config.settings_of(cell):
             raise ConfigError(
@@ -506,7 +481,7 @@ def _teacher_file(config: FeatureStudyConfig, folder: Path, cell: FeatureCell) -
 
 def _is_ready(config: FeatureStudyConfig, folder: Path, cell: FeatureCell) -> bool:
     teacher = None if cell.pair is None else _teacher_cell(config, cell)
-    return teacher is None or _result_file(folder, teacher).is_file()
+    return teacher is None or result_file(folder, teacher).is_file()
 
 
 def _teacher(config: FeatureStudyConfig, folder: Path, cell: FeatureCell) -> Teacher:
@@ -565,7 +540,7 @@ def _measures(
         student, teacher = config.pairs[cell.pair].student, _teacher_file(config, folder, cell)
         if teacher.is_file() and student in alone:
             own = folder / cell.name / "best.pt"
-            taps = _taps(read_json(_result_file(folder, cell)))
+            taps = _taps(read_json(result_file(folder, cell)))
             compared.append(ComparedCell(cell.name, own, alone[student], teacher, taps))
     parts, _ = load_parts(config.data)
     return measure_features(

@@ -7,7 +7,6 @@ study continues where it was interrupted, on as many processes as asked for.
 
 from __future__ import annotations
 
-import datetime
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -22,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from potstill.checkpoint import load_potential, write_atomically
 from potstill.distill import LossTerm, Schedule
 from potstill.errors import ConfigError, suggest
-from potstill.evaluate.base import machine_description
 from potstill.evaluate.errors import compare, predict_all
 from potstill.evaluate.learning import read_learning_curves
 from potstill.models import Potential
@@ -37,7 +35,14 @@ from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.settings import ScoreSettings
 from potstill.train.state import versions
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3
-from potstill.workflows.cells import StudyProgress, run_cells
+from potstill.workflows.base import write_json
+from potstill.workflows.cells import (
+    StudyProgress,
+    finished_cells,
+    result_file,
+    run_cells,
+    write_results,
+)
 from potstill.workflows.study_measures import (
     REFERENCE,
     MeasureSettings,
@@ -294,13 +299,13 @@ def run_study(
     run_cells(
         cells,
         partial(run_cell, config, folder),
-        is_finished=lambda cell: _result_file(folder, cell).is_file(),
+        is_finished=lambda cell: result_file(folder, cell).is_file(),
         is_ready=lambda cell: _is_ready(config, folder, cell),
         cost=lambda cell: _cost(config, cell),
         workers=workers,
         on_progress=on_progress,
     )
-    return [json.loads(_result_file(folder, cell).read_text()) for cell in cells]
+    return [json.loads(result_file(folder, cell).read_text()) for cell in cells]
 
 
 def run_cell(config: StudyConfig, folder: Path, cell: Cell, threads: int) -> None:
@@ -338,8 +343,7 @@ def run_cell(config: StudyConfig, folder: Path, cell: Cell, threads: int) -> Non
             for name, data in sets.items()
         },
     }
-    text = json.dumps(record, indent=1)
-    write_atomically(_result_file(folder, cell), lambda file: file.write(text.encode()))
+    write_json(result_file(folder, cell), record)
 
 
 def report_study(
@@ -368,40 +372,19 @@ def report_study(
         What `results.json` holds: one record per trained cell, config, versions and machine.
     """
     folder = Path(folder)
-    finished = [c for c in config.cells() if _result_file(folder, c).is_file()]
-    if not finished:
-        raise ConfigError(f"{folder} holds no finished run of the study '{config.name}'")
-    records = {c.name: json.loads(_result_file(folder, c).read_text()) for c in finished}
+    records = finished_cells(config, folder)
     if config.measure is not None:
+        finished = [cell for cell in config.cells() if cell.name in records]
         models = [_trained_model(config, folder, cell) for cell in finished]
         measured = measure_study(models, config.measure, folder / "measures", on_model=on_model)
         for name, values in measured.items():
             records[name]["md"] = values
     rows = [_row(config, folder, name, record) for name, record in records.items()]
     liquid = stored_distribution(folder / "measures", REFERENCE)
-    result = {
-        "study": config.name,
-        "title": config.title,
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "n_cells": len(config.cells()),
-        "n_finished": len(finished),
-        "versions": versions(),
-        "machine": machine_description(),
-        "config": json.loads(config.model_dump_json()),
-        "cells": records,
-        "reference_liquid": None if liquid is None else liquid.to_json(),
-    }
-    text = json.dumps(result, indent=1)
-    write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
-    about = {
-        "study": config.name,
-        "command": command,
-        "date": result["date"],
-        "runs": f"{len(finished)} of {len(config.cells())}",
-        "seeds": ", ".join(str(seed) for seed in config.seeds),
-        "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
-    }
+    reference_liquid = None if liquid is None else liquid.to_json()
+    result, about = write_results(
+        config, folder, command, records, reference_liquid=reference_liquid
+    )
     reference = config.measure.reference if config.measure is not None else None
     write_study_report(
         rows,
@@ -416,7 +399,7 @@ def report_study(
 
 def _trained_model(config: StudyConfig, folder: Path, cell: Cell) -> TrainedModel:
     teacher = config.teacher_of(cell)
-    has_teacher = teacher is not None and _result_file(folder, teacher).is_file()
+    has_teacher = teacher is not None and result_file(folder, teacher).is_file()
     return TrainedModel(
         cell.name,
         cell.size,
@@ -535,11 +518,7 @@ def _is_ready(config: StudyConfig, folder: Path, cell: Cell) -> bool:
     strategy = config.strategy(cell.strategy)
     if strategy.role != "student" or config.data.atomic_energies_from is not None:
         return True
-    return _result_file(folder, Cell(strategy.teacher, "teacher", cell.seed)).is_file()
-
-
-def _result_file(folder: Path, cell: Cell) -> Path:
-    return folder / cell.name / "cell.json"
+    return result_file(folder, Cell(strategy.teacher, "teacher", cell.seed)).is_file()
 
 
 def _claim(folder: Path, config: StudyConfig) -> None:
