@@ -454,6 +454,7 @@ def study(
     [bold]Example[/bold]
 
       potstill study studies/teacher_student/molybdenum.yaml --out run/mo --workers 2
+
       potstill study studies/feature_distillation/3bpa.yaml --out run/3bpa --workers 2
     """
     from potstill.config import load_study

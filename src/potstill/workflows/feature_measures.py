@@ -161,8 +161,9 @@ def _similarity(cell: ComparedCell, structures: Structures) -> dict[str, Any]:
 
 
 def _alike(potential: Potential, tap: str | None) -> list[str]:
-    """The taps of a potential of the same kind as one of them."""
-    kind = "node_scalar" if tap is None else potential.taps[split_tap(tap)[0]].kind
+    """The taps of a potential of the same kind as one of them; a module's path is no tap."""
+    own = None if tap is None else potential.taps.get(split_tap(tap)[0])
+    kind = "node_scalar" if own is None else own.kind
     return [k for k, spec in potential.taps.items() if spec.kind == kind and k != CHOSEN_PAIRS]
 
 

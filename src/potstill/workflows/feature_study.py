@@ -12,7 +12,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,9 +87,9 @@ class StudyModel(Settings):
             raise ValueError("give either 'kind' or 'checkpoint'")
         return self
 
-    @property
+    @cached_property
     def taps(self) -> Mapping[str, TapSpec]:
-        """Its features by name."""
+        """Its features by name; the model or teacher is made once to ask it."""
         if self.checkpoint is not None:
             return self.checkpoint.make().taps
         return build_model(self.kind, SpeciesTable.from_symbols(["H"]), self.hyperparameters).taps
