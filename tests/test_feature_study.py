@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from potstill.cli.app import app
 from potstill.config import load_study, validate
 from potstill.errors import ConfigError
 from potstill.metrics import Estimate
-from potstill.report.feature_study import FeatureRow, pairs_of, result_table, sentences
+from potstill.report.feature_study import FeatureRow, pairs_of, result_table, seed_table, sentences
 from potstill.workflows.feature_study import (
     FeatureStudyConfig,
     report_feature_study,
@@ -325,6 +326,19 @@ def test_shares_of_the_gap_follow_from_the_means() -> None:
     assert sentences(pairs_of(rows))[0] == (
         "p, Energy MAE, beside the control: better: n2n (−25 %)."
     )
+
+
+def test_each_seed_stands_beside_the_control_of_its_own_seed() -> None:
+    rows = [
+        *(row("small", "alone", k, 0.1 + 0.1 * k, 0.2) for k in range(2)),
+        *(row("big", "alone", k, 0.05, 0.1) for k in range(2)),
+        *(row("small", "n2n", k, 0.11, 0.15, pair="p") for k in range(2)),
+    ]
+    rows = [replace(one, splits={"test": one.average}) for one in rows]
+    table = seed_table(pairs_of(rows), ["test"])
+    assert [line[:3] for line in table.rows] == [("p", "n2n", 0), ("p", "n2n", 1)]
+    assert [line[3] for line in table.rows] == pytest.approx([10.0, -45.0])
+    assert [line[4] for line in table.rows] == pytest.approx([-25.0, -25.0])
 
 
 def test_a_single_seed_takes_the_errors_over_frames() -> None:

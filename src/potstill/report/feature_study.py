@@ -235,6 +235,24 @@ def _at(pair: PairRuns, run: str, seeds: set[int]) -> list[FeatureRow]:
     return [row for row in pair.runs.get(run, []) if row.seed in seeds or row.seed < 0]
 
 
+def seed_table(pairs: Sequence[PairRuns], splits: Sequence[str]) -> Table:
+    """Change of energies and forces of every student against the control of its own seed."""
+    body: list[tuple[Cell, ...]] = []
+    for pair in pairs:
+        for run in pair.strategies:
+            for row in pair.runs[run]:
+                controls = _at(pair, _CONTROL, {row.seed})
+                changes = [
+                    100.0 * compare(m, _values([row], m, split), _values(controls, m, split)).change
+                    for split in splits
+                    for m in _JUDGED
+                ]
+                body.append((_plain(pair.name), run, row.seed, *changes))
+    columns = [f"{m.name.split()[0]}, {split} (%)" for split in splits for m in _JUDGED]
+    title = "Seed by seed: change against the control of the same seed"
+    return Table("table_seeds", title, ("Pair", "Run", "Seed", *columns), tuple(body), digits=2)
+
+
 def model_table(measured: Mapping[str, Any]) -> Table:
     """Parameters and throughput of the models."""
     found = measured.get("throughput", {})
@@ -432,6 +450,7 @@ def write_feature_report(
     models = model_table(measured)
     tables = [result_table(main)] if main else []
     by_split = [result_table(main, split) for split in splits] if main else []
+    by_split += [seed_table(main, splits)] if main else []
     grids = [grid_table(pair, grid, measured) for pair in pairs for grid in pair.grids]
     for table in (*tables, models, *by_split, *grids):
         table.write(parts)
