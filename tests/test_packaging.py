@@ -18,7 +18,8 @@ import potstill
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "potstill"
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 
 #: Import names that differ from the names of their distributions.
 DISTRIBUTIONS = {"lightning_fabric": "lightning-fabric", "ruamel": "ruamel.yaml"}
@@ -94,6 +95,42 @@ def test_dev_pulls_in_what_tests_and_docs_need():
     ]
     included = own.removeprefix("potstill[").rstrip("]").split(",")
     assert set(included) <= set(PROJECT["optional-dependencies"])
+
+
+def test_the_papers_that_the_methods_come_from_are_cited():
+    references = YAML(typ="safe").load(ROOT / "CITATION.cff")["references"]
+    cited = {(entry["authors"][0]["family-names"], entry["title"]) for entry in references}
+    wanted = [
+        ("Matin", "Teacher-student training"),
+        ("Ekström Kelvinius", "Accelerating Molecular Graph Neural Networks"),
+        ("Ekström Kelvinius", "(Extended Abstract)"),
+        ("Smith", "Simple and efficient algorithms"),
+        ("Olowookere", "Knowledge Distillation of Noisy Force Labels"),
+    ]
+    for author, words in wanted:
+        assert any(name == author and words in title for name, title in cited), words
+
+
+def test_released_wheels_are_for_the_declared_versions_of_python():
+    built = PYPROJECT["tool"]["cibuildwheel"]["build"]
+    declared = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
+    assert [f"cp{version.replace('.', '')}-*" for version in declared] == built
+    assert PROJECT["requires-python"] == f">={declared[0]}"
+
+
+@pytest.mark.parametrize("name", ["tests.yml", "wheels.yml"])
+def test_workflows_call_what_there_is(name):
+    file = ROOT / ".github" / "workflows" / name
+    if not file.is_file():
+        pytest.skip("a source distribution carries no workflows")
+    jobs = YAML(typ="safe").load(file)["jobs"]
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    words = [word for command in commands for word in command.split()]
+    paths = [word for word in words if word.startswith((".ci/", "tests/"))]
+    assert paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    extras = re.findall(r"\.\[(\w+)\]", "\n".join(commands))
+    assert set(extras) <= set(PROJECT["optional-dependencies"])
 
 
 # -- documentation -----------------------------------------------------------------------------
@@ -184,7 +221,8 @@ def test_no_absolute_paths():
 def project_files() -> list[Path]:
     """Files that belong to the project: nothing built, no environments, no runs."""
     folders = ("src", "tests", "docs", "studies", "benchmarks", ".ci")
-    files = [path for path in ROOT.iterdir() if path.is_file()]
+    # In a worktree of git's, .git is a file.
+    files = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]
     for folder in folders:
         files.extend(path for path in (ROOT / folder).rglob("*") if path.is_file())
     return [path for path in files if "__pycache__" not in path.parts]
