@@ -12,26 +12,24 @@ from potstill.core.base import (
     select_instruction_set,
     why_unavailable,
 )
-from potstill.core.geometry import (
-    compact_forces,
-    compact_pair_vectors,
-    repeat_neighbors,
-    select_neighbors,
-)
+from potstill.core.geometry import compact_forces, compact_pair_vectors
 from potstill.core.hipnn import (
-    CompactNeighbors,
     HipnnParameters,
     HipnnShape,
     MdResult,
     PassResult,
-    ZblParameters,
-    compact_neighbors,
     hipnn_md,
     hipnn_pass,
     weighted_energy,
-    weighted_partial_energies,
 )
-from potstill.core.neighbors import build_compact_neighbors
+from potstill.core.neighbors import (
+    CompactNeighbors,
+    build_compact_neighbors,
+    compact_neighbors,
+    repeat_neighbors,
+    select_neighbors,
+)
+from potstill.core.zbl import ZblParameters
 
 __all__ = [
     "available",
@@ -55,6 +53,5 @@ __all__ = [
     "hipnn_pass",
     "MdResult",
     "hipnn_md",
-    "weighted_partial_energies",
     "weighted_energy",
 ]

@@ -9,8 +9,15 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from potstill.errors import ConfigError, ModelError
+
+#: Ends of the names of native functions.
+SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -46,6 +53,20 @@ def native() -> ModuleType:
     if _NATIVE is None:
         raise ModelError(f"there are no native kernels: {_REASON}; use the torch core")
     return _NATIVE
+
+
+def call(function: Any, *arguments: Any) -> Any:
+    """Call a native function; what it refuses is a ModelError."""
+    instruction_set()  # a wrong POTSTILL_SIMD is a setting to mend, not a fault of the model
+    try:
+        return function(*arguments)
+    except RuntimeError as error:
+        raise ModelError(f"native kernels: {error}") from None
+
+
+def array(tensor: Tensor, dtype: torch.dtype) -> Any:
+    """Contiguous numpy view (or copy, where dtype or strides differ) of a CPU tensor."""
+    return tensor.detach().to(dtype).contiguous().numpy()
 
 
 def instruction_sets() -> dict[str, bool]:

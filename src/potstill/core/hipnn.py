@@ -7,10 +7,8 @@ Three entries:
     pair vectors and by every parameter: what first-order training needs.
 `hipnn_md`
     Atomic energies, forces and virial at given positions: what molecular dynamics needs.
-`weighted_partial_energies`
-    The same as `hipnn_pass` as a torch operator, for autograd and `torch.compile`.
 `weighted_energy`
-    Its scalar alone, differentiable by the parameters, at less cost per call: training's pass.
+    The weighted sum, differentiable once by the parameters: training's pass.
 
 The twin is `potstill.models.hipnn`, whose `native_parameters()` gives the first argument.
 """
@@ -18,7 +16,6 @@ The twin is `potstill.models.hipnn`, whose `native_parameters()` gives the first
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,13 +24,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from potstill.core.base import instruction_set, native
+from potstill.core.base import SUFFIX, array, call, native
+from potstill.core.neighbors import CompactNeighbors, topology
+from potstill.core.zbl import ZblParameters
 from potstill.errors import ModelError
-from potstill.structures import NeighborList
 from potstill.units import COULOMB
 
 _CUTOFF_FUNCTIONS = ("cosine_squared", "polynomial")
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,7 @@ class HipnnParameters:
                     f"parameter '{name}' is {tensor.dtype} on {tensor.device}: native kernels "
                     "need all parameters in float32 or all in float64, on the CPU"
                 )
-        if self.dtype not in _SUFFIX:
+        if self.dtype not in SUFFIX:
             raise ModelError(f"native kernels compute in float32 or float64, not {self.dtype}")
 
     @property
@@ -168,92 +165,6 @@ class HipnnParameters:
     def flat(self) -> Tensor:
         """(n_parameters,) copy of all parameters side by side, detached."""
         return torch.cat([tensor.detach().reshape(-1) for tensor in self.tensors])
-
-
-@dataclass(frozen=True)
-class ZblParameters:
-    """The ZBL repulsion of `potstill.models.prior.ZBL`.
-
-    Parameters
-    ----------
-    charge : Tensor
-        (n_species,) float64 nuclear charges.
-    inner, cutoff : float
-        Å.
-    """
-
-    charge: Tensor
-    inner: float
-    cutoff: float
-
-
-@dataclass(frozen=True)
-class CompactNeighbors:
-    """A neighbor list as the kernels keep it: 6 bytes per pair.
-
-    Parameters
-    ----------
-    row_ptr : Tensor
-        (n_local + 1,) int64: the pairs of atom i are row_ptr[i] to row_ptr[i + 1] - 1.
-    neighbor : Tensor
-        (E,) int32.
-    image : Tensor, optional
-        (E,) uint16 rows of `images`; None where all shifts are zero, or r_ij are given anyway.
-    images : Tensor
-        (n_images, 3) int32 whole lattice vectors.
-    cutoff : float
-        How far the list reaches, Å; infinite where that is not known.
-    """
-
-    row_ptr: Tensor
-    neighbor: Tensor
-    image: Tensor | None
-    images: Tensor
-    cutoff: float = math.inf
-
-    @property
-    def n_local(self) -> int:
-        """Number of atoms that have neighbors listed; ghosts come after them."""
-        return self.row_ptr.shape[0] - 1
-
-    @property
-    def n_pairs(self) -> int:
-        """Number of pairs E."""
-        return self.neighbor.shape[0]
-
-
-def compact_neighbors(neighbors: NeighborList, n_local: int) -> CompactNeighbors:
-    """Pack a neighbor list for the kernels.
-
-    Parameters
-    ----------
-    neighbors : NeighborList
-        Sorted by center, on the CPU.
-    n_local : int
-        Number of local atoms: all centers are below it.
-
-    Raises
-    ------
-    ModelError
-        If it is not sorted, or the cell shifts span more than 65536 images.
-    """
-    n_pairs = neighbors.n_pairs
-    row_ptr = torch.empty(n_local + 1, dtype=torch.int64)
-    neighbor = torch.empty(n_pairs, dtype=torch.int32)
-    image = torch.empty(n_pairs, dtype=torch.uint16)
-    images = torch.empty(65536, 3, dtype=torch.int32)
-    lists = (neighbors.center, neighbors.neighbor, neighbors.shifts)
-    arrays = [_array(tensor, torch.int64) for tensor in lists]
-    out = [tensor.numpy() for tensor in (row_ptr, neighbor, image, images)]
-    n_images = _call(native().pack_pairs, *arrays, *out)
-    crossing = n_images > 1
-    return CompactNeighbors(
-        row_ptr,
-        neighbor,
-        image if crossing else None,
-        images[:n_images].clone(),
-        neighbors.cutoff,
-    )
 
 
 @dataclass(frozen=True)
@@ -313,7 +224,7 @@ def hipnn_pass(
         If an array does not fit.
     """
     shape, n_local = parameters.shape, neighbors.n_local
-    if r_ij.shape != (neighbors.n_pairs, 3) or r_ij.dtype not in _SUFFIX:
+    if r_ij.shape != (neighbors.n_pairs, 3) or r_ij.dtype not in SUFFIX:
         raise ModelError(
             f"r_ij must be ({neighbors.n_pairs}, 3) in float32 or float64, not "
             f"{tuple(r_ij.shape)} in {r_ij.dtype}"
@@ -327,14 +238,14 @@ def hipnn_pass(
     by_parameter = (
         torch.empty(shape.n_parameters, dtype=torch.float64) if parameter_gradient else None
     )
-    function = getattr(native(), f"pass_{_SUFFIX[parameters.dtype]}_{_SUFFIX[r_ij.dtype]}")
-    _call(
+    function = getattr(native(), f"pass_{SUFFIX[parameters.dtype]}_{SUFFIX[r_ij.dtype]}")
+    call(
         function,
         shape._native,
         parameters.flat().numpy(),
-        *_topology(species, neighbors),
-        _array(r_ij, r_ij.dtype),
-        None if weights is None else _array(weights, torch.float64),
+        *topology(species, neighbors),
+        array(r_ij, r_ij.dtype),
+        None if weights is None else array(weights, torch.float64),
         terms.numpy(),
         None if by_pair is None else by_pair.numpy(),
         None if by_parameter is None else by_parameter.numpy(),
@@ -408,15 +319,15 @@ def hipnn_md(
     total_virial = torch.empty(3, 3, dtype=torch.float64) if virial else None
     offsets = neighbors.images.to(torch.float64) @ cell.detach().to(torch.float64)
     dtype = torch.float64 if parameters is None else parameters.dtype
-    _call(
-        getattr(native(), f"md_{_SUFFIX[dtype]}"),
+    call(
+        getattr(native(), f"md_{SUFFIX[dtype]}"),
         None if parameters is None else parameters.shape._native,
         None if parameters is None else parameters.flat().numpy(),
-        *_topology(species, neighbors),
-        _array(positions, torch.float64),
+        *topology(species, neighbors),
+        array(positions, torch.float64),
         None if neighbors.image is None else neighbors.image.numpy(),
         offsets.numpy(),
-        None if zbl is None else _array(zbl.charge, torch.float64),
+        None if zbl is None else array(zbl.charge, torch.float64),
         COULOMB,
         0.0 if zbl is None else zbl.inner,
         0.0 if zbl is None else zbl.cutoff,
@@ -426,175 +337,6 @@ def hipnn_md(
         n_threads or torch.get_num_threads(),
     )
     return MdResult(energies, force, total_virial)
-
-
-def _array(tensor: Tensor, dtype: torch.dtype) -> Any:
-    """Contiguous numpy view (or copy, where dtype or strides differ) of a CPU tensor."""
-    return tensor.detach().to(dtype).contiguous().numpy()
-
-
-def _topology(species: Tensor, neighbors: CompactNeighbors) -> list[Any]:
-    return [
-        _array(species, torch.int32),
-        _array(neighbors.row_ptr, torch.int64),
-        _array(neighbors.neighbor, torch.int32),
-    ]
-
-
-def _call(function: Any, *arguments: Any) -> Any:
-    instruction_set()  # a wrong POTSTILL_SIMD is a setting to mend, not a fault of the model
-    try:
-        return function(*arguments)
-    except RuntimeError as error:
-        raise ModelError(f"native kernels: {error}") from None
-
-
-# -- the torch operator --------------------------------------------------------------------------
-
-
-@torch.library.custom_op("potstill::hipnn_weighted_energies", mutates_args=())
-def _weighted_energies(
-    species: Tensor,
-    row_ptr: Tensor,
-    neighbor: Tensor,
-    r_ij: Tensor,
-    weights: Tensor,
-    parameters: Sequence[Tensor],
-    sizes: Sequence[int],
-    lengths: Sequence[float],
-    gradient: bool,
-    parameter_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    result = hipnn_pass(
-        HipnnParameters(_unpack(sizes, lengths), tuple(parameters)),
-        species,
-        CompactNeighbors(row_ptr, neighbor, None, row_ptr.new_zeros(1, 3)),
-        r_ij,
-        weights,
-        gradient=gradient,
-        parameter_gradient=parameter_gradient,
-    )
-    total = (weights.to(torch.float64) * result.terms).sum()
-    by_pair, by_parameter = result.gradient, result.parameter_gradient
-    return (
-        total,
-        result.terms,
-        r_ij.new_empty(0, 3, dtype=parameters[0].dtype) if by_pair is None else by_pair,
-        total.new_empty(0) if by_parameter is None else by_parameter,
-    )
-
-
-@_weighted_energies.register_fake
-def _(
-    species: Tensor,
-    row_ptr: Tensor,
-    neighbor: Tensor,
-    r_ij: Tensor,
-    weights: Tensor,
-    parameters: Sequence[Tensor],
-    sizes: Sequence[int],
-    lengths: Sequence[float],
-    gradient: bool,
-    parameter_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n_parameters = sum(p.numel() for p in parameters) if parameter_gradient else 0
-    n_pairs = r_ij.shape[0] if gradient else 0
-    return (
-        r_ij.new_empty((), dtype=torch.float64),
-        r_ij.new_empty(weights.shape, dtype=torch.float64),
-        r_ij.new_empty((n_pairs, 3), dtype=parameters[0].dtype),
-        r_ij.new_empty(n_parameters, dtype=torch.float64),
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, _, r_ij, weights, parameters, *_ = inputs
-    _, terms, by_pair, by_parameter = output
-    ctx.set_materialize_grads(False)
-    ctx.dtypes = (r_ij.dtype, weights.dtype)
-    ctx.shapes = [(p.shape, p.dtype) for p in parameters]
-    # Saved as outputs of this operator: a second derivative leads back to it, and is refused.
-    ctx.save_for_backward(terms, by_pair, by_parameter)
-
-
-def _backward(
-    ctx: Any,
-    by_total: Tensor | None,
-    by_terms: Tensor | None,
-    by_by_pair: Tensor | None,
-    by_by_parameter: Tensor | None,
-) -> tuple[Any, ...]:
-    if by_terms is not None or by_by_pair is not None or by_by_parameter is not None:
-        raise ModelError(
-            "native kernels have first derivatives of the weighted sum only: for second "
-            "derivatives (iterated backpropagation, Hessians), or losses of the terms, use the "
-            "torch core"
-        )
-    nothing = (None,) * 10
-    if by_total is None:
-        return nothing
-    terms, by_pair, by_parameter = ctx.saved_tensors
-    r_type, weight_type = ctx.dtypes
-    for_pairs = (by_total * by_pair).to(r_type) if ctx.needs_input_grad[3] else None
-    for_weights = (by_total * terms).to(weight_type) if ctx.needs_input_grad[4] else None
-    for_parameters: list[Tensor | None] = [None] * len(ctx.shapes)
-    if by_parameter.shape[0] > 0:
-        parts = (by_total * by_parameter).split([shape.numel() for shape, _ in ctx.shapes])
-        for_parameters = [
-            part.view(shape).to(dtype)
-            for part, (shape, dtype) in zip(parts, ctx.shapes, strict=True)
-        ]
-    return (None, None, None, for_pairs, for_weights, for_parameters, None, None, None, None)
-
-
-_weighted_energies.register_autograd(_backward, setup_context=_save)
-
-
-def weighted_partial_energies(
-    parameters: HipnnParameters,
-    species: Tensor,
-    neighbors: CompactNeighbors,
-    r_ij: Tensor,
-    weights: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Sum over atoms and terms of weights x partial energies, for autograd.
-
-    First derivatives by `r_ij`, `weights` and every parameter are computed in the same call, in
-    native code, if they require gradients. It runs with `torch.get_num_threads()` threads.
-
-    Parameters
-    ----------
-    parameters, species, neighbors, r_ij
-        As for `hipnn_pass`.
-    weights : Tensor
-        (n_local, n_terms), any floating dtype.
-
-    Returns
-    -------
-    total : Tensor
-        Scalar, float64, differentiable once.
-    terms : Tensor
-        (n_local, n_terms) float64 partial energies, eV; not differentiable.
-
-    Raises
-    ------
-    ModelError
-        If an array does not fit; in the backward pass, if a second derivative or one of the terms
-        is asked for.
-    """
-    shape = parameters.shape
-    total, terms, _, _ = _weighted_energies(
-        species,
-        neighbors.row_ptr,
-        neighbors.neighbor,
-        r_ij,
-        weights,
-        list(parameters.tensors),
-        *_pack(shape),
-        torch.is_grad_enabled() and r_ij.requires_grad,
-        torch.is_grad_enabled() and any(p.requires_grad for p in parameters.tensors),
-    )
-    return total, terms
 
 
 class _WeightedEnergy(torch.autograd.Function):
@@ -632,9 +374,6 @@ def weighted_energy(
 ) -> Tensor:
     """Sum over atoms and terms of weights x partial energies, for training.
 
-    In small batches the dispatch of a torch operator costs more than the kernels do; this is the
-    total of `weighted_partial_energies` without it, and with gradients by the parameters alone.
-
     Parameters
     ----------
     parameters, species, neighbors, r_ij
@@ -655,32 +394,3 @@ def weighted_energy(
     arguments = (parameters, species, neighbors, r_ij, weights)
     total: Tensor = _WeightedEnergy.apply(*arguments, *parameters.tensors)
     return total
-
-
-def _pack(shape: HipnnShape) -> tuple[list[int], list[float]]:
-    """Numbers that a torch operator can take in place of a shape."""
-    sizes = [
-        shape.n_species,
-        shape.n_features,
-        shape.n_sensitivities,
-        shape.l_max,
-        shape.n_interaction_layers,
-        shape.n_atom_layers,
-        _CUTOFF_FUNCTIONS.index(shape.cutoff_function),
-    ]
-    return sizes, [shape.cutoff, shape.cusp_reg]
-
-
-def _unpack(sizes: Sequence[int], lengths: Sequence[float]) -> HipnnShape:
-    n_species, n_features, n_sensitivities, l_max, n_interaction_layers, n_atom_layers, f = sizes
-    return HipnnShape(
-        n_species,
-        n_features,
-        n_sensitivities,
-        l_max,
-        n_interaction_layers,
-        n_atom_layers,
-        lengths[0],
-        lengths[1],
-        _CUTOFF_FUNCTIONS[f],
-    )
