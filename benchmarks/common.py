@@ -85,7 +85,8 @@ def md_step(atoms: ase.Atoms) -> Step:
 
 def potstill_training_set(n_systems: int, repeat: int = 3) -> TrainingSet:
     """Structures of 4 repeat^3 atoms with labels."""
-    from potstill.structures import Properties, SpeciesTable, Structures
+    from potstill.species import SpeciesTable
+    from potstill.structures import Properties, Structures
     from potstill.train import TrainingSet
 
     table = SpeciesTable.from_symbols(["Al"])

@@ -29,7 +29,8 @@ from common import ANI_AL, STUDENT
 from potstill.distill import LossTerm
 from potstill.evaluate.base import machine_description
 from potstill.models import build_model
-from potstill.structures import Properties, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Properties, Structures
 from potstill.train import TrainingSet, TrainSettings
 from potstill.train.compilation import CompiledPasses
 from potstill.train.devices import default_fabric

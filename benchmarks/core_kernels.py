@@ -28,7 +28,8 @@ from potstill.core.base import native
 from potstill.evaluate.base import machine_description
 from potstill.models import HIPNN
 from potstill.neighbors import build_neighbor_list, pair_vectors
-from potstill.structures import SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 
 RESULTS = Path(__file__).parent / "results" / "core_kernels.json"
 CUTOFF = 7.5

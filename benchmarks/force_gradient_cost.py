@@ -42,7 +42,8 @@ from potstill.evaluate.base import machine_description
 from potstill.models import Potential, build_model
 from potstill.models.base import Core
 from potstill.report.plots import Look, Panel, Series, write_figure
-from potstill.structures import Properties, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Properties, Structures
 from potstill.train import TrainingSet, TrainSettings
 from potstill.train.devices import default_fabric
 from potstill.train.force_gradient import ForceGradient, NetworkPasses

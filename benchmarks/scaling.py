@@ -39,7 +39,8 @@ from potstill.evaluate.base import machine_description
 from potstill.models import HIPNN
 from potstill.neighbors import build_neighbor_list
 from potstill.report.plots import Look, Panel, Series, write_figure
-from potstill.structures import SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 

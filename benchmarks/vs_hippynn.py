@@ -38,7 +38,8 @@ from potstill.distill.losses import error_measure
 from potstill.evaluate.base import machine_description
 from potstill.models import HIPNN
 from potstill.neighbors import build_neighbor_list, pair_vectors
-from potstill.structures import SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 
 RESULTS = Path(__file__).parent / "results" / "vs_hippynn.json"
 SIZES = {

@@ -79,7 +79,7 @@ def training_step(model: torch.nn.Module, predict: Predict) -> Step:
 
 def potstill_steps(kind: str, repeat: int) -> dict[str, Step]:
     from potstill.models import build_model
-    from potstill.structures import SpeciesTable
+    from potstill.species import SpeciesTable
 
     settings: dict[str, Any] = {
         "hipnn": {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.models import Edges, LocalOutput, Potential, TapSpec
-from potstill.structures import SpeciesTable
+from potstill.species import SpeciesTable
 
 
 class Tapped(Potential):

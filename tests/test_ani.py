@@ -12,7 +12,8 @@ from data import data_path
 from potstill.errors import ModelError, TeacherError
 from potstill.models import ANI, Edges
 from potstill.neighbors import build_neighbor_list, pair_vectors
-from potstill.structures import SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 from potstill.teachers import load_ani_al
 from potstill.testing import contract_structures
 

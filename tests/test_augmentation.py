@@ -37,7 +37,8 @@ from potstill.sample import (
     random_jitter,
 )
 from potstill.sample.jitter import discrepancy
-from potstill.structures import Properties, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Properties, Structures
 from potstill.teachers import PotentialTeacher, Teacher, make_teacher
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.augment import Augmentation

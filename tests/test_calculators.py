@@ -16,7 +16,8 @@ from potstill.calculators import ExtrapolationWarning, PotstillCalculator
 from potstill.checkpoint import save_potential
 from potstill.errors import DataError, ModelError
 from potstill.models import ANI, ZBL, SpeciesOffsets, SumPotential
-from potstill.structures import SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 
 TABLE = SpeciesTable.from_symbols(["Cu", "Au"])
 

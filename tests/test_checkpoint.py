@@ -12,8 +12,10 @@ from ase.build import molecule
 from potstill import checkpoint
 from potstill.checkpoint import load_potential, potential_fingerprint, save_potential
 from potstill.errors import ModelError
+from potstill.files import write_atomically
 from potstill.models import HIPNN, ZBL, SpeciesOffsets, SumPotential
-from potstill.structures import SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 
 
 def _potential(seed: int = 0) -> SumPotential:
@@ -91,13 +93,13 @@ def test_a_pickled_object_is_never_loaded(tmp_path: Path) -> None:
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    checkpoint.write_atomically(path, lambda file: file.write(b"old"))
+    write_atomically(path, lambda file: file.write(b"old"))
 
     def fail(file: object) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomically(path, fail)
+        write_atomically(path, fail)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     plain = tmp_path / "plain"

@@ -34,7 +34,8 @@ from potstill.models import HIPNN, SumPotential
 from potstill.models.base import LocalOutput, Potential, TapSpec
 from potstill.neighbors import build_neighbor_list
 from potstill.readers import read
-from potstill.structures import Properties, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Properties, Structures
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.workflows.base import Display, Task
 from potstill.workflows.cka import compare_features

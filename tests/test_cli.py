@@ -16,8 +16,8 @@ from potstill import __version__
 from potstill.checkpoint import save_potential
 from potstill.cli import app, base
 from potstill.models import HIPNN, SpeciesOffsets, SumPotential
+from potstill.species import SpeciesTable
 from potstill.store import LabelledStore
-from potstill.structures import SpeciesTable
 
 TRAIN = """
 out: FOLDER/run

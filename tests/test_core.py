@@ -24,7 +24,8 @@ from potstill.models import HIPNN
 from potstill.models.base import Edges
 from potstill.models.prior import ZBL
 from potstill.neighbors import build_neighbor_list, pair_vectors
-from potstill.structures import NeighborList, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import NeighborList, Structures
 
 if not core.available():
     pytest.skip(f"no native kernels: {core.why_unavailable()}", allow_module_level=True)

@@ -14,7 +14,8 @@ from potstill.calculators import PotstillCalculator
 from potstill.errors import DataError, ModelError
 from potstill.models import HIPNN
 from potstill.neighbors import build_neighbor_list
-from potstill.structures import SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 from test_neighbors import CASES, keys, rattled
 
 if not core.available():

@@ -18,7 +18,8 @@ from potstill.evaluate.nve import run_nve
 from potstill.models import ZBL, PaiNN, SpeciesOffsets, SumPotential
 from potstill.sample import MDJob
 from potstill.sample.md import run_md
-from potstill.structures import SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 from potstill.teachers.potential import PotentialTeacher
 from potstill.testing import contract_structures
 

@@ -14,7 +14,7 @@ from potstill.checkpoint import save_potential
 from potstill.cli import app
 from potstill.config import FeatureStudyConfig, TrainConfig, load_study
 from potstill.models import HIPNN
-from potstill.structures import SpeciesTable
+from potstill.species import SpeciesTable
 from potstill.train import TrainSettings
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

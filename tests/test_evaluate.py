@@ -40,7 +40,8 @@ from potstill.evaluate.rdf import (
 )
 from potstill.evaluate.speed import md_speed
 from potstill.models.prior import ZBL
-from potstill.structures import Properties, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Properties, Structures
 from potstill.units import GPA
 
 

@@ -11,7 +11,7 @@ import torch
 
 from potstill.checkpoint import load_potential
 from potstill.models import Potential, build_model
-from potstill.structures import SpeciesTable
+from potstill.species import SpeciesTable
 from potstill.teachers import PotentialTeacher
 from potstill.teachers.base import TeacherInfo
 from potstill.train import TrainingSet, TrainSettings, train

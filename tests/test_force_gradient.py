@@ -33,7 +33,8 @@ from potstill.models import (
     SumPotential,
 )
 from potstill.neighbors import build_neighbor_list, pair_vectors
-from potstill.structures import Properties, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Properties, Structures
 from potstill.testing import CONTRACT
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.devices import default_fabric

@@ -30,7 +30,8 @@ from potstill.models.gemnet_oc.graphs import TIE, Graphs, Groups, reverse_pairs
 from potstill.models.gemnet_oc.interactions import Bilinear
 from potstill.models.gemnet_oc.layers import ScaleFactor, he_orthogonal_
 from potstill.neighbors import build_neighbor_list, pair_vectors
-from potstill.structures import Properties, Species, SpeciesTable, Structures
+from potstill.species import Species, SpeciesTable
+from potstill.structures import Properties, Structures
 from potstill.testing import (
     check_batched_equals_single,
     check_extensivity,

@@ -23,7 +23,8 @@ from potstill.radial import (
     gaussian_basis,
     polynomial_envelope,
 )
-from potstill.structures import Properties, Species, SpeciesTable, Structures
+from potstill.species import Species, SpeciesTable
+from potstill.structures import Properties, Structures
 from potstill.testing import contract_structures
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.settings import (

@@ -9,7 +9,8 @@ from ase.build import bulk
 from potstill.errors import ConfigError, ModelError
 from potstill.models import HIPNN
 from potstill.models.hipnn import CUTOFF_FUNCTIONS, hierarchicality
-from potstill.structures import SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 
 AL = SpeciesTable.from_symbols(["Al"])
 

@@ -12,7 +12,8 @@ from ase.build import bulk, molecule
 
 from potstill.models.hipnn import HIPNN, Residual, hierarchicality
 from potstill.neighbors import build_neighbor_list, pair_vectors
-from potstill.structures import SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -14,7 +14,8 @@ from potstill.errors import DataError, ModelError
 from potstill.models import SNAP, Edges
 from potstill.models.linear import clebsch_gordan, component_labels
 from potstill.neighbors import build_neighbor_list, pair_vectors
-from potstill.structures import SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 from potstill.testing import contract_structures
 
 ALL = ["energy", "forces", "stress", "atomic_energies"]

@@ -8,7 +8,8 @@ import torch
 
 from potstill.errors import ConfigError, DataError, MissingLabelError
 from potstill.models import SNAP, ZBL
-from potstill.structures import Properties, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Properties, Structures
 from potstill.testing import contract_structures
 from potstill.train.linear import fit_linear
 

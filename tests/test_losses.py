@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from potstill.distill import LossTerm, Schedule, required_signals
 from potstill.distill.losses import check_signals, error_measure, error_sums
 from potstill.errors import MissingLabelError
-from potstill.structures import Properties, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Properties, Structures
 
 
 def _structures(sizes: list[int]) -> Structures:

@@ -12,7 +12,8 @@ import torch
 from potstill.errors import DataError
 from potstill.metrics import ErrorAccumulator
 from potstill.properties import property_spec
-from potstill.structures import Properties, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Properties, Structures
 
 SIZES = (3, 1, 7, 4, 2, 5)
 

@@ -24,7 +24,7 @@ from potstill.models import (
     SumPotential,
     TapSpec,
 )
-from potstill.structures import Species, SpeciesTable
+from potstill.species import Species, SpeciesTable
 from potstill.testing import CONTRACT, contract_structures
 
 ONE = SpeciesTable.from_symbols(["Al"])

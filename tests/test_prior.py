@@ -7,7 +7,8 @@ import pytest
 from lammps_engine import run_lammps
 from potstill.errors import ModelError
 from potstill.models import ZBL
-from potstill.structures import SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 
 TABLE = SpeciesTable.from_symbols(["Be", "Ta"])
 

@@ -43,7 +43,8 @@ from potstill.report.plots import Panel, Series, looks, write_figure
 from potstill.report.run import verdicts
 from potstill.report.tables import METRICS, Spread, Table, number
 from potstill.report.verdicts import compare, over_sizes, sentence
-from potstill.structures import Properties, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Properties, Structures
 
 MODELS = ("student", "control_wf10", "teacher")
 SCALE = {"student": 1.0, "control_wf10": 1.2, "teacher": 0.0}

@@ -27,7 +27,8 @@ from potstill.evaluate.speed import inference_throughput
 from potstill.metrics import ErrorAccumulator, Estimate, S2EFAccumulator
 from potstill.models import HIPNN
 from potstill.report.plots import progress_panels
-from potstill.structures import Properties, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Properties, Structures
 from potstill.workflows.evaluation import evaluate
 from potstill.workflows.inspection import result_cards
 

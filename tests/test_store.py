@@ -13,8 +13,9 @@ import torch
 
 import potstill.store as store_module
 from potstill.errors import DataError, StoreError
+from potstill.species import Species, SpeciesTable
 from potstill.store import LabelledStore
-from potstill.structures import Properties, Species, SpeciesTable, Structures
+from potstill.structures import Properties, Structures
 
 
 def frames(n=6):

@@ -10,13 +10,8 @@ from ase.units import fs
 
 from potstill.errors import DataError
 from potstill.neighbors import build_neighbor_list, pair_vectors
-from potstill.structures import (
-    Properties,
-    Species,
-    SpeciesTable,
-    Structures,
-    merge_species_tables,
-)
+from potstill.species import Species, SpeciesTable, merge_species_tables
+from potstill.structures import Properties, Structures
 
 
 def frames():
@@ -161,6 +156,28 @@ def test_unknown_species_are_named_with_their_frame():
     batch = Structures.from_ase(frames())
     with pytest.raises(DataError, match=r"slab\.xyz:0 holds Al, which is not among"):
         batch.select([1]).with_species_table(SpeciesTable.from_symbols(["H", "O"]))
+
+
+def test_beads_keep_their_names_and_masses_through_ase(tmp_path):
+    table = SpeciesTable((Species("H", 1.008, 1), Species("head", 72.0), Species("tail", 56.5)))
+    one = Structures(
+        positions=torch.arange(15.0, dtype=torch.float64).reshape(5, 3),
+        species=torch.tensor([0, 2, 1, 2, 1]),
+        system_index=torch.tensor([0, 0, 0, 1, 1]),
+        cell=10.0 * torch.eye(3, dtype=torch.float64).expand(2, 3, 3),
+        pbc=torch.ones(2, 3, dtype=torch.bool),
+        species_table=table,
+    )
+    assert Structures.from_ase(one.to_ase(), table=table).species.equal(one.species)
+    ase.io.write(tmp_path / "beads.xyz", one.to_ase())
+    again = Structures.from_ase(ase.io.read(tmp_path / "beads.xyz", ":"))
+    assert again.species_table.names == ("H", "tail", "head")
+    assert again.masses.equal(one.masses)
+    assert [again.species_table.names[k] for k in again.species] == [
+        table.names[k] for k in one.species
+    ]
+    with pytest.raises(DataError, match="holds tail, which is not among the species H, head"):
+        Structures.from_ase(one.to_ase(), table=SpeciesTable(table.entries[:2]))
 
 
 def test_beads_come_after_elements():

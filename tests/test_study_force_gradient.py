@@ -10,7 +10,8 @@ import torch
 
 from data import data_path
 from potstill.models import ANI, SNAP
-from potstill.structures import Properties, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Properties, Structures
 from potstill.train import TrainingSet, TrainSettings
 from potstill.train.settings import LearningRateSettings, OptimizerSettings
 

@@ -19,7 +19,8 @@ from potstill.checkpoint import save_potential
 from potstill.errors import OptionalDependencyError, TeacherError
 from potstill.models import ANI, SpeciesOffsets, SumPotential
 from potstill.properties import PROPERTIES
-from potstill.structures import SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 from potstill.teachers import (
     AseTeacher,
     CommitteeTeacher,

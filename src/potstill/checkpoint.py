@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,9 @@ from typing import Any
 import torch
 
 from potstill.errors import ModelError
+from potstill.files import write_atomically
 from potstill.models import Potential, build_model
-from potstill.structures import SpeciesTable
+from potstill.species import SpeciesTable
 
 FORMAT_VERSION = 1
 
@@ -116,23 +115,3 @@ def potential_fingerprint(potential: Potential) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def write_atomically(path: str | Path, write: Callable[[Any], None]) -> None:
-    """Call `write(file)` on a temporary binary file beside `path`, then put it in place.
-
-    A reader, or a run killed at any moment, sees either the old file or the new one.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files can be read by their owner alone, and results are to be shared.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

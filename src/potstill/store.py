@@ -28,16 +28,10 @@ from torch import Tensor
 
 from potstill.errors import DataError, StoreError, suggest
 from potstill.features import Feature
+from potstill.files import write_atomically
 from potstill.properties import PROPERTIES, property_spec
-from potstill.structures import (
-    NEUTRAL,
-    NeighborList,
-    Properties,
-    SpeciesTable,
-    Structures,
-    merge_species_tables,
-    offsets_from_counts,
-)
+from potstill.species import SpeciesTable, merge_species_tables
+from potstill.structures import NEUTRAL, NeighborList, Properties, Structures, offsets_from_counts
 
 FORMAT = "potstill labelled store"
 FORMAT_VERSION = 1
@@ -806,13 +800,7 @@ def _read_commit(path: Path) -> dict[str, Any]:
 
 
 def _write_commit(path: Path, state: Mapping[str, Any]) -> None:
-    """Replace the record in one step that survives a kill and, as fsync goes, a power cut."""
-    new = path / f"{_COMMIT}.new"
-    with open(new, "w", encoding="utf-8") as file:
-        json.dump(state, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path / _COMMIT)
+    write_atomically(path / _COMMIT, json.dumps(state, indent=1))
 
 
 @contextlib.contextmanager

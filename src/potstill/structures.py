@@ -7,94 +7,18 @@ tensors. N is the number of atoms, S of systems, E of pairs over the whole batch
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import ase
 import numpy as np
 import torch
-from ase.data import atomic_masses, atomic_numbers, chemical_symbols
-from ase.units import fs as _ASE_FS
 from torch import Tensor
 
+from potstill.ase_bridge import fields_of, make_atoms
 from potstill.errors import DataError
 from potstill.properties import property_spec
-
-
-@dataclass(frozen=True)
-class Species:
-    """One kind of atom or bead: its name, mass in amu and atomic number (None for a bead)."""
-
-    name: str
-    mass: float
-    atomic_number: int | None = None
-
-
-@dataclass(frozen=True)
-class SpeciesTable:
-    """The ordered species that indices in `Structures.species` point into."""
-
-    entries: tuple[Species, ...]
-
-    def __post_init__(self) -> None:
-        if len({entry.name for entry in self.entries}) != len(self.entries):
-            raise DataError(f"species table names a species twice: {self.names}")
-
-    @classmethod
-    def from_symbols(cls, symbols: Iterable[str]) -> SpeciesTable:
-        """Make a table of chemical elements, sorted by atomic number."""
-        numbers = []
-        for symbol in set(symbols):
-            if symbol not in atomic_numbers:
-                raise DataError(f"'{symbol}' is not a chemical symbol")
-            numbers.append(atomic_numbers[symbol])
-        return cls.from_atomic_numbers(numbers)
-
-    @classmethod
-    def from_atomic_numbers(cls, numbers: Iterable[int]) -> SpeciesTable:
-        """Make a table of chemical elements, sorted by atomic number."""
-        return cls(
-            tuple(
-                Species(chemical_symbols[z], float(atomic_masses[z]), int(z))
-                for z in sorted({int(z) for z in numbers})
-            )
-        )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names in order."""
-        return tuple(entry.name for entry in self.entries)
-
-    @property
-    def masses(self) -> Tensor:
-        """(n_species,) masses in amu, float64."""
-        return torch.tensor([entry.mass for entry in self.entries], dtype=torch.float64)
-
-    @property
-    def atomic_numbers(self) -> Tensor:
-        """(n_species,) atomic numbers; -1 for a bead."""
-        return torch.tensor(
-            [-1 if e.atomic_number is None else e.atomic_number for e in self.entries],
-            dtype=torch.int64,
-        )
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def index(self, name: str) -> int:
-        """Position of the species called `name`."""
-        return self.names.index(name)
-
-    def to_json(self) -> list[dict]:
-        """Plain lists and numbers, for metadata."""
-        return [
-            {"name": e.name, "mass": e.mass, "atomic_number": e.atomic_number} for e in self.entries
-        ]
-
-    @classmethod
-    def from_json(cls, data: Sequence[Mapping]) -> SpeciesTable:
-        """Inverse of `to_json`."""
-        return cls(tuple(Species(d["name"], d["mass"], d["atomic_number"]) for d in data))
+from potstill.species import SpeciesTable, merge_species_tables
 
 
 @dataclass(frozen=True)
@@ -361,93 +285,31 @@ class Structures:
         """Take positions, cell, pbc, constraints and tags from ASE; labels are the readers' work.
 
         `group` is `info["config_type"]` and `frame_id` is `info["frame_id"]` where present;
-        `charge` and `spin_multiplicity` are `info["charge"]` and `info["spin"]`.
+        `charge` and `spin_multiplicity` are `info["charge"]` and `info["spin"]`. Atoms of ASE's
+        dummy element X become beads, named by the array `species_name`.
         """
-        from ase.constraints import FixAtoms
-
-        if isinstance(frames, ase.Atoms):
-            frames = [frames]
-        if table is None:
-            table = SpeciesTable.from_atomic_numbers(z for a in frames for z in a.numbers)
-        lookup = {e.atomic_number: k for k, e in enumerate(table.entries)}
-        species: list[int] = []
-        for k, atoms in enumerate(frames):
-            for z in set(atoms.numbers.tolist()) - set(lookup):
-                raise DataError(
-                    f"{atoms.info.get('frame_id', f'frame {k}')} holds {chemical_symbols[z]}, "
-                    f"which is not among the species {', '.join(table.names)}"
-                )
-            species.extend(lookup[z] for z in atoms.numbers.tolist())
-        fixed = np.zeros(len(species), dtype=np.bool_)
-        start = 0
-        for atoms in frames:
-            for constraint in atoms.constraints:
-                if isinstance(constraint, FixAtoms):
-                    fixed[start + constraint.index] = True
-            start += len(atoms)
-        tags = np.concatenate([a.get_tags() for a in frames]) if frames else np.zeros(0, int)
-        moving = any(a.has("momenta") for a in frames)
-        velocity = [a.get_velocities() * _ASE_FS for a in frames] if moving else None
-        optional: dict = {}
-        if velocity is not None:
-            optional["velocities"] = torch.from_numpy(np.concatenate(velocity))
-        for name, key in (("charge", "charge"), ("spin_multiplicity", "spin")):
-            if frames and all(key in a.info for a in frames):
-                optional[name] = torch.tensor(
-                    [float(a.info[key]) for a in frames], dtype=torch.float64
-                )
-        for name, key in (("group", "config_type"), ("frame_id", "frame_id")):
-            if any(key in a.info for a in frames):
-                optional[name] = tuple(str(a.info.get(key, "")) for a in frames)
-        return cls(
-            positions=torch.from_numpy(
-                np.concatenate([a.positions for a in frames]) if frames else np.zeros((0, 3))
-            ).to(torch.float64),
-            species=torch.tensor(species, dtype=torch.int64),
-            system_index=torch.repeat_interleave(
-                torch.arange(len(frames)), torch.tensor([len(a) for a in frames], dtype=torch.int64)
-            ),
-            cell=torch.from_numpy(
-                np.array([a.cell.array for a in frames], dtype=float).reshape(-1, 3, 3)
-            ),
-            pbc=torch.from_numpy(np.array([a.pbc for a in frames], dtype=bool).reshape(-1, 3)),
-            species_table=table,
-            fixed=torch.from_numpy(fixed) if fixed.any() else None,
-            tags=torch.from_numpy(tags.astype(np.int64)) if tags.any() else None,
-            **optional,
-        )
+        return cls(**fields_of([frames] if isinstance(frames, ase.Atoms) else frames, table))
 
     def to_ase(self) -> list[ase.Atoms]:
-        """One `ase.Atoms` per system; beads become ASE's dummy element X."""
-        from ase.constraints import FixAtoms
-
-        numbers = self.atomic_numbers.clamp(min=0).cpu().numpy()
-        offsets = self.atom_offsets.tolist()
+        """One `ase.Atoms` per system; beads become ASE's dummy element X and keep their names."""
+        offsets, species = self.atom_offsets.tolist(), self.species.tolist()
+        arrays = {
+            name: value.cpu().numpy()
+            for name in ("positions", "velocities", "tags", "fixed", "cell", "pbc")
+            if (value := getattr(self, name)) is not None
+        }
         frames = []
         for s in range(self.n_systems):
-            part = slice(offsets[s], offsets[s + 1])
-            atoms = ase.Atoms(
-                numbers=numbers[part],
-                positions=self.positions[part].cpu().numpy(),
-                cell=self.cell[s].cpu().numpy(),
-                pbc=self.pbc[s].cpu().numpy(),
-                masses=self.masses[part].cpu().numpy(),
-            )
-            if self.velocities is not None and bool(self.velocities[part].isfinite().all()):
-                atoms.set_velocities(self.velocities[part].cpu().numpy() / _ASE_FS)
-            if self.tags is not None:
-                atoms.set_tags(self.tags[part].cpu().numpy())
-            if self.fixed is not None and bool(self.fixed[part].any()):
-                atoms.set_constraint(FixAtoms(mask=self.fixed[part].cpu().numpy()))
-            if self.group is not None and self.group[s]:
-                atoms.info["config_type"] = self.group[s]
-            if self.frame_id is not None and self.frame_id[s]:
-                atoms.info["frame_id"] = self.frame_id[s]
-            if self.charge is not None:
-                atoms.info["charge"] = float(self.charge[s])
-            if self.spin_multiplicity is not None:
-                atoms.info["spin"] = float(self.spin_multiplicity[s])
-            frames.append(atoms)
+            atoms = slice(offsets[s], offsets[s + 1])
+            own = {
+                name: value[s if name in ("cell", "pbc") else atoms]
+                for name, value in arrays.items()
+            }
+            for name in SYSTEM_FIELDS:
+                if (value := getattr(self, name)) is not None:
+                    own[name] = value[s] if isinstance(value, tuple) else float(value[s])
+            entries = [self.species_table.entries[k] for k in species[atoms]]
+            frames.append(make_atoms(entries, **own))
         return frames
 
     def fingerprints(self) -> list[str]:
@@ -706,17 +568,6 @@ def expand_ranges(offsets: Tensor, systems: Tensor) -> Tensor:
     ends = offsets_from_counts(counts)
     inside = torch.arange(int(ends[-1])) - torch.repeat_interleave(ends[:-1], counts)
     return inside + torch.repeat_interleave(starts, counts)
-
-
-def merge_species_tables(tables: Sequence[SpeciesTable]) -> SpeciesTable:
-    """Union of tables: elements sorted by atomic number, then beads in order of appearance."""
-    entries = list(dict.fromkeys(entry for table in tables for entry in table.entries))
-    elements = sorted((e for e in entries if e.atomic_number is not None), key=_atomic_number)
-    return SpeciesTable((*elements, *(e for e in entries if e.atomic_number is None)))
-
-
-def _atomic_number(entry: Species) -> int:
-    return entry.atomic_number or 0
 
 
 def _check_shape(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

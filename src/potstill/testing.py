@@ -36,7 +36,8 @@ from potstill.models.base import (
     virial_from_pairs,
 )
 from potstill.neighbors import build_neighbor_list, pair_vectors
-from potstill.structures import SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 
 _ALL = ("energy", "forces", "stress", "atomic_energies")
 

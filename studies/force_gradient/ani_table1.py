@@ -27,11 +27,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from potstill.checkpoint import load_potential, save_potential, write_atomically
+from potstill.checkpoint import load_potential, save_potential
 from potstill.config import load_config
 from potstill.distill import LossTerm
 from potstill.errors import ConfigError, PotstillError
 from potstill.evaluate.base import machine_description
+from potstill.files import write_atomically
 from potstill.models import ANI, Edges, SpeciesOffsets, SumPotential
 from potstill.neighbors import pair_vectors
 from potstill.structures import Structures
@@ -323,7 +324,7 @@ def run_cell(config: Table1Config, name: str, kind: str, folder: Path, split: Sp
     # So that ensembles of unequal size can be compared.
     record["ensemble_of_as_many"] = judge(split, ensemble(members[: config.force_members]))
     text = json.dumps(record, indent=1)
-    write_atomically(file, lambda f: f.write(text.encode()))
+    write_atomically(file, text)
 
 
 def judge(split: Split, network: ANI) -> dict[str, float]:
@@ -398,7 +399,7 @@ def claim(folder: Path, config: Table1Config) -> None:
     text = config.model_dump_json(indent=1)
     if file.is_file() and json.loads(file.read_text()) != json.loads(text):
         raise ConfigError(f"{folder} holds runs of another config: choose another folder")
-    write_atomically(file, lambda f: f.write(text.encode()))
+    write_atomically(file, text)
 
 
 def write_results(file: Path, config: Table1Config, columns: dict[str, Any]) -> None:

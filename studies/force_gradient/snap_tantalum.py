@@ -35,7 +35,8 @@ from potstill.models import SNAP, ZBL, Edges, Potential, SumPotential
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.readers import read
 from potstill.report.plots import Look, Panel, Series, write_figure
-from potstill.structures import NeighborList, Properties, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import NeighborList, Properties, Structures
 from potstill.train.linear import LinearFit, fit_linear
 from potstill.train.state import versions
 from potstill.units import GPA, PRESSURE

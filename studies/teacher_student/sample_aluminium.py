@@ -35,8 +35,9 @@ from ase.build import bulk, fcc100, fcc110, fcc111
 
 from potstill import __version__
 from potstill.errors import ConfigError, DataError, PotstillError, require
+from potstill.files import write_atomically
 from potstill.sample import RattleJob, random_strain
-from potstill.sample.base import make_generator, write_atomic
+from potstill.sample.base import make_generator
 from potstill.sample.rattle import shortest_distance
 from potstill.structures import Structures
 
@@ -469,7 +470,7 @@ def make_file(engine: Engine, path: Path, n: int, seed: int, stream: int, max_at
     note = parts / "settings.json"
     if note.exists() and json.loads(note.read_text()) != settings:
         raise ConfigError(f"{parts} was begun with other settings: remove it")
-    write_atomic(note, lambda handle: handle.write(json.dumps(settings).encode()))
+    write_atomically(note, json.dumps(settings))
     begun = time.monotonic()
     for start in range(0, n, CHUNK):
         part = parts / f"{start:06d}.xyz"
@@ -478,12 +479,12 @@ def make_file(engine: Engine, path: Path, n: int, seed: int, stream: int, max_at
             frames = [make_structure(engine, seed, stream, k, max_atoms) for k in numbers]
             text = io.StringIO()
             ase.io.write(text, frames, format="extxyz")
-            write_atomic(part, lambda handle, t=text: handle.write(t.getvalue().encode()))
+            write_atomically(part, text.getvalue())
         print(f"{path.name}: {min(start + CHUNK, n)} of {n}, {time.monotonic() - begun:.0f} s")
     record = {"settings": settings, "potential": POTENTIAL, "versions": versions(engine)}
-    write_atomic(done, lambda handle: handle.write(json.dumps(record, indent=1).encode()))
+    write_atomically(done, json.dumps(record, indent=1))
     joined = b"".join(p.read_bytes() for p in sorted(parts.glob("*.xyz")))
-    write_atomic(path, lambda handle: handle.write(joined))
+    write_atomically(path, joined)
     shutil.rmtree(parts)
 
 

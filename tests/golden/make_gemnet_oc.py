@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from potstill.neighbors import build_neighbor_list, pair_vectors
-from potstill.structures import SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 
 OUTPUT = Path(__file__).with_name("gemnet_oc_fairchem.json")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from potstill.errors import ModelError
 from potstill.models.base import Edges, LocalOutput, Potential, TapSpec
-from potstill.structures import SpeciesTable
+from potstill.species import SpeciesTable
 
 # Angles enter as arccos(0.95 cos(theta)), which keeps their derivative finite at 0 and 180 degrees.
 _COSINE_SCALE = 0.95

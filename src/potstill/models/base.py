@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from potstill.core import CompactNeighbors, HipnnParameters, MdResult, ZblParameters, hipnn_md
 from potstill.errors import ModelError, suggest
 from potstill.neighbors import build_neighbor_list, pair_vectors
-from potstill.structures import NeighborList, Properties, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import NeighborList, Properties, Structures
 
 #: `auto` takes native kernels where they serve a model, its device and precision, else PyTorch's.
 Core = Literal["auto", "native", "torch"]

@@ -39,7 +39,8 @@ from potstill.models.base import (
     TapSpec,
     refuse_ghosts,
 )
-from potstill.structures import SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 
 #: Independent components of the tensors of rank 0, 1 and 2 (traceless and symmetric).
 _N_COMPONENTS = (1, 3, 5)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from potstill.errors import DataError, ModelError, suggest
 from potstill.models.base import Edges, LocalOutput, Potential, TapSpec
-from potstill.structures import SpeciesTable
+from potstill.species import SpeciesTable
 
 # Atoms are worked on in blocks of similar neighbor number: little padding, short vectors in cache.
 _BLOCK = 512

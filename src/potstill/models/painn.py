@@ -25,7 +25,7 @@ from potstill.models.base import (
     xavier_linear,
 )
 from potstill.radial import bessel_basis, cosine_envelope, gaussian_basis, polynomial_envelope
-from potstill.structures import SpeciesTable
+from potstill.species import SpeciesTable
 
 Variant = Literal["original", "ocp"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from potstill.core import ZblParameters
 from potstill.errors import ModelError
 from potstill.models.base import Edges, LocalOutput, NativeParts, Potential
-from potstill.structures import SpeciesTable
+from potstill.species import SpeciesTable
 from potstill.units import COULOMB
 
 # Ziegler, Biersack, Littmark, "The Stopping and Range of Ions in Solids" (1985): the universal

@@ -24,7 +24,7 @@ from potstill.models.base import (
     xavier_linear,
 )
 from potstill.radial import cosine_envelope, gaussian_basis
-from potstill.structures import SpeciesTable
+from potstill.species import SpeciesTable
 
 #: Hyper-parameters of Ekström Kelvinius et al. (Table 5) by data set.
 SCHNET: dict[str, dict[str, Any]] = {

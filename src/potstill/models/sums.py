@@ -18,7 +18,8 @@ from potstill.models.base import (
     Potential,
     TapSpec,
 )
-from potstill.structures import SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 
 
 class SpeciesOffsets(Potential):

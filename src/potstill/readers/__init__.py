@@ -27,7 +27,8 @@ from potstill.readers.splits import split_by_group as split_by_group
 from potstill.readers.splits import split_by_seed as split_by_seed
 from potstill.readers.splits import split_from_file as split_from_file
 from potstill.readers.splits import write_split as write_split
-from potstill.structures import Properties, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Properties, Structures
 
 Reader = Callable[[Path, KeyMap, slice], tuple[Iterator[Frame], Units]]
 

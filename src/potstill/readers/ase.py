@@ -17,11 +17,10 @@ import ase
 import ase.io
 import ase.io.jsonio
 import numpy as np
-from ase.constraints import FixAtoms, FixCartesian
 from ase.db.row import AtomsRow
 from ase.io.extxyz import read_xyz
-from ase.units import fs as _ASE_FS
 
+from potstill.ase_bridge import fixed_atoms, velocities_of
 from potstill.errors import DataError
 from potstill.readers.base import ASE_UNITS, Frame, KeyMap, Shard, Units, open_shards, pick_label
 
@@ -202,7 +201,7 @@ def _frame(path: Path, k: int, atoms: ase.Atoms, keys: KeyMap, where: str = "") 
     where = where or f"{path}, frame {k}"
     held = _held(atoms)
     labels = {name: pick_label(held, name, keys, usual, where) for name, usual in _USUAL.items()}
-    velocities = atoms.get_velocities() * _ASE_FS if atoms.has("momenta") else None
+    fixed = fixed_atoms(atoms)
     group = held.get(keys.group or "config_type", "")
     return Frame(
         where=where,
@@ -214,9 +213,9 @@ def _frame(path: Path, k: int, atoms: ase.Atoms, keys: KeyMap, where: str = "") 
         labels={name: value for name, value in labels.items() if value is not None},
         keys=tuple(held),
         group=str(group),
-        fixed=_fixed(atoms),
+        fixed=fixed if fixed.any() else None,
         tags=atoms.get_tags() if atoms.has("tags") else None,
-        velocities=velocities,
+        velocities=velocities_of(atoms) if atoms.has("momenta") else None,
         charge=_number(held.get("charge")),
         spin_multiplicity=_number(held.get("spin")),
     )
@@ -231,19 +230,6 @@ def _held(atoms: ase.Atoms) -> Mapping[str, Any]:
     arrays = {k: v for k, v in atoms.arrays.items() if k not in ("numbers", "positions")}
     results = dict(atoms.calc.results) if atoms.calc is not None else {}
     return {**atoms.info, **arrays, **results}
-
-
-def _fixed(atoms: ase.Atoms) -> np.ndarray | None:
-    """(n,) atoms held in place along all axes, from constraints or a column called `fixed`."""
-    fixed = np.zeros(len(atoms), dtype=bool)
-    if "fixed" in atoms.arrays and atoms.arrays["fixed"].shape == (len(atoms),):
-        fixed |= atoms.arrays["fixed"].astype(bool)
-    for constraint in atoms.constraints:
-        if isinstance(constraint, FixAtoms) or (
-            isinstance(constraint, FixCartesian) and np.all(constraint.mask)
-        ):
-            fixed[constraint.index] = True
-    return fixed if fixed.any() else None
 
 
 def _number(value: Any) -> float | None:

@@ -20,7 +20,8 @@ from potstill import units as conversion
 from potstill.errors import ConfigError, DataError, MissingLabelError, require
 from potstill.neighbors import check_cell, system_pairs
 from potstill.properties import PROPERTIES, property_spec
-from potstill.structures import Properties, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Properties, Structures
 
 
 class DataWarning(UserWarning):

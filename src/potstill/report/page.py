@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import base64
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
 from potstill import __version__
+from potstill.files import write_atomically
 from potstill.report.plots import Figure
 from potstill.report.tables import Table
 
@@ -95,17 +94,7 @@ def render_page(page: Page) -> str:
 
 def write_page(page: Page, path: Path) -> Path:
     """Render and write the page in one step, so that no reader sees half of it."""
-    text = render_page(page)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, render_page(page))
     return path
 
 

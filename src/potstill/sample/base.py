@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,7 +15,9 @@ from ase.calculators.calculator import BaseCalculator
 from torch import Tensor
 
 from potstill.errors import ConfigError, DataError
-from potstill.structures import SpeciesTable, Structures
+from potstill.files import write_atomically
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 
 #: Called with (work done, work in all); the unit of work is one call of the calculator.
 Progress = Callable[[int, int], None]
@@ -55,32 +56,9 @@ def load_generator(state: str) -> np.random.Generator:
 # -- files ---------------------------------------------------------------------------------------
 
 
-def write_atomic(path: Path, write: Callable[[Any], None]) -> None:
-    """Write a file so that a kill at any moment leaves the old one or the new one, never a part.
-
-    Parameters
-    ----------
-    path : Path
-        The file; its folder must exist.
-    write : callable
-        Called with the open binary file.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as handle:
-        write(handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write named arrays to a .npz file, atomically."""
-    write_atomic(path, lambda handle: np.savez(handle, **arrays))  # type: ignore[arg-type]
+    write_atomically(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -13,7 +13,8 @@ import torch
 from ase.calculators.calculator import BaseCalculator
 
 from potstill.errors import ConfigError
-from potstill.sample.base import Job, Progress, SampledFrames, write_atomic
+from potstill.files import write_atomically
+from potstill.sample.base import Job, Progress, SampledFrames
 from potstill.structures import Structures
 
 
@@ -180,7 +181,7 @@ def _claim(folder: Path, plan: SamplingPlan, driver: str) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, lambda handle: handle.write(json.dumps(mine, indent=1).encode()))
+    write_atomically(path, json.dumps(mine, indent=1))
 
 
 def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:

@@ -9,7 +9,7 @@ import torch
 
 from potstill.errors import TeacherError
 from potstill.models import ANI, SpeciesOffsets, SumPotential
-from potstill.structures import SpeciesTable
+from potstill.species import SpeciesTable
 
 N_MEMBERS = 8
 N_LAYERS = 4

@@ -20,7 +20,8 @@ from potstill.models import Potential
 from potstill.models.base import Pairs
 from potstill.neighbors import build_neighbor_list
 from potstill.properties import PROPERTIES
-from potstill.structures import NeighborList, Properties, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import NeighborList, Properties, Structures
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from potstill.models import (
     build_model,
 )
 from potstill.models.gemnet_oc import fit_scale_factors
-from potstill.structures import SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
 from potstill.teachers.base import Teacher
 from potstill.train.augment import Augmentation
 from potstill.train.batches import BatchSource

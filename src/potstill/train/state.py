@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from potstill import __version__
-from potstill.checkpoint import FORMAT_VERSION, read_payload, write_atomically
+from potstill.checkpoint import FORMAT_VERSION, read_payload
 from potstill.distill.heads import FeatureHeads
 from potstill.errors import ConfigError, DivergenceError
+from potstill.files import write_atomically
 from potstill.models import SumPotential
 from potstill.train.data import TrainingSet
 from potstill.train.events import EventLog
@@ -258,7 +259,7 @@ class RunFolder:
             record = {**identity, "versions": versions(), "labels": training.summary()}
             record |= {"features": dict(features)} if features else {}
             text = json.dumps(record, indent=2)
-            write_atomically(file, lambda f: f.write(text.encode()))
+            write_atomically(file, text)
         fabric.barrier()
         return run
 
@@ -307,7 +308,7 @@ class RunFolder:
                 break
             if record["epoch"] < epoch:
                 kept.append(line + "\n")
-        write_atomically(self.metrics, lambda f: f.write("".join(kept).encode()))
+        write_atomically(self.metrics, "".join(kept))
 
     def report_divergence(self, epoch: int, step: int, parts: dict[str, float]) -> None:
         """Stop a run whose loss is no longer a number.
@@ -335,7 +336,7 @@ class RunFolder:
         }
         if self.writes and status != "interrupted":
             text = json.dumps(result, indent=2)
-            write_atomically(self.path / "result.json", lambda f: f.write(text.encode()))
+            write_atomically(self.path / "result.json", text)
         return result
 
 

@@ -20,8 +20,8 @@ from ase.build import bulk
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 
-from potstill.checkpoint import write_atomically
 from potstill.errors import ConfigError, DataError, suggest
+from potstill.files import write_atomically
 from potstill.neighbors import build_neighbor_list, shortest_distances
 from potstill.readers import read
 from potstill.structures import Structures
@@ -115,7 +115,7 @@ class Task:
 def write_json(path: Path, value: Any) -> None:
     """Write plain values as indented JSON, atomically."""
     text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, text)
 
 
 def read_json(path: Path) -> Any:
@@ -138,7 +138,7 @@ def write_settings(path: Path, settings: BaseModel) -> None:
     yaml = YAML()
     yaml.default_flow_style = False
     yaml.dump(settings.model_dump(mode="json"), buffer)
-    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+    write_atomically(path, buffer.getvalue())
 
 
 def claim_folder(folder: Path, settings: BaseModel) -> None:

@@ -13,9 +13,9 @@ from ase.calculators.calculator import BaseCalculator
 from ase.io import write
 from pydantic import Field
 
-from potstill.checkpoint import write_atomically
 from potstill.errors import ConfigError, DivergenceError
 from potstill.evaluate.base import make_calculator
+from potstill.files import write_atomically
 from potstill.sample import MDJob, SampledFrames, SamplingPlan, run_plan, smallest_supercell
 from potstill.sample.base import Progress
 from potstill.sample.plan import scratch_folder
@@ -189,7 +189,7 @@ def write_trajectory(path: Path, frames: SampledFrames) -> None:
         atoms.info["potential_energy"] = float(energy)
     text = io.StringIO()
     write(text, images, format="extxyz", columns=["symbols", "positions", "momenta"])
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_atomically(path, text.getvalue())
 
 
 THERMO = ("time_fs", "temperature_K", "potential_eV", "kinetic_eV", "total_eV", "density_g_cm3")
@@ -201,7 +201,7 @@ def write_thermo(path: Path, frames: SampledFrames) -> None:
     table = csv.writer(text)
     table.writerow(THERMO)
     table.writerows([f"{x:.10g}" for x in row] for row in thermo_rows(frames))
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_atomically(path, text.getvalue())
 
 
 def thermo_rows(frames: SampledFrames) -> list[list[float]]:

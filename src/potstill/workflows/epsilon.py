@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from potstill.checkpoint import load_potential, write_atomically
+from potstill.checkpoint import load_potential
 from potstill.distill import LossTerm
 from potstill.distill.losses import check_signals
+from potstill.files import write_atomically
 from potstill.report.plots import Figure, Look, Panel, Series, write_figure
 from potstill.report.tables import Table
 from potstill.train import TrainingSet, TrainSettings
@@ -86,7 +87,7 @@ def find_epsilon(config: EpsilonConfig, display: Display | None = None) -> Epsil
         )
     write_json(folder / "epsilon.json", scan.to_json())
     table = scan_table(scan).csv()
-    write_atomically(folder / "epsilon.csv", lambda file: file.write(table.encode()))
+    write_atomically(folder / "epsilon.csv", table)
     plot_scan(folder, scan)
     return scan
 

@@ -30,7 +30,7 @@ from potstill.evaluate.learning import read_learning_curves
 from potstill.metrics import S2EF_METRICS, Estimate
 from potstill.models import Potential, TapSpec, build_model
 from potstill.report.feature_study import FeatureRow, write_feature_report
-from potstill.structures import SpeciesTable
+from potstill.species import SpeciesTable
 from potstill.teachers import Teacher
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.settings import ModelSettings

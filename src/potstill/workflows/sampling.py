@@ -10,9 +10,9 @@ from typing import Any
 from ase.io import write
 from pydantic import Field, field_validator
 
-from potstill.checkpoint import write_atomically
 from potstill.errors import ConfigError
 from potstill.evaluate.base import make_calculator
+from potstill.files import write_atomically
 from potstill.sample import Job, SampledFrames, SamplingPlan, make_job, run_plan
 from potstill.structures import Structures
 from potstill.workflows.base import Display, Settings, TeacherSettings, claim_folder, read_start
@@ -108,4 +108,4 @@ def write_structures(path: Path, structures: Structures) -> None:
                 atoms.arrays[name] = part.numpy().astype(int)
     text = io.StringIO()
     write(text, images, format="extxyz", columns=columns)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_atomically(path, text.getvalue())

@@ -18,11 +18,12 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from potstill.checkpoint import load_potential, write_atomically
+from potstill.checkpoint import load_potential
 from potstill.distill import LossTerm, Schedule
 from potstill.errors import ConfigError, suggest
 from potstill.evaluate.errors import compare, predict_all
 from potstill.evaluate.learning import read_learning_curves
+from potstill.files import write_atomically
 from potstill.models import Potential
 from potstill.models.base import PREDICTABLE
 from potstill.neighbors import build_neighbor_list, shortest_distances
@@ -526,7 +527,7 @@ def _claim(folder: Path, config: StudyConfig) -> None:
     file = folder / "study.json"
     own = json.loads(config.model_dump_json())
     if not file.is_file():
-        write_atomically(file, lambda f: f.write(json.dumps(own, indent=1).encode()))
+        write_atomically(file, json.dumps(own, indent=1))
         return
     # Through the class, so that settings that are newer than the study take their defaults. Seeds,
     # sizes and strategies may be added to a study that runs already.
@@ -534,7 +535,7 @@ def _claim(folder: Path, config: StudyConfig) -> None:
     for key in ("data", "common", "schedule_factor"):
         if getattr(stored, key) != getattr(config, key):
             raise ConfigError(f"{folder} holds a study with another '{key}': choose another folder")
-    write_atomically(file, lambda f: f.write(json.dumps(own, indent=1).encode()))
+    write_atomically(file, json.dumps(own, indent=1))
 
 
 def _cost(config: StudyConfig, cell: Cell) -> float:

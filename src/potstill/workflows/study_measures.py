@@ -19,11 +19,12 @@ from ase.calculators.calculator import BaseCalculator
 from pydantic import BaseModel, ConfigDict, Field
 
 from potstill.calculators import PotstillCalculator
-from potstill.checkpoint import load_potential, write_atomically
+from potstill.checkpoint import load_potential
 from potstill.errors import PotstillError
 from potstill.evaluate.memory import memory_per_atom
 from potstill.evaluate.rdf import RadialDistribution, compare_radial, radial_distribution
 from potstill.evaluate.speed import md_speed
+from potstill.files import write_atomically
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.sample.md import run_md
 from potstill.structures import Structures
@@ -312,5 +313,5 @@ def _cached(file: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]
         return json.loads(file.read_text())
     value = measure()
     text = json.dumps(value)
-    write_atomically(file, lambda f: f.write(text.encode()))
+    write_atomically(file, text)
     return value

@@ -20,7 +20,8 @@ from potstill.models.gemnet_oc.interactions import EdgeEmbedding, InteractionBlo
 from potstill.models.gemnet_oc.layers import Dense, ScaleFactor, residuals
 from potstill.models.gemnet_oc.settings import GemNetOCSettings
 from potstill.neighbors import build_neighbor_list
-from potstill.structures import NeighborList, SpeciesTable, Structures
+from potstill.species import SpeciesTable
+from potstill.structures import NeighborList, Structures
 
 #: Tap with the numbers of the pairs whose embeddings the other edge taps hold.
 EDGES = "edges"

@@ -1,0 +1,99 @@
+"""Species: the kinds of atoms and beads that structures are made of, and ordered tables of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from ase.data import atomic_masses, atomic_numbers, chemical_symbols
+from torch import Tensor
+
+from potstill.errors import DataError
+
+
+@dataclass(frozen=True)
+class Species:
+    """One kind of atom or bead: its name, mass in amu and atomic number (None for a bead)."""
+
+    name: str
+    mass: float
+    atomic_number: int | None = None
+
+
+@dataclass(frozen=True)
+class SpeciesTable:
+    """The ordered species that indices in `Structures.species` point into."""
+
+    entries: tuple[Species, ...]
+
+    def __post_init__(self) -> None:
+        if len({entry.name for entry in self.entries}) != len(self.entries):
+            raise DataError(f"species table names a species twice: {self.names}")
+
+    @classmethod
+    def from_symbols(cls, symbols: Iterable[str]) -> SpeciesTable:
+        """Make a table of chemical elements, sorted by atomic number."""
+        numbers = []
+        for symbol in set(symbols):
+            if symbol not in atomic_numbers:
+                raise DataError(f"'{symbol}' is not a chemical symbol")
+            numbers.append(atomic_numbers[symbol])
+        return cls.from_atomic_numbers(numbers)
+
+    @classmethod
+    def from_atomic_numbers(cls, numbers: Iterable[int]) -> SpeciesTable:
+        """Make a table of chemical elements, sorted by atomic number."""
+        return cls(
+            tuple(
+                Species(chemical_symbols[z], float(atomic_masses[z]), int(z))
+                for z in sorted({int(z) for z in numbers})
+            )
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in order."""
+        return tuple(entry.name for entry in self.entries)
+
+    @property
+    def masses(self) -> Tensor:
+        """(n_species,) masses in amu, float64."""
+        return torch.tensor([entry.mass for entry in self.entries], dtype=torch.float64)
+
+    @property
+    def atomic_numbers(self) -> Tensor:
+        """(n_species,) atomic numbers; -1 for a bead."""
+        return torch.tensor(
+            [-1 if e.atomic_number is None else e.atomic_number for e in self.entries],
+            dtype=torch.int64,
+        )
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def index(self, name: str) -> int:
+        """Position of the species called `name`."""
+        return self.names.index(name)
+
+    def to_json(self) -> list[dict]:
+        """Plain lists and numbers, for metadata."""
+        return [
+            {"name": e.name, "mass": e.mass, "atomic_number": e.atomic_number} for e in self.entries
+        ]
+
+    @classmethod
+    def from_json(cls, data: Sequence[Mapping]) -> SpeciesTable:
+        """Inverse of `to_json`."""
+        return cls(tuple(Species(d["name"], d["mass"], d["atomic_number"]) for d in data))
+
+
+def merge_species_tables(tables: Sequence[SpeciesTable]) -> SpeciesTable:
+    """Union of tables: elements sorted by atomic number, then beads in order of appearance."""
+    entries = list(dict.fromkeys(entry for table in tables for entry in table.entries))
+    elements = sorted((e for e in entries if e.atomic_number is not None), key=_atomic_number)
+    return SpeciesTable((*elements, *(e for e in entries if e.atomic_number is None)))
+
+
+def _atomic_number(entry: Species) -> int:
+    return entry.atomic_number or 0
