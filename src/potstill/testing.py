@@ -36,10 +36,9 @@ from potstill.models.base import (
     virial_from_pairs,
 )
 from potstill.neighbors import build_neighbor_list, pair_vectors
+from potstill.properties import LEARNABLE
 from potstill.species import SpeciesTable
 from potstill.structures import Structures
-
-_ALL = ("energy", "forces", "stress", "atomic_energies")
 
 # Step of finite differences, Å (or strain), and the fourth-order stencil: offset -> weight.
 _STEP = 5e-4
@@ -668,7 +667,7 @@ def _supercell(structures: Structures, repeats: tuple[int, int, int]) -> Structu
 
 def _names(potential: Potential) -> tuple[str, ...]:
     """What a potential predicts."""
-    return tuple(name for name in _ALL if name != "stress" or not potential.direct_forces)
+    return tuple(name for name in LEARNABLE if name != "stress" or not potential.direct_forces)
 
 
 def _predict(potential: Potential, structures: Structures) -> Prediction:
@@ -698,7 +697,7 @@ def _same(
     after: Prediction,
     before: Prediction,
     *,
-    names: Sequence[str] = _ALL,
+    names: Sequence[str] = LEARNABLE,
     tolerance: float,
 ) -> None:
     for name in names:

@@ -22,8 +22,8 @@ from torch import Tensor
 from potstill.errors import DataError, suggest
 from potstill.evaluate.base import Result, with_calculator
 from potstill.metrics import ErrorAccumulator, Estimate, S2EFAccumulator
-from potstill.models.base import PREDICTABLE, Potential
-from potstill.properties import property_spec
+from potstill.models.base import Potential
+from potstill.properties import ASE_NAMES, LEARNABLE, property_spec
 from potstill.structures import Properties, Structures
 
 #: Sources of labels that have a channel of their own.
@@ -89,7 +89,7 @@ def evaluate_errors(
     for source in set(labels) - set(SOURCES):
         raise DataError(f"no error channel for labels of '{source}'{suggest(source, SOURCES)}")
     labelled = {key for label in labels.values() for key in label.names}
-    wanted = [p for p in PREDICTABLE if p in labelled and (properties is None or p in properties)]
+    wanted = [p for p in LEARNABLE if p in labelled and (properties is None or p in properties)]
     if not isinstance(predictor, Properties):
         predictor = predict_all(predictor, structures, wanted, max_atoms=max_atoms)
     sides = {name: predictor, **labels}
@@ -334,13 +334,10 @@ def _known(error: float) -> float:
     return error if math.isfinite(error) else 0.0
 
 
-_ASE_NAMES = {"atomic_energies": "energies"}
-
-
 def _predict_with_ase(
     calculator: BaseCalculator, structures: Structures, properties: list[str]
 ) -> Properties:
-    names = [p for p in properties if _ASE_NAMES.get(p, p) in calculator.implemented_properties]
+    names = [p for p in properties if ASE_NAMES.get(p, p) in calculator.implemented_properties]
     columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for atoms in structures.to_ase():
         atoms = with_calculator(atoms, calculator)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from potstill.core import CompactNeighbors, HipnnParameters, MdResult, ZblParameters, hipnn_md
 from potstill.errors import ModelError, suggest
 from potstill.neighbors import build_neighbor_list, pair_vectors
+from potstill.properties import LEARNABLE
 from potstill.species import SpeciesTable
 from potstill.structures import NeighborList, Properties, Structures
 
@@ -29,8 +30,6 @@ Core = Literal["auto", "native", "torch"]
 
 #: Neighbor lists for PyTorch, and packed for native kernels.
 Pairs = NeighborList | CompactNeighbors
-
-PREDICTABLE = ("energy", "forces", "stress", "atomic_energies")
 
 
 @dataclass(frozen=True)
@@ -539,8 +538,8 @@ class Potential(nn.Module, ABC):
             If a structure holds a species that the model does not know.
         """
         wanted = set(properties)
-        for name in wanted - set(PREDICTABLE):
-            raise ModelError(f"a potential cannot predict '{name}'{suggest(name, PREDICTABLE)}")
+        for name in wanted - set(LEARNABLE):
+            raise ModelError(f"a potential cannot predict '{name}'{suggest(name, LEARNABLE)}")
         if self.direct_forces and "stress" in wanted:
             raise ModelError(f"{self.kind} predicts forces directly and has no stress")
         for name in set(taps) - set(self.taps):

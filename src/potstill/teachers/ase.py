@@ -13,9 +13,9 @@ from ase.calculators.calculator import BaseCalculator
 from torch import Tensor
 
 from potstill.errors import TeacherError
+from potstill.properties import ASE_NAMES
 from potstill.structures import Structures
 from potstill.teachers.base import (
-    ASE_NAMES,
     Teacher,
     TeacherInfo,
     ask_ase_calculator,

@@ -20,18 +20,8 @@ from torch import Tensor
 from potstill.errors import ModelError, OptionalDependencyError, TeacherError, suggest
 from potstill.features import Feature
 from potstill.models import TapSpec
-from potstill.properties import property_spec
+from potstill.properties import ASE_NAMES, property_spec
 from potstill.structures import Properties, Structures
-
-#: potstill's names of the properties that ASE calculators compute, and ASE's.
-ASE_NAMES = {
-    "energy": "energy",
-    "forces": "forces",
-    "stress": "stress",
-    "atomic_energies": "energies",
-    "charges": "charges",
-    "dipole": "dipole",
-}
 
 
 @dataclass(frozen=True)

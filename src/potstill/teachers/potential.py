@@ -14,7 +14,7 @@ from potstill.checkpoint import load_potential, potential_fingerprint
 from potstill.distill.taps import potential_features
 from potstill.features import Feature
 from potstill.models import ANI, Potential, SumPotential, TapSpec
-from potstill.models.base import PREDICTABLE
+from potstill.properties import LEARNABLE
 from potstill.structures import Structures
 from potstill.teachers.base import Teacher, TeacherInfo, versions_of
 
@@ -30,7 +30,7 @@ class PotentialTeacher(Teacher):
         Who it is; by default named after its kind.
     """
 
-    properties = frozenset(PREDICTABLE)
+    properties = frozenset(LEARNABLE)
     batch_atoms = 512
 
     def __init__(self, potential: Potential, info: TeacherInfo | None = None) -> None:

@@ -9,9 +9,9 @@ import ase
 from torch import Tensor
 
 from potstill.errors import TeacherError, require, suggest
+from potstill.properties import ASE_NAMES
 from potstill.structures import Structures
 from potstill.teachers.base import (
-    ASE_NAMES,
     Teacher,
     TeacherInfo,
     ask_ase_calculator,

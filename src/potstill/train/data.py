@@ -19,7 +19,7 @@ from potstill.features import Feature
 from potstill.models import Potential
 from potstill.models.base import Pairs
 from potstill.neighbors import build_neighbor_list
-from potstill.properties import PROPERTIES
+from potstill.properties import LEARNABLE, PROPERTIES
 from potstill.species import SpeciesTable
 from potstill.structures import NeighborList, Properties, Structures
 
@@ -168,12 +168,11 @@ class TrainingSet:
 
         Energies and atomic energies lose the same offsets, so that they still agree.
         """
-        names = ("energy", "forces", "stress", "atomic_energies")
-        predicted = baseline.predict(self.structures, properties=names)
+        predicted = baseline.predict(self.structures, properties=LEARNABLE)
         labels = {}
         for source, properties in self.labels.items():
             values = {
-                name: value - predicted[name] if name in names else value
+                name: value - predicted[name] if name in LEARNABLE else value
                 for name, value in properties.values.items()
             }
             labels[source] = Properties(values, properties.present, properties.weights)

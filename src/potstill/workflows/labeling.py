@@ -8,14 +8,12 @@ from pydantic import Field
 
 from potstill.errors import ConfigError
 from potstill.label import LabelReport, label_features, label_store
+from potstill.properties import LEARNABLE
 from potstill.store import LabelledStore
 from potstill.structures import Structures
 from potstill.teachers import Teacher
 from potstill.workflows.base import Display, Settings, TeacherSettings
 from potstill.workflows.data import FileData, read_files
-
-#: What a student can learn from, in the order in which it is asked for.
-LEARNABLE = ("energy", "forces", "stress", "atomic_energies")
 
 
 class LabelConfig(Settings):

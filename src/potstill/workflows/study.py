@@ -25,8 +25,8 @@ from potstill.evaluate.errors import compare, predict_all
 from potstill.evaluate.learning import read_learning_curves
 from potstill.files import write_atomically
 from potstill.models import Potential
-from potstill.models.base import PREDICTABLE
 from potstill.neighbors import build_neighbor_list, shortest_distances
+from potstill.properties import LEARNABLE
 from potstill.readers import read
 from potstill.report.study import StudyRow, write_study_report
 from potstill.store import LabelledStore
@@ -426,7 +426,7 @@ def _row(config: StudyConfig, folder: Path, name: str, record: dict[str, Any]) -
 
 def errors(potential: Potential, structures: Structures, labels: Properties) -> dict[str, float]:
     """Metrics of a potential against labels."""
-    names = [name for name in PREDICTABLE if name in labels]
+    names = [name for name in LEARNABLE if name in labels]
     return compare(predict_all(potential, structures, names), labels, structures)
 
 
