@@ -1,7 +1,10 @@
 """The commands: options, sentences for mistakes, files that they leave."""
 
+import ast
 import csv
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -12,9 +15,10 @@ from ase.io import read, write
 from typer.testing import CliRunner
 
 from data import rattled_copper
-from potstill import __version__
+from potstill import __version__, process
 from potstill.checkpoint import save_potential
-from potstill.cli import app, base
+from potstill.cli import app, base, main
+from potstill.config import DistillConfig, load_config
 from potstill.models import HIPNN, SpeciesOffsets, SumPotential
 from potstill.species import SpeciesTable
 from potstill.store import LabelledStore
@@ -69,12 +73,57 @@ def test_help_and_version():
     assert __version__ in call("--version").output
 
 
+LOOK = """
+import os, sys
+from potstill.cli import app, main
+os.execv = lambda *_: sys.exit("restarted")
+names = [c.name or c.callback.__name__ for c in app.registered_commands]
+calls = [["--help"], ["--version"], ["nope"], [], *([n, "--help"] for n in names)]
+calls += [[n, "--no-such-option"] for n in names] + [["train"], ["md", "x", "y", "--duration", "z"]]
+for call in calls:
+    sys.argv = ["potstill", *call]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code in (0, 2), (call, end.code)
+print(sorted({m.partition(".")[0] for m in sys.modules}))
+"""
+
+
+def test_help_and_mistakes_in_options_import_next_to_nothing():
+    env = {k: v for k, v in os.environ.items() if k not in (*process.MALLOC, "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", LOOK], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    imported = set(ast.literal_eval(done.stdout.splitlines()[-1]))
+    assert "typer" in imported
+    assert not imported & {"torch", "ase", "numpy", "scipy", "matplotlib", "zarr", "ruamel"}
+
+
+def test_a_command_that_works_restarts_the_process(monkeypatch):
+    started = []
+    monkeypatch.setattr(process.os, "execv", lambda *args: started.append(args))
+    monkeypatch.setattr(process.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    for name in (*process.MALLOC, "OMP_WAIT_POLICY", process.NO_TUNING):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys.modules["potstill.cli.app"], "BEFORE_WORK", [])
+    monkeypatch.setattr(sys, "argv", ["potstill", "config", "md"])
+    with pytest.raises(SystemExit):
+        main()
+    assert len(started) == 1
+
+
+def test_config_prints_a_template(copper):
+    text = call("config", "distill").stdout
+    (copper / "distill.yaml").write_text(text)
+    assert load_config(copper / "distill.yaml", DistillConfig) == DistillConfig()
+    assert "did you mean 'train'?" in call("config", "trian", code=2).stderr
+
+
 def test_label_and_inspect_a_store(copper):
     store = copper / "labels.zarr"
     emt = ("--teacher", "ase.calculators.emt:EMT", "--teacher-arg", "name=emt")
     assert (
-        "8 structures labelled, 0 failed"
-        in call("label", store, copper / "frames.xyz", *emt).output
+        "8 structures labeled, 0 failed" in call("label", store, copper / "frames.xyz", *emt).output
     )
     # Once more: nothing is added, nothing is done again.
     call("label", store, copper / "frames.xyz", *emt)
@@ -189,16 +238,16 @@ def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, args, expected):
 
 def test_a_new_start_keeps_memory_and_lets_threads_sleep_unless_told_otherwise(monkeypatch):
     started = []
-    monkeypatch.setattr(base.os, "execv", lambda *args: started.append(args))
-    monkeypatch.setattr(base.platform, "libc_ver", lambda: ("glibc", "2.36"))
-    for name in (*base.MALLOC, "OMP_WAIT_POLICY"):
+    monkeypatch.setattr(process.os, "execv", lambda *args: started.append(args))
+    monkeypatch.setattr(process.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    for name in (*process.MALLOC, "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(base.NO_TUNING, "1")
-    base.tune_process()
+    monkeypatch.setenv(process.NO_TUNING, "1")
+    process.tune_process()
     assert not started
-    monkeypatch.delenv(base.NO_TUNING)
-    base.tune_process()
+    monkeypatch.delenv(process.NO_TUNING)
+    process.tune_process()
     assert started[0][0] == sys.executable
     started.clear()
-    base.tune_process()  # the variables are set now
+    process.tune_process()  # the variables are set now
     assert not started

@@ -1,15 +1,20 @@
 """Configs: what is legal, and the sentence that each mistake gets."""
 
+import re
+
 import pytest
 from ruamel.yaml import YAML
 
 from potstill.config import (
+    SETTINGS,
     DistillConfig,
     EvaluateConfig,
     LabelConfig,
     MdConfig,
     StudyConfig,
     TrainConfig,
+    _models_in,
+    config_template,
     known_keys,
     load_config,
     write_settings,
@@ -154,6 +159,40 @@ def test_a_folder_belongs_to_one_config(tmp_path, file):
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(ConfigError, match="no run folder"):
         claim_folder(tmp_path / "full", config)
+
+
+def every_key(model):
+    """Names of all keys of settings and of their sections; of a loss, which has terms of many
+    kinds, the name alone."""
+    names = set(model.model_fields)
+    for field in model.model_fields.values():
+        inner = _models_in(field.annotation)
+        if len(set(inner)) == 1:
+            names |= every_key(inner[0])
+    return names
+
+
+@pytest.mark.parametrize("command", SETTINGS)
+def test_a_template_has_all_keys_and_reads_back_as_the_defaults(command, file):
+    model, example = SETTINGS[command]
+    text = config_template(command)
+    assert load_config(file(text), model) == model.model_validate(example)
+    assert [n for n in every_key(model) if not re.search(rf"^[ #]*{n}:( |$)", text, re.M)] == []
+    assert "\\n" not in text
+    assert max(len(line) for line in text.splitlines()) <= 100
+
+
+def test_a_template_says_what_docstrings_say():
+    lines = config_template("md").splitlines()
+    assert "# Settings of `potstill md`." in lines[0]
+    assert lines[lines.index("stride: 50.0") - 1] == "# fs between frames."
+    above = " ".join(lines[: lines.index("ensemble: langevin")]).replace(" # ", " ")
+    assert above.endswith("(nve | langevin | npt)")
+
+
+def test_a_template_of_an_unknown_command():
+    with pytest.raises(ConfigError, match="did you mean 'distill'"):
+        config_template("distil")
 
 
 def test_known_keys_follow_the_settings():

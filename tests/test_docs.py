@@ -1,6 +1,7 @@
 """The Python examples of the documentation run, in the order in which a reader meets them."""
 
 import re
+import runpy
 from pathlib import Path
 
 import ase.io
@@ -142,3 +143,10 @@ def test_documented_commands_and_options_exist():
         if word.startswith("--") and word.partition("=")[0] not in known[call[0]]
     ]
     assert wrong == []
+
+
+def test_the_page_of_commands_is_up_to_date():
+    script = runpy.run_path(str(DOCS / "extensions/commands.py"))
+    assert script["page"]() == (DOCS / "commands.md").read_text(encoding="utf-8"), (
+        "run: python docs/extensions/commands.py"
+    )

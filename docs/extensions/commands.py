@@ -1,21 +1,22 @@
-"""Write the command reference from the commands themselves, when the documentation is built."""
+"""Write the command reference into docs/commands.md: `python docs/extensions/commands.py`."""
 
 from __future__ import annotations
 
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from potstill.cli import app
 
-PAGE, MARK = "commands.md", "<!-- commands -->"
+PAGE, MARK = Path(__file__).parents[1] / "commands.md", "<!-- commands: written by a script -->\n"
 
 
-def on_page_markdown(markdown: str, *, page: Any, **kwargs: Any) -> str:
-    """Hook of mkdocs: put the reference in the place of the mark."""
-    return markdown.replace(MARK, reference()) if page.file.src_uri == PAGE else markdown
+def page() -> str:
+    """The page with the reference of today's commands."""
+    return PAGE.read_text(encoding="utf-8").partition(MARK)[0] + MARK + "\n" + reference() + "\n"
 
 
 def reference() -> str:
@@ -57,3 +58,7 @@ def _names(parameter: Any) -> str:
 
 def _cell(text: str | None) -> str:
     return (text or "").replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

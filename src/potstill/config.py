@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from potstill.errors import ConfigError, suggest
+from potstill.template import template
 from potstill.workflows.base import write_settings as write_settings
 from potstill.workflows.cka import CKAConfig as CKAConfig
 from potstill.workflows.distill import DistillConfig as DistillConfig
@@ -31,6 +32,37 @@ from potstill.workflows.training import TrainConfig as TrainConfig
 from potstill.workflows.training import merged
 
 Model = TypeVar("Model", bound=BaseModel)
+
+_STUDENT, _TRAINING = {"spec": "run/student.pt"}, {"files": [{"path": "train.extxyz"}]}
+
+#: Settings by command, with values of the keys that have no default, for templates.
+SETTINGS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
+    "distill": (DistillConfig, {}),
+    "sample": (
+        SampleConfig,
+        {
+            "start": "silicon",
+            "jobs": [
+                {"kind": "rattle", "n_frames": 20, "displacement": [0.02, 0.15]},
+                {"kind": "md", "n_frames": 50, "temperature": [300, 900], "timestep": 2.0},
+            ],
+            "teacher": {"spec": "chgnet"},
+            "out": "synthetic",
+        },
+    ),
+    "label": (LabelConfig, {"store": "labels.zarr", "teacher": {"spec": "chgnet"}}),
+    "train": (TrainConfig, {"out": "run", "data": _TRAINING}),
+    "epsilon": (EpsilonConfig, {"out": "epsilon", "data": _TRAINING}),
+    "evaluate": (
+        EvaluateConfig,
+        {"models": {"student": _STUDENT}, "store": "run/labels.zarr", "out": "results"},
+    ),
+    "cka": (
+        CKAConfig,
+        {"student": "run/student.pt", "teacher": "teacher.pt", "data": "labels.zarr", "out": "cka"},
+    ),
+    "md": (MdConfig, {"model": _STUDENT, "structure": "silicon", "out": "md"}),
+}
 
 
 def load_config(
@@ -63,6 +95,23 @@ def load_study(path: str | Path) -> StudyConfig | FeatureStudyConfig:
     if "kind" in data:
         return validate(data, FeatureStudyConfig, where=str(path))
     return validate(data, StudyConfig, where=str(path))
+
+
+def config_template(command: str) -> str:
+    """Commented YAML of all settings of a command, which it accepts as it stands.
+
+    Raises
+    ------
+    ConfigError
+        If the command has no settings.
+    """
+    if command not in SETTINGS:
+        raise ConfigError(
+            f"there is no config of '{command}'{suggest(command, SETTINGS)}: "
+            f"choose one of {', '.join(SETTINGS)}"
+        )
+    model, example = SETTINGS[command]
+    return template(model.model_validate(example))
 
 
 def validate(data: Mapping[str, Any], model: type[Model], *, where: str = "") -> Model:
@@ -102,9 +151,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _given(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop what is None, at all levels."""
+    """Drop what is None, at all levels; paths become strings."""
     result = {}
     for key, value in overrides.items():
+        if isinstance(value, Path):
+            value = str(value)
         if isinstance(value, Mapping):
             value = _given(value)
             if not value:

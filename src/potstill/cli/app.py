@@ -1,7 +1,11 @@
-"""The commands of `potstill`."""
+"""The commands of `potstill`.
+
+What they need is imported inside of them: help and mistakes in options cost nothing then.
+"""
 
 from __future__ import annotations
 
+import functools
 import inspect as inspect_module
 import shlex
 import sys
@@ -13,17 +17,19 @@ import typer
 from rich.console import Console
 
 from potstill import __version__
-from potstill.cli.base import RichDisplay, one_sentence, print_tables, quiet_warnings, tune_process
+from potstill.cli.base import BEFORE_WORK, RichDisplay, one_sentence, print_tables, quiet_warnings
 from potstill.errors import ConfigError
+from potstill.process import tune_process
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 app = typer.Typer(
     name="potstill",
-    help="""Distil accurate interatomic potentials into fast ones.
+    help="""Distill accurate interatomic potentials into fast ones.
 
-    A teacher (any potential) labels structures; a small student learns from them; it runs in ASE.
+    A teacher (any potential) labels structures, a small student learns from the labels, and the
+    student runs in ASE.
 
     Start with: [bold]potstill distill[/bold]
     """,
@@ -34,34 +40,49 @@ app = typer.Typer(
 )
 console = Console()
 
-Config = Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file of settings.")]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="YAML file of settings; see `potstill config`."),
+]
 Args = Annotated[
     list[str] | None,
-    typer.Option("--teacher-arg", help="An argument of the teacher, as key=value; repeatable."),
+    typer.Option("--teacher-arg", help="Argument of the teacher as key=value; repeatable."),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of all random numbers.")]
 
 
 def main() -> None:
     """Entry point of the command `potstill`."""
-    tune_process()
+    BEFORE_WORK.append(tune_process)
     app()
 
 
 def _command(panel: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Register a command; the lines of each paragraph of its help are joined, to fill any width."""
+    """Register a command, which ends with one sentence on mistakes.
+
+    Only a command that does its work restarts the process. The lines of each paragraph of its help
+    are joined, to fill any width.
+    """
 
     def register(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def work(*args: P.args, **kwargs: P.kwargs) -> T:
+            for prepare in BEFORE_WORK:
+                prepare()
+            with one_sentence():
+                return function(*args, **kwargs)
+
         paragraphs = inspect_module.cleandoc(function.__doc__ or "").split("\n\n")
         text = "\n\n".join(" ".join(paragraph.splitlines()) for paragraph in paragraphs)
-        return app.command(help=text, rich_help_panel=panel)(function)
+        app.command(help=text, rich_help_panel=panel)(work)
+        return function
 
     return register
 
 
 @app.callback(invoke_without_command=True)
 def _version(
-    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     quiet_warnings(Console(stderr=True))
     if version:
@@ -69,7 +90,7 @@ def _version(
         raise typer.Exit
 
 
-@_command("From a teacher to a student")
+@_command("Distill")
 def distill(
     teacher: Annotated[
         str | None,
@@ -77,28 +98,31 @@ def distill(
     ] = None,
     teacher_arg: Args = None,
     structure: Annotated[
-        str | None, typer.Option(help="A structure file, or 'silicon', which is built in.")
+        str | None, typer.Option(help="Structure file, or 'silicon', which is built in.")
     ] = None,
     temperature: Annotated[
-        str | None, typer.Option(help="K, lowest and highest of the dynamics: 300:900.")
+        str | None, typer.Option(help="MD temperature range in K, e.g. 300:900.")
     ] = None,
     pressure: Annotated[
         list[float] | None,
-        typer.Option(help="GPa, of runs at constant pressure; repeatable."),
+        typer.Option(help="Pressure in GPa of constant-pressure MD; repeatable."),
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="Time for all of it: 10min, 2h.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Wall time for everything, e.g. 10min or 2h.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder.")] = None,
     seed: Seed = None,
     config: Config = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Stop after the plan is made and shown.")
+        bool, typer.Option("--dry-run", help="Make the plan, show it and stop.")
     ] = False,
 ) -> None:
-    """Distil a teacher for one material: structures, labels, student, control, report, dynamics.
+    """Distill a teacher for one material: structures, labels, student, control, report, MD.
 
-    Without options: CHGNet, silicon, 300 to 900 K (where CHGNet's silicon stays a crystal), ten
-    minutes, into ./run. A few labels, steps and epochs are timed first; the plan that follows from
-    the budget is shown and kept. An interrupted run goes on when the same command is given again.
+    Without options: CHGNet, silicon, 300 to 900 K (CHGNet's silicon stays a crystal there), ten
+    minutes, into ./run. A few labels, MD steps and epochs are timed first, and a plan is made that
+    fits the budget. An interrupted run resumes when the same command is given again.
+    `potstill config distill` prints all settings.
 
     [bold]Examples[/bold]
 
@@ -118,31 +142,33 @@ def distill(
         "temperature": temperature,
         "pressure": pressure or None,
         "budget": budget,
-        "out": None if out is None else str(out),
+        "out": out,
         "seed": seed,
     }
-    with one_sentence():
-        settings = load_config(config, DistillConfig, overrides)
-        result = work(settings, RichDisplay(console), dry_run=dry_run)
-        if dry_run:
-            console.print(f"The plan is in {result.folder}/plan.json; without --dry-run it is run.")
-            return
-        print_tables(console, "Results", ("", "model", ""), summary_rows(result.summary))
-        console.print(f"Student: {result.folder}/student.pt", highlight=False)
-        console.print(f"Report:  {result.folder}/report.html", highlight=False)
+    settings = load_config(config, DistillConfig, overrides)
+    result = work(settings, RichDisplay(console), dry_run=dry_run)
+    if dry_run:
+        console.print(f"The plan is in {result.folder}/plan.json; run it without --dry-run.")
+        return
+    print_tables(console, "Results", ("", "model", ""), summary_rows(result.summary))
+    console.print(f"Student: {result.folder}/student.pt", highlight=False)
+    console.print(f"Report:  {result.folder}/report.html", highlight=False)
 
 
-@_command("Step by step")
+@_command("Prepare data")
 def sample(
-    config: Annotated[Path, typer.Argument(help="A YAML file: start, jobs, teacher, out.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the frames.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="As of distill.")] = None,
+    config: Annotated[
+        Path, typer.Argument(help="YAML file: start, jobs, teacher, out; see `potstill config`.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for the structures.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="As for distill.")] = None,
     teacher_arg: Args = None,
     seed: Seed = None,
 ) -> None:
-    """Make structures to be labelled: jitter, gradient ascent, relaxations, dynamics, strains.
+    """Generate structures to label: rattling, jitter, strain, MD, relaxation, gradient ascent.
 
-    Writes structures.extxyz. A killed run goes on where it was.
+    Writes structures.extxyz. An interrupted run resumes where it stopped.
+    `potstill config sample` prints all settings.
 
     [bold]Examples[/bold]
 
@@ -154,38 +180,35 @@ def sample(
     from potstill.workflows.sampling import FILE
     from potstill.workflows.sampling import sample as work
 
-    overrides: dict[str, Any] = {"out": None if out is None else str(out), "seed": seed}
-    if teacher is not None:
-        overrides["teacher"] = _teacher(teacher, teacher_arg)
-    with one_sentence():
-        settings = load_config(config, SampleConfig, overrides)
-        frames = work(settings, RichDisplay(console))
-        path = Path(settings.out) / FILE
-        console.print(f"{len(frames)} structures in {path}", highlight=False)
+    given = None if teacher is None else _teacher(teacher, teacher_arg)
+    settings = load_config(config, SampleConfig, {"out": out, "seed": seed, "teacher": given})
+    frames = work(settings, RichDisplay(console))
+    console.print(f"{len(frames)} structures in {Path(settings.out) / FILE}", highlight=False)
 
 
-@_command("Step by step")
+@_command("Prepare data")
 def label(
-    store: Annotated[Path, typer.Argument(help="The labelled store; made if it does not exist.")],
+    store: Annotated[Path, typer.Argument(help="Label store; created if it does not exist.")],
     files: Annotated[
-        list[Path] | None, typer.Argument(help="Structure files to put into it first.")
+        list[Path] | None, typer.Argument(help="Structure files to add to it first.")
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="As of distill.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="As for distill.")] = None,
     teacher_arg: Args = None,
     properties: Annotated[
         str | None,
-        typer.Option(help="With commas; all that can be learnt by default, or 'none'."),
+        typer.Option(help="Comma-separated; default: all that can be learned; or 'none'."),
     ] = None,
     taps: Annotated[
         str | None,
-        typer.Option(help="Internal features to store as well, with commas; or 'default'."),
+        typer.Option(help="Internal features to store, comma-separated; or 'default'."),
     ] = None,
     config: Config = None,
 ) -> None:
-    """Let a teacher label a store, in the teacher's own environment if it needs one.
+    """Label structures with a teacher, in the teacher's own environment if it needs one.
 
-    Labels of any number of teachers stand beside the reference labels. A killed run goes on where
-    it was; frames that a teacher cannot label are skipped, counted and listed.
+    A store holds the labels of any number of teachers next to the reference labels. An interrupted
+    run resumes where it stopped; frames that the teacher fails on are skipped, counted and listed.
+    `potstill config label` prints all settings.
 
     [bold]Examples[/bold]
 
@@ -199,27 +222,29 @@ def label(
     from potstill.workflows.labeling import label as work
 
     overrides = {
-        "store": str(store),
+        "store": store,
         "files": [{"path": str(file)} for file in files] if files else None,
         "teacher": _teacher(teacher, teacher_arg),
         "properties": [] if properties == "none" else _listed(properties),
         "taps": _listed(taps),
     }
-    with one_sentence():
-        report = work(load_config(config, LabelConfig, overrides), RichDisplay(console))
-        console.print(f"{report.n_labelled} structures labelled, {report.n_failed} failed")
+    report = work(load_config(config, LabelConfig, overrides), RichDisplay(console))
+    console.print(f"{report.n_labelled} structures labeled, {report.n_failed} failed")
 
 
-@_command("Step by step")
+@_command("Train")
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file: out, data, train, stages.")],
-    out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
+    config: Annotated[
+        Path, typer.Argument(help="YAML file: out, data, train, stages; see `potstill config`.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Run folder.")] = None,
     seed: Seed = None,
 ) -> None:
-    """Train a student on reference labels, a teacher's labels, or both.
+    """Train a model on reference labels, a teacher's labels, or both.
 
-    The labels that the loss asks for are checked before the first step. Stages hand their best
-    network on: pre-training on structures that a teacher has labelled, then fine-tuning.
+    The labels that the loss needs are checked before the first step. Each stage starts from the
+    best network of the one before: pretraining on teacher labels, then fine-tuning, for example.
+    `potstill config train` prints all settings.
 
     [bold]Example[/bold]
 
@@ -228,40 +253,38 @@ def train(
     from potstill.config import TrainConfig, load_config
     from potstill.workflows.training import train_from_config
 
-    overrides = {"out": None if out is None else str(out), "train": {"seed": seed}}
-    with one_sentence():
-        settings = load_config(config, TrainConfig, overrides)
-        result = train_from_config(settings, RichDisplay(console))
-        if result.status == "interrupted":
-            raise KeyboardInterrupt
-        console.print(
-            f"{result.status} after {result.epochs} epochs; the best, epoch {result.best_epoch}, "
-            f"is {result.best}",
-            highlight=False,
-        )
+    settings = load_config(config, TrainConfig, {"out": out, "train": {"seed": seed}})
+    result = train_from_config(settings, RichDisplay(console))
+    if result.status == "interrupted":
+        raise KeyboardInterrupt
+    console.print(
+        f"{result.status} after {result.epochs} epochs; the best, epoch {result.best_epoch}, "
+        f"is {result.best}",
+        highlight=False,
+    )
 
 
-@_command("Step by step")
+@_command("Train")
 def epsilon(
-    config: Annotated[Path, typer.Argument(help="A YAML file: data, train; as of train.")],
-    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    config: Annotated[Path, typer.Argument(help="YAML file with data and train, as for train.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")],
     model: Annotated[
-        Path | None, typer.Option(help="A checkpoint; without one, a fresh model.")
+        Path | None, typer.Option(help="Checkpoint; without one, an untrained model.")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
     loss: Annotated[
-        str | None, typer.Option(help="quadratic (the default), or training: that of the config.")
+        str | None, typer.Option(help="quadratic (default), or training: the config's loss.")
     ] = None,
-    n_structures: Annotated[int | None, typer.Option(help="How many to draw.")] = None,
+    n_structures: Annotated[int | None, typer.Option(help="Number of structures to draw.")] = None,
     exact: Annotated[
         bool | None,
         typer.Option("--exact/--proxy-only", help="Compare with exact gradients as well."),
     ] = None,
 ) -> None:
-    """Find the epsilon of central-difference force training for a model, data and precision.
+    """Find the displacement for force training by central differences.
 
-    Writes the errors of the gradient and of its proxy by epsilon as JSON, CSV and plot, and
-    recommends the value with the smallest proxy.
+    Writes the errors of the gradient and of its proxy against epsilon as JSON, CSV and plot, and
+    recommends the epsilon with the smallest proxy.
 
     [bold]Example[/bold]
 
@@ -271,46 +294,97 @@ def epsilon(
     from potstill.workflows.epsilon import find_epsilon, scan_table
 
     overrides = {
-        "out": str(out),
-        "initial": None if model is None else str(model),
+        "out": out,
+        "initial": model,
         "train": {"precision": precision},
         "loss": loss,
         "n_structures": n_structures,
         "exact": exact,
     }
-    with one_sentence():
-        scan = find_epsilon(load_config(config, EpsilonConfig, overrides), RichDisplay(console))
-        table = scan_table(scan)
-        rows = [["" if x is None else f"{x:.1e}" for x in row] for row in table.rows]
-        print_tables(console, table.title, table.columns, rows)
-        console.print(f"Recommended: epsilon = {scan.recommended:.1e}", highlight=False)
-        console.print(f"The plot is {out / 'epsilon_scan.svg'}", highlight=False)
+    scan = find_epsilon(load_config(config, EpsilonConfig, overrides), RichDisplay(console))
+    table = scan_table(scan)
+    rows = [["" if x is None else f"{x:.1e}" for x in row] for row in table.rows]
+    print_tables(console, table.title, table.columns, rows)
+    console.print(f"Recommended: epsilon = {scan.recommended:.1e}", highlight=False)
+    console.print(f"Plot: {out / 'epsilon_scan.svg'}", highlight=False)
 
 
-@_command("Step by step")
+@_command("Train")
+def study(
+    config: Annotated[Path, typer.Argument(help="YAML file of a study.")],
+    out: Annotated[Path, typer.Option(help="Folder of the study.")],
+    workers: Annotated[int, typer.Option(help="Trainings to run at a time.", min=1)] = 1,
+) -> None:
+    """Train many models from one config, compare them and write a report; resumable.
+
+    Sizes x strategies x seeds of teachers and students; or, with `kind: features`, pairs of models
+    x strategies of feature distillation x seeds, and grids of taps, losses and transformations.
+    Then measure what the config asks for, and write report.html and results.json.
+
+    [bold]Example[/bold]
+
+      potstill study studies/teacher_student/molybdenum.yaml --out run/mo --workers 2
+
+      potstill study studies/feature_distillation/3bpa.yaml --out run/3bpa --workers 2
+    """
+    from potstill.config import load_study
+    from potstill.display import seconds_in_words
+    from potstill.workflows.cells import StudyProgress
+    from potstill.workflows.feature_study import (
+        FeatureStudyConfig,
+        report_feature_study,
+        run_feature_study,
+    )
+    from potstill.workflows.study import report_study, run_study
+
+    def note(progress: StudyProgress) -> str:
+        cell = progress.cell.name if progress.cell else ""
+        return f"{cell}, about {seconds_in_words(progress.seconds_left)} left"
+
+    def show(progress: StudyProgress) -> None:
+        task.update(progress.done, note=note(progress))
+
+    settings = load_study(config)
+    display = RichDisplay(console)
+    command = shlex.join(["potstill", *sys.argv[1:]])
+    with display.task(settings.title, len(settings.cells())) as task:
+        if isinstance(settings, FeatureStudyConfig):
+            run_feature_study(settings, out, workers=workers, on_progress=show)
+        else:
+            run_study(settings, out, workers=workers, on_progress=show)
+    if isinstance(settings, FeatureStudyConfig):
+        report_feature_study(settings, out, command=command, on_model=display.say)
+    else:
+        report_study(settings, out, command=command, on_model=display.say)
+    console.print(f"Report: {out / 'report.html'}", highlight=False)
+
+
+@_command("Check")
 def evaluate(
     models: Annotated[
         list[str] | None,
-        typer.Argument(help="Checkpoints or teachers; name=run/best.pt gives a name."),
+        typer.Argument(help="Checkpoints or teachers; name=run/best.pt gives one a name."),
     ] = None,
-    store: Annotated[Path | None, typer.Option(help="A labelled store to compare with.")] = None,
-    source: Annotated[str | None, typer.Option(help="Its label set.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Label store to compare with.")] = None,
+    source: Annotated[str | None, typer.Option(help="Label set of the store.")] = None,
     data: Annotated[
-        list[Path] | None, typer.Option(help="A file with reference labels, instead; repeatable.")
+        list[Path] | None, typer.Option(help="File with reference labels instead; repeatable.")
     ] = None,
     structure: Annotated[
-        str | None, typer.Option(help="Where properties and dynamics start from.")
+        str | None, typer.Option(help="Starting structure for properties and MD.")
     ] = None,
     tests: Annotated[
         str | None,
         typer.Option(
-            help="With commas: errors, s2ef, throughput, eos, elastic, speed, memory, nve."
+            help="Comma-separated: errors, s2ef, throughput, eos, elastic, speed, memory, nve."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
     config: Config = None,
 ) -> None:
-    """Put potentials to the same tests: errors, E(V), elasticity, speed, memory, stability.
+    """Compare potentials in the same tests: errors, E(V), elasticity, speed, memory, NVE.
+
+    `potstill config evaluate` prints all settings.
 
     [bold]Examples[/bold]
 
@@ -322,35 +396,34 @@ def evaluate(
     from potstill.workflows.evaluation import evaluate as work
     from potstill.workflows.inspection import result_cards
 
-    with one_sentence():
-        overrides = {
-            "models": _models(models or []),
-            "store": None if store is None else str(store),
-            "source": source,
-            "files": [{"path": str(file)} for file in data] if data else None,
-            "structure": structure,
-            "tests": None if tests is None else tests.replace(" ", "").split(","),
-            "out": None if out is None else str(out),
-        }
-        results = work(load_config(config, EvaluateConfig, overrides), RichDisplay(console))
-        for card in result_cards(results):
-            print_tables(console, card.title, card.columns, card.rows)
+    overrides = {
+        "models": _models(models or []),
+        "store": store,
+        "source": source,
+        "files": [{"path": str(file)} for file in data] if data else None,
+        "structure": structure,
+        "tests": _listed(tests),
+        "out": out,
+    }
+    results = work(load_config(config, EvaluateConfig, overrides), RichDisplay(console))
+    for card in result_cards(results):
+        print_tables(console, card.title, card.columns, card.rows)
 
 
-@_command("Step by step")
+@_command("Check")
 def cka(
-    student: Annotated[str, typer.Argument(help="A checkpoint.")],
-    teacher: Annotated[str, typer.Argument(help="A checkpoint.")],
-    data: Annotated[str, typer.Argument(help="A labelled store, or a file with structures.")],
-    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    student: Annotated[str, typer.Argument(help="Checkpoint.")],
+    teacher: Annotated[str, typer.Argument(help="Checkpoint.")],
+    data: Annotated[str, typer.Argument(help="Label store, or a file with structures.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")],
     before: Annotated[
-        str | None, typer.Option(help="The student without distillation, for gains.")
+        str | None, typer.Option(help="Student without distillation, to show gains.")
     ] = None,
-    source: Annotated[str | None, typer.Option(help="Label set of a store, for probes.")] = None,
+    source: Annotated[str | None, typer.Option(help="Label set of the store, for probes.")] = None,
     run: Annotated[
-        str | None, typer.Option(help="A run folder with CKA recorded during training.")
+        str | None, typer.Option(help="Run folder with CKA recorded during training.")
     ] = None,
-    n_structures: Annotated[int | None, typer.Option(help="How many to draw.")] = None,
+    n_structures: Annotated[int | None, typer.Option(help="Number of structures to draw.")] = None,
     probes: Annotated[
         bool | None, typer.Option("--probes/--no-probes", help="Fit linear probes.")
     ] = None,
@@ -359,8 +432,8 @@ def cka(
 ) -> None:
     """Compare the features of a student and its teacher by linear CKA, tap by tap.
 
-    Writes cka.json and heat maps; with a student from before distillation also the gain. Beside
-    it, how well energies and forces follow linearly from each tap.
+    Writes cka.json and heat maps; with a student from before distillation also the gain. Linear
+    probes show how well energies and forces can be read off each tap.
 
     [bold]Example[/bold]
 
@@ -373,7 +446,7 @@ def cka(
         "student": student,
         "teacher": teacher,
         "data": data,
-        "out": str(out),
+        "out": out,
         "before": before,
         "source": source,
         "run": run,
@@ -381,34 +454,49 @@ def cka(
         "probes": probes,
         "seed": seed,
     }
-    with one_sentence():
-        report = compare_features(load_config(config, CKAConfig, overrides), RichDisplay(console))
-        print_tables(console, "Taps of the student", report.COLUMNS, report.rows())
-        console.print(f"Figures and cka.json are in {out}", highlight=False)
+    report = compare_features(load_config(config, CKAConfig, overrides), RichDisplay(console))
+    print_tables(console, "Taps of the student", report.COLUMNS, report.rows())
+    console.print(f"Figures and cka.json are in {out}", highlight=False)
 
 
-@_command("Step by step")
+@_command("Check")
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Store, checkpoint, run folder or structure file.")],
+) -> None:
+    """Show what a label store, checkpoint, run folder or structure file contains."""
+    from potstill.workflows.inspection import inspect as work
+
+    for card in work(path):
+        print_tables(console, card.title, card.columns, card.rows)
+
+
+@_command("Use")
 def md(
-    model: Annotated[str | None, typer.Argument(help="A checkpoint, or a teacher.")] = None,
-    structure: Annotated[str | None, typer.Argument(help="A structure file, or silicon.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Checkpoint, or a teacher.")] = None,
+    structure: Annotated[str | None, typer.Argument(help="Structure file, or silicon.")] = None,
     ensemble: Annotated[str | None, typer.Option(help="nve, langevin or npt.")] = None,
-    temperature: Annotated[str | None, typer.Option(help="K; 300:600 is a ramp.")] = None,
-    pressure: Annotated[float | None, typer.Option(help="GPa, with npt.")] = None,
-    duration: Annotated[float | None, typer.Option(help="ps.")] = None,
-    timestep: Annotated[float | None, typer.Option(help="fs.")] = None,
-    stride: Annotated[float | None, typer.Option(help="fs between frames.")] = None,
-    n_atoms: Annotated[int | None, typer.Option(help="Repeat the cell up to so many.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the trajectory.")] = None,
+    temperature: Annotated[
+        str | None, typer.Option(help="Temperature in K; 300:600 is a ramp.")
+    ] = None,
+    pressure: Annotated[float | None, typer.Option(help="Pressure in GPa, with npt.")] = None,
+    duration: Annotated[float | None, typer.Option(help="Duration in ps.")] = None,
+    timestep: Annotated[float | None, typer.Option(help="Timestep in fs.")] = None,
+    stride: Annotated[float | None, typer.Option(help="Time between frames in fs.")] = None,
+    n_atoms: Annotated[
+        int | None, typer.Option(help="Repeat the unit cell until it has this many atoms.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the trajectory.")] = None,
     seed: Seed = None,
     force_nonconservative: Annotated[
         bool | None,
-        typer.Option("--force-nonconservative", help="NVE even with direct forces."),
+        typer.Option("--force-nonconservative", help="Allow NVE with direct forces."),
     ] = None,
     config: Config = None,
 ) -> None:
     """Run molecular dynamics with a student; writes trajectory.extxyz and thermo.csv.
 
-    A killed run goes on where it was. Outside of what the student was trained on it warns.
+    An interrupted run resumes where it stopped. There is a warning where the student leaves what
+    it was trained on. `potstill config md` prints all settings.
 
     [bold]Examples[/bold]
 
@@ -429,92 +517,45 @@ def md(
         "timestep": timestep,
         "stride": stride,
         "n_atoms": n_atoms,
-        "out": None if out is None else str(out),
+        "out": out,
         "seed": seed,
         "force_nonconservative": force_nonconservative,
     }
-    with one_sentence():
-        result = run_dynamics(load_config(config, MdConfig, overrides), RichDisplay(console))
-        console.print(f"{len(result.frames)} frames in {result.trajectory}", highlight=False)
-        console.print(f"Temperature and energies in {result.thermo}", highlight=False)
+    result = run_dynamics(load_config(config, MdConfig, overrides), RichDisplay(console))
+    console.print(f"{len(result.frames)} frames in {result.trajectory}", highlight=False)
+    console.print(f"Temperature and energies in {result.thermo}", highlight=False)
 
 
-@_command("Studies")
-def study(
-    config: Annotated[Path, typer.Argument(help="A YAML file of a study.")],
-    out: Annotated[Path, typer.Option(help="Folder of the study.")],
-    workers: Annotated[int, typer.Option(help="Trainings at a time.", min=1)] = 1,
+@_command("Help")
+def config(
+    command: Annotated[
+        str,
+        typer.Argument(help="distill, sample, label, train, epsilon, evaluate, cka or md."),
+    ],
 ) -> None:
-    """Train all runs of a study from one config, and continue where it was interrupted.
-
-    Sizes x strategies x seeds of teachers and students; or, with `kind: features`, pairs of models
-    x strategies of feature distillation x seeds, and grids of taps, losses and transformations.
-    Then measure what the config asks for, and write report.html and results.json.
+    """Print a commented YAML file with all settings of a command and their defaults.
 
     [bold]Example[/bold]
 
-      potstill study studies/teacher_student/molybdenum.yaml --out run/mo --workers 2
-
-      potstill study studies/feature_distillation/3bpa.yaml --out run/3bpa --workers 2
+      potstill config train > train.yaml
     """
-    from potstill.config import load_study
-    from potstill.workflows.base import seconds_in_words
-    from potstill.workflows.cells import StudyProgress
-    from potstill.workflows.feature_study import (
-        FeatureStudyConfig,
-        report_feature_study,
-        run_feature_study,
-    )
-    from potstill.workflows.study import report_study, run_study
+    from potstill.config import config_template
 
-    def note(progress: StudyProgress) -> str:
-        cell = progress.cell.name if progress.cell else ""
-        return f"{cell}, about {seconds_in_words(progress.seconds_left)} left"
-
-    def show(progress: StudyProgress) -> None:
-        task.update(progress.done, note=note(progress))
-
-    with one_sentence():
-        settings = load_study(config)
-        display = RichDisplay(console)
-        command = shlex.join(["potstill", *sys.argv[1:]])
-        with display.task(settings.title, len(settings.cells())) as task:
-            if isinstance(settings, FeatureStudyConfig):
-                run_feature_study(settings, out, workers=workers, on_progress=show)
-            else:
-                run_study(settings, out, workers=workers, on_progress=show)
-        if isinstance(settings, FeatureStudyConfig):
-            report_feature_study(settings, out, command=command, on_model=display.say)
-        else:
-            report_study(settings, out, command=command, on_model=display.say)
-        console.print(f"The report is {out / 'report.html'}", highlight=False)
+    typer.echo(config_template(command), nl=False)
 
 
-@_command("Looking around")
-def inspect(
-    path: Annotated[Path, typer.Argument(help="Store, checkpoint, run folder or structures.")],
-) -> None:
-    """Say what a labelled store, a checkpoint, a run folder or a structure file holds."""
-    from potstill.workflows.inspection import inspect as work
-
-    with one_sentence():
-        for card in work(path):
-            print_tables(console, card.title, card.columns, card.rows)
-
-
-@_command("Looking around")
+@_command("Help")
 def doctor() -> None:
-    """Say what is installed and which extras work, and do a self-test of about ten seconds."""
+    """Show what is installed, which extras work, and run a self-test of about ten seconds."""
     from potstill.workflows.doctor import examine
 
-    with one_sentence():
-        found = examine(RichDisplay(console))
-        print_tables(console, "potstill " + __version__, ("", ""), found.machine)
-        print_tables(console, "extras", ("extra", "version", "for"), found.extras)
-        rows = [[c.name, "works" if c.works else "FAILS", c.note] for c in found.checks]
-        print_tables(console, "self-test", ("", "", ""), rows)
-        if not found.healthy:
-            raise typer.Exit(1)
+    found = examine(RichDisplay(console))
+    print_tables(console, "potstill " + __version__, ("", ""), found.machine)
+    print_tables(console, "extras", ("extra", "version", "for"), found.extras)
+    rows = [[c.name, "works" if c.works else "FAILS", c.note] for c in found.checks]
+    print_tables(console, "self-test", ("", "", ""), rows)
+    if not found.healthy:
+        raise typer.Exit(1)
 
 
 def _teacher(spec: str | None, args: list[str] | None) -> dict[str, Any]:

@@ -1,13 +1,10 @@
-"""Around the commands: the process's memory, errors in one sentence, the display."""
+"""Around the commands: errors in one sentence, the display."""
 
 from __future__ import annotations
 
-import os
-import platform
-import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -27,32 +24,15 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from potstill.display import Display, Task, seconds_in_words
 from potstill.errors import PotstillError
-from potstill.workflows.base import Display, Task, seconds_in_words
-from potstill.workflows.doctor import MALLOC
 
-#: Turns the settings of the memory allocator and of waiting threads off.
-NO_TUNING = "POTSTILL_NO_MALLOC_TUNING"
+#: Called before a command does its work. Only the entry point may restart the process: whoever
+#: calls `app` from Python has one of their own.
+BEFORE_WORK: list[Callable[[], None]] = []
 
-#: Exit codes: a mistake that the user can mend; an interruption.
+#: Exit codes: a mistake that the user can fix; an interruption.
 MISTAKE, INTERRUPTED = 2, 130
-
-
-def tune_process() -> None:
-    """Start this process anew with settings that are only read when a process starts.
-
-    glibc gives every tensor above 32 MB back to the system and asks for it again in the next step;
-    keeping them makes training several times faster. OpenMP's threads wait for one another in a
-    busy loop; where another program has the other core, one step of CHGNet took 13 s instead of
-    0.2 s, and letting them sleep costs nothing measurable.
-    """
-    tuning = {name: str(2**35) for name in MALLOC} | {"OMP_WAIT_POLICY": "PASSIVE"}
-    set_already = all(name in os.environ for name in tuning)
-    if set_already or os.environ.get(NO_TUNING) or platform.libc_ver()[0] != "glibc":
-        return
-    for name, value in tuning.items():
-        os.environ.setdefault(name, value)
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def print_tables(console: Console, title: str, columns: Sequence[str], rows: Sequence) -> None:
@@ -163,7 +143,7 @@ def one_sentence() -> Iterator[None]:
         )
         raise typer.Exit(MISTAKE) from None
     except KeyboardInterrupt:
-        console.print("potstill: interrupted; the same command goes on from here", style="yellow")
+        console.print("potstill: interrupted; run the same command again to resume", style="yellow")
         raise typer.Exit(INTERRUPTED) from None
 
 

@@ -20,6 +20,9 @@ from ase.build import bulk
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 
+from potstill.display import Display as Display
+from potstill.display import Task as Task
+from potstill.display import seconds_in_words as seconds_in_words
 from potstill.errors import ConfigError, DataError, suggest
 from potstill.files import write_atomically
 from potstill.neighbors import build_neighbor_list, shortest_distances
@@ -82,31 +85,6 @@ class TeacherSettings(Settings):
     def make(self) -> Teacher:
         """Make the teacher."""
         return make_teacher(self.spec, self.args)
-
-
-# -- what the user sees ----------------------------------------------------------------------------
-
-
-class Display:
-    """Receives what a workflow has to tell; this one keeps silent."""
-
-    def say(self, text: str) -> None:
-        """Show a line."""
-
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Show a table."""
-
-    @contextmanager
-    def task(self, title: str, total: float | None = None) -> Iterator[Task]:
-        """Show a piece of work with its progress while it is under way."""
-        yield Task()
-
-
-class Task:
-    """One piece of work on a display."""
-
-    def update(self, done: float, total: float | None = None, note: str = "") -> None:
-        """Show how far it is, and a few words."""
 
 
 # -- run folders -----------------------------------------------------------------------------------
@@ -301,13 +279,6 @@ def potential_info(
 def percent(value: float) -> str:
     """Write a fraction as percent, a dash for what is not a number."""
     return f"{100.0 * value:.1f} %" if math.isfinite(value) else "–"
-
-
-def seconds_in_words(seconds: float) -> str:
-    """Write a duration: `45 s`, `3.5 min`, `2.1 h`."""
-    if seconds < 90.0:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60.0:.1f} min" if seconds < 5400.0 else f"{seconds / 3600.0:.1f} h"
 
 
 def threads() -> int:

@@ -21,6 +21,7 @@ from potstill.core import describe_core
 from potstill.distill import LossTerm
 from potstill.errors import DataError, DivergenceError
 from potstill.models import HIPNN
+from potstill.process import memory_tuning
 from potstill.sample import rattle, run_md
 from potstill.sample.base import make_generator
 from potstill.structures import Structures
@@ -41,9 +42,6 @@ EXTRAS = (
     ("ray", "ray", "runs on many machines"),
 )
 CORE = ("torch", "lightning-fabric", "ase", "vesin", "zarr", "numpy", "scipy", "pydantic")
-
-#: glibc's variables that keep large tensors in the process; see docs/performance.md.
-MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
 @dataclass(frozen=True)
@@ -103,16 +101,6 @@ def describe_machine() -> list[list[str]]:
         ["memory", memory_tuning()],
     ]
     return rows
-
-
-def memory_tuning() -> str:
-    """Say whether glibc keeps large tensors, and how to change that."""
-    if all(os.environ.get(name) for name in MALLOC):
-        return (
-            "large tensors are kept by the process (faster, more memory; "
-            "POTSTILL_NO_MALLOC_TUNING=1 turns it off)"
-        )
-    return f"large tensors go back to the system: set {' and '.join(MALLOC)} for speed"
 
 
 def describe_extras() -> list[list[str]]:
