@@ -39,7 +39,7 @@ from potstill.testing import (
     contract_structures,
 )
 from potstill.train.data import TrainingSet
-from potstill.train.loop import initial_student
+from potstill.train.initialize import initial_student
 from potstill.train.settings import ModelSettings, TrainSettings
 
 TWO = SpeciesTable.from_symbols(["Mg", "O"])

@@ -8,6 +8,7 @@ from ase.build import bulk
 
 from potstill.errors import ConfigError, ModelError
 from potstill.models import HIPNN
+from potstill.models.base import StartingData
 from potstill.models.hipnn import CUTOFF_FUNCTIONS, hierarchicality
 from potstill.species import SpeciesTable
 from potstill.structures import Structures
@@ -49,7 +50,7 @@ def test_energy_layers_start_near_the_linear_fit() -> None:
     torch.manual_seed(1)
     model = HIPNN(AL, 6, 5, 1.6, 4.0, 4.5, 1, n_interaction_layers=2)
     before = [layer.weight.detach().clone() for layer in model.energy_layers]
-    model.initialize_energy_layers(torch.tensor([-3.7]))
+    model.initialize_from(StartingData(torch.tensor([-3.7]), ()))
     assert model.energy_layers[0].weight.item() == pytest.approx(-3.7)
     for k, scale in ((1, 1e-2), (2, 1e-4)):
         torch.testing.assert_close(model.energy_layers[k].weight.detach(), before[k] * scale)

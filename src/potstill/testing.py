@@ -118,9 +118,16 @@ def check_extensivity(potential: Potential) -> None:
 
 
 def check_atomic_energies_sum_to_the_energy(potential: Potential) -> None:
-    """The energy is the sum of the atomic energies, in float64."""
+    """The energy is the sum of the atomic energies, and these of their terms, in float64."""
     structures = contract_structures(potential)
     prediction = _predict(potential, structures)
+    assert prediction.terms.shape == (structures.n_atoms, potential.n_terms)
+    atomic = prediction.terms.sum(dim=1)
+    _close(atomic, prediction["atomic_energies"], 1e-12, "sum of the terms")
+    for name, penalty in potential.regularizers().items():
+        values = penalty(prediction.terms)
+        assert values.shape == (structures.n_atoms,), f"{name} gives {tuple(values.shape)}"
+        assert bool(torch.isfinite(values).all()), f"{name} is not finite"
     total = torch.zeros(structures.n_systems, dtype=torch.float64)
     total = total.index_add(0, structures.system_index, prediction["atomic_energies"])
     _close(prediction["energy"], total, 1e-12, "energy")

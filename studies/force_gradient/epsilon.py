@@ -27,7 +27,7 @@ from potstill.models import Potential, SumPotential
 from potstill.readers import read
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.epsilon import scan_epsilon
-from potstill.train.loop import initial_student
+from potstill.train.initialize import initial_student
 from potstill.train.settings import EnergySettings, OptimizerSettings
 from potstill.train.state import versions
 

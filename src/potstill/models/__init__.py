@@ -13,6 +13,7 @@ from potstill.models.base import Edges as Edges
 from potstill.models.base import LocalOutput as LocalOutput
 from potstill.models.base import Potential as Potential
 from potstill.models.base import Prediction as Prediction
+from potstill.models.base import StartingData as StartingData
 from potstill.models.base import TapSpec as TapSpec
 from potstill.models.gemnet_oc import GemNetOC as GemNetOC
 from potstill.models.hipnn import HIPNN as HIPNN

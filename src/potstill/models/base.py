@@ -8,7 +8,7 @@ class turns dE/dr_ij into forces, virial and stress once, for every model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,6 +30,9 @@ Core = Literal["auto", "native", "torch"]
 
 #: Neighbor lists for PyTorch, and packed for native kernels.
 Pairs = NeighborList | CompactNeighbors
+
+#: From the (N, T) float64 terms of the atomic energies, eV, to (N,) penalties of the atoms.
+Regularizer = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -176,11 +179,37 @@ class LocalOutput:
         The taps that were asked for.
     forces : Tensor, optional
         (n_local, 3) eV/Å, of models with direct forces and of these alone.
+    terms : Tensor, optional
+        (n_local, T) eV, terms that sum to the atomic energies, of models that have several.
     """
 
     atomic_energies: Tensor
     features: dict[str, Tensor] = field(default_factory=dict)
     forces: Tensor | None = None
+    terms: Tensor | None = None
+
+    @property
+    def float64_terms(self) -> Tensor:
+        """(n_local, T) float64; the atomic energies where there is one term."""
+        terms = self.atomic_energies.unsqueeze(1) if self.terms is None else self.terms
+        return terms.to(torch.float64)
+
+
+@dataclass(frozen=True)
+class StartingData:
+    """What a fresh network can be fitted to before the first training step.
+
+    Parameters
+    ----------
+    offsets : Tensor
+        (n_species,) float64, eV per atom: least-squares energies of the species in what the
+        network is to learn; zero where there are no energies.
+    batches : sequence of Structures
+        A few batches from all over the training set, in the network's species table.
+    """
+
+    offsets: Tensor
+    batches: Sequence[Structures]
 
 
 @dataclass(frozen=True)
@@ -259,10 +288,14 @@ class NativeParts:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Properties of a batch, and the model's internal features that were asked for."""
+    """Properties of a batch, and the model's internal features that were asked for.
+
+    `terms`, (N, T) float64 eV, are the terms that sum to the atomic energies.
+    """
 
     properties: Properties
-    features: dict[str, Tensor] = field(default_factory=dict)
+    features: dict[str, Tensor]
+    terms: Tensor
 
     def __getitem__(self, name: str) -> Tensor:
         return self.properties[name]
@@ -375,6 +408,27 @@ class Potential(nn.Module, ABC):
         """Weights (no biases) whose squares the L2 term of the loss sums."""
         return [p for p in self.parameters() if p.ndim > 1]
 
+    # -- hooks of training ---------------------------------------------------------------------
+
+    def initialize_from(self, data: StartingData) -> None:
+        """Fit fresh weights to the training data, once, before the first step.
+
+        By default nothing is done. Called on the device and in the dtype of construction, before
+        weights of another network are copied in.
+        """
+
+    def regularizers(self) -> dict[str, Regularizer]:
+        """Penalties on the terms of the atomic energies that belong to this kind of model.
+
+        Returns
+        -------
+        dict of str to callable
+            By the name of their weight in the settings `regularization`. Each takes the `terms` of
+            a prediction, (N, T) with T = `n_terms`, to a penalty of each atom, (N,). The loss gains
+            the weight times the mean over configurations of the sum over their atoms.
+        """
+        return {}
+
     # -- first-order passes: all that training by directional derivatives and dynamics need ------
 
     @property
@@ -387,7 +441,7 @@ class Potential(nn.Module, ABC):
 
         Arguments are those of `forward`. Always in torch operations, differentiable to any order.
         """
-        return self(species, edges, r_ij, n_local).atomic_energies.to(torch.float64).unsqueeze(1)
+        return self(species, edges, r_ij, n_local).float64_terms
 
     # -- the same in two parts, of which torch.compile takes the second ------------------------
 
@@ -428,9 +482,9 @@ class Potential(nn.Module, ABC):
         neighbors = _spelled_out(neighbors)
         if self.direct_forces:
             with torch.no_grad():
-                atomic, forces, *_ = self._direct(structures, neighbors, ())
+                local, forces = self._direct(structures, neighbors, ())
             virial = forces.new_full((structures.n_systems, 3, 3), torch.nan)
-            return FirstOrder(atomic.unsqueeze(1), forces, virial)
+            return FirstOrder(local.float64_terms, forces, virial)
         edges = Edges.of(structures, neighbors)
         r_ij = pair_vectors(structures, neighbors).detach().requires_grad_(True)
         with torch.enable_grad(), _frozen(self):
@@ -550,16 +604,19 @@ class Potential(nn.Module, ABC):
         compact = isinstance(neighbors, CompactNeighbors)
         if (derivative or compact) and not create_graph and not taps:
             found = self.evaluate(structures, neighbors)
-            atomic, features = found.terms.sum(dim=1), dict[str, Tensor]()
-            forces, virial = found.forces, found.virial
-        elif self.direct_forces:
-            with torch.set_grad_enabled(create_graph):
-                atomic, forces, features = self._direct(structures, _spelled_out(neighbors), taps)
-            virial = forces
+            terms, features = found.terms, dict[str, Tensor]()
+            atomic, forces, virial = terms.sum(dim=1), found.forces, found.virial
         else:
-            atomic, forces, virial, features = self._differentiate(
-                structures, _spelled_out(neighbors), taps, derivative, create_graph
-            )
+            if self.direct_forces:
+                with torch.set_grad_enabled(create_graph):
+                    local, forces = self._direct(structures, _spelled_out(neighbors), taps)
+                virial = forces
+            else:
+                local, forces, virial = self._differentiate(
+                    structures, _spelled_out(neighbors), taps, derivative, create_graph
+                )
+            atomic, terms = local.atomic_energies.to(torch.float64), local.float64_terms
+            features = local.features
         values, present = {}, {}
         if "energy" in wanted:
             energy = atomic.new_zeros(structures.n_systems)
@@ -574,21 +631,18 @@ class Potential(nn.Module, ABC):
         if not create_graph:
             values = {name: value.detach() for name, value in values.items()}
             features = {name: value.detach() for name, value in features.items()}
-        return Prediction(Properties(values, present), features)
+            terms = terms.detach()
+        return Prediction(Properties(values, present), features, terms)
 
     def _direct(
         self, structures: Structures, neighbors: NeighborList, taps: Sequence[str]
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Atomic energies, forces and features of a model that predicts its forces itself."""
+    ) -> tuple[LocalOutput, Tensor]:
+        """Output and float64 forces of a model that predicts its forces itself."""
         edges = Edges.of(structures, neighbors)
         r_ij = pair_vectors(structures, neighbors)
         local = self(structures.species, edges, r_ij, structures.n_atoms, taps)
         assert local.forces is not None, f"{self.kind} declares direct forces and returns none"
-        return (
-            local.atomic_energies.to(torch.float64),
-            local.forces.to(torch.float64),
-            local.features,
-        )
+        return local, local.forces.to(torch.float64)
 
     def _differentiate(
         self,
@@ -597,21 +651,21 @@ class Potential(nn.Module, ABC):
         taps: Sequence[str],
         derivative: bool,
         create_graph: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Atomic energies, forces, virial and features by automatic differentiation."""
+    ) -> tuple[LocalOutput, Tensor, Tensor]:
+        """Output, forces and virial by automatic differentiation."""
         edges = Edges.of(structures, neighbors)
         with torch.set_grad_enabled(create_graph or derivative):
             r_ij = pair_vectors(structures, neighbors)
             if derivative and not r_ij.requires_grad:
                 r_ij.requires_grad_(True)
             local = self(structures.species, edges, r_ij, structures.n_atoms, taps)
-            atomic = local.atomic_energies.to(torch.float64)
             if not derivative:
-                return atomic, r_ij, r_ij, local.features
-            gradient = _pair_gradient(atomic.sum(), r_ij, create_graph)
+                return local, r_ij, r_ij
+            energy = local.atomic_energies.to(torch.float64).sum()
+            gradient = _pair_gradient(energy, r_ij, create_graph)
         forces = forces_from_pairs(gradient, edges, structures.n_atoms)
         virial = virial_from_pairs(gradient, r_ij, edges, structures)
-        return atomic, forces, virial, local.features
+        return local, forces, virial
 
     def hessian_vector_product(
         self, structures: Structures, vector: Tensor, neighbors: NeighborList | None = None

@@ -36,6 +36,8 @@ from potstill.models.base import (
     NativeParts,
     Pairs,
     Potential,
+    Regularizer,
+    StartingData,
     TapSpec,
     refuse_ghosts,
 )
@@ -336,10 +338,9 @@ class HIPNN(Potential):
 
     def prepared_terms(self, prepared: Indices, r_ij: Tensor) -> Tensor:
         """As of the base class: the energies of the hierarchy."""
-        name = "hierarchical_energies"
-        return self._evaluate(prepared, r_ij, (name,)).features[name].to(torch.float64)
+        return self._evaluate(prepared, r_ij).float64_terms
 
-    def _evaluate(self, indices: Indices, r_ij: Tensor, taps: Sequence[str]) -> LocalOutput:
+    def _evaluate(self, indices: Indices, r_ij: Tensor, taps: Sequence[str] = ()) -> LocalOutput:
         n_local = indices.pair.shape[0]
         geometry = _Geometry(indices, r_ij.to(self.dtype), self.l_max)
         features = nn.functional.one_hot(indices.species, len(self.species_table)).to(self.dtype)
@@ -356,17 +357,12 @@ class HIPNN(Potential):
         tapped["hierarchical_energies"] = hierarchy
         # E0 can be hundreds of eV: the hierarchy is summed in float64 whatever the network's dtype.
         atomic = hierarchy.to(torch.float64).sum(dim=1)
-        return LocalOutput(atomic, {name: tapped[name] for name in taps})
+        return LocalOutput(atomic, {name: tapped[name] for name in taps}, terms=hierarchy)
 
     @property
     def n_terms(self) -> int:
         """E0 and one term per block."""
         return self.n_interaction_layers + 1
-
-    def partial_energies(self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int) -> Tensor:
-        """(n_local, T) eV, float64: the energies of the hierarchy."""
-        name = "hierarchical_energies"
-        return self(species, edges, r_ij, n_local, (name,)).features[name].to(torch.float64)
 
     def why_not_native(self) -> str | None:
         """Native kernels need to be compiled, and the model on the CPU in float32 or float64."""
@@ -461,6 +457,14 @@ class HIPNN(Potential):
     def _layers(self) -> list[list[Residual]]:
         """The layers of each block: the interaction layer, then the atom layers."""
         return [list(cast(Iterable[Residual], block)) for block in self.blocks]
+
+    def initialize_from(self, data: StartingData) -> None:
+        """Start with the fitted energies of the species as E0, and small corrections."""
+        self.initialize_energy_layers(data.offsets)
+
+    def regularizers(self) -> dict[str, Regularizer]:
+        """`hierarchicality`: later terms should be smaller than earlier ones."""
+        return {"hierarchicality": hierarchicality}
 
     @torch.no_grad()
     def initialize_energy_layers(self, e0: Tensor, decay_factor: float = 1e-2) -> None:

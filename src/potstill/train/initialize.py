@@ -1,4 +1,4 @@
-"""Starting a student's network from the weights of another one, layer by layer."""
+"""What training starts from: offsets, prior and network, with fresh weights or another's."""
 
 from __future__ import annotations
 
@@ -6,11 +6,117 @@ import fnmatch
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from potstill.checkpoint import load_potential
 from potstill.errors import ConfigError
-from potstill.models import Potential, SumPotential
-from potstill.train.settings import WeightsSettings
+from potstill.models import (
+    ZBL,
+    Potential,
+    SpeciesOffsets,
+    StartingData,
+    SumPotential,
+    build_model,
+)
+from potstill.species import SpeciesTable
+from potstill.structures import Structures
+from potstill.train.data import TrainingSet, fit_offsets
+from potstill.train.settings import TrainSettings, WeightsSettings
+
+#: How many batches of the training set a network sees in `initialize_from`.
+_TYPICAL_BATCHES = 4
+
+
+def initial_student(
+    settings: TrainSettings, data: TrainingSet, initial: Potential | None = None
+) -> tuple[SumPotential, TrainingSet]:
+    """Make the student that training starts from, and leave its network the rest of the labels.
+
+    Parameters
+    ----------
+    settings : TrainSettings
+        Model, energy zero, prior, precision and seed.
+    data : TrainingSet
+        The training set, with species indexed as in `initial`, if that is given.
+    initial : Potential, optional
+        Take this potential's network, offsets and prior instead of new ones.
+
+    Returns
+    -------
+    student : SumPotential
+        Offsets, prior and network, the network in the run's precision.
+    residual : TrainingSet
+        The training set without what offsets and prior give.
+    """
+    dtype = getattr(torch, settings.precision)
+    table = data.structures.species_table
+    if initial is not None:
+        if not isinstance(initial, SumPotential) or "network" not in initial.components:
+            raise ConfigError("fine-tuning starts from a potential that potstill has trained")
+        initial.components["network"].to(dtype)
+        return initial, data.minus(initial.without("network"))
+    torch.manual_seed(settings.seed)
+    network = build_model(settings.model.kind, table, settings.model.hyperparameters).to(dtype)
+    components: dict[str, Potential] = {
+        "offsets": SpeciesOffsets(table, _energy_zero(settings, data, table))
+    }
+    if settings.energy.prior == "zbl":
+        components["prior"] = _zbl(settings, table)
+    residual = data.minus(SumPotential(components))
+    batches = _typical_batches(settings, residual.structures)
+    network.initialize_from(StartingData(_residual_offsets(settings, residual), batches))
+    if settings.model.initialize is not None:
+        initialize_weights(network, settings.model.initialize)
+    return SumPotential({**components, "network": network}), residual
+
+
+def _typical_batches(settings: TrainSettings, structures: Structures) -> list[Structures]:
+    """A few batches of configurations from all over the training set."""
+    n = structures.n_systems
+    spread = torch.linspace(0, n - 1, min(n, _TYPICAL_BATCHES * settings.batch_size)).long()
+    if settings.batch_atoms is not None:
+        batches = structures.batches(settings.batch_atoms, spread)
+    else:
+        batches = list(spread.split(settings.batch_size))
+    return [structures.select(batch) for batch in batches[:_TYPICAL_BATCHES]]
+
+
+def _zbl(settings: TrainSettings, table: SpeciesTable) -> ZBL:
+    inner, cutoff = settings.energy.prior_inner, settings.energy.prior_cutoff
+    if inner is None and cutoff is None:
+        return ZBL.for_species(table)
+    if inner is None or cutoff is None:
+        raise ConfigError("the ZBL prior needs both prior_inner and prior_cutoff, or neither")
+    return ZBL(table, inner, cutoff)
+
+
+def _energy_zero(settings: TrainSettings, data: TrainingSet, table: SpeciesTable) -> Tensor:
+    zero = settings.energy.zero
+    if isinstance(zero, dict):
+        missing = [name for name in table.names if name not in zero]
+        if missing:
+            raise ConfigError(f"energy.zero gives no value for {', '.join(missing)}")
+        return torch.tensor([zero[name] for name in table.names], dtype=torch.float64)
+    if zero == "least_squares":
+        return fit_offsets(data.structures, data.labels[_energy_source(settings, data)]["energy"])[
+            0
+        ]
+    return torch.zeros(len(table), dtype=torch.float64)
+
+
+def _residual_offsets(settings: TrainSettings, data: TrainingSet) -> Tensor:
+    """(n_species,) linear fit to what the energy zero and the prior leave."""
+    labels = data.labels.get(_energy_source(settings, data))
+    if labels is None or "energy" not in labels:
+        return torch.zeros(len(data.structures.species_table), dtype=torch.float64)
+    return fit_offsets(data.structures, labels["energy"])[0]
+
+
+def _energy_source(settings: TrainSettings, data: TrainingSet) -> str:
+    for term in settings.label_terms:
+        if term.property == "energy" and term.source in data.labels:
+            return term.source
+    return settings.score.source
 
 
 def initialize_weights(network: Potential, settings: WeightsSettings) -> list[str]:

@@ -14,34 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import lightning_fabric
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from potstill.checkpoint import save_potential
 from potstill.distill.heads import check_auxiliary
 from potstill.distill.losses import LossTerm, check_signals
 from potstill.errors import ConfigError
-from potstill.models import (
-    HIPNN,
-    ZBL,
-    GemNetOC,
-    Potential,
-    SpeciesOffsets,
-    SumPotential,
-    build_model,
-)
-from potstill.models.gemnet_oc import fit_scale_factors
-from potstill.species import SpeciesTable
-from potstill.structures import Structures
+from potstill.models import Potential
 from potstill.teachers.base import Teacher
 from potstill.train.augment import Augmentation
 from potstill.train.batches import BatchSource
 from potstill.train.compilation import network_passes
-from potstill.train.data import TrainingSet, fit_offsets
+from potstill.train.data import TrainingSet
 from potstill.train.devices import default_fabric
 from potstill.train.features import FeatureSources, average_over_ranks
 from potstill.train.force_gradient import ForceGradient
-from potstill.train.initialize import initialize_weights
+from potstill.train.initialize import initial_student
 from potstill.train.mixing import check_mixing, mixed_batches
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import TrainSettings
@@ -50,8 +38,6 @@ from potstill.train.validation import Validation
 
 #: Called after every epoch with the epoch's record (what also goes into metrics.jsonl).
 EpochCallback = Callable[[dict[str, Any]], None]
-
-_BATCHES_FOR_SCALES = 4
 
 
 @dataclass(frozen=True)
@@ -244,100 +230,6 @@ def _score_term(metric: str, source: str) -> LossTerm:
         if metric.removeprefix("free_").startswith(name):
             return LossTerm(property=name, source=source)
     raise ConfigError(f"the score's metric '{metric}' is not one of potstill.metrics")
-
-
-def initial_student(
-    settings: TrainSettings, data: TrainingSet, initial: Potential | None = None
-) -> tuple[SumPotential, TrainingSet]:
-    """Make the student that training starts from, and leave its network the rest of the labels.
-
-    Parameters
-    ----------
-    settings : TrainSettings
-        Model, energy zero, prior, precision and seed.
-    data : TrainingSet
-        The training set, with species indexed as in `initial`, if that is given.
-    initial : Potential, optional
-        Take this potential's network, offsets and prior instead of new ones.
-
-    Returns
-    -------
-    student : SumPotential
-        Offsets, prior and network, the network in the run's precision.
-    residual : TrainingSet
-        The training set without what offsets and prior give.
-    """
-    dtype = getattr(torch, settings.precision)
-    table = data.structures.species_table
-    if initial is not None:
-        if not isinstance(initial, SumPotential) or "network" not in initial.components:
-            raise ConfigError("fine-tuning starts from a potential that potstill has trained")
-        initial.components["network"].to(dtype)
-        return initial, data.minus(initial.without("network"))
-    torch.manual_seed(settings.seed)
-    network = build_model(settings.model.kind, table, settings.model.hyperparameters).to(dtype)
-    components: dict[str, Potential] = {
-        "offsets": SpeciesOffsets(table, _energy_zero(settings, data, table))
-    }
-    if settings.energy.prior == "zbl":
-        components["prior"] = _zbl(settings, table)
-    residual = data.minus(SumPotential(components))
-    if isinstance(network, HIPNN):
-        network.initialize_energy_layers(_residual_offsets(settings, residual))
-    if isinstance(network, GemNetOC):
-        fit_scale_factors(network, _typical_batches(settings, residual.structures))
-    if settings.model.initialize is not None:
-        initialize_weights(network, settings.model.initialize)
-    return SumPotential({**components, "network": network}), residual
-
-
-def _typical_batches(settings: TrainSettings, structures: Structures) -> list[Structures]:
-    """A few batches of configurations from all over the training set."""
-    n = structures.n_systems
-    spread = torch.linspace(0, n - 1, min(n, _BATCHES_FOR_SCALES * settings.batch_size)).long()
-    if settings.batch_atoms is not None:
-        batches = structures.batches(settings.batch_atoms, spread)
-    else:
-        batches = list(spread.split(settings.batch_size))
-    return [structures.select(batch) for batch in batches[:_BATCHES_FOR_SCALES]]
-
-
-def _zbl(settings: TrainSettings, table: SpeciesTable) -> ZBL:
-    inner, cutoff = settings.energy.prior_inner, settings.energy.prior_cutoff
-    if inner is None and cutoff is None:
-        return ZBL.for_species(table)
-    if inner is None or cutoff is None:
-        raise ConfigError("the ZBL prior needs both prior_inner and prior_cutoff, or neither")
-    return ZBL(table, inner, cutoff)
-
-
-def _energy_zero(settings: TrainSettings, data: TrainingSet, table: SpeciesTable) -> Tensor:
-    zero = settings.energy.zero
-    if isinstance(zero, dict):
-        missing = [name for name in table.names if name not in zero]
-        if missing:
-            raise ConfigError(f"energy.zero gives no value for {', '.join(missing)}")
-        return torch.tensor([zero[name] for name in table.names], dtype=torch.float64)
-    if zero == "least_squares":
-        return fit_offsets(data.structures, data.labels[_energy_source(settings, data)]["energy"])[
-            0
-        ]
-    return torch.zeros(len(table), dtype=torch.float64)
-
-
-def _residual_offsets(settings: TrainSettings, data: TrainingSet) -> Tensor:
-    """(n_species,) linear fit to what the energy zero and the prior leave."""
-    labels = data.labels.get(_energy_source(settings, data))
-    if labels is None or "energy" not in labels:
-        return torch.zeros(len(data.structures.species_table), dtype=torch.float64)
-    return fit_offsets(data.structures, labels["energy"])[0]
-
-
-def _energy_source(settings: TrainSettings, data: TrainingSet) -> str:
-    for term in settings.label_terms:
-        if term.property == "energy" and term.source in data.labels:
-            return term.source
-    return settings.score.source
 
 
 def _info(

@@ -16,7 +16,7 @@ from potstill.report.plots import Figure, Look, Panel, Series, write_figure
 from potstill.report.tables import Table
 from potstill.train import TrainingSet, TrainSettings
 from potstill.train.epsilon import EpsilonScan, scan_epsilon
-from potstill.train.loop import initial_student
+from potstill.train.initialize import initial_student
 from potstill.workflows.base import Display, Settings, claim_folder, write_json
 from potstill.workflows.data import DataSettings, load_parts
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import ModelError
-from potstill.models.base import Edges, LocalOutput, Potential, TapSpec
+from potstill.models.base import Edges, LocalOutput, Potential, StartingData, TapSpec
 from potstill.models.gemnet_oc.bases import SharedBases
 from potstill.models.gemnet_oc.graphs import Graphs, Reach, build_graphs
 from potstill.models.gemnet_oc.interactions import EdgeEmbedding, InteractionBlock, OutputBlock
@@ -157,6 +157,10 @@ class GemNetOC(Potential):
     def hyperparameters(self) -> dict[str, Any]:
         """All arguments but the species table."""
         return asdict(self.settings) | {"qint_tags": list(self.settings.qint_tags)}
+
+    def initialize_from(self, data: StartingData) -> None:
+        """Fit the scale factors to the batches."""
+        fit_scale_factors(self, data.batches)
 
     def scale_factors(self) -> dict[str, ScaleFactor]:
         """The scale factors by name, in no particular order."""
