@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 import stat
 from pathlib import Path
 
@@ -16,6 +19,9 @@ from potstill.files import write_atomically
 from potstill.models import HIPNN, ZBL, SpeciesOffsets, SumPotential
 from potstill.species import SpeciesTable
 from potstill.structures import Structures
+
+#: By format version; `golden/make_checkpoints.py` wrote them with the potstill of their time.
+GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("checkpoints.json").read_text())
 
 
 def _potential(seed: int = 0) -> SumPotential:
@@ -105,3 +111,25 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.write_bytes(b"")
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+@pytest.mark.parametrize("version", sorted(GOLDEN))
+def test_files_of_every_format_version_are_read_as_they_were_meant(
+    tmp_path: Path, version: str
+) -> None:
+    entry = GOLDEN[version]
+    path = tmp_path / "old.pt"
+    path.write_bytes(gzip.decompress(base64.b64decode(entry["file"])))
+    potential, info = load_potential(path)
+    assert info == {"seed": 3}
+    # Labels of stores carry this: it must not change with potstill.
+    assert potential_fingerprint(potential) == entry["fingerprint"]
+    potential.use_core("torch")
+    prediction = potential.predict(Structures.from_ase(molecule("CH3CH2OH")))
+    assert float(prediction["energy"]) == pytest.approx(entry["energy"], rel=1e-12)
+    expected = torch.tensor(entry["forces"], dtype=torch.float64)
+    torch.testing.assert_close(prediction["forces"], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_there_is_a_file_of_every_format_version() -> None:
+    assert set(GOLDEN) == {str(v) for v in range(1, checkpoint.FORMAT_VERSION + 1)}

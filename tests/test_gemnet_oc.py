@@ -18,7 +18,7 @@ from potstill.calculators import PotstillCalculator
 from potstill.distill.losses import LossTerm
 from potstill.errors import DataError, ModelError
 from potstill.models import GemNetOC, build_model
-from potstill.models.base import Edges, forces_from_pairs
+from potstill.models.base import Edges
 from potstill.models.gemnet_oc import (
     PRESETS,
     GemNetOCSettings,
@@ -29,6 +29,7 @@ from potstill.models.gemnet_oc.bases import Angular, circular_basis, envelope, r
 from potstill.models.gemnet_oc.graphs import TIE, Graphs, Groups, reverse_pairs
 from potstill.models.gemnet_oc.interactions import Bilinear
 from potstill.models.gemnet_oc.layers import ScaleFactor, he_orthogonal_
+from potstill.models.graph import forces_from_pairs
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.species import Species, SpeciesTable
 from potstill.structures import Properties, Structures

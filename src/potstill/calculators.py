@@ -19,7 +19,8 @@ from potstill.checkpoint import load_potential
 from potstill.core import CompactNeighbors, build_compact_neighbors
 from potstill.errors import DataError, ModelError
 from potstill.models import Potential
-from potstill.models.base import Core, NativeParts, Pairs
+from potstill.models.engines import Core, NativeParts, Pairs
+from potstill.models.graph import ONE_PLACE, refuse_coinciding_atoms
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.structures import NeighborList, Structures
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3
@@ -97,7 +98,7 @@ class PotstillCalculator(Calculator):
         self._structures: Structures | None = None  # the latest geometry
         self._reference: Structures | None = None  # where the list was built
         self._list: Pairs | None = None  # packed for native kernels, or spelled out
-        self._close: NeighborList | None = None  # pairs of it that may come closer than allowed
+        self._close: NeighborList | None = None  # pairs that may come too close meanwhile
 
     def calculate(
         self,
@@ -113,8 +114,11 @@ class PotstillCalculator(Calculator):
             self._list = None
         structures = self._take(self.atoms)
         native = self.potential.native_parts()
+        if native is not None and native.network is None:
+            native = None  # offsets or a prior alone are no native call
         neighbors = self._neighbors(structures, packed=native is not None)
         self._check_range(structures)
+        self._check_distances(structures)
         if native is not None and isinstance(neighbors, CompactNeighbors):
             energies, forces, stress = self._evaluate_natively(native, structures, neighbors)
         else:
@@ -203,11 +207,13 @@ class PotstillCalculator(Calculator):
                 f"{', '.join(sorted(known))}"
             )
 
-    def _pairs_to_watch(self, structures: Structures) -> NeighborList | None:
-        """Pairs that may come closer than the training data before the list is built anew."""
-        if self._limits is None:
-            return None
-        return build_neighbor_list(structures, float(self._limits.max()) + self.skin)
+    def _pairs_to_watch(self, structures: Structures) -> NeighborList:
+        """Pairs that may come to one place, or closer than in training, while the list is used."""
+        reach = ONE_PLACE + self.skin
+        if self._limits is not None and "distance" not in self._warned:
+            reach = max(reach, float(self._limits.max()) + self.skin)
+        # Lists of a shorter reach are slow to build.
+        return _within(structures, build_neighbor_list(structures, max(reach, 1.5)), reach)
 
     def _check_range(self, structures: Structures) -> None:
         limits = self._trained_on.get("density_g_cm3")
@@ -220,13 +226,17 @@ class PotstillCalculator(Calculator):
                     f"the density of {density:.3f} g/cm³ is outside the range of the training "
                     f"data, {low:.3f} to {high:.3f} g/cm³",
                 )
-        if self._limits is not None and self._close is not None and "distance" not in self._warned:
-            self._check_distances(structures, self._close, self._limits)
 
-    def _check_distances(
-        self, structures: Structures, neighbors: NeighborList, limits: Tensor
-    ) -> None:
+    def _check_distances(self, structures: Structures) -> None:
+        """Refuse atoms at one place; warn of those closer than any in the training data."""
+        neighbors, limits = self._close, self._limits
+        if neighbors is None or neighbors.n_pairs == 0:
+            return
         distance = torch.linalg.vector_norm(pair_vectors(structures, neighbors), dim=1)
+        if float(distance.min()) < ONE_PLACE:
+            refuse_coinciding_atoms(structures, neighbors)
+        if limits is None or "distance" in self._warned:
+            return
         first_species = structures.species[neighbors.center]
         second_species = structures.species[neighbors.neighbor]
         too_close = (distance < limits[first_species, second_species]).nonzero()[:, 0]

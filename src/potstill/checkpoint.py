@@ -51,6 +51,7 @@ def save_potential(path: str | Path, potential: Potential, info: dict[str, Any])
     write_atomically(path, lambda file: torch.save(payload, file))
 
 
+@torch.inference_mode(False)  # weights made in it could never be differentiated
 def load_potential(path: str | Path) -> tuple[Potential, dict[str, Any]]:
     """Read a potential and what is known of it.
 
@@ -108,6 +109,7 @@ def read_payload(path: str | Path) -> dict[str, Any]:
 
 def potential_fingerprint(potential: Potential) -> str:
     """Short hash of a potential's kind, hyper-parameters and weights."""
+    potential.check_precision()
     digest = hashlib.blake2b(digest_size=12)
     description = [potential.kind, potential.hyperparameters(), potential.species_table.to_json()]
     digest.update(json.dumps(description, sort_keys=True).encode())

@@ -28,13 +28,8 @@ from torch import Tensor
 
 from potstill.checkpoint import load_potential, save_potential
 from potstill.errors import ModelError
-from potstill.models.base import (
-    Edges,
-    Potential,
-    Prediction,
-    forces_from_pairs,
-    virial_from_pairs,
-)
+from potstill.models.base import Edges, Potential, Prediction
+from potstill.models.graph import forces_from_pairs, virial_from_pairs
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.properties import LEARNABLE
 from potstill.species import SpeciesTable

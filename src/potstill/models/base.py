@@ -8,125 +8,37 @@ class turns dE/dr_ij into forces, virial and stress once, for every model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from potstill.core import CompactNeighbors, HipnnParameters, MdResult, ZblParameters, hipnn_md
+from potstill.core import CompactNeighbors, available, why_unavailable
 from potstill.errors import ModelError, suggest
-from potstill.neighbors import build_neighbor_list, pair_vectors
+from potstill.models.engines import Core as Core
+from potstill.models.engines import (
+    Engine,
+    NativeEngine,
+    NativeKernels,
+    NativeParts,
+    TorchEngine,
+    spelled_out,
+)
+from potstill.models.engines import FirstOrder as FirstOrder
+from potstill.models.engines import Pairs as Pairs
+from potstill.models.graph import Edges as Edges
+from potstill.models.graph import LocalOutput as LocalOutput
+from potstill.models.graph import refuse_coinciding_atoms, stress_from_virial
+from potstill.neighbors import build_neighbor_list
 from potstill.properties import LEARNABLE
 from potstill.species import SpeciesTable
 from potstill.structures import NeighborList, Properties, Structures
 
-#: `auto` takes native kernels where they serve a model, its device and precision, else PyTorch's.
-Core = Literal["auto", "native", "torch"]
-
-#: Neighbor lists for PyTorch, and packed for native kernels.
-Pairs = NeighborList | CompactNeighbors
-
 #: From the (N, T) float64 terms of the atomic energies, eV, to (N,) penalties of the atoms.
 Regularizer = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Edges:
-    """The pairs of a model's input, sorted by center.
-
-    Parameters
-    ----------
-    center, neighbor : Tensor
-        (E,) int64. Centers are local atoms (< n_local); neighbors may be ghosts.
-    tags : Tensor, optional
-        (N,) int64 tags of the atoms; -1 in systems without tags.
-    """
-
-    center: Tensor
-    neighbor: Tensor
-    tags: Tensor | None = None
-
-    @classmethod
-    def of(cls, structures: Structures, neighbors: NeighborList) -> Edges:
-        """The pairs of a neighbor list, with the atoms' tags.
-
-        A system whose tags are all zero is one without: so are untagged systems that were joined
-        with tagged ones.
-        """
-        tags = structures.tags
-        if tags is not None:
-            tagged = torch.zeros(structures.n_systems, dtype=torch.bool, device=tags.device)
-            tagged[structures.system_index[tags != 0]] = True
-            tags = torch.where(tagged[structures.system_index], tags, -1)
-        return cls(neighbors.center, neighbors.neighbor, tags)
-
-    @property
-    def n_pairs(self) -> int:
-        """Number of pairs E."""
-        return self.center.shape[0]
-
-    @cached_property
-    def _rank(self) -> Tensor:
-        """(E,) position of a pair among the pairs of its center."""
-        if self.n_pairs == 0:
-            return self.center
-        counts = torch.bincount(self.center)
-        starts = counts.cumsum(0) - counts
-        return torch.arange(self.n_pairs, device=self.center.device) - starts[self.center]
-
-    def padded(self, n_local: int) -> tuple[Tensor, Tensor]:
-        """Lay the pairs out as a rectangle: neighbor sums then become matrix products.
-
-        Returns
-        -------
-        pair : Tensor
-            (n_local, K) int64, index of the pair in slot k of an atom; 0 in unused slots.
-        used : Tensor
-            (n_local, K) bool.
-        """
-        width = int(self._rank.max()) + 1 if self.n_pairs else 0
-        pair = self.center.new_zeros(n_local, width)
-        used = torch.zeros(n_local, width, dtype=torch.bool, device=self.center.device)
-        pair[self.center, self._rank] = torch.arange(self.n_pairs, device=self.center.device)
-        used[self.center, self._rank] = True
-        return pair, used
-
-    def sum_to_centers(self, values: Tensor, n_local: int) -> Tensor:
-        """(n_local, ...) sums over the pairs of each center, from (E, ...) values."""
-        return values.new_zeros(n_local, *values.shape[1:]).index_add(0, self.center, values)
-
-    def among_nearest(self, distance: Tensor, n_local: int, max_neighbors: int) -> Tensor:
-        """Which pairs are among the nearest of either of their atoms.
-
-        Both directions of a pair are kept or dropped together, and neighbors as far away as the
-        last one that counts are kept with it: the choice knows no order of atoms.
-
-        Parameters
-        ----------
-        distance : Tensor
-            (E,) Å.
-        n_local : int
-            Number of atoms; there must be no ghosts.
-        max_neighbors : int
-            How many neighbors count for an atom.
-
-        Returns
-        -------
-        Tensor
-            (E,) bool.
-        """
-        pair, used = self.padded(n_local)
-        if pair.shape[1] <= max_neighbors:
-            return torch.ones_like(self.center, dtype=torch.bool)
-        far = torch.where(used, distance.detach()[pair], torch.inf)
-        # Distances that symmetry makes equal differ by rounding.
-        reach = far.kthvalue(max_neighbors, dim=1).values * (1.0 + 1e-5)
-        return distance <= torch.maximum(reach[self.center], reach[self.neighbor])
 
 
 @dataclass(frozen=True)
@@ -168,34 +80,6 @@ class FeatureRecorder:
 
 
 @dataclass(frozen=True)
-class LocalOutput:
-    """What a model returns.
-
-    Parameters
-    ----------
-    atomic_energies : Tensor
-        (n_local,) eV.
-    features : dict of str to Tensor
-        The taps that were asked for.
-    forces : Tensor, optional
-        (n_local, 3) eV/Å, of models with direct forces and of these alone.
-    terms : Tensor, optional
-        (n_local, T) eV, terms that sum to the atomic energies, of models that have several.
-    """
-
-    atomic_energies: Tensor
-    features: dict[str, Tensor] = field(default_factory=dict)
-    forces: Tensor | None = None
-    terms: Tensor | None = None
-
-    @property
-    def float64_terms(self) -> Tensor:
-        """(n_local, T) float64; the atomic energies where there is one term."""
-        terms = self.atomic_energies.unsqueeze(1) if self.terms is None else self.terms
-        return terms.to(torch.float64)
-
-
-@dataclass(frozen=True)
 class StartingData:
     """What a fresh network can be fitted to before the first training step.
 
@@ -210,80 +94,6 @@ class StartingData:
 
     offsets: Tensor
     batches: Sequence[Structures]
-
-
-@dataclass(frozen=True)
-class FirstOrder:
-    """What one pass of a potential gives, all in float64 and without a graph.
-
-    Parameters
-    ----------
-    terms : Tensor
-        (N, T) eV, the terms of the atomic energies.
-    forces : Tensor
-        (N, 3) eV/Å.
-    virial : Tensor
-        (S, 3, 3) eV, sum of r_ij outer dE/dr_ij: the stress times the volume of periodic systems.
-    """
-
-    terms: Tensor
-    forces: Tensor
-    virial: Tensor
-
-
-@dataclass(frozen=True)
-class NativeParts:
-    """The parts of a potential that one call of the native kernels evaluates together.
-
-    Such a call needs no pair vectors, no graph and no tensor of the size of the neighbor list.
-
-    Parameters
-    ----------
-    network : HipnnParameters, optional
-        A HIP-NN.
-    prior : ZblParameters, optional
-        Short-range repulsion.
-    offsets : Tensor, optional
-        (n_species,) float64 constant energies, eV.
-    """
-
-    network: HipnnParameters | None = None
-    prior: ZblParameters | None = None
-    offsets: Tensor | None = None
-
-    def merged(self, other: NativeParts) -> NativeParts | None:
-        """Both together; None if they hold two parts of a kind."""
-        mine, its = vars(self), vars(other)
-        if any(mine[name] is not None and its[name] is not None for name in mine):
-            return None
-        return NativeParts(**{k: v if v is not None else its[k] for k, v in mine.items()})
-
-    def evaluate(
-        self, structures: Structures, neighbors: CompactNeighbors, *, virial: bool
-    ) -> MdResult:
-        """Atomic energies, forces and virial of one system, in float64.
-
-        Parameters
-        ----------
-        structures : Structures
-            One system, in the potential's species table.
-        neighbors : CompactNeighbors
-            Pairs up to the cutoff at least; those beyond are skipped.
-        virial : bool
-            Whether it is asked for.
-        """
-        result = hipnn_md(
-            self.network,
-            structures.species,
-            neighbors,
-            structures.positions,
-            structures.cell[0],
-            zbl=self.prior,
-            virial=virial,
-        )
-        if self.offsets is None:
-            return result
-        return replace(result, energies=result.energies + self.offsets[structures.species])
 
 
 @dataclass(frozen=True)
@@ -325,6 +135,9 @@ class Potential(nn.Module, ABC):
 
     #: Models that implement `prepare` and `prepared_terms`, so that training can compile them.
     compilable: bool = False
+
+    #: Models that implement `native_kernels`.
+    has_native_kernels: bool = False
 
     #: Which kernels give energies and first derivatives; `use_core` sets it.
     core: Core = "auto"
@@ -479,21 +292,7 @@ class Potential(nn.Module, ABC):
         neighbors : NeighborList or CompactNeighbors
             Up to the cutoff at least. Compact lists are for models that native kernels serve.
         """
-        neighbors = _spelled_out(neighbors)
-        if self.direct_forces:
-            with torch.no_grad():
-                local, forces = self._direct(structures, neighbors, ())
-            virial = forces.new_full((structures.n_systems, 3, 3), torch.nan)
-            return FirstOrder(local.float64_terms, forces, virial)
-        edges = Edges.of(structures, neighbors)
-        r_ij = pair_vectors(structures, neighbors).detach().requires_grad_(True)
-        with torch.enable_grad(), _frozen(self):
-            terms = self.partial_energies(structures.species, edges, r_ij, structures.n_atoms)
-            gradient = _pair_gradient(terms.sum(), r_ij, create_graph=False)
-        r_ij = r_ij.detach()
-        forces = forces_from_pairs(gradient, edges, structures.n_atoms)
-        virial = virial_from_pairs(gradient, r_ij, edges, structures)
-        return FirstOrder(terms.detach(), forces, virial)
+        return self.engine.evaluate(structures, neighbors)
 
     def weighted_energy(
         self, copies: Sequence[tuple[Structures, Tensor]], neighbors: Pairs
@@ -513,22 +312,40 @@ class Potential(nn.Module, ABC):
         Tensor
             Scalar, float64; differentiable once with respect to the parameters.
         """
-        neighbors = _spelled_out(neighbors)
-        edges = Edges.of(copies[0][0], neighbors)
-        totals = []
-        for structures, weights in copies:
-            r_ij = pair_vectors(structures, neighbors).detach()
-            arguments = (structures.species, edges, r_ij, structures.n_atoms)
-            totals.append((weights * self.partial_energies(*arguments)).sum())
-        return torch.stack(totals).sum()
+        return self.engine.weighted_energy(copies, neighbors)
+
+    # -- native kernels ------------------------------------------------------------------------
+
+    def native_kernels(self) -> NativeKernels:
+        """Compiled kernels with the present parameters, of models that have `has_native_kernels`.
+
+        Asked for only where `why_not_native` sees no obstacle.
+        """
+        raise NotImplementedError(f"{self.kind} has no native kernels")
 
     def why_not_native(self) -> str | None:
         """Why native kernels do not serve this model as it is now; None if they do."""
-        return f"there are none for {self.kind}"
+        if not self.has_native_kernels:
+            return f"there are none for {self.kind}"
+        if not available():
+            return why_unavailable()
+        if self.device.type != "cpu":
+            return f"the model is on {self.device}, and they compute on the CPU"
+        if self.dtype not in (torch.float32, torch.float64):
+            return f"the model is in {self.dtype}, and they compute in float32 or float64"
+        return None
 
     def native_parts(self) -> NativeParts | None:
-        """What one native call evaluates for molecular dynamics; None if there is no such call."""
-        return None
+        """What this potential adds to a native call of dynamics; None if it cannot be part of one.
+
+        Parts without a network (offsets, a prior) are no call of their own.
+        """
+        return NativeParts(network=self.native_kernels()) if self.uses_native else None
+
+    @property
+    def engine(self) -> Engine:
+        """What computes energies and first derivatives of the model as it is now."""
+        return NativeEngine(self.native_kernels()) if self.uses_native else TorchEngine(self)
 
     @property
     def uses_native(self) -> bool:
@@ -598,7 +415,9 @@ class Potential(nn.Module, ABC):
             raise ModelError(f"{self.kind} predicts forces directly and has no stress")
         for name in set(taps) - set(self.taps):
             raise ModelError(f"{self.kind} has no feature tap '{name}'{suggest(name, self.taps)}")
+        self.check_precision()
         structures = structures.with_species_table(self.species_table)
+        given = neighbors is not None
         neighbors = self._check_neighbors(structures, neighbors)
         derivative = bool(wanted & {"forces", "stress"})
         compact = isinstance(neighbors, CompactNeighbors)
@@ -607,16 +426,16 @@ class Potential(nn.Module, ABC):
             terms, features = found.terms, dict[str, Tensor]()
             atomic, forces, virial = terms.sum(dim=1), found.forces, found.virial
         else:
-            if self.direct_forces:
-                with torch.set_grad_enabled(create_graph):
-                    local, forces = self._direct(structures, _spelled_out(neighbors), taps)
-                virial = forces
-            else:
-                local, forces, virial = self._differentiate(
-                    structures, _spelled_out(neighbors), taps, derivative, create_graph
-                )
+            local, forces, virial = TorchEngine(self).output(
+                structures, spelled_out(neighbors), taps, derivative, create_graph
+            )
             atomic, terms = local.atomic_energies.to(torch.float64), local.float64_terms
             features = local.features
+        # Lists that are given are of structures that were looked through before.
+        if not given and isinstance(neighbors, NeighborList):
+            refuse_coinciding_atoms(structures, neighbors)
+        elif not create_graph and not bool(atomic.isfinite().all()):
+            refuse_coinciding_atoms(structures)
         values, present = {}, {}
         if "energy" in wanted:
             energy = atomic.new_zeros(structures.n_systems)
@@ -633,39 +452,6 @@ class Potential(nn.Module, ABC):
             features = {name: value.detach() for name, value in features.items()}
             terms = terms.detach()
         return Prediction(Properties(values, present), features, terms)
-
-    def _direct(
-        self, structures: Structures, neighbors: NeighborList, taps: Sequence[str]
-    ) -> tuple[LocalOutput, Tensor]:
-        """Output and float64 forces of a model that predicts its forces itself."""
-        edges = Edges.of(structures, neighbors)
-        r_ij = pair_vectors(structures, neighbors)
-        local = self(structures.species, edges, r_ij, structures.n_atoms, taps)
-        assert local.forces is not None, f"{self.kind} declares direct forces and returns none"
-        return local, local.forces.to(torch.float64)
-
-    def _differentiate(
-        self,
-        structures: Structures,
-        neighbors: NeighborList,
-        taps: Sequence[str],
-        derivative: bool,
-        create_graph: bool,
-    ) -> tuple[LocalOutput, Tensor, Tensor]:
-        """Output, forces and virial by automatic differentiation."""
-        edges = Edges.of(structures, neighbors)
-        with torch.set_grad_enabled(create_graph or derivative):
-            r_ij = pair_vectors(structures, neighbors)
-            if derivative and not r_ij.requires_grad:
-                r_ij.requires_grad_(True)
-            local = self(structures.species, edges, r_ij, structures.n_atoms, taps)
-            if not derivative:
-                return local, r_ij, r_ij
-            energy = local.atomic_energies.to(torch.float64).sum()
-            gradient = _pair_gradient(energy, r_ij, create_graph)
-        forces = forces_from_pairs(gradient, edges, structures.n_atoms)
-        virial = virial_from_pairs(gradient, r_ij, edges, structures)
-        return local, forces, virial
 
     def hessian_vector_product(
         self, structures: Structures, vector: Tensor, neighbors: NeighborList | None = None
@@ -693,16 +479,25 @@ class Potential(nn.Module, ABC):
         """
         if self.direct_forces:
             raise ModelError(f"{self.kind} predicts forces directly and has no Hessian")
+        self.check_precision()
         structures = structures.with_species_table(self.species_table)
-        neighbors = _spelled_out(self._check_neighbors(structures, neighbors))
-        edges = Edges.of(structures, neighbors)
-        r_ij = pair_vectors(structures, neighbors).requires_grad_(True)
-        local = self(structures.species, edges, r_ij, structures.n_atoms)
-        energy = local.atomic_energies.to(torch.float64).sum()
-        gradient = _pair_gradient(energy, r_ij, create_graph=True)
-        displaced = (vector[edges.neighbor] - vector[edges.center]).to(gradient.dtype)
-        product = _pair_gradient((gradient * displaced).sum(), r_ij, create_graph=False)
-        return -forces_from_pairs(product, edges, structures.n_atoms)
+        pairs = spelled_out(self._check_neighbors(structures, neighbors))
+        return TorchEngine(self).hessian_vector_product(structures, vector, pairs)
+
+    def check_precision(self) -> None:
+        """Refuse a potential that was cast to fewer digits than float32 has.
+
+        Raises
+        ------
+        ModelError
+            With the dtype.
+        """
+        for tensor in chain(self.parameters(), self.buffers()):
+            if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+                raise ModelError(
+                    f"the potential is in {str(tensor.dtype).removeprefix('torch.')}, whose few "
+                    "digits give wrong energies: cast it to float32 or float64"
+                )
 
     def _check_neighbors(self, structures: Structures, neighbors: Pairs | None) -> Pairs:
         if neighbors is None:
@@ -734,54 +529,3 @@ def refuse_ghosts(kind: str, species: Tensor, n_local: int) -> None:
     """
     if n_local < species.shape[0]:
         raise ModelError(f"{kind} with several interaction layers needs its atoms without ghosts")
-
-
-def forces_from_pairs(gradient: Tensor, edges: Edges, n_atoms: int) -> Tensor:
-    """(N, 3) forces from (E, 3) dE/dr_ij: F_i = sum_j dE/dr_ij - sum_j dE/dr_ji."""
-    forces = gradient.new_zeros(n_atoms, 3)
-    return forces.index_add(0, edges.center, gradient).index_add(0, edges.neighbor, -gradient)
-
-
-def virial_from_pairs(
-    gradient: Tensor, r_ij: Tensor, edges: Edges, structures: Structures
-) -> Tensor:
-    """(S, 3, 3) sum of r_ij outer dE/dr_ij over the pairs of each system."""
-    outer = r_ij.unsqueeze(2) * gradient.unsqueeze(1)  # (E, 3, 3)
-    virial = gradient.new_zeros(structures.n_systems, 3, 3)
-    return virial.index_add(0, structures.system_index[edges.center], outer)
-
-
-def stress_from_virial(virial: Tensor, structures: Structures) -> Tensor:
-    """(S, 3, 3) stress, the symmetric part of the virial over V; NaN where not fully periodic."""
-    virial = 0.5 * (virial + virial.transpose(1, 2))
-    periodic = structures.pbc.all(dim=1)[:, None, None]
-    # Divided by 1 and replaced afterwards: a division by NaN would leave NaN in gradients, too.
-    volume = torch.where(periodic, structures.volume[:, None, None], 1.0)
-    return torch.where(periodic, virial / volume, torch.nan)
-
-
-def _spelled_out(neighbors: Pairs) -> NeighborList:
-    if isinstance(neighbors, NeighborList):
-        return neighbors
-    raise ModelError("compact neighbor lists are for models that native kernels serve")
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Take the parameters out of the graph for a while: nothing is kept for their gradients."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-def _pair_gradient(scalar: Tensor, r_ij: Tensor, create_graph: bool) -> Tensor:
-    """(E, 3) d(scalar)/dr_ij; zero where nothing depends on r_ij."""
-    if not scalar.requires_grad:
-        return torch.zeros_like(r_ij)
-    (gradient,) = torch.autograd.grad(scalar, r_ij, create_graph=create_graph, allow_unused=True)
-    return torch.zeros_like(r_ij) if gradient is None else gradient

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -19,22 +20,16 @@ from potstill.core import (
     CompactNeighbors,
     HipnnParameters,
     HipnnShape,
-    available,
-    compact_forces,
-    compact_neighbors,
-    compact_pair_vectors,
+    MdResult,
+    ZblParameters,
+    hipnn_md,
     hipnn_pass,
-    repeat_neighbors,
     weighted_energy,
-    why_unavailable,
 )
 from potstill.errors import ConfigError, ModelError, suggest
 from potstill.models.base import (
     Edges,
-    FirstOrder,
     LocalOutput,
-    NativeParts,
-    Pairs,
     Potential,
     Regularizer,
     StartingData,
@@ -244,6 +239,7 @@ class HIPNN(Potential):
 
     kind = "hipnn"
     compilable = True
+    has_native_kernels = True
 
     def __init__(
         self,
@@ -364,48 +360,9 @@ class HIPNN(Potential):
         """E0 and one term per block."""
         return self.n_interaction_layers + 1
 
-    def why_not_native(self) -> str | None:
-        """Native kernels need to be compiled, and the model on the CPU in float32 or float64."""
-        if not available():
-            return why_unavailable()
-        if self.device.type != "cpu":
-            return f"the model is on {self.device}, and they compute on the CPU"
-        if self.dtype not in (torch.float32, torch.float64):
-            return f"the model is in {self.dtype}, and they compute in float32 or float64"
-        return None
-
-    def native_parts(self) -> NativeParts | None:
-        """The network."""
-        return NativeParts(network=self.native_parameters()) if self.uses_native else None
-
-    def evaluate(self, structures: Structures, neighbors: Pairs) -> FirstOrder:
-        """As of the base class, by native kernels where they serve."""
-        if not self.uses_native:
-            return super().evaluate(structures, neighbors)
-        pairs = _packed(neighbors, structures)
-        r_ij = compact_pair_vectors(structures, pairs, self.dtype)
-        found = hipnn_pass(self.native_parameters(), structures.species, pairs, r_ij)
-        assert found.gradient is not None
-        return FirstOrder(found.terms, *compact_forces(structures, pairs, r_ij, found.gradient))
-
-    def weighted_energy(
-        self, copies: Sequence[tuple[Structures, Tensor]], neighbors: Pairs
-    ) -> Tensor:
-        """As of the base class, by native kernels where they serve: one call for all copies."""
-        if not self.uses_native:
-            return super().weighted_energy(copies, neighbors)
-        first = copies[0][0]
-        pairs = _packed(neighbors, first)
-        r_ij = torch.empty(len(copies), pairs.n_pairs, 3, dtype=self.dtype)
-        for (structures, _), out in zip(copies, r_ij, strict=True):
-            compact_pair_vectors(structures, pairs, self.dtype, out=out)
-        return weighted_energy(
-            self.native_parameters(),
-            first.species.repeat(len(copies)),
-            repeat_neighbors(pairs, len(copies)),
-            r_ij.view(-1, 3),
-            torch.cat([weights for _, weights in copies]),
-        )
+    def native_kernels(self) -> HipnnKernels:
+        """Those of `potstill.core`."""
+        return HipnnKernels(self.native_parameters())
 
     def hyperparameters(self) -> dict[str, Any]:
         """All arguments but the species table."""
@@ -497,6 +454,51 @@ def hierarchicality(terms: Tensor) -> Tensor:
     return (later / torch.where(total > 0, total, 1.0)).sum(dim=1)
 
 
+@dataclass(frozen=True)
+class HipnnKernels:
+    """The kernels of `potstill.core` as `potstill.models.engines.NativeKernels`."""
+
+    parameters: HipnnParameters
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the parameters."""
+        return self.parameters.dtype
+
+    def first_order(
+        self, species: Tensor, neighbors: CompactNeighbors, r_ij: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Energies of the hierarchy, and dE/dr_ij."""
+        found = hipnn_pass(self.parameters, species, neighbors, r_ij)
+        assert found.gradient is not None
+        return found.terms, found.gradient
+
+    def weighted_energy(
+        self, species: Tensor, neighbors: CompactNeighbors, r_ij: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Weighted sum of the energies of the hierarchy."""
+        return weighted_energy(self.parameters, species, neighbors, r_ij, weights)
+
+    def at_positions(
+        self,
+        structures: Structures,
+        neighbors: CompactNeighbors,
+        *,
+        zbl: ZblParameters | None,
+        virial: bool,
+    ) -> MdResult:
+        """Network and repulsion in one call."""
+        return hipnn_md(
+            self.parameters,
+            structures.species,
+            neighbors,
+            structures.positions,
+            structures.cell[0],
+            zbl=zbl,
+            virial=virial,
+        )
+
+
 class Indices(NamedTuple):
     """Species, and the slots of every atom's K neighbors.
 
@@ -541,12 +543,6 @@ def _square_norm(tensor: Tensor, rank: int) -> Tensor:
 def _interned(shape: HipnnShape) -> HipnnShape:
     """The first of all equal shapes: what is derived from it is derived once."""
     return shape
-
-
-def _packed(neighbors: Pairs, structures: Structures) -> CompactNeighbors:
-    if isinstance(neighbors, CompactNeighbors):
-        return neighbors
-    return compact_neighbors(neighbors, structures.n_atoms)
 
 
 def _linear(n_in: int, n_out: int) -> nn.Linear:

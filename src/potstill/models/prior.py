@@ -11,7 +11,8 @@ from torch import Tensor
 
 from potstill.core import ZblParameters
 from potstill.errors import ModelError
-from potstill.models.base import Edges, LocalOutput, NativeParts, Potential
+from potstill.models.base import Edges, LocalOutput, Potential
+from potstill.models.engines import NativeParts
 from potstill.species import SpeciesTable
 from potstill.units import COULOMB
 

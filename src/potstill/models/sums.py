@@ -13,11 +13,11 @@ from potstill.models.base import (
     Edges,
     FirstOrder,
     LocalOutput,
-    NativeParts,
     Pairs,
     Potential,
     TapSpec,
 )
+from potstill.models.engines import NativeParts
 from potstill.species import SpeciesTable
 from potstill.structures import Structures
 
@@ -148,12 +148,12 @@ class SumPotential(Potential):
         return LocalOutput(total, features, forces)
 
     def native_parts(self) -> NativeParts | None:
-        """Those of all components together, if there is a network among them."""
+        """Those of all components together."""
         total: NativeParts | None = NativeParts()
         for component in self.components.values():
             part = component.native_parts()
             total = None if total is None or part is None else total.merged(part)
-        return total if total is not None and total.network is not None else None
+        return total
 
     def evaluate(self, structures: Structures, neighbors: Pairs) -> FirstOrder:
         """Sums over the components, each in its own way."""

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from potstill.errors import ConfigError
 from potstill.models import Potential
-from potstill.models.base import forces_from_pairs, stress_from_virial, virial_from_pairs
+from potstill.models.graph import forces_from_pairs, stress_from_virial, virial_from_pairs
 from potstill.structures import NeighborList, Structures
 from potstill.train.force_gradient import FIRST_ORDER, ForceGradient, NetworkPasses, Point
 
@@ -153,6 +153,7 @@ def _values(
         "energy": energy.index_add(0, structures.system_index, atomic),
         "atomic_energies": atomic,
         "hierarchical_energies": terms,
+        "terms": terms,
     }
     if "forces" in wanted:
         values["forces"] = forces_from_pairs(gradient, point.edges, point.n_local)

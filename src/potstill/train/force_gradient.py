@@ -36,7 +36,8 @@ from torch import Tensor, nn
 
 from potstill.errors import ConfigError, ModelError
 from potstill.models import Potential
-from potstill.models.base import Edges, Pairs, stress_from_virial
+from potstill.models.base import Edges, Pairs
+from potstill.models.graph import stress_from_virial
 from potstill.neighbors import pair_vectors
 from potstill.structures import NeighborList, Structures
 from potstill.train.data import Batch
