@@ -18,6 +18,7 @@ from potstill.structures import Structures
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     hippynn = pytest.importorskip("hippynn", reason="the parity oracle hippynn is not installed")
+    from hippynn.custom_kernels import set_custom_kernels
     from hippynn.layers.targets import HEnergy
     from hippynn.networks.hipnn import Hipnn, HipnnQuad, HipnnVec
 
@@ -34,6 +35,8 @@ HYPER = dict(
 
 @pytest.fixture(autouse=True)
 def _eager() -> Iterator[None]:
+    # Where numba is installed, hippynn takes kernels with fast math that agree to 1e-9 only.
+    set_custom_kernels("pytorch")
     # hippynn compiles its sums over neighbors on first use; plain eager mode computes the same.
     with torch.compiler.set_stance("force_eager"):
         yield
