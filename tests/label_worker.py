@@ -17,7 +17,8 @@ from ase.calculators.lj import LennardJones
 from potstill.label import label_store
 from potstill.store import LabelledStore
 from potstill.structures import Properties, Structures
-from potstill.teachers.base import Teacher, TeacherInfo, ask_ase_calculator
+from potstill.teachers.ase import ask_ase_calculator
+from potstill.teachers.base import Teacher, TeacherInfo
 
 N_FRAMES, APPENDED_AT_ONCE = 40, 5
 

@@ -518,7 +518,18 @@ def test_memory_says_why_a_process_failed():
 
 
 def test_calculators_from_text():
-    assert isinstance(make_calculator("ase.calculators.emt:EMT"), EMT)
+    atoms = bulk("Cu", cubic=True)
+    calculator = make_calculator("ase.calculators.emt:EMT")
+    assert calculator.get_property("energy", atoms) == EMT().get_property("energy", atoms)
+
+
+def test_speed_counts_the_process_of_a_calculator():
+    calculators = {"worker": make_calculator("ase.calculators.emt:EMT"), "here": EMT()}
+    table = md_speed(
+        calculators, bulk("Cu", cubic=True), sizes=(200,), rounds=2, seconds_per_round=0.4
+    )
+    used = {row.name: row.cpu_seconds_per_step for row in table.rows}
+    assert used["worker"] > 0.6 * used["here"]
 
 
 def test_learning_curves(tmp_path):

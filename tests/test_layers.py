@@ -14,8 +14,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "potstill"
 
 #: From the bottom to the top. `x.*` stands for the package `x` and all modules in it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "display", "process", "template"),
-    ("properties", "units", "species"),
+    ("errors", "files", "display", "process", "template", "worker"),
+    ("properties", "units", "species", "isolation"),
     ("ase_bridge",),
     ("structures",),
     ("neighbors",),  # below the readers, which look for overlapping atoms with it

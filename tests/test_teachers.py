@@ -309,7 +309,9 @@ def test_atomic_energies_must_sum_to_the_energy():
     labels, _ = honest.label(Structures.from_ase(crystal()), ["energy", "atomic_energies"])
     assert float(labels["atomic_energies"].sum()) == pytest.approx(float(labels["energy"][0]))
     teacher = make_teacher(f"{__name__}:DirectForces", args)
-    with pytest.raises(TeacherError, match=r"sum to .* eV, but its energy"):
+    with pytest.raises(
+        TeacherError, match=r"do not sum to its energy in frame 0: .* 0\.126 eV/atom"
+    ):
         teacher.label(Structures.from_ase(crystal()), ["atomic_energies"])
     teacher.label(Structures.from_ase(crystal()), ["energy"])
 

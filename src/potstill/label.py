@@ -7,18 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from potstill.errors import TeacherError
 from potstill.features import Feature
-from potstill.properties import property_spec
 from potstill.store import LabelledStore
-from potstill.structures import Properties, Structures
-from potstill.teachers.base import Failure, Teacher
-
-#: Atomic energies must add up to the energy within this, in eV/atom, or within the same fraction
-#: of the energy per atom where that is larger than 1 eV.
-SUM_TOLERANCE = 1e-6
+from potstill.teachers.base import Teacher
 
 
 @dataclass(frozen=True)
@@ -97,8 +89,6 @@ def label_store(
         stop = min(start + chunk, total)
         structures = store.structures(start, stop)
         labels, failures = teacher.label(structures, names)
-        labels, failures = _drop_broken(labels, failures, structures)
-        _check_sums(labels, structures, source)
         store.write_labels(source, start, labels, structures, [asdict(f) for f in failures])
         if progress is not None:
             progress(stop, total)
@@ -185,38 +175,3 @@ def _default_tap(teacher: Teacher) -> str:
     if teacher.default_tap is None:
         raise TeacherError(f"the teacher '{teacher.name}' has no feature tap to take by default")
     return teacher.default_tap
-
-
-def _drop_broken(
-    labels: Properties, failures: Sequence[Failure], structures: Structures
-) -> tuple[Properties, list[Failure]]:
-    """Turn frames with labels that are not finite into failures, whatever the teacher says."""
-    broken: dict[int, str] = {failure.system: failure.reason for failure in failures}
-    for name in labels.names:
-        value = labels[name]
-        bad = ~value.reshape(value.shape[0], -1).isfinite().all(1)
-        if property_spec(name).level == "atom":
-            bad = torch.bincount(structures.system_index[bad], minlength=len(structures)) > 0
-        bad &= labels.presence(name, len(structures))
-        for system in bad.nonzero().flatten().tolist():
-            broken.setdefault(system, f"{name} is not finite")
-    return labels, [Failure(system, reason) for system, reason in sorted(broken.items())]
-
-
-def _check_sums(labels: Properties, structures: Structures, source: str) -> None:
-    """Refuse atomic energies that do not sum to the energy: training on both would contradict."""
-    if "energy" not in labels or "atomic_energies" not in labels:
-        return
-    n = len(structures)
-    there = labels.presence("energy", n) & labels.presence("atomic_energies", n)
-    total = torch.zeros(n, dtype=torch.float64)
-    total.index_add_(0, structures.system_index, labels["atomic_energies"].double())
-    per_atom = structures.n_atoms_per_system.clamp(min=1)
-    gap = (total - labels["energy"]).abs() / per_atom
-    limit = SUM_TOLERANCE * (labels["energy"].abs() / per_atom).clamp(min=1.0)
-    bad = there & ~(gap <= limit) & labels["energy"].isfinite()
-    for system in bad.nonzero().flatten().tolist():
-        raise TeacherError(
-            f"the atomic energies of the teacher '{source}' do not sum to its energy in "
-            f"{structures.name_of(system)}: they are off by {float(gap[system]):.3g} eV/atom"
-        )

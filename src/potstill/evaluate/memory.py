@@ -198,19 +198,24 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
 
 
 def _peak_bytes() -> int:
-    """Peak resident memory of this process.
+    """Peak resident memory of this process and the calculator's worker, if it has one.
 
     Linux's VmHWM belongs to the program that runs; `ru_maxrss` is inherited through fork and
     exec, and would report a large parent's memory as ours.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
+    this = psutil.Process()
+    if Path("/proc/self/status").exists():
+        return sum(_high_water(process.pid) for process in [this, *this.children()])
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    peak = peak if sys.platform == "darwin" else peak * 1024
+    return peak + sum(process.memory_info().rss for process in this.children())
+
+
+def _high_water(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) * 1024
 
 
 def _child() -> None:

@@ -31,7 +31,7 @@ from potstill.sample.base import (
     span,
 )
 from potstill.structures import Structures
-from potstill.teachers.base import ask_ase_calculator
+from potstill.teachers.ase import ask_ase_calculator
 
 #: What the norm is of: the displacement of each atom, or of all atoms of a structure together.
 NormOf = Literal["structure", "atom"]

@@ -13,6 +13,7 @@ from potstill.models import Potential
 from potstill.teachers.ani_al import INFO as _ANI_AL_INFO
 from potstill.teachers.ani_al import load_ani_al as load_ani_al
 from potstill.teachers.ase import AseTeacher as AseTeacher
+from potstill.teachers.ase import TBLiteTeacher as TBLiteTeacher
 from potstill.teachers.base import Failure as Failure
 from potstill.teachers.base import Teacher as Teacher
 from potstill.teachers.base import TeacherInfo as TeacherInfo
@@ -22,7 +23,6 @@ from potstill.teachers.potential import PotentialTeacher as PotentialTeacher
 from potstill.teachers.potential import describe_potential, ensemble_members
 from potstill.teachers.residual import Residual as Residual
 from potstill.teachers.residual import nonconservative_residual as nonconservative_residual
-from potstill.teachers.tblite import TBLiteTeacher as TBLiteTeacher
 
 
 def teacher_from_potential(potential: Potential, info: TeacherInfo) -> Teacher:

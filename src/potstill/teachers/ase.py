@@ -1,45 +1,33 @@
-"""Any ASE calculator as a teacher."""
+"""Any ASE calculator as a teacher, tblite's GFN1-xTB and GFN2-xTB among them."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ase.calculators.calculator import BaseCalculator
+import ase
+import numpy as np
+import torch
+from ase.calculators.calculator import BaseCalculator, Calculator
+from ase.stress import voigt_6_to_full_3x3_stress
 from torch import Tensor
 
-from potstill.errors import TeacherError
-from potstill.properties import ASE_NAMES
+from potstill.errors import TeacherError, require, suggest
+from potstill.isolation import WorkerCalculator
+from potstill.properties import ASE_NAMES, property_spec
 from potstill.structures import Structures
-from potstill.teachers.base import (
-    Teacher,
-    TeacherInfo,
-    ask_ase_calculator,
-    fingerprint_of,
-    versions_of,
-)
+from potstill.teachers.base import Teacher, TeacherInfo, fingerprint_of, versions_of
+
+_WORDS = ("licence", "citation", "level_of_theory")
 
 #: Arguments that describe the teacher; all others go to the factory.
-DESCRIPTION = (
-    "name",
-    "licence",
-    "citation",
-    "level_of_theory",
-    "conservative",
-    "force_consistent",
-)
-
-# Atomic energies must sum to the energy: absolute, eV, and relative (single precision).
-_SUM_ABSOLUTE = 1e-5
-_SUM_RELATIVE = 1e-6
+DESCRIPTION = ("name", *_WORDS, "conservative", "force_consistent")
 
 
 class AseTeacher(Teacher):
-    """A teacher that asks an ASE calculator, one frame at a time.
+    """A teacher that asks an ASE calculator, one frame at a time, each from a clean state.
 
     Parameters
     ----------
@@ -63,7 +51,7 @@ class AseTeacher(Teacher):
 
     @classmethod
     def from_factory(cls, spec: str, args: Mapping[str, Any] | None = None) -> AseTeacher:
-        """Call `factory(**args)` in `module`, for the spec "module:factory".
+        """Call `factory(**args)` in a worker process, for the spec "module:factory".
 
         Parameters
         ----------
@@ -81,72 +69,84 @@ class AseTeacher(Teacher):
         """
         args = dict(args or {})
         about = {key: args.pop(key) for key in DESCRIPTION if key in args}
-        calculator = _call_factory(spec, args)
-        package = spec.partition(":")[0].partition(".")[0]
-        versions = versions_of(package, "ase")
+        name = str(about.get("name", spec.rpartition(":")[2]))
+        conservative = bool(about.get("conservative", True))
+        calculator = WorkerCalculator(spec, args, name, conservative=conservative)
+        versions = versions_of(spec.partition(":")[0].partition(".")[0], "ase")
+        contents = {key: _content(value) for key, value in args.items()}
         info = TeacherInfo(
-            name=str(about.get("name", spec.rpartition(":")[2])),
-            fingerprint=fingerprint_of(
-                "ase", spec, {k: _content(v) for k, v in args.items()}, versions
-            ),
-            licence=str(about.get("licence", "unknown")),
-            citation=str(about.get("citation", "unknown")),
-            level_of_theory=str(about.get("level_of_theory", "unknown")),
+            name=name,
+            fingerprint=fingerprint_of("ase", spec, contents, versions),
             versions=versions,
-            conservative=bool(about.get("conservative", True)),
+            conservative=conservative,
+            **{key: str(about[key]) for key in _WORDS if key in about},
         )
         consistent = bool(about.get("force_consistent", True))
         return cls(calculator, info, force_consistent=consistent)
 
     def compute(self, structures: Structures, properties: Sequence[str]) -> dict[str, Tensor]:
-        """Ask the calculator, and check that atomic energies sum to the energy."""
-        wanted = set(properties)
-        if "atomic_energies" in wanted:
-            wanted.add("energy")
-        result = ask_ase_calculator(
-            self.calculator,
-            structures,
-            sorted(wanted),
-            force_consistent=self.force_consistent,
+        """Ask the calculator."""
+        return ask_ase_calculator(
+            self.calculator, structures, properties, force_consistent=self.force_consistent
         )
-        if "atomic_energies" in wanted:
-            self._check_sum(result, structures)
-        return {name: result[name] for name in properties}
 
     def ase_calculator(self) -> BaseCalculator:
         """Return the calculator itself."""
         return self.calculator
 
-    def _check_sum(self, result: dict[str, Tensor], structures: Structures) -> None:
-        energy = result["energy"]
-        total = energy.new_zeros(structures.n_systems)
-        total = total.index_add(0, structures.system_index, result["atomic_energies"])
-        excess = (total - energy).abs() - _SUM_RELATIVE * energy.abs() - _SUM_ABSOLUTE
-        for s in (excess > 0).nonzero()[:, 0].tolist():
-            raise TeacherError(
-                f"the energies per atom of the teacher '{self.name}' sum to {total[s]:.6f} eV, but "
-                f"its energy of {structures.name_of(s)} is {energy[s]:.6f} eV: they cannot serve "
-                "as atomic_energies"
-            )
 
+def ask_ase_calculator(
+    calculator: BaseCalculator,
+    structures: Structures,
+    properties: Sequence[str],
+    *,
+    force_consistent: bool = True,
+) -> dict[str, Tensor]:
+    """Compute properties of a batch with an ASE calculator, one system at a time.
 
-def _call_factory(spec: str, args: dict[str, Any]) -> BaseCalculator:
-    module_name, _, factory_name = spec.partition(":")
-    try:
-        factory = importlib.import_module(module_name)
-        for part in factory_name.split("."):
-            factory = getattr(factory, part)
-    except (ImportError, AttributeError) as error:
-        raise TeacherError(f"teacher '{spec}': {error}") from error
-    try:
-        calculator = factory(**args)  # type: ignore[operator]
-    except Exception as error:
-        raise TeacherError(f"teacher '{spec}' could not be made: {error}") from error
-    if inspect.isclass(calculator) or not hasattr(calculator, "implemented_properties"):
-        raise TeacherError(
-            f"teacher '{spec}' returned {type(calculator).__name__}, not an ASE calculator"
-        )
-    return calculator
+    The calculator is reset before each, so that answers do not depend on the order.
+
+    Parameters
+    ----------
+    calculator : ase calculator
+        Its raw results are taken: constraints do not zero forces.
+    structures : Structures
+        The batch.
+    properties : sequence of str
+        Names among `ASE_NAMES`.
+    force_consistent : bool
+        Take ASE's `free_energy` for the energy where the calculator has one: the energy that
+        forces derive from.
+
+    Returns
+    -------
+    dict of str to Tensor
+        As `Teacher.compute`.
+    """
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in properties}
+    has_free_energy = "free_energy" in calculator.implemented_properties
+    for atoms in structures.to_ase():
+        if isinstance(calculator, Calculator):
+            calculator.reset()
+        for name in properties:
+            spec = property_spec(name)
+            if name == "stress" and not atoms.pbc.all():
+                columns[name].append(np.full((1, 3, 3), np.nan))
+                continue
+            key = ASE_NAMES[name]
+            if name == "energy" and force_consistent and has_free_energy:
+                key = "free_energy"
+            value = np.asarray(calculator.get_property(key, atoms), dtype=np.float64)
+            if name == "stress" and value.shape != (3, 3):
+                value = voigt_6_to_full_3x3_stress(value)
+            rows = 1 if spec.level == "system" else len(atoms)
+            columns[name].append(value.reshape(rows, *spec.shape))
+    return {
+        name: torch.from_numpy(np.concatenate(column))
+        if column
+        else torch.zeros(0, *property_spec(name).shape, dtype=torch.float64)
+        for name, column in columns.items()
+    }
 
 
 def _content(value: Any) -> Any:
@@ -159,3 +159,59 @@ def _content(value: Any) -> Any:
         except OSError:  # a string too long for a path, say
             pass
     return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+
+# -- xTB -------------------------------------------------------------------------------------------
+
+_CITATIONS = {
+    "GFN1-xTB": "Grimme, Bannwarth, Shushkov, J. Chem. Theory Comput. 13, 1989 (2017), "
+    "doi:10.1021/acs.jctc.7b00118",
+    "GFN2-xTB": "Bannwarth, Ehlert, Grimme, J. Chem. Theory Comput. 15, 1652 (2019), "
+    "doi:10.1021/acs.jctc.8b01176",
+}
+
+
+class TBLiteTeacher(AseTeacher):
+    """xTB with energies, forces, stress, atom-partitioned energies, charges and dipole.
+
+    A system's `charge` and `spin_multiplicity` are used where given, else neutral singlets.
+    Frames whose self-consistent cycle does not converge fail.
+
+    Parameters
+    ----------
+    method : str
+        "GFN2-xTB" or "GFN1-xTB".
+    **settings
+        Of tblite's ASE calculator, such as `accuracy` or `electronic_temperature`.
+    """
+
+    def __init__(self, method: str = "GFN2-xTB", **settings: Any) -> None:
+        if method not in _CITATIONS:
+            raise TeacherError(f"unknown xTB method '{method}'; there are {', '.join(_CITATIONS)}")
+        package = require("tblite.ase", extra="tblite", purpose="for the xTB teachers")
+        known = set(package.TBLite.default_parameters) - {"method", "verbosity"}
+        for name in settings:  # tblite ignores what it does not know
+            if name not in known and not name.endswith("_solvation"):
+                raise TeacherError(f"tblite has no setting '{name}'{suggest(name, known)}")
+        # Without its cache, tblite forgets the density of the frame before when it is reset.
+        arguments = {"method": method, "verbosity": 0, "cache_api": False, **settings}
+        calculator = WorkerCalculator(
+            "tblite.ase:TBLite", arguments, method.lower(), settings_of=_charge_and_spin
+        )
+        versions = versions_of("tblite")
+        info = TeacherInfo(
+            name=method.lower(),
+            fingerprint=fingerprint_of("tblite", method, settings, versions),
+            licence="LGPL-3.0-or-later",
+            citation=_CITATIONS[method],
+            level_of_theory=method,
+            versions=versions,
+        )
+        super().__init__(calculator, info)
+
+
+def _charge_and_spin(atoms: ase.Atoms) -> dict[str, Any]:
+    return {
+        "charge": float(atoms.info.get("charge", 0.0)),
+        "multiplicity": round(atoms.info.get("spin", 1.0)),
+    }

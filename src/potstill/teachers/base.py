@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,17 +13,22 @@ from importlib import metadata
 from typing import Any
 
 import ase
-import numpy as np
 import torch
-from ase.calculators.calculator import BaseCalculator, CalculationFailed, Calculator, all_changes
-from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
+from ase.calculators.calculator import BaseCalculator, Calculator, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
 from potstill.errors import ModelError, OptionalDependencyError, TeacherError, suggest
 from potstill.features import Feature
+from potstill.isolation import FrameError
 from potstill.models import TapSpec
 from potstill.properties import ASE_NAMES, property_spec
 from potstill.structures import Properties, Structures
+from potstill.worker import reason_of
+
+#: Atomic energies must add up to the energy within this, in eV/atom, or within the same fraction
+#: of the energy per atom where that is larger than 1 eV.
+SUM_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -227,10 +234,15 @@ class Teacher(ABC):
         Raises
         ------
         TeacherError
-            If a property is not among those of this teacher.
+            If a property is not among those of this teacher, or its atomic energies do not sum to
+            its energy.
         """
         names = tuple(dict.fromkeys(properties))
         self.require(names)
+        if "atomic_energies" in names and "energy" not in names and "energy" in self.properties:
+            labels, failures = self.label(structures, ("energy", *names))
+            present = {name: labels.present[name] for name in names}
+            return Properties({name: labels[name] for name in names}, present), failures
         offsets = structures.atom_offsets.tolist()
         values = {name: _absent(name, structures) for name in names}
         present = {name: torch.zeros(structures.n_systems, dtype=torch.bool) for name in names}
@@ -250,7 +262,9 @@ class Teacher(ABC):
                 place = slice(s, s + 1) if per_system else slice(offsets[s], offsets[s + 1])
                 values[name][place] = row[name]
                 present[name][s] = True
-        return Properties(values, present), failures
+        labels = Properties(values, present)
+        self._check_sums(labels, structures)
+        return labels, failures
 
     def ase_calculator(self) -> BaseCalculator:
         """Return an ASE calculator that answers as this teacher, for molecular dynamics."""
@@ -285,23 +299,43 @@ class Teacher(ABC):
         while queue:
             systems = queue.pop()
             part = structures.select(systems)
+            home = os.getcwd()
             try:
                 result = compute(part, names)
+            except FrameError as error:
+                result = Failure(systems[0], error.reason)
             except (TeacherError, ModelError, OptionalDependencyError, MemoryError):
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 # Foreign codes raise anything. One frame's failure is an answer, not an accident.
-                if len(systems) > 1:
-                    queue.extend([s] for s in reversed(systems))
-                    continue
-                reason = " ".join(str(error).split()) or type(error).__name__
-                yield systems[0], part, Failure(systems[0], reason[:300])
+                result = Failure(systems[0], reason_of(error))
+            finally:
+                with contextlib.suppress(OSError):
+                    os.chdir(home)
+            if isinstance(result, Failure) and len(systems) > 1:
+                queue.extend([s] for s in reversed(systems))
             else:
                 yield systems[0], part, result
 
+    def _check_sums(self, labels: Properties, structures: Structures) -> None:
+        """Refuse atomic energies that do not sum to the energy: training on both contradicts."""
+        if "energy" not in labels or "atomic_energies" not in labels:
+            return
+        energy = labels["energy"]
+        total = torch.zeros_like(energy)
+        total.index_add_(0, structures.system_index, labels["atomic_energies"])
+        per_atom = structures.n_atoms_per_system.clamp(min=1)
+        gap = (total - energy).abs() / per_atom
+        limit = SUM_TOLERANCE * (energy.abs() / per_atom).clamp(min=1.0)
+        for system in (gap > limit).nonzero().flatten().tolist():
+            raise TeacherError(
+                f"the atomic energies of the teacher '{self.name}' do not sum to its energy in "
+                f"{structures.name_of(system)}: they are off by {float(gap[system]):.3g} eV/atom"
+            )
+
 
 class TeacherCalculator(Calculator):
-    """ASE calculator that asks a teacher; errors of a frame are ASE's `CalculationFailed`."""
+    """ASE calculator that asks a teacher; those of a frame are `FrameError`."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
@@ -321,7 +355,7 @@ class TeacherCalculator(Calculator):
         structures = Structures.from_ase(self.atoms)
         labels, failures = self.teacher.label(structures, list(self.signals))
         if failures:
-            raise CalculationFailed(f"{self.teacher.name}: {failures[0].reason}")
+            raise FrameError(self.teacher.name, failures[0].reason)
         for name, ase_name in self.signals.items():
             if not bool(labels.presence(name, 1)[0]):
                 continue
@@ -332,61 +366,6 @@ class TeacherCalculator(Calculator):
         self.results["free_energy"] = self.results["energy"]
         if "stress" in self.results:
             self.results["stress"] = full_3x3_to_voigt_6_stress(self.results["stress"])
-
-
-def ask_ase_calculator(
-    calculator: BaseCalculator,
-    structures: Structures,
-    properties: Sequence[str],
-    *,
-    force_consistent: bool = True,
-    prepare: Callable[[ase.Atoms], None] | None = None,
-) -> dict[str, Tensor]:
-    """Compute properties of a batch with an ASE calculator, one system at a time.
-
-    Parameters
-    ----------
-    calculator : ase calculator
-        Its raw results are taken: constraints do not zero forces.
-    structures : Structures
-        The batch.
-    properties : sequence of str
-        Names among `ASE_NAMES`.
-    force_consistent : bool
-        Take ASE's `free_energy` for the energy where the calculator has one: the energy that
-        forces derive from.
-    prepare : callable, optional
-        Called with each system before it is computed, to set charges for instance.
-
-    Returns
-    -------
-    dict of str to Tensor
-        As `Teacher.compute`.
-    """
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in properties}
-    has_free_energy = "free_energy" in calculator.implemented_properties
-    for atoms in structures.to_ase():
-        if prepare is not None:
-            prepare(atoms)
-        for name in properties:
-            spec = property_spec(name)
-            if name == "stress" and not atoms.pbc.all():
-                columns[name].append(np.full((1, 3, 3), np.nan))
-                continue
-            key = ASE_NAMES[name]
-            if name == "energy" and force_consistent and has_free_energy:
-                key = "free_energy"
-            value = np.asarray(calculator.get_property(key, atoms), dtype=np.float64)
-            if name == "stress" and value.shape != (3, 3):
-                value = voigt_6_to_full_3x3_stress(value)
-            rows = 1 if spec.level == "system" else len(atoms)
-            columns[name].append(value.reshape(rows, *spec.shape))
-    return {
-        name: torch.from_numpy(np.concatenate(column))
-        if column
-        else torch.zeros(0, *property_spec(name).shape, dtype=torch.float64)
-        for name, column in columns.items()
-    }
 
 
 def fingerprint_of(*parts: Any) -> str:
