@@ -153,8 +153,9 @@ def test_a_folder_belongs_to_one_config(tmp_path, file):
     (folder / "config.yaml").write_text(text.replace("  batch_atoms:\n", ""))
     claim_folder(folder, config)
     other = load_config(file(TRAIN), TrainConfig, {"train": {"epochs": 6}})
-    with pytest.raises(ConfigError, match="a run with another 'train'"):
+    with pytest.raises(ConfigError, match=r"'train.epochs' is 5 there, not 6"):
         claim_folder(folder, other)
+    claim_folder(folder, load_config(file(TRAIN), TrainConfig, {"out": "named/otherwise"}))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(ConfigError, match="no run folder"):

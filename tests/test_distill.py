@@ -1,6 +1,7 @@
 """The main job in small: ASE's EMT as the teacher of copper, a kill at every stage."""
 
 import json
+import re
 
 import pytest
 from ase.build import bulk
@@ -9,9 +10,19 @@ from ase.io import write
 from potstill.checkpoint import load_potential
 from potstill.config import DistillConfig, validate
 from potstill.errors import ConfigError
+from potstill.sample import smallest_supercell
 from potstill.store import LabelledStore
 from potstill.workflows import distill as job
-from potstill.workflows.planning import Counts, Order, Timings, decide, expected_seconds
+from potstill.workflows import planning
+from potstill.workflows.base import parse_duration, read_start
+from potstill.workflows.planning import (
+    BudgetError,
+    Counts,
+    Order,
+    Timings,
+    decide,
+    expected_seconds,
+)
 
 COUNTS = {
     "n_temperatures": 1,
@@ -122,21 +133,138 @@ def test_dry_run_stops_after_the_plan(settings, tmp_path):
 
 def test_a_folder_keeps_its_settings(settings, tmp_path):
     run(settings, tmp_path / "run", dry_run=True)
-    with pytest.raises(ConfigError, match="another 'seed'"):
+    with pytest.raises(ConfigError, match="'seed' is 0 there, not 3"):
         run({**settings, "seed": 3}, tmp_path / "run", dry_run=True)
+    student = json.loads(json.dumps(settings["student"]))
+    student["model"]["hyperparameters"]["n_features"] = 16
+    with pytest.raises(ConfigError, match=r"'student.model.hyperparameters.n_features' is 8 there"):
+        run({**settings, "student": student}, tmp_path / "run", dry_run=True)
 
 
-@pytest.mark.parametrize("budget", [60.0, 180.0, 600.0, 7200.0])
-@pytest.mark.parametrize("label", [0.001, 0.3, 5.0])
-def test_plans_keep_to_their_budget(budget, label):
-    from potstill.workflows.base import read_start
+def test_a_folder_may_be_named_otherwise_and_moved(settings, tmp_path, monkeypatch):
+    run(settings, tmp_path / "run", dry_run=True)
+    monkeypatch.chdir(tmp_path)
+    plan = run(settings, "run", dry_run=True).plan
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    assert run(settings, "elsewhere", dry_run=True).plan == plan
 
-    start = read_start("silicon")
-    order = Order(start, budget, lambda n: 2 * n, 1, 2, True, Counts())
-    timings = Timings(label=label, step=0.7 * label, train=0.012, student_step=0.004)
-    counts = decide(order, timings, 2.0)
-    expected = sum(expected_seconds(order, counts, timings, 2.0).values())
-    assert counts.n_md_frames >= 10
+
+def test_counts_can_be_changed_until_they_are_used(settings, tmp_path):
+    folder = tmp_path / "run"
+    run(settings, folder, dry_run=True)
+    settings["counts"] = {**COUNTS, "epochs": 5, "n_md_frames": 50}
+    counts = run(settings, folder, dry_run=True).plan.counts
+    assert (counts.epochs, counts.n_md_frames, counts.draft_epochs) == (5, 50, 10)
+    assert run(settings, folder, dry_run=True).plan.counts == counts
+    (folder / "sample").mkdir()
+    settings["counts"] = {**COUNTS, "epochs": 7, "n_md_frames": 60}
+    with pytest.raises(ConfigError) as caught:
+        run(settings, folder, dry_run=True)
+    assert "'counts.n_md_frames' is 50 there, not 60" in str(caught.value)
+    assert "epochs" not in str(caught.value)
+    settings["counts"]["n_md_frames"] = 50
+    assert run(settings, folder, dry_run=True).plan.counts.epochs == 7
+
+
+def order(budget, n_atoms=64, fixed=None):
+    start = smallest_supercell(read_start("silicon"), min_atoms=n_atoms)
+    return Order(
+        start=start,
+        min_atoms=n_atoms,
+        budget=budget,
+        n_pressure_runs=1,
+        n_controls=1,
+        at_once=2,
+        on_policy=True,
+        fixed=fixed or Counts(),
+        unit_cell_atoms=8,
+        teacher_tests=("eos", "elastic", "speed"),
+    )
+
+
+def least(asked, timings):
+    """The budget that a refusal names; None without one."""
+    try:
+        decide(asked, timings, 2.0)
+    except BudgetError as error:
+        return error.least
+    return None
+
+
+@pytest.mark.parametrize("train", [0.002, 0.012, 0.3])
+@pytest.mark.parametrize("label", [0.001, 0.1, 0.3, 1.5, 5.0, 60.0])
+@pytest.mark.parametrize("budget", [60.0, 180.0, 360.0, 600.0, 7200.0])
+def test_plans_keep_to_their_budget_or_say_which_would_do(budget, label, train):
+    timings = Timings(label=label, step=0.7 * label, train=train, student_step=0.004)
+    refusal = least(order(budget), timings)
+    if refusal is not None:
+        assert refusal > 1.1 * budget
+        budget = refusal
+    counts, md = decide(order(budget), timings, 2.0)
+    expected = sum(expected_seconds(order(budget), counts, timings, 2.0, md).values())
+    assert expected <= 1.1 * budget
+    assert counts.n_md_frames >= 16
     assert counts.epochs >= 8
-    if label <= 0.3 and budget >= 600.0:
-        assert expected < 1.1 * budget
+    assert counts.n_random_frames >= 6
+
+
+def test_a_slow_teacher_gets_less_dynamics_and_more_rattled_frames():
+    timings = Timings(label=0.7, step=0.7, train=0.01, student_step=0.004)
+    asked = order(600.0)
+    usual, lean = planning._full(asked, timings, 2.0), decide(asked, timings, 2.0)[0]
+    assert lean.n_random_frames / lean.n_md_frames > 2 * usual.n_random_frames / usual.n_md_frames
+    seconds = [
+        expected_seconds(asked, counts, timings, 2.0, md)
+        for counts, md in ((usual, planning.FULL), decide(asked, timings, 2.0))
+    ]
+    assert sum(seconds[0].values()) > 1.1 * 600.0
+    assert seconds[1]["sample"] < 0.6 * seconds[0]["sample"]
+
+
+def slow_teacher(monkeypatch, seconds_per_atom):
+    def measure(start, *_):
+        cost = seconds_per_atom * start.n_atoms
+        return Timings(label=cost, step=cost, train=0.01, student_step=0.004)
+
+    monkeypatch.setattr(planning, "measure", measure)
+
+
+def test_a_slow_teacher_gets_smaller_cells(settings, tmp_path, monkeypatch):
+    settings |= {"counts": {}, "n_atoms": 64, "budget": "6min"}
+    slow_teacher(monkeypatch, 0.03)  # 2 s for 64 atoms
+    plan = run(settings, tmp_path / "run", dry_run=True).plan
+    assert 8 <= plan.n_atoms < 64
+    assert plan.total_seconds <= 1.1 * 360
+    config = validate({**settings, "out": str(tmp_path / "run")}, DistillConfig)
+    context = job.Run.open(config, job.Display())
+    assert context.start.n_atoms == plan.n_atoms
+
+
+def test_a_hopeless_budget_is_refused_with_one_that_would_do(settings, tmp_path, monkeypatch):
+    settings |= {"counts": {}, "budget": "6min"}
+    slow_teacher(monkeypatch, 2.0)
+    with pytest.raises(ConfigError, match=r"give at least --budget \d+min") as caught:
+        run(settings, tmp_path / "run", dry_run=True)
+    assert not (tmp_path / "run").exists()
+    settings["budget"] = re.search(r"\d+min", str(caught.value).partition("--budget")[2])[0]
+    plan = run(settings, tmp_path / "run", dry_run=True).plan
+    assert plan.total_seconds <= 1.1 * parse_duration(settings["budget"])
+
+
+def test_the_better_model_on_validation_is_handed_out(settings, tmp_path, monkeypatch):
+    config = validate({**settings, "out": str(tmp_path / "run")}, DistillConfig)
+    context = job.Run.open(config, job.Display())
+    models = {"student": None, "control_wf10": None}
+    monkeypatch.setattr(job.Run, "models", models)
+    monkeypatch.setattr(job, "train_students", lambda run: None)
+    cases = {(0.3, 0.2): "control_wf10", (0.2, 0.2): "student", (None, 9.0): "control_wf10"}
+    for scores, best in cases.items():
+        for name, score in zip(models, scores, strict=True):
+            (context.folder / name).mkdir(exist_ok=True)
+            (context.folder / name / "best.pt").write_text(name)
+            result = {"best_score": float("nan") if score is None else score}
+            (context.folder / name / "result.json").write_text(json.dumps(result))
+        note = job._train(context)
+        assert f"student.pt is {best}" in note
+        assert (context.folder / "student.pt").read_text() == best
+        assert job.read_json(context.folder / "choice.json")["model"] == best

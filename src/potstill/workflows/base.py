@@ -8,7 +8,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -132,13 +132,26 @@ def claim_folder(folder: Path, settings: BaseModel) -> None:
         write_settings(folder / "config.yaml", settings)
 
 
-def check_folder(folder: Path, settings: BaseModel) -> bool:
+def check_folder(
+    folder: Path, settings: BaseModel, free: Callable[[str], bool] = lambda key: False
+) -> bool:
     """Whether a folder holds the run of these settings already; False if it is new.
+
+    Where the folder lies (`out`) is no setting to compare: it may be moved or named otherwise.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder.
+    settings : BaseModel
+        What is asked for now.
+    free : callable
+        Whether a setting, given as `counts.epochs`, may still be changed.
 
     Raises
     ------
     ConfigError
-        If it holds something else; of another run, the message names a setting that differs.
+        If it holds something else; of another run, the message names the settings that differ.
     """
     file = folder / "config.yaml"
     if not file.is_file():
@@ -149,18 +162,38 @@ def check_folder(folder: Path, settings: BaseModel) -> bool:
     # Settings that are newer than the run have their defaults in it.
     with contextlib.suppress(ValidationError):
         stored = type(settings).model_validate(stored).model_dump(mode="json")
-    for key, value in settings.model_dump(mode="json").items():
-        if stored.get(key) != value:
-            raise ConfigError(
-                f"{folder} holds a run with another '{key}' ({_short(stored.get(key))}, not "
-                f"{_short(value)}): choose another folder, or remove it"
-            )
+    changed = {
+        key: values
+        for key, values in differences(stored, settings.model_dump(mode="json")).items()
+        if key != "out" and not free(key)
+    }
+    if changed:
+        words = [
+            f"'{k}' is {_short(old)} there, not {_short(new)}" for k, (old, new) in changed.items()
+        ]
+        more = f", and {len(words) - 3} more" if len(words) > 3 else ""
+        raise ConfigError(
+            f"{folder} holds a run with other settings ({', '.join(words[:3])}{more}): resume it "
+            f"with --config {file}, or choose another folder"
+        )
     return True
+
+
+def differences(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    """Old and new value of every key that differs between plain values, as `loss[0].weight`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        parts = [(f"{key}.{k}" if key else str(k), k) for k in dict.fromkeys([*old, *new])]
+        pairs = [(name, old.get(k), new.get(k)) for name, k in parts]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(f"{key}[{k}]", *both) for k, both in enumerate(zip(old, new, strict=True))]
+    else:
+        return {} if old == new else {key: (old, new)}
+    return {k: v for name, a, b in pairs for k, v in differences(a, b, name).items()}
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 60 or isinstance(value, str) else text[:57] + "..."
 
 
 class Stages:

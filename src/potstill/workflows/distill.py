@@ -11,6 +11,8 @@ and where students go astray, are worth more than a trajectory of the teacher th
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,7 @@ from potstill.workflows.distill_run import DistillConfig, Run, student_settings
 from potstill.workflows.distill_run import default_student as default_student
 from potstill.workflows.dynamics import MdConfig, simulate
 from potstill.workflows.evaluation import BenchSettings, Candidate, bench_of, run_tests
-from potstill.workflows.planning import EQUILIBRATION, EXPLORING_STRIDE, STRIDE, Plan
+from potstill.workflows.planning import EXPLORING_STRIDE, FULL, Plan
 from potstill.workflows.students import train_model, train_students
 from potstill.workflows.summary import summarize
 
@@ -96,10 +98,10 @@ def _sample(run: Run) -> None:
         n_md + n_random,
         n_md / (n_md + n_random),
         seed=run.config.seed,
-        stride=STRIDE,
-        equilibration=EQUILIBRATION,
+        stride=run.plan.teacher_md.stride,
+        equilibration=run.plan.teacher_md.equilibration,
     )
-    with run.display.task(f"dynamics with {run.teacher.name}", plan.n_evaluations) as task:
+    with run.display.task(f"MD with {run.teacher.name}", plan.n_evaluations) as task:
         frames = run_plan(
             plan,
             run.teacher.ase_calculator(),
@@ -134,7 +136,7 @@ def split_frames(frames: SampledFrames, seed: int) -> dict[str, torch.Tensor]:
 
 
 def _label(run: Run) -> None:
-    run.label(f"labelling with {run.teacher.name}")
+    run.label(f"labeling with {run.teacher.name}")
 
 
 def _draft(run: Run) -> str | None:
@@ -160,12 +162,12 @@ def _explore(run: Run) -> str | None:
     note = None
     try:
         with (
-            run.display.task("dynamics with the draft", plan.n_evaluations) as task,
+            run.display.task("MD with the draft", plan.n_evaluations) as task,
             limited_threads(1),  # one system of the student is too small for more
         ):
             run_plan(plan, PotstillCalculator(potential), run.folder / "explore", task.update)
     except DivergenceError as error:
-        note = f"the draft's dynamics went astray, and what came after is left out: {error}"
+        note = f"MD with the draft student became unstable; later frames are left out: {error}"
         run.display.say(note)
     frames = _finished_jobs(run.folder / "explore")
     if frames is None:
@@ -178,25 +180,37 @@ def _explore(run: Run) -> str | None:
     assert not bool(torch.isin(new, held_out).any())
     split["train"] = torch.cat([split["train"], new]).unique()
     write_split(run.folder / "split.json", split)
-    run.label(f"labelling the draft's frames with {run.teacher.name}")
+    run.label(f"labeling the draft's frames with {run.teacher.name}")
     return note
 
 
-def _train(run: Run) -> None:
-    """Train the student and its controls."""
+def _train(run: Run) -> str:
+    """Train the student and its controls, and hand out the one that is best on validation."""
     train_students(run)
+    scores = {
+        name: float(read_json(run.folder / name / "result.json")["best_score"])
+        for name in run.models
+    }
+    best = min(scores, key=lambda name: (not math.isfinite(scores[name]), scores[name]))
+    shutil.copyfile(run.folder / best / "best.pt", run.folder / "student.pt")
+    write_json(run.folder / "choice.json", {"model": best, "validation_scores": scores})
+    words = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
+    note = f"student.pt is {best}, the best on validation (score, lower is better: {words})"
+    run.display.say(note)
+    return note
 
 
 def _dynamics(run: Run) -> None:
     """Run the student at the highest temperature, and write its trajectory."""
     config = MdConfig(
-        model=TeacherSettings(spec=str(run.folder / "student.pt")),
+        # Its name within the folder: a run that is moved resumes.
+        model=TeacherSettings(spec="student.pt"),
         structure=run.config.structure,
         out=str(run.folder / "md"),
         temperature=(run.config.temperature[1], run.config.temperature[1]),
         duration=run.plan.counts.md_duration or 1.0,
         equilibration=min(1.0, run.plan.counts.md_duration or 1.0),
-        stride=2 * STRIDE,
+        stride=2 * FULL.stride,
         timestep=run.plan.timestep,
         seed=run.config.seed,
     )
@@ -216,18 +230,23 @@ def _evaluate(run: Run) -> None:
             temperature=run.config.temperature[1],
             nve_duration=run.plan.counts.nve_duration or 1.0,
             timestep=run.plan.timestep,
+            speed_sizes=run.plan.speed_sizes,
             seed=run.config.seed,
         ),
         structure=read_start(run.config.structure)[0],
         frames=_hot_frames(run),
     )
-    groups = {"teacher": [Candidate("teacher", run.config.teacher)]}
-    for name in run.models:
-        path = str(run.folder / name / "best.pt")
-        candidate = Candidate(name, TeacherSettings(spec=path))
-        groups.setdefault(name.partition("_")[0], []).append(candidate)
+
+    def trained(name: str) -> Candidate:
+        return Candidate(name, TeacherSettings(spec=str(run.folder / name / "best.pt")))
+
+    groups = {
+        "teacher": [Candidate("teacher", run.config.teacher)],
+        "student": [trained("student")],
+        "control": [trained(name) for name in run.controls],
+    }
     wanted = {
-        test: [c for group in names for c in groups.get(group, [])]
+        test: [c for group in names for c in groups[group]]
         for test, names in run.config.tests.items()
     }
     run_tests(bench, wanted, run.folder / "evaluation", run.display)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -34,17 +34,21 @@ from potstill.workflows.base import (
     Stages,
     TeacherSettings,
     check_folder,
-    claim_folder,
     cores,
     read_json,
     read_start,
     write_json,
+    write_settings,
 )
 from potstill.workflows.labeling import label_with_progress, learnable
-from potstill.workflows.planning import Counts, Order, Plan, make_plan
+from potstill.workflows.planning import MIN_ATOMS, Counts, Order, Plan, make_plan
 
 #: The learning rate falls to this share of its start.
 FINAL_RATE = 0.02
+
+
+#: Who can undergo a test.
+Candidates = Literal["student", "control", "teacher"]
 
 
 class Weights(Settings):
@@ -70,6 +74,9 @@ def default_student() -> TrainSettings:
                 "n_atom_layers": 2,
                 "n_interaction_layers": 1,
                 "l_max": 2,
+                # Smaller ones make elastic constants and phonons of crystals wrong: a norm has a
+                # cusp where symmetry makes its tensor vanish.
+                "cusp_reg": 1e-2,
             },
         ),
         energy=EnergySettings(zero="least_squares", prior="zbl"),
@@ -80,6 +87,20 @@ def default_student() -> TrainSettings:
         batch_size=2,
         early_stopping=None,
     )
+
+
+def default_tests() -> dict[str, tuple[Candidates, ...]]:
+    """Tests of the evaluation, and who undergoes them."""
+    return {
+        "errors": ("student", "control"),
+        "parity": ("student", "control"),
+        "eos": ("student", "control", "teacher"),
+        "elastic": ("student", "control", "teacher"),
+        "rdf": ("student", "teacher"),
+        "speed": ("student", "teacher"),
+        "memory": ("student",),
+        "nve": ("student", "control"),
+    }
 
 
 class DistillConfig(Settings):
@@ -133,18 +154,7 @@ class DistillConfig(Settings):
     controls: tuple[float, ...] = (30.0,)
     on_policy: bool = True
     counts: Counts = Counts()
-    tests: dict[str, tuple[str, ...]] = Field(
-        default_factory=lambda: {
-            "errors": ("student", "control"),
-            "parity": ("student", "control"),
-            "eos": ("student", "control", "teacher"),
-            "elastic": ("student", "control", "teacher"),
-            "rdf": ("student", "teacher"),
-            "speed": ("student", "teacher"),
-            "memory": ("student",),
-            "nve": ("student", "control"),
-        }
-    )
+    tests: dict[str, tuple[Candidates, ...]] = Field(default_factory=default_tests)
     trainings_at_once: int = Field(default_factory=cores, ge=1)
     seed: int = Field(default=0, ge=0)
 
@@ -162,22 +172,28 @@ class Run:
 
     @classmethod
     def open(cls, config: DistillConfig, display: Display) -> Run:
-        """Make the run folder and the plan, or read them."""
+        """Make the run folder and the plan, or read them.
+
+        Raises
+        ------
+        ConfigError
+            If the folder holds another run, or the budget is too short for the teacher.
+        """
         folder = Path(config.out)
         primitive = read_start(config.structure)
-        start = Structures.concatenate(
-            [
-                smallest_supercell(primitive[s], min_atoms=config.n_atoms)
-                for s in range(primitive.n_systems)
-            ]
-        )
         file = folder / "plan.json"
-        if check_folder(folder, config) and file.is_file():
+        started = check_folder(folder, config, lambda key: _not_begun(folder, key))
+        if started and file.is_file():
             plan = Plan.model_validate(read_json(file))
+            plan = plan.model_copy(
+                update={"counts": plan.counts.model_copy(update=config.counts.given())}
+            )
         else:
-            plan = _make_plan(config, start, display)  # a teacher that fails leaves no folder
-            claim_folder(folder, config)
-            write_json(file, plan.model_dump(mode="json"))
+            plan = _make_plan(config, primitive, display)  # a teacher that fails leaves no folder
+            folder.mkdir(parents=True, exist_ok=True)
+        write_settings(folder / "config.yaml", config)
+        write_json(file, plan.model_dump(mode="json"))
+        start = supercells(primitive, plan.min_atoms or config.n_atoms)
         return cls(config, plan, folder, start, display, Stages(folder))
 
     @cached_property
@@ -216,26 +232,34 @@ class Run:
         return TrainingSet(store.structures(), {self.source: labels}).select(systems)
 
     @property
-    def models(self) -> dict[str, TrainSettings]:
-        """Settings of the student and its controls, by name."""
-        epochs, given = self.plan.counts.epochs or 1, self.plan.properties
-        student = student_settings(self.config, self.plan, self.source, epochs)
-        controls = {
-            f"control_wf{w:g}": student.model_copy(
-                update={"loss": loss_terms(self.config.weights, given, self.source, control=w)}
+    def controls(self) -> dict[str, TrainSettings]:
+        """Settings of the controls by name: the student's without the teacher's atomic energies."""
+        given, source = self.plan.properties, self.source
+        return {
+            f"control_wf{w:g}": self.student.model_copy(
+                update={"loss": loss_terms(self.config.weights, given, source, control=w)}
             )
             for w in self.config.controls
         }
-        return {"student": student, **controls}
+
+    @property
+    def student(self) -> TrainSettings:
+        """Settings of the student."""
+        return student_settings(self.config, self.plan, self.source, self.plan.counts.epochs or 1)
+
+    @property
+    def models(self) -> dict[str, TrainSettings]:
+        """Settings of the student and its controls, by name."""
+        return {"student": self.student, **self.controls}
 
     def sampling_plan(self, n_frames: int, md_share: float, **settings: Any) -> SamplingPlan:
-        """Dynamics at the run's temperatures and pressures, and rattles and strains."""
-        gives_stress = "stress" in self.plan.properties
+        """MD at the run's temperatures and pressures, and rattles and strains."""
+        at_pressure = "stress" in self.plan.properties and self.plan.teacher_md.at_pressure
         return standard_plan(
             self.start,
             temperature=self.config.temperature,
             n_frames=n_frames,
-            pressure=self.config.pressure if gives_stress else (),
+            pressure=self.config.pressure if at_pressure else (),
             n_temperatures=self.plan.counts.n_temperatures or 1,
             md_share=md_share,
             timestep=self.plan.timestep,
@@ -273,25 +297,76 @@ def loss_terms(
     )
 
 
-def _make_plan(config: DistillConfig, start: Structures, display: Display) -> Plan:
+#: Folders by the settings that what is in them depends on; none for what changes no result.
+_USED_IN = {
+    "trainings_at_once": "",
+    "counts.n_temperatures": "sample",
+    "counts.n_md_frames": "sample",
+    "counts.n_random_frames": "sample",
+    "counts.draft_epochs": "draft",
+    "counts.n_on_policy_frames": "draft",
+    "counts.epochs": "student",
+    "counts.md_duration": "md",
+    "counts.nve_duration": "evaluation",
+    "tests": "evaluation",
+}
+
+
+def _not_begun(folder: Path, key: str) -> bool:
+    """Whether a setting can still be changed: what depends on it has not begun."""
+    for name, user in _USED_IN.items():
+        if key == name or key.startswith((f"{name}.", f"{name}[")):
+            return not user or not (folder / user).exists()
+    return False
+
+
+def supercells(primitive: Structures, min_atoms: int) -> Structures:
+    """Starting structures, repeated where they are periodic."""
+    parts = [smallest_supercell(primitive[s], min_atoms=min_atoms) for s in range(len(primitive))]
+    return Structures.concatenate(parts)
+
+
+def _make_plan(config: DistillConfig, primitive: Structures, display: Display) -> Plan:
     with display.task("timing a few labels, steps and epochs"):
         teacher = config.teacher.make()
-        properties = learnable(teacher, start)
-        periodic = int(start.pbc.all(dim=1).sum())
-        n_pressures = len(config.pressure) if "stress" in properties else 0
-        order = Order(
-            start=start,
-            budget=config.budget,
-            n_runs=lambda n: n * (start.n_systems + n_pressures * periodic),
-            n_controls=len(config.controls),
-            at_once=min(config.trainings_at_once, 1 + len(config.controls)),
-            on_policy=config.on_policy,
-            fixed=config.counts,
-        )
+        properties = learnable(teacher, primitive)
         settings = config.student.model_copy(
             update={
                 "loss": loss_terms(config.weights, properties, teacher.name),
                 "score": ScoreSettings(source=teacher.name),
             }
         )
-        return make_plan(order, teacher, properties, settings)
+        plan = make_plan(_orders(config, primitive, properties), teacher, properties, settings)
+    if plan.lean or plan.min_atoms != config.n_atoms:
+        display.say(
+            f"{teacher.name} is slow for this budget ({plan.timings.step:.2g} s per MD step of "
+            f"{plan.n_atoms} atoms): smaller cells, less MD and more rattled frames make it fit"
+        )
+    return plan
+
+
+def _orders(
+    config: DistillConfig, primitive: Structures, properties: Sequence[str]
+) -> Iterator[Order]:
+    """What the plan is for: with cells of `n_atoms` first, and with half as many and fewer."""
+    periodic = int(primitive.pbc.all(dim=1).sum())
+    n_pressures = len(config.pressure) if "stress" in properties else 0
+    n_atoms, before = config.n_atoms, 0
+    while True:
+        start = supercells(primitive, n_atoms)
+        if start.n_atoms != before:
+            yield Order(
+                start=start,
+                min_atoms=n_atoms,
+                budget=config.budget,
+                n_pressure_runs=n_pressures * periodic,
+                n_controls=len(config.controls),
+                at_once=min(config.trainings_at_once, 1 + len(config.controls)),
+                on_policy=config.on_policy,
+                fixed=config.counts,
+                unit_cell_atoms=int(primitive.n_atoms_per_system[0]),
+                teacher_tests=tuple(t for t, who in config.tests.items() if "teacher" in who),
+            )
+        if n_atoms <= MIN_ATOMS or not bool(primitive.pbc.any()):
+            return
+        n_atoms, before = max(n_atoms // 2, MIN_ATOMS), start.n_atoms

@@ -10,8 +10,8 @@ import itertools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pydantic import Field
 
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential
-from potstill.errors import TeacherError
+from potstill.errors import ConfigError, TeacherError
 from potstill.sample import RattleJob
 from potstill.structures import Structures
 from potstill.teachers import Teacher
@@ -42,12 +42,46 @@ MAX_FRAMES = 400
 MAX_RANDOM = 60
 #: Fewer frames of the teacher's dynamics leave nothing to hold out: four blocks of the split.
 MIN_MD_FRAMES = 16
+#: Frames that cost no dynamics of the teacher: rattled, strained, or met by the draft.
+MIN_FREE_FRAMES = 24
 #: Seconds that evaluation takes at least: starting processes, timing rounds, figures.
 EVALUATION_SECONDS = 40.0
-#: fs between frames of the teacher's dynamics, and before the first.
-STRIDE, EQUILIBRATION = 30.0, 90.0
 #: fs between frames of the draft's dynamics.
 EXPLORING_STRIDE = 100.0
+#: A plan may exceed its budget by this factor: timings are no better than that.
+TOLERANCE = 1.1
+#: What a slow teacher gets: multiples of the smallest numbers of frames, and the largest share of
+#: the budget for all but training.
+SCALES, BEFORE_TRAINING = (8.0, 4.0, 2.0, 1.4, 1.0), 0.6
+#: Teacher calls for E(V) and elastic constants of the unit cell, and MD steps per size timed.
+EOS_CALLS, ELASTIC_CALLS, TIMED_STEPS = 40, 100, 6
+#: Numbers of atoms that speed is measured for.
+SPEED_SIZES = (64, 512)
+#: Periodic cells are not made smaller than this for a slow teacher.
+MIN_ATOMS = 8
+
+
+@dataclass(frozen=True)
+class TeacherMD:
+    """How the teacher's MD is run.
+
+    Parameters
+    ----------
+    stride, equilibration : float
+        fs between frames, and before the first.
+    at_pressure : bool
+        Whether there are constant-pressure runs as well; strained frames show other volumes, too.
+    frames_per_run : int
+        Least frames per run.
+    """
+
+    stride: float
+    equilibration: float
+    at_pressure: bool
+    frames_per_run: int
+
+
+FULL, LEAN = TeacherMD(30.0, 90.0, True, 5), TeacherMD(15.0, 45.0, False, 2)
 
 
 class Counts(Settings):
@@ -82,6 +116,11 @@ class Counts(Settings):
         """Those that are fixed."""
         return self.model_dump(exclude_none=True)
 
+    @property
+    def complete(self) -> bool:
+        """Whether all are fixed, so that the budget decides nothing."""
+        return None not in self.model_dump().values()
+
 
 class Timings(Settings):
     """Seconds that were measured.
@@ -111,6 +150,10 @@ class Plan(Settings):
     ----------
     n_atoms : int
         Atoms per structure.
+    min_atoms : int, optional
+        What `n_atoms` of the config became for a slow teacher.
+    lean : bool
+        Whether a slow teacher made MD shorter (`LEAN`).
     timestep : float
         fs.
     counts : Counts
@@ -124,11 +167,23 @@ class Plan(Settings):
     """
 
     n_atoms: int
+    min_atoms: int | None = None
+    lean: bool = False
     timestep: float
     counts: Counts
     properties: tuple[str, ...]
     timings: Timings
     seconds: dict[str, float]
+
+    @property
+    def teacher_md(self) -> TeacherMD:
+        """How the teacher's MD is run."""
+        return LEAN if self.lean else FULL
+
+    @property
+    def speed_sizes(self) -> tuple[int, ...]:
+        """Numbers of atoms that speed is measured for."""
+        return (self.n_atoms,) if self.lean else SPEED_SIZES
 
     @property
     def total_seconds(self) -> float:
@@ -139,18 +194,18 @@ class Plan(Settings):
         """Stage, what it does, expected duration: for a table."""
         c = self.counts
         work = {
-            "sample": f"{c.n_md_frames} frames from the teacher's dynamics at {c.n_temperatures} "
+            "sample": f"{c.n_md_frames} frames from MD with the teacher at {c.n_temperatures} "
             f"temperatures, {c.n_random_frames} rattled or strained",
             "label": f"{(c.n_md_frames or 0) + (c.n_random_frames or 0)} structures of "
             f"{self.n_atoms} atoms: {', '.join(self.properties)}",
             "draft": f"{c.draft_epochs} epochs",
-            "explore": f"{c.n_on_policy_frames} frames from the draft's dynamics, labelled",
+            "explore": f"{c.n_on_policy_frames} frames from MD with the draft, labeled",
             "train": f"{c.epochs} epochs each for the student and its controls",
             "dynamics": f"{c.md_duration:g} ps with the student",
             "evaluate": f"errors, elasticity, speed, memory, {c.nve_duration:g} ps of NVE",
         }
         rows = [[k, work.get(k, ""), seconds_in_words(s)] for k, s in self.seconds.items()]
-        return [*rows, ["all", "", seconds_in_words(self.total_seconds)]]
+        return [*rows, ["total", "", seconds_in_words(self.total_seconds)]]
 
 
 @dataclass(frozen=True)
@@ -161,10 +216,12 @@ class Order:
     ----------
     start : Structures
         Supercells to start from.
+    min_atoms : int
+        That they were made for.
     budget : float
         Seconds.
-    n_runs : callable
-        Number of the teacher's runs for a number of temperatures.
+    n_pressure_runs : int
+        Constant-pressure runs per temperature, over all structures.
     n_controls : int
         Controls beside the student.
     at_once : int
@@ -173,15 +230,40 @@ class Order:
         Whether a draft student explores.
     fixed : Counts
         Counts that the user has fixed.
+    unit_cell_atoms : int
+        Atoms of the structure that lattice constant and elasticity are computed for.
+    teacher_tests : tuple of str
+        Tests of the evaluation that the teacher undergoes.
     """
 
     start: Structures
+    min_atoms: int
     budget: float
-    n_runs: Callable[[int], int]
+    n_pressure_runs: int
     n_controls: int
     at_once: int
     on_policy: bool
     fixed: Counts
+    unit_cell_atoms: int = 0
+    teacher_tests: tuple[str, ...] = ()
+
+    @property
+    def n_atoms(self) -> int:
+        """Atoms per structure."""
+        return int(self.start.n_atoms_per_system[0])
+
+    def n_runs(self, n_temperatures: int, md: TeacherMD) -> int:
+        """MD runs of the teacher."""
+        return n_temperatures * (self.start.n_systems + self.n_pressure_runs * md.at_pressure)
+
+    def teacher_calls(self, lean: bool) -> float:
+        """What the evaluation asks the teacher, in MD steps of the starting structures."""
+        calls = {
+            "eos": EOS_CALLS * self.unit_cell_atoms,
+            "elastic": ELASTIC_CALLS * self.unit_cell_atoms,
+        }
+        calls["speed"] = TIMED_STEPS * sum([self.n_atoms] if lean else SPEED_SIZES)
+        return sum(calls.get(test, 0) for test in self.teacher_tests) / self.n_atoms
 
 
 def timestep_for(structures: Structures) -> float:
@@ -191,33 +273,97 @@ def timestep_for(structures: Structures) -> float:
 
 
 def make_plan(
-    order: Order, teacher: Teacher, properties: Sequence[str], settings: TrainSettings
+    orders: Iterable[Order], teacher: Teacher, properties: Sequence[str], settings: TrainSettings
 ) -> Plan:
     """Time a few labels, steps and epochs, and decide the counts.
+
+    Parameters
+    ----------
+    orders : iterable of Order
+        The same order with structures of fewer and fewer atoms, for teachers that are too slow for
+        the budget with more.
+    teacher : Teacher
+    properties : sequence of str
+        What it is asked for.
+    settings : TrainSettings
+        Of the student.
 
     Raises
     ------
     TeacherError
         If the teacher fails on the starting structure.
+    BudgetError
+        If no plan fits the budget; it says which budget would do.
     """
-    timings = measure(order.start[0], teacher, properties, settings, order.at_once)
-    timestep = timestep_for(order.start)
-    counts = decide(order, timings, timestep)
-    return Plan(
-        n_atoms=int(order.start.n_atoms_per_system[0]),
-        timestep=timestep,
-        counts=counts,
-        properties=tuple(properties),
-        timings=timings,
-        seconds=expected_seconds(order, counts, timings, timestep),
-    )
+    least = math.inf
+    for order in orders:
+        timings = measure(order.start[0], teacher, properties, settings, order.at_once)
+        timestep = timestep_for(order.start)
+        try:
+            counts, md = decide(order, timings, timestep)
+        except BudgetError as error:
+            least = min(least, error.least)
+            continue
+        return Plan(
+            n_atoms=order.n_atoms,
+            min_atoms=order.min_atoms,
+            lean=md is LEAN,
+            timestep=timestep,
+            counts=counts,
+            properties=tuple(properties),
+            timings=timings,
+            seconds=expected_seconds(order, counts, timings, timestep, md),
+        )
+    raise BudgetError(order.budget, least)
 
 
 # -- counts from timings ---------------------------------------------------------------------------
 
 
-def decide(order: Order, timings: Timings, timestep: float) -> Counts:
-    """Divide the budget; pure arithmetic."""
+class BudgetError(ConfigError):
+    """Refuses a budget that is too short, and says which would do: `least`, in seconds."""
+
+    def __init__(self, budget: float, least: float) -> None:
+        self.least = least
+        minutes = math.ceil(least / 60.0)
+        super().__init__(
+            f"a budget of {seconds_in_words(budget)} is too short for this teacher and structure: "
+            f"give at least --budget {minutes}min, a faster teacher or a smaller structure"
+        )
+
+
+def decide(order: Order, timings: Timings, timestep: float) -> tuple[Counts, TeacherMD]:
+    """Divide the budget; pure arithmetic.
+
+    Where the usual plan does not fit, because the teacher is slow, MD is run for a shorter time and
+    gives fewer of the frames.
+
+    Raises
+    ------
+    BudgetError
+        If the smallest plan does not fit.
+    """
+
+    def total(counts: Counts, md: TeacherMD) -> float:
+        return sum(expected_seconds(order, counts, timings, timestep, md).values())
+
+    counts = _full(order, timings, timestep)
+    if total(counts, FULL) <= TOLERANCE * order.budget or order.fixed.complete:
+        return counts, FULL
+    for scale in SCALES:
+        counts, spent = _lean(order, timings, timestep, scale)
+        enough_left = scale == 1.0 or spent <= BEFORE_TRAINING * order.budget
+        if enough_left and total(counts, LEAN) <= order.budget:
+            return counts, LEAN
+    smallest, _ = _lean(replace(order, budget=0.0), timings, timestep, 1.0)
+    least = total(smallest, LEAN)
+    if least > TOLERANCE * order.budget:
+        raise BudgetError(order.budget, least)
+    return smallest, LEAN
+
+
+def _full(order: Order, timings: Timings, timestep: float) -> Counts:
+    """Counts that share the budget between the teacher, training and the student's MD."""
     nve = min(20.0, STUDENT_MD_SHARE * order.budget * timestep / timings.student_step / 1000.0)
     nve = max(1.0, round(nve, 1))
     md = max(1.0, round(0.25 * nve, 1))
@@ -225,13 +371,13 @@ def decide(order: Order, timings: Timings, timestep: float) -> Counts:
     rest = max(order.budget - own, 0.3 * order.budget)
     teacher_time = TEACHER_SHARE * rest
     n_temperatures = 3 if order.budget >= 1200.0 else 2
-    n_runs = order.n_runs(n_temperatures)
-    frame = STRIDE / timestep * timings.step + timings.label
-    warm_up = n_runs * EQUILIBRATION / timestep * timings.step
+    n_runs = order.n_runs(n_temperatures, FULL)
+    frame = FULL.stride / timestep * timings.step + timings.label
+    warm_up = n_runs * FULL.equilibration / timestep * timings.step
     n_md = int((DYNAMICS_SHARE * teacher_time - warm_up) / frame)
-    n_md = min(max(n_md, 5 * n_runs, MIN_MD_FRAMES), MAX_FRAMES // 2)
+    n_md = min(max(n_md, FULL.frames_per_run * n_runs, MIN_MD_FRAMES), MAX_FRAMES // 2)
     left = teacher_time - warm_up - n_md * frame
-    n_free = min(max(int(left / timings.label), 24), MAX_FRAMES - n_md)
+    n_free = min(max(int(left / timings.label), MIN_FREE_FRAMES), MAX_FRAMES - n_md)
     n_random = min(n_free // 4, MAX_RANDOM) if order.on_policy else n_free
     n_on_policy = n_free - n_random
     counts = Counts(
@@ -243,6 +389,26 @@ def decide(order: Order, timings: Timings, timestep: float) -> Counts:
         md_duration=md,
     ).model_copy(update=order.fixed.given())
     return _with_epochs(counts, order, timings, rest - teacher_time)
+
+
+def _lean(order: Order, timings: Timings, timestep: float, scale: float) -> tuple[Counts, float]:
+    """Counts with `scale` times the smallest numbers of frames, and seconds beside training."""
+    nve = 0.5 * STUDENT_MD_SHARE * order.budget * timestep / timings.student_step / 1000.0
+    n_md = max(int(scale * MIN_MD_FRAMES), LEAN.frames_per_run * order.n_runs(2, LEAN))
+    n_free = int(scale * MIN_FREE_FRAMES)
+    n_random = n_free // 2 if order.on_policy else n_free
+    counts = Counts(
+        n_temperatures=2,
+        n_md_frames=n_md,
+        n_random_frames=n_random,
+        n_on_policy_frames=n_free - n_random,
+        nve_duration=min(20.0, round(nve, 1)) if scale > 1.0 and nve > 1.0 else 1.0,
+        md_duration=1.0,
+    )
+    counts = counts.model_copy(update=order.fixed.given())
+    seconds = expected_seconds(order, counts, timings, timestep, LEAN)
+    spent = sum(value for stage, value in seconds.items() if stage not in ("draft", "train"))
+    return _with_epochs(counts, order, timings, max(order.budget - spent, 0.0)), spent
 
 
 def _with_epochs(counts: Counts, order: Order, timings: Timings, seconds: float) -> Counts:
@@ -258,12 +424,12 @@ def _with_epochs(counts: Counts, order: Order, timings: Timings, seconds: float)
 
 
 def expected_seconds(
-    order: Order, counts: Counts, timings: Timings, timestep: float
+    order: Order, counts: Counts, timings: Timings, timestep: float, md: TeacherMD = FULL
 ) -> dict[str, float]:
     """Expected duration of each stage."""
     n_md, n_random = counts.n_md_frames or 0, counts.n_random_frames or 0
     n_policy = counts.n_on_policy_frames or 0
-    steps = order.n_runs(counts.n_temperatures or 1) * EQUILIBRATION + n_md * STRIDE
+    steps = order.n_runs(counts.n_temperatures or 1, md) * md.equilibration + n_md * md.stride
     student = timings.student_step / timestep * 1000.0
     seconds = {
         "sample": steps / timestep * timings.step,
@@ -276,7 +442,11 @@ def expected_seconds(
     rounds = math.ceil((1 + order.n_controls) / order.at_once)
     seconds["train"] = rounds * (counts.epochs or 0) * n_all * timings.train
     seconds["dynamics"] = (counts.md_duration or 0.0) * student
-    seconds["evaluate"] = (counts.nve_duration or 0.0) * student + EVALUATION_SECONDS
+    seconds["evaluate"] = (
+        (counts.nve_duration or 0.0) * student
+        + EVALUATION_SECONDS
+        + order.teacher_calls(md is LEAN) * timings.step
+    )
     return {name: round(value, 1) for name, value in seconds.items()}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +27,7 @@ _INTERRUPTED, _MISTAKE = 3, 4
 
 
 def train_students(run: Run) -> None:
-    """Train the student and its controls, or what is left of them; writes `student.pt`.
+    """Train the student and its controls, or what is left of them.
 
     Small networks gain little from a second thread, so that two trainings side by side, with a
     share of the threads each, take hardly longer than one.
@@ -41,7 +40,6 @@ def train_students(run: Run) -> None:
         for name in names:
             if train_model(run, name, run.models[name]).status == "interrupted":
                 raise KeyboardInterrupt
-    shutil.copyfile(run.folder / "student" / "best.pt", run.folder / "student.pt")
 
 
 def train_model(run: Run, name: str, settings: TrainSettings) -> TrainResult:

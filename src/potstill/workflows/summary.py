@@ -19,7 +19,8 @@ def summarize(folder: Path) -> dict[str, Any]:
     dict
         `errors` (model to relative force RMSE and others), `nve` (model to drift in meV/atom and
         the shortest distance over that of the training data), `lattice_constant` in Å,
-        `bulk_modulus` in GPa, `speed_ratio` by number of atoms, `seconds` by stage.
+        `bulk_modulus` in GPa, `speed_ratio` by number of atoms, `seconds` by stage, `student.pt`
+        (the `model` that it is, and the `validation_scores` by which it was chosen).
     """
     tests = {file.stem: read_json(file) for file in sorted((folder / "evaluation").glob("*.json"))}
     done = {
@@ -27,6 +28,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         for test, results in tests.items()
     }
     eos = done.get("eos", {})
+    choice = folder / "choice.json"
     summary = {
         "errors": {name: _errors(r) for name, r in done.get("errors", {}).items()},
         "nve": {name: _nve(r, folder / name) for name, r in done.get("nve", {}).items()},
@@ -34,6 +36,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         "bulk_modulus": {name: r["bulk_modulus"] for name, r in eos.items()},
         "speed_ratio": _speed_ratio(done.get("speed", {})),
         "seconds": Stages(folder).seconds,
+        "student.pt": read_json(choice) if choice.is_file() else {},
     }
     return {key: value for key, value in summary.items() if value}
 
@@ -41,6 +44,10 @@ def summarize(folder: Path) -> dict[str, Any]:
 def summary_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """What was measured, for whom, and the value: for a table."""
     rows = []
+    if "student.pt" in summary:
+        model, scores = summary["student.pt"]["model"], summary["student.pt"]["validation_scores"]
+        words = ", ".join(f"{name} {_number(score)}" for name, score in scores.items())
+        rows.append(["student.pt: best validation score", model, words])
     for name, errors in summary.get("errors", {}).items():
         if "forces_relative_rmse" in errors:
             value = f"{100.0 * errors['forces_relative_rmse']:.2f} %"
