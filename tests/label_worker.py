@@ -71,9 +71,8 @@ def fill(path: str) -> LabelledStore:
 def run(path: str, seconds: float) -> LabelledStore:
     """Fill a store and label it."""
     store = fill(path)
-    label_store(
-        store, SlowLennardJones(seconds), ("energy", "forces", "stress", "atomic_energies"), chunk=3
-    )
+    teacher, names = SlowLennardJones(seconds), ("energy", "forces", "stress", "atomic_energies")
+    label_store(store, teacher, names, chunk=3, commit_seconds=0.0)
     return store
 
 

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("structures",),
     ("neighbors",),  # below the readers, which look for overlapping atoms with it
     ("features",),
-    ("readers.*", "store"),
+    ("readers.*", "store.*"),
     ("core.*", "radial"),
     ("models.*",),
     ("metrics", "distill.*"),
@@ -41,7 +41,7 @@ BELOW_BASE = ("models.engines", "models.graph")
 
 #: Packages whose modules are parts of one thing rather than alternatives: these may import one
 #: another, but never in a circle. Everywhere else only `x.*` -> `x.base` is legal.
-ASSEMBLED = ("core", "distill", "train", "report", "workflows", "models.gemnet_oc")
+ASSEMBLED = ("store", "core", "distill", "train", "report", "workflows", "models.gemnet_oc")
 
 
 def modules_below(root: Path) -> dict[str, Path]:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import ase
 import ase.build
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import potstill.store as store_module
+import potstill.store
 from potstill.errors import DataError, StoreError
 from potstill.species import Species, SpeciesTable
-from potstill.store import LabelledStore
+from potstill.store import LabelledStore, record
 from potstill.structures import Properties, Structures
+from store_maker import fill
 
 
 def frames(n=6):
@@ -267,11 +269,11 @@ def crash_points(monkeypatch, path, action, nth):
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module.zarr.Array, "resize", counted(store_module.zarr.Array.resize))
-        setter = store_module.zarr.Array.__setitem__
-        patch.setattr(store_module.zarr.Array, "__setitem__", counted(setter))
-        patch.setattr(store_module.zarr.Group, "create_array", counted(_create_array))
-        patch.setattr(store_module.os, "replace", counted(os.replace))
+        patch.setattr(record.zarr.Array, "resize", counted(record.zarr.Array.resize))
+        setter = record.zarr.Array.__setitem__
+        patch.setattr(record.zarr.Array, "__setitem__", counted(setter))
+        patch.setattr(record.zarr.Group, "create_array", counted(_create_array))
+        patch.setattr(os, "replace", counted(os.replace))
         try:
             action(LabelledStore.open(path, "a"))
         except Killed:
@@ -279,11 +281,12 @@ def crash_points(monkeypatch, path, action, nth):
     return False
 
 
-_create_array = store_module.zarr.Group.create_array
+_create_array = record.zarr.Group.create_array
 
 
 @pytest.mark.parametrize("what", ["append", "labels"])
 def test_a_crash_at_any_write_loses_and_repeats_nothing(tmp_path, batch, monkeypatch, what):
+    monkeypatch.setattr(record, "_CHUNK_BYTES", 64)  # so that arrays must grow, too
     labels = random_labels(batch)
     first, second = [0, 1, 2], [3, 4, 5]
 
@@ -322,7 +325,102 @@ def test_a_crash_at_any_write_loses_and_repeats_nothing(tmp_path, batch, monkeyp
         assert _files(path) == _files(tmp_path / "undisturbed")
         if not crashed:
             break
-    assert nth > 16, "there are many places to crash at"
+    assert nth > 20, "there are many places to crash at"
+
+
+def test_rows_that_a_crash_left_are_never_read(tmp_path, batch, monkeypatch):
+    """The next write need not have the columns that the killed one had."""
+    store = LabelledStore.create(tmp_path / "s")
+    part = batch.select([0, 1])
+    store.append(part, random_labels(part))
+    with monkeypatch.context() as patch:
+        patch.setattr(potstill.store, "write_record", _killed)
+        with pytest.raises(Killed):
+            store.append(part, random_labels(part))
+    store = LabelledStore.open(tmp_path / "s", "a")
+    nobody = Structures(**{**vars(part), "frame_id": None, "group": None})
+    store.append(nobody)
+    assert store.labels("reference").presence("energy", 4).tolist() == [True, True, False, False]
+    store.append(part, random_labels(part))
+    labels = store.labels("reference")
+    assert labels.presence("energy", 6).tolist() == [True, True, False, False, True, True]
+    assert labels["energy"][2:4].isnan().all()
+    assert store.structures().frame_id == ("a.xyz:0", "a.xyz:1", "", "", "a.xyz:0", "a.xyz:1")
+    store.verify()
+
+
+def _killed(*arguments):
+    raise Killed
+
+
+def test_the_cost_of_a_chunk_does_not_grow_with_the_store(tmp_path, monkeypatch):
+    """Rows read and bytes written per chunk of labels, of which every frame fails."""
+    batch = Structures.from_ase(frames(8))
+    store = LabelledStore.create(tmp_path / "s")
+    for _ in range(25):
+        store.append(batch, skip_existing=False)
+    store.begin_labels("t", {"fingerprint": "x"})
+    rows, read = [], record.Columns.read
+    failed = [{"system": s, "reason": "it did not converge"} for s in range(8)]
+
+    def counted(self, state, name, start, stop):
+        rows.append(stop - start)
+        return read(self, state, name, start, stop)
+
+    monkeypatch.setattr(record.Columns, "read", counted)
+    costs: list[tuple[int, int]] = []
+    for k in range(25):
+        rows.clear()
+        part = store.structures(8 * k, 8 * k + 8)
+        store.write_labels("t", 8 * k, random_labels(part), part, failed)
+        assert store.append(batch, skip_existing=True) == 0
+        size = (tmp_path / "s" / "commit.json").stat().st_size
+        costs.append((sum(rows), size))
+    assert max(rows for rows, _ in costs[1:]) <= costs[1][0] + 3, (
+        "the first chunk has no row before"
+    )
+    assert max(size for _, size in costs) < costs[0][1] + 100
+    assert len(store.failures("t")) == 200
+    assert store.failures("t")[-1] == {"system": 199, "frame_id": "a.xyz:7"} | {
+        "reason": "it did not converge"
+    }
+
+
+@pytest.mark.parametrize("mode", ["r", "a"])
+def test_a_store_of_format_1_is_read_and_added_to(tmp_path, mode):
+    shutil.unpack_archive(Path(__file__).with_name("golden") / "store_v1.zip", tmp_path)
+    before = _files(tmp_path / "store")
+    store = LabelledStore.open(tmp_path / "store", mode)
+    store.verify()
+    new = LabelledStore.create(tmp_path / "new", info={"seed": 1})
+    fill(new, 0, 2)
+    fill(new, 2, 4)
+    assert_same_store(store, new)
+    if mode == "r":
+        assert _files(tmp_path / "store") == before, "reading leaves it as it is"
+        return
+    for other in (store, new):
+        fill(other, 4, 6)
+    assert_same_store(store, new)
+    assert_same_store(LabelledStore.open(tmp_path / "store"), new)
+    assert not (tmp_path / "store" / "structures" / "n_atoms").exists()
+
+
+def assert_same_store(one, other):
+    assert one.fingerprint() == other.fingerprint()
+    structures = one.structures()
+    assert_same_structures(structures, other.structures())
+    assert_same_structures(one.structures(1, 3), other.structures(1, 3))
+    for source in ("reference", "t"):
+        assert_same_labels(one.labels(source), other.labels(source), structures)
+        assert one.failures(source) == other.failures(source)
+    for tap in ("atom", "pair"):
+        for start in (0, 2):
+            found, expected = one.features("t", tap, start), other.features("t", tap, start)
+            assert found.values.equal(expected.values)
+            if tap == "pair":
+                assert found.graph.edge_index.equal(expected.graph.edge_index)
+                assert found.graph.n_pairs_per_system.equal(expected.graph.n_pairs_per_system)
 
 
 def _files(path):
@@ -342,7 +440,7 @@ def test_an_error_within_a_write_leaves_the_handle_usable(tmp_path, batch, monke
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_write_commit", broken)
+        patch.setattr(potstill.store, "write_record", broken)
         with pytest.raises(OSError, match="no space"):
             store.append(batch.select([2, 3]))
     assert store.n_systems == 2
@@ -393,7 +491,7 @@ def test_the_record_is_small_and_says_what_it_is(tmp_path, batch):
     store = LabelledStore.create(tmp_path / "s")
     for _ in range(5):
         store.append(batch, random_labels(batch))
-    record = json.loads((tmp_path / "s" / "commit.json").read_text())
-    assert record["format"] == "potstill labelled store"
-    assert record["version"] == 1
+    written = json.loads((tmp_path / "s" / "commit.json").read_text())
+    assert written["format"] == "potstill labelled store"
+    assert written["version"] == 2
     assert (tmp_path / "s" / "commit.json").stat().st_size < 4000

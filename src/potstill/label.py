@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from potstill.errors import TeacherError
 from potstill.features import Feature
 from potstill.store import LabelledStore
-from potstill.teachers.base import Teacher
+from potstill.structures import Properties, Structures
+from potstill.teachers.base import Failure, Teacher
+
+#: Frames that are read from a store at once while it is labeled.
+_READ_FRAMES = 256
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ def label_store(
     properties: Sequence[str],
     *,
     chunk: int = 8,
+    commit_seconds: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> LabelReport:
     """Label all frames of a store with a teacher, going on where an earlier run stopped.
@@ -57,7 +62,10 @@ def label_store(
     properties : sequence of str
         What to ask for; each must be among `teacher.properties`.
     chunk : int
-        Frames per write: at most so many are lost when the process is killed.
+        Frames per call of the teacher.
+    commit_seconds : float
+        Labels are written when so much time has passed since the last write, so that a fast teacher
+        need not wait for the disk: a run that is killed loses this and one chunk at most.
     progress : callable, optional
         Called with (frames done, frames in all), before the first chunk and after each.
 
@@ -85,13 +93,15 @@ def label_store(
     total, first = store.n_systems, store.n_labelled(source)
     if progress is not None:
         progress(first, total)
-    for start in range(first, total, chunk):
-        stop = min(start + chunk, total)
-        structures = store.structures(start, stop)
-        labels, failures = teacher.label(structures, names)
-        store.write_labels(source, start, labels, structures, [asdict(f) for f in failures])
-        if progress is not None:
-            progress(stop, total)
+    pending = _Pending(store, source, first, commit_seconds)
+    try:
+        for start, structures in _chunks(store, first, total, chunk):
+            labels, failures = teacher.label(structures, names)
+            pending.add(labels, structures, failures)
+            if progress is not None:
+                progress(start + len(structures), total)
+    finally:
+        pending.write()
     failed = store.failures(source)
     done = store.n_labelled(source)
     return LabelReport(
@@ -101,6 +111,46 @@ def label_store(
         seconds=time.perf_counter() - start_time,
         n_new=max(total - first, 0),
     )
+
+
+def _chunks(
+    store: LabelledStore, first: int, total: int, chunk: int
+) -> Iterator[tuple[int, Structures]]:
+    """Read the frames first..total-1, many at a time; yield chunks with where they start."""
+    block = chunk * max(1, _READ_FRAMES // chunk)
+    for begin in range(first, total, block):
+        structures = store.structures(begin, min(begin + block, total))
+        for k in range(0, len(structures), chunk):
+            yield begin + k, structures.select(range(k, min(k + chunk, len(structures))))
+
+
+class _Pending:
+    """Labels that are not in the store yet, of the frames from `start` on."""
+
+    def __init__(self, store: LabelledStore, source: str, start: int, seconds: float) -> None:
+        self.store, self.source, self.start, self.seconds = store, source, start, seconds
+        self.parts: list[tuple[Properties, Structures]] = []
+        self.failed: list[dict[str, Any]] = []
+        self.n = 0
+        self.written = time.monotonic()
+
+    def add(self, labels: Properties, structures: Structures, failures: Sequence[Failure]) -> None:
+        """Take the labels of the next frames, and write all of them if it is time."""
+        self.parts.append((labels, structures))
+        self.failed += [asdict(f) | {"system": self.n + f.system} for f in failures]
+        self.n += len(structures)
+        if time.monotonic() - self.written >= self.seconds:
+            self.write()
+
+    def write(self) -> None:
+        """Put everything into the store."""
+        if self.parts:
+            labels, structures = zip(*self.parts, strict=True)
+            batch = Structures.concatenate(structures)
+            joined = Properties.concatenate(labels, structures)
+            self.store.write_labels(self.source, self.start, joined, batch, self.failed)
+        self.start, self.n, self.parts, self.failed = self.start + self.n, 0, [], []
+        self.written = time.monotonic()
 
 
 def label_features(
@@ -161,7 +211,7 @@ def label_features(
             done[tap] = stop
     if progress is not None:
         progress(total, total)
-    failed = store.taps(source)[names[0]]["failures"]
+    failed = store.failures(source, names[0])
     return LabelReport(
         n_labelled=total - len(failed),
         n_failed=len(failed),
