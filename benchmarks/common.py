@@ -104,10 +104,12 @@ def potstill_training(network: Potential, data: TrainingSet) -> Step:
     from potstill.train.force_gradient import ForceGradient, NetworkPasses
     from potstill.train.objective import BatchLoss
     from potstill.train.settings import RegularizationSettings
+    from potstill.train.signals import bind_terms
 
     loss = (LossTerm(property="energy"), LossTerm(property="forces", weight=10.0))
     plain = RegularizationSettings(l2=0.0, hierarchicality=0.0)
     settings = TrainSettings(loss=loss, regularization=plain)
+    terms = bind_terms(settings, network)
     gradient = ForceGradient(settings.force_gradient, network)
     reach = network.cutoff + gradient.margin
     data = data.with_neighbors(reach, packed=gradient.takes_compact_lists)
@@ -117,7 +119,7 @@ def potstill_training(network: Potential, data: TrainingSet) -> Step:
 
     def step() -> None:
         batch = data.batch(torch.randperm(len(data)))
-        objective = BatchLoss(settings, 1, network, batch, fabric)
+        objective = BatchLoss(terms, 1, batch, fabric)
         found = gradient(passes, batch, objective.wanted, objective)
         optimizer.zero_grad()
         found.backward(fabric, passes)

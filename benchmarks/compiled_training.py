@@ -37,6 +37,7 @@ from potstill.train.devices import default_fabric
 from potstill.train.force_gradient import ForceGradient, NetworkPasses
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import ForceGradientSettings, ModelSettings
+from potstill.train.signals import bind_terms
 
 RESULTS = Path(__file__).parent / "results" / "compiled_training.json"
 
@@ -95,7 +96,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     def step(way: str, systems: torch.Tensor) -> float:
         started = time.perf_counter()
         batch = data.batch(systems)
-        objective = BatchLoss(settings, 1, network, batch, fabric)
+        objective = BatchLoss(bind_terms(settings, network), 1, batch, fabric)
         gradient = force_gradient(passes[way], batch, objective.wanted, objective)
         network.zero_grad(set_to_none=True)
         gradient.backward(fabric, passes[way])

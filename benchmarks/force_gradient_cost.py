@@ -49,6 +49,7 @@ from potstill.train.devices import default_fabric
 from potstill.train.force_gradient import ForceGradient, NetworkPasses
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import ForceGradientSettings, ModelSettings
+from potstill.train.signals import bind_terms
 
 RESULTS = Path(__file__).parent / "results" / "force_gradient_cost.json"
 
@@ -148,7 +149,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         return data.batch(torch.tensor([0]))
 
     def step(batch: Any) -> None:
-        objective = BatchLoss(settings, 1, network, batch, fabric)
+        objective = BatchLoss(bind_terms(settings, network), 1, batch, fabric)
         gradient = force_gradient(passes, batch, objective.wanted, objective)
         network.zero_grad(set_to_none=True)
         gradient.backward(fabric, passes)

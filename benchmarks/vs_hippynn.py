@@ -34,7 +34,7 @@ from common import (
 )
 
 from potstill.core import describe_core
-from potstill.distill.losses import error_measure
+from potstill.distill.losses import Moments
 from potstill.evaluate.base import machine_description
 from potstill.models import HIPNN
 from potstill.neighbors import build_neighbor_list, pair_vectors
@@ -107,9 +107,8 @@ def hippynn_training(size: str) -> Step:
     optimizer = torch.optim.Adam(parameters, lr=1e-4, fused=True)
 
     def error(difference: torch.Tensor) -> torch.Tensor:
-        count = difference.new_tensor(float(difference.numel()))
-        sums = [difference.abs().sum(), difference.square().sum(), count]
-        return error_measure("rmse+mae", torch.stack(sums))
+        measure = Moments("rmse+mae")
+        return measure.value(measure.sums(difference, torch.ones_like(difference)))
 
     def step() -> None:
         total, forces = hippynn_forces(network, energy, batch, create_graph=True)

@@ -45,6 +45,7 @@ from potstill.train.augment import Augmentation
 from potstill.train.mixing import mixed_batches, origin_weights
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import MixingSettings
+from potstill.train.signals import bind_terms
 from potstill.workflows.data import DataSettings, load_parts
 from potstill.workflows.sampling import sample
 from potstill.workflows.training import train_from_config
@@ -355,7 +356,7 @@ def test_the_loss_weighs_samples_by_origin():
 
     def loss(batch):
         values = network.predict(batch.structures, batch.neighbors).properties.values
-        return BatchLoss(run, 1, network, batch, fabric)(values).parts
+        return BatchLoss(bind_terms(run, network), 1, batch, fabric)(values).parts
 
     every = torch.arange(5)
     found = loss(data.batch(every, weights))

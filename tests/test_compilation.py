@@ -25,6 +25,7 @@ from potstill.train.settings import (
     ForceGradientSettings,
     RegularizationSettings,
 )
+from potstill.train.signals import bind_terms
 from test_force_gradient import BACKPROPAGATION, EVERYTHING, ani, distance, hipnn, partly_labelled
 from test_train import assert_same_weights, emt_set, run_on_two_ranks, settings, weights
 
@@ -63,7 +64,7 @@ def gradient_by(module: NetworkPasses, data: TrainingSet, systems: list[int]) ->
     run = TrainSettings(
         loss=EVERYTHING, regularization=RegularizationSettings(hierarchicality=0.3, l2=0.01)
     )
-    objective = BatchLoss(run, 1, network, batch, fabric)
+    objective = BatchLoss(bind_terms(run, network), 1, batch, fabric)
     network.zero_grad(set_to_none=True)
     found = ForceGradient(BACKPROPAGATION, network)(module, batch, objective.wanted, objective)
     found.backward(fabric, fabric.setup_module(module))

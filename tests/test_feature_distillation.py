@@ -23,8 +23,9 @@ from potstill.cli import app
 from potstill.config import TrainConfig, load_config, validate
 from potstill.distill import AuxiliaryTerm, FeatureTerm, LossTerm, Schedule, expand
 from potstill.distill.aggregate import edges_to_nodes, match_pairs
-from potstill.distill.heads import AuxiliaryHead
+from potstill.distill.auxiliary import AuxiliaryHead
 from potstill.distill.strategies import PRESETS, STRATEGIES
+from potstill.distill.terms import Batch
 from potstill.errors import ConfigError, MissingLabelError
 from potstill.features import Feature, pairs_within
 from potstill.label import label_features
@@ -36,11 +37,11 @@ from potstill.teachers import PotentialTeacher, make_teacher
 from potstill.teachers.base import TeacherInfo
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.devices import default_fabric
-from potstill.train.features import FeatureSources
 from potstill.train.force_gradient import ForceGradient, NetworkPasses
 from potstill.train.loop import initial_student
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import ForceGradientSettings, ModelSettings, OptimizerSettings
+from potstill.train.signals import FeatureSources, bind_terms
 from potstill.workflows.data import DataSettings, load_parts
 from potstill.workflows.training import train_from_config
 from tapped import Choosing, Tapped
@@ -175,19 +176,21 @@ def gradients(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The gradient of the loss over student and heads, flat, and the loss' parts."""
     fabric = default_fabric()
-    sources = FeatureSources(run, data, {"big": teacher}, network)
+    sources = FeatureSources(data, {"big": teacher})
+    terms = bind_terms(run, network, sources)
     method = ForceGradient(run.force_gradient, network, features=True)
     data = data.with_neighbors(network.cutoff + method.margin)
     batch = sources.complete(data.batch(torch.arange(len(data)), weights))
-    objective = BatchLoss(run, 1, network, batch, fabric, sources.heads)
+    objective = BatchLoss(terms, 1, batch, fabric)
     passes = fabric.setup_module(NetworkPasses(network))
     found = method(passes, batch, objective.wanted, objective)
-    parameters = [*network.parameters(), *sources.heads.parameters()]
+    parameters = [*network.parameters(), *terms.parameters()]
     for parameter in parameters:
         parameter.grad = None
     found.backward(fabric, passes)
     flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    return torch.cat([g.double().flatten() for g in flat]), found.parts
+    parts = {name: float(value) for name, value in found.parts.items()}
+    return torch.cat([g.double().flatten() for g in flat]), parts
 
 
 @pytest.mark.parametrize(
@@ -844,12 +847,14 @@ def test_dipoles_are_those_of_the_charges() -> None:
     torch.nn.init.constant_(head.readout.weight, 1.0)
     torch.nn.init.constant_(head.readout.bias, 0.7)  # a shift of all charges is taken off
     student = {"update": labels["charges"].unsqueeze(1)}
-    right = head.sums(student, labels, data.structures).detach()
+    pairs = build_neighbor_list(data.structures, 3.5)
+    batch = Batch(data.structures, pairs, {"reference": labels})
+    right = head.sums(student, batch).detach()
     assert float(head.value(right)) < 1e-20
     assert float(right[1]) == 12.0
     ions = replace(data.structures, charge=torch.tensor([0.0, 1.0, 0.0, 0.0]).double())
     crystals = replace(ions, pbc=torch.tensor([[False] * 3, [False] * 3, [True] * 3, [False] * 3]))
-    assert float(head.sums(student, labels, crystals).detach()[1]) == 6.0
+    assert float(head.sums(student, replace(batch, structures=crystals)).detach()[1]) == 6.0
 
 
 def test_an_absent_property_is_told(data: TrainingSet, tmp_path: Path) -> None:
@@ -916,7 +921,7 @@ def test_chgnet_is_distilled_into_hipnn_from_one_config(tmp_path: Path) -> None:
             call = ["label", str(store), str(tmp_path / "si.extxyz"), "--teacher", "chgnet"]
             done = CliRunner().invoke(app, [*call, "--properties", "none", "--taps", "default"])
             assert done.exit_code == 0, done.output
-            assert "5 structures labelled" in done.output
+            assert "5 structures labeled" in done.output
             assert LabelledStore.open(store).taps("chgnet")["mlp.layers.6"]["width"] == 64
             changes["data"] = {"store": str(store), "split": changes["data"]["split"]}
             changes["data"]["files"] = []
@@ -929,7 +934,9 @@ def test_chgnet_is_distilled_into_hipnn_from_one_config(tmp_path: Path) -> None:
         assert info["teacher"]["name"] == "chgnet"
         assert info["teacher"]["licence"].startswith("Modified BSD")
         kept = json.loads((tmp_path / name / "settings.json").read_text())
-        assert kept["features"] == {"n2n:chgnet": "block_0 <- mlp.layers.6"}
+        assert kept["features"] == {
+            "n2n:chgnet": {"student": ["block_0"], "teacher": ["mlp.layers.6"]}
+        }
     assert results["online"][-1] < 0.8 * results["online"][0]
     assert results["stored"] == pytest.approx(results["online"], rel=1e-3)
 

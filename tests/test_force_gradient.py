@@ -50,6 +50,7 @@ from potstill.train.force_gradient import (
 )
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import ForceGradientSettings, OptimizerSettings, RegularizationSettings
+from potstill.train.signals import bind_terms
 from test_train import SMALL, assert_same_weights, emt_set, run_on_two_ranks, settings, weights
 
 EVERYTHING = (
@@ -158,7 +159,7 @@ def gradient_of(
     data = data.with_species_table(network.species_table)
     batch = data.with_neighbors(network.cutoff + method.margin).batch(torch.arange(len(data)))
     module = fabric.setup_module(NetworkPasses(network))
-    objective = BatchLoss(run, 1, network, batch, fabric)
+    objective = BatchLoss(bind_terms(run, network), 1, batch, fabric)
     network.zero_grad(set_to_none=True)
     found = method(module, batch, objective.wanted, objective)
     found.backward(fabric, module)
@@ -167,7 +168,7 @@ def gradient_of(
         (torch.zeros_like(p) if p.grad is None else p.grad).to(torch.float64).flatten()
         for p in network.parameters()
     ]
-    return torch.cat(flat), found.parts
+    return torch.cat(flat), {name: float(value) for name, value in found.parts.items()}
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -193,13 +194,31 @@ def test_every_term_alone(name: str, fabric: lightning_fabric.Fabric) -> None:
     data = partly_labelled()
     network = hipnn(data.structures.species_table, n_interaction_layers=2)
     source = "teacher" if name == "atomic_energies" else "reference"
-    loss = (LossTerm(property=name, source=source),)  # type: ignore[arg-type]
+    loss = (LossTerm(property=name, source=source),)
     for hierarchicality in (0.0, 0.1):
         kwargs = {"loss": loss, "l2": 0.0, "hierarchicality": hierarchicality}
         expected, _ = gradient_of(network, data, fabric, BACKPROPAGATION, **kwargs)
         for how in (EXACT, PLAIN, FOLDED):
             found, _ = gradient_of(network, data, fabric, how, **kwargs)
             assert distance(found, expected) < (1e-10 if how is EXACT else 1e-7)
+
+
+@pytest.mark.parametrize("error", ["huber", "l2mae"])
+def test_every_error_measure_goes_with_every_method(
+    error: str, fabric: lightning_fabric.Fabric
+) -> None:
+    data = partly_labelled()
+    network = hipnn(data.structures.species_table, n_interaction_layers=2)
+    loss: tuple[LossTerm, ...] = (
+        LossTerm(property="forces", error=error, delta=0.5, weight=3.0),  # type: ignore[arg-type]
+    )
+    if error == "huber":
+        loss += (LossTerm(property="energy", error=error, per_atom=True),)
+        loss += (LossTerm(property="stress", error=error, delta=0.02),)
+    expected, _ = gradient_of(network, data, fabric, BACKPROPAGATION, loss=loss)
+    for how in (EXACT, PLAIN, FOLDED):
+        found, _ = gradient_of(network, data, fabric, how, loss=loss)
+        assert distance(found, expected) < (1e-10 if how is EXACT else 1e-7)
 
 
 @pytest.mark.filterwarnings("ignore:central differences")
@@ -311,7 +330,7 @@ def test_a_list_without_the_margin_is_refused(fabric: lightning_fabric.Fabric) -
     data = emt_set(1)
     network = hipnn(data.structures.species_table)
     batch = data.with_neighbors(network.cutoff).batch(torch.tensor([0]))
-    objective = BatchLoss(TrainSettings(loss=EVERYTHING), 1, network, batch, fabric)
+    objective = BatchLoss(bind_terms(TrainSettings(loss=EVERYTHING), network), 1, batch, fabric)
     with pytest.raises(ModelError, match="displaced atoms need"):
         ForceGradient(FOLDED, network)(NetworkPasses(network), batch, objective.wanted, objective)
 
@@ -335,7 +354,7 @@ def test_a_loss_of_second_derivatives_needs_backpropagation(
     data = emt_set(1)
     network = hipnn(data.structures.species_table)
     batch = data.with_neighbors(5.0).batch(torch.tensor([0]))
-    objective = BatchLoss(TrainSettings(loss=EVERYTHING), 1, network, batch, fabric)
+    objective = BatchLoss(bind_terms(TrainSettings(loss=EVERYTHING), network), 1, batch, fabric)
     with pytest.raises(ConfigError, match="hessian_rows"):
         ForceGradient(EXACT, network)(
             NetworkPasses(network), batch, ("forces", "hessian_rows"), objective
@@ -400,7 +419,7 @@ def proxy_of(network: Potential, data: TrainingSet, epsilon: float) -> float:
     run = TrainSettings(loss=FORCES_AND_STRESS)
     batch = data.with_neighbors(network.cutoff + 0.3).batch(torch.arange(len(data)))
     point = Point.of(network, batch.structures, batch.neighbors)
-    objective = BatchLoss(run, 1, network, batch, default_fabric())
+    objective = BatchLoss(bind_terms(run, network), 1, batch, default_fabric())
     _, cotangents = loss_cotangents(network, point, objective.wanted, objective)
     return proxy_error(network, point, cotangents, Displacement.along(cotangents, point, epsilon))
 

@@ -9,8 +9,10 @@ import torch
 from pydantic import ValidationError
 
 from potstill.distill import LossTerm, Schedule, required_signals
-from potstill.distill.losses import check_signals, error_measure, error_sums
+from potstill.distill.losses import LabelTerm
+from potstill.distill.terms import Batch, check_signals
 from potstill.errors import MissingLabelError
+from potstill.neighbors import build_neighbor_list
 from potstill.species import SpeciesTable
 from potstill.structures import Properties, Structures
 
@@ -27,8 +29,16 @@ def _structures(sizes: list[int]) -> Structures:
     )
 
 
-def _loss(term: LossTerm, prediction: Properties, labels: Properties, s: Structures) -> float:
-    return float(error_measure(term.error, error_sums(term, prediction, labels, s).stacked()))
+def _value(
+    line: LossTerm, prediction: Properties, labels: Properties, s: Structures
+) -> torch.Tensor:
+    term = LabelTerm(line)
+    batch = Batch(s, build_neighbor_list(s, 1.0), {line.source: labels})
+    return term.value(term.sums(prediction.values, batch))
+
+
+def _loss(line: LossTerm, prediction: Properties, labels: Properties, s: Structures) -> float:
+    return float(_value(line, prediction, labels, s))
 
 
 def test_rmse_plus_mae_of_energies_is_in_ev_per_configuration() -> None:
@@ -39,6 +49,61 @@ def test_rmse_plus_mae_of_energies_is_in_ev_per_configuration() -> None:
     assert _loss(term, prediction, labels, s) == pytest.approx((17 / 2) ** 0.5 + 2.5)
     per_atom = LossTerm(property="energy", per_atom=True)
     assert _loss(per_atom, prediction, labels, s) == pytest.approx((1.25 / 2) ** 0.5 + 0.75)
+
+
+def test_huber_is_quadratic_up_to_delta_and_linear_beyond() -> None:
+    s = _structures([2, 4])
+    prediction = Properties({"energy": torch.tensor([0.3, -2.0], dtype=torch.float64)})
+    labels = Properties({"energy": torch.tensor([0.0, 2.0], dtype=torch.float64)})
+    line = LossTerm(property="energy", error="huber", delta=0.5)
+    expected = (0.5 * 0.3**2 + 0.5 * (4.0 - 0.25)) / 2
+    assert _loss(line, prediction, labels, s) == pytest.approx(expected, rel=1e-14)
+    per_atom = line.model_copy(update={"per_atom": True})
+    expected = (0.5 * 0.15**2 + 0.5 * (1.0 - 0.25)) / 2
+    assert _loss(per_atom, prediction, labels, s) == pytest.approx(expected, rel=1e-14)
+    weighted = replace(labels, weights={"energy": torch.tensor([3.0, 1.0]).double()})
+    expected = (3 * 0.5 * 0.3**2 + 0.5 * (4.0 - 0.25)) / 4
+    assert _loss(line, prediction, weighted, s) == pytest.approx(expected, rel=1e-14)
+
+
+def test_huber_is_that_of_torch_over_all_components() -> None:
+    s = _structures([1, 3])
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    line = LossTerm(property="forces", error="huber", delta=0.7)
+    expected = torch.nn.functional.huber_loss(a, b, delta=0.7)
+    found = _loss(line, Properties({"forces": a}), Properties({"forces": b}), s)
+    assert found == pytest.approx(float(expected), rel=1e-14)
+
+
+def test_l2mae_is_the_mean_length_of_the_error_vectors() -> None:
+    s = replace(_structures([1, 2]), fixed=torch.tensor([True, False, False]))
+    forces = torch.tensor([[9.0, 0.0, 0.0], [3.0, 4.0, 0.0], [0.0, 0.0, 1.0]]).double()
+    prediction = Properties({"forces": torch.zeros(3, 3, dtype=torch.float64)})
+    line = LossTerm(property="forces", error="l2mae")
+    assert _loss(line, prediction, Properties({"forces": forces}), s) == pytest.approx(15 / 3)
+    free = line.model_copy(update={"free_atoms": True})
+    assert _loss(free, prediction, Properties({"forces": forces}), s) == pytest.approx(6 / 2)
+    atoms = Properties({"forces": forces}, weights={"forces": torch.tensor([0.0, 3.0, 1.0])})
+    assert _loss(line, prediction, atoms, s) == pytest.approx((3 * 5 + 1) / 4)
+    spread = Properties({"forces": forces, "forces_std": torch.full((3, 3), 0.1).double()})
+    uncertain = line.model_copy(update={"spread": "forces_std"})
+    assert _loss(uncertain, prediction, spread, s) == pytest.approx(15 / 3)
+    # Where the error vanishes, so does its gradient.
+    perfect = forces.clone().requires_grad_(True)
+    value = _value(line, Properties({"forces": perfect}), Properties({"forces": forces}), s)
+    (gradient,) = torch.autograd.grad(value, perfect)
+    assert float(value.detach()) == 0.0
+    assert torch.equal(gradient, torch.zeros(3, 3, dtype=torch.float64))
+    with pytest.raises(ValidationError, match="l2mae is for vectors"):
+        LossTerm(property="stress", error="l2mae")
+
+
+def test_a_property_that_no_potential_predicts_is_refused() -> None:
+    with pytest.raises(ValidationError, match="a loss knows energy, forces, stress"):
+        LossTerm(property="charges")
+    with pytest.raises(ValidationError, match="did you mean 'forces'"):
+        LossTerm(property="force")
 
 
 def test_force_error_runs_over_components_of_present_systems_only() -> None:
@@ -72,8 +137,7 @@ def test_zero_error_and_no_label_give_zero_loss_and_finite_gradients() -> None:
         Properties({"energy": energy.detach().clone()}),
         Properties({"energy": torch.full((2,), torch.nan, dtype=torch.float64)}, absent),
     ):
-        sums = error_sums(term, Properties({"energy": energy}), labels, s).stacked()
-        loss = error_measure("rmse+mae", sums)
+        loss = _value(term, Properties({"energy": energy}), labels, s)
         assert float(loss.detach()) == 0.0
         (gradient,) = torch.autograd.grad(loss, energy)
         assert torch.equal(gradient, torch.zeros(2, dtype=torch.float64))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import ase
 import numpy as np
@@ -193,7 +194,7 @@ class Structures:
                 changes[name] = tuple(value[int(i)] for i in systems)
             elif value is not None:
                 changes[name] = value[systems]
-        return replace(self, **changes)
+        return self.with_fields(**changes)
 
     def __getitem__(self, system: int) -> Structures:
         n = self.n_systems
@@ -265,7 +266,7 @@ class Structures:
             raise DataError(
                 f"{where} holds {name}, which is not among the species {', '.join(table.names)}"
             )
-        return replace(self, species=species, species_table=table)
+        return self.with_fields(species=species, species_table=table)
 
     def to(self, device: torch.device | str) -> Structures:
         """Move all tensors to a device."""
@@ -274,7 +275,16 @@ class Structures:
             for f in fields(self)
             if isinstance(getattr(self, f.name), Tensor)
         }
-        return replace(self, **changes)
+        return self.with_fields(**changes)
+
+    def with_fields(self, **changes: Any) -> Structures:
+        """A copy with other fields that are known to fit: unlike `replace` it validates nothing.
+
+        Validation reads values, for which a GPU would have to be waited for.
+        """
+        copy = object.__new__(type(self))
+        vars(copy).update(vars(self), **changes)
+        return copy
 
     # -- ASE ---------------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ from potstill.train.settings import (
     OptimizerSettings,
     RegularizationSettings,
 )
+from potstill.train.signals import bind_terms
 from potstill.train.state import versions
 
 RESULTS = Path(__file__).parent / "results" / "gradients.json"
@@ -117,7 +118,7 @@ def gradient(network: Potential, data: TrainingSet, how: ForceGradientSettings) 
     settings = TrainSettings(loss=LOSS, regularization=RegularizationSettings(l2=0.0))
     batch = data.with_neighbors(network.cutoff + method.margin).batch(torch.arange(len(data)))
     passes = fabric.setup_module(NetworkPasses(network))
-    objective = BatchLoss(settings, 1, network, batch, fabric)
+    objective = BatchLoss(bind_terms(settings, network), 1, batch, fabric)
     network.zero_grad(set_to_none=True)
     method(passes, batch, objective.wanted, objective).backward(fabric, passes)
     return torch.cat([p.grad.flatten() for p in network.parameters()])

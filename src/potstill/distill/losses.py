@@ -1,4 +1,4 @@
-"""Loss terms: a property, the source of its target, an error measure and a weight.
+"""Terms on labels: a property, the source of its target, an error measure and a weight.
 
 Distillation is nothing but more of them; a control student is the same run without the teacher's.
 """
@@ -6,22 +6,83 @@ Distillation is nothing but more of them; a control student is the same run with
 from __future__ import annotations
 
 import builtins
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from potstill.distill.schedules import WeightedTerm
-from potstill.errors import ConfigError, MissingLabelError
-from potstill.properties import property_spec
-from potstill.structures import Properties, Structures
+from potstill.distill.terms import Batch, Line, TeacherTaps, Term
+from potstill.errors import ConfigError, suggest
+from potstill.models import Potential
+from potstill.properties import LEARNABLE, property_spec
+from potstill.structures import Properties
 
 
-class LossTerm(WeightedTerm):
-    """One term of the loss: weight x error(prediction, label).
+class ErrorMeasure(ABC):
+    """A measure of the differences between predictions and labels, from weighted sums of them."""
+
+    @abstractmethod
+    def sums(self, difference: Tensor, weight: Tensor) -> Tensor:
+        """(k,) float64 from (n, ...) differences and their weights, of the same shape."""
+
+    def value(self, sums: Tensor) -> Tensor:
+        """Scalar: the first sum over the last, zero with zero gradient where there is nothing."""
+        return sums[0] / torch.where(sums[-1] > 0, sums[-1], 1.0)
+
+
+class Moments(ErrorMeasure):
+    """RMSE, MAE, both together (Eq. 3 of Matin et al.) or MSE, over all components."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def sums(self, difference: Tensor, weight: Tensor) -> Tensor:
+        """Of |d|, of d² and of the weights."""
+        absolute, square = difference.abs(), difference.square()
+        return torch.stack([(weight * absolute).sum(), (weight * square).sum(), weight.sum()])
+
+    def value(self, sums: Tensor) -> Tensor:
+        """Scalar; zero with zero gradient where there is no error or no label."""
+        absolute, square, count = sums
+        count = torch.where(count > 0, count, 1.0)
+        if self.kind == "mse":
+            return square / count
+        # The square root has an infinite slope at zero: replace the argument there, not the result.
+        vanishes = square <= 0
+        rmse = torch.where(vanishes, 0.0, torch.sqrt(torch.where(vanishes, 1.0, square) / count))
+        mae = absolute / count
+        return {"rmse+mae": rmse + mae, "rmse": rmse, "mae": mae}[self.kind]
+
+
+class Huber(ErrorMeasure):
+    """Mean over all components of d² / 2 up to |d| = delta, and delta (|d| - delta / 2) beyond."""
+
+    def __init__(self, delta: float) -> None:
+        self.delta = delta
+
+    def sums(self, difference: Tensor, weight: Tensor) -> Tensor:
+        """Of the losses and of the weights."""
+        absolute = difference.abs()
+        beyond = self.delta * (absolute - 0.5 * self.delta)
+        loss = torch.where(absolute <= self.delta, 0.5 * difference.square(), beyond)
+        return torch.stack([(weight * loss).sum(), weight.sum()])
+
+
+class VectorNorm(ErrorMeasure):
+    """Mean over the atoms of the Euclidean norm of the difference: `l2mae` of the Open Catalyst."""
+
+    def sums(self, difference: Tensor, weight: Tensor) -> Tensor:
+        """Of the norms and of the weights, which are means over the three components."""
+        weight = weight.mean(dim=1)
+        norm = torch.linalg.vector_norm(difference, dim=1)
+        return torch.stack([(weight * norm).sum(), weight.sum()])
+
+
+class LossTerm(Line):
+    """One line of the loss: weight x error(prediction, label).
 
     Parameters
     ----------
@@ -31,8 +92,11 @@ class LossTerm(WeightedTerm):
         Name of the label set the target comes from: `reference`, or a teacher's name.
     weight : float or Schedule
         Constant, or by epoch.
-    error : {"rmse+mae", "rmse", "mae", "mse"}
-        Over all components in the batch. `rmse+mae` is Eq. 3 of Matin et al.
+    error : {"rmse+mae", "rmse", "mae", "mse", "huber", "l2mae"}
+        Over all components in the batch. `rmse+mae` is Eq. 3 of Matin et al.; `huber` is quadratic
+        up to `delta` and linear beyond; `l2mae` is the mean length of the error vectors of forces.
+    delta : float
+        Of `huber`, in the unit of the property.
     per_atom : bool
         Divide energies by the number of atoms first; the paper's loss does not.
     free_atoms : bool
@@ -44,13 +108,22 @@ class LossTerm(WeightedTerm):
         In the unit of `spread`.
     """
 
-    property: Literal["energy", "forces", "stress", "atomic_energies"]
-    source: str = "reference"
-    error: Literal["rmse+mae", "rmse", "mae", "mse"] = "rmse+mae"
+    order: ClassVar[int] = 0
+
+    property: str = Field(json_schema_extra={"enum": list(LEARNABLE)})
+    error: Literal["rmse+mae", "rmse", "mae", "mse", "huber", "l2mae"] = "rmse+mae"
+    delta: float = Field(default=0.01, gt=0.0)
     per_atom: bool = False
     free_atoms: bool = False
     spread: str | None = None
     spread_scale: float = Field(default=0.1, gt=0.0)
+
+    @field_validator("property")
+    @classmethod
+    def _learnable(cls, name: str) -> str:
+        if name not in LEARNABLE:
+            raise ValueError(f"a loss knows {', '.join(LEARNABLE)}{suggest(name, LEARNABLE)}")
+        return name
 
     @field_validator("spread")
     @classmethod
@@ -62,135 +135,88 @@ class LossTerm(WeightedTerm):
                 raise ValueError(str(error)) from None
         return name
 
+    @model_validator(mode="after")
+    def _vectors(self) -> LossTerm:
+        if self.error == "l2mae" and property_spec(self.property).shape != (3,):
+            raise ValueError(f"l2mae is for vectors such as forces, and {self.property} is none")
+        return self
+
     @builtins.property
     def name(self) -> str:
         """`property:source`, as in logs."""
         return f"{self.property}:{self.source}"
 
+    @builtins.property
+    def labels(self) -> tuple[str, ...]:
+        """The property, and its spread."""
+        return (self.property,) if self.spread is None else (self.property, self.spread)
 
-@dataclass(frozen=True)
-class ErrorSums:
-    """Weighted sums over a batch: of |d|, of d² and of the weights. Scalars, float64."""
+    @builtins.property
+    def measure(self) -> ErrorMeasure:
+        """The error measure."""
+        if self.error == "huber":
+            return Huber(self.delta)
+        return VectorNorm() if self.error == "l2mae" else Moments(self.error)
 
-    absolute: Tensor
-    square: Tensor
-    count: Tensor
-
-    def stacked(self) -> Tensor:
-        """(3,) tensor, for one all-reduce."""
-        return torch.stack([self.absolute, self.square, self.count])
+    def bind(self, student: Potential, teachers: TeacherTaps) -> LabelTerm:
+        """The term, the same for every student."""
+        return LabelTerm(self)
 
 
-def error_sums(
-    term: LossTerm, prediction: Properties, labels: Properties, structures: Structures
-) -> ErrorSums:
-    """Sum the errors of one term over the systems that have its label.
+class LabelTerm(Term):
+    """A line on labels at work.
 
     Parameters
     ----------
-    term : LossTerm
-        Which property, and how items are weighted.
-    prediction, labels : Properties
-        Of the batch; labels from the term's source.
-    structures : Structures
-        The batch.
-
-    Returns
-    -------
-    ErrorSums
-        Over all components of all present items.
+    line : LossTerm
+        Which property, how errors are measured, and how items are weighted.
     """
-    spec = property_spec(term.property)
-    present = labels.presence(term.property, structures.n_systems)
-    if term.property == "stress":  # NaN where a cell is not fully periodic
-        present = present & structures.pbc.all(dim=1)
-    rows = present if spec.level == "system" else present[structures.system_index]
-    if term.free_atoms and term.property == "forces" and structures.fixed is not None:
-        rows = rows & ~structures.fixed
-    difference = prediction[term.property][rows] - labels[term.property][rows]
-    if term.per_atom and term.property == "energy":
-        difference = difference / structures.n_atoms_per_system[rows]
-    weight = _item_weights(term, labels, rows, difference)
-    return ErrorSums(
-        (weight * difference.abs()).sum(),
-        (weight * difference.square()).sum(),
-        weight.sum(),
-    )
 
+    validated = False
 
-def _item_weights(term: LossTerm, labels: Properties, rows: Tensor, difference: Tensor) -> Tensor:
-    """Weights of the components of `difference`, of its shape."""
-    weight = torch.ones_like(difference)
-    stored = labels.weights.get(term.property)
-    if stored is not None:
-        weight = weight * _like(stored[rows], difference)
-    if term.spread is not None:
-        scale = term.spread_scale**2
-        weight = weight * _like(scale / (scale + labels[term.spread][rows].square()), difference)
-    return weight
+    def __init__(self, line: LossTerm) -> None:
+        self.line: LossTerm = line
+        self.name, self.needs, self.measure = line.name, (line.property,), line.measure
+
+    def sums(self, values: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Sums of errors over the systems that have the label."""
+        line, structures = self.line, batch.structures
+        rows = batch.rows(self._present(batch.host or batch))
+        labels = batch.labels[line.source]
+        difference = values[line.property][rows] - labels[line.property][rows]
+        if line.per_atom and line.property == "energy":
+            difference = difference / structures.n_atoms_per_system[rows]
+        return self.measure.sums(difference, self._weights(labels, rows, difference))
+
+    def value(self, sums: Tensor) -> Tensor:
+        """The error measure."""
+        return self.measure.value(sums)
+
+    def _present(self, batch: Batch) -> Tensor:
+        """(S,) or (N,) bool: which items are compared."""
+        line, structures = self.line, batch.structures
+        present = batch.labels[line.source].presence(line.property, structures.n_systems)
+        if line.property == "stress":  # NaN where a cell is not fully periodic
+            present = present & structures.pbc.all(dim=1)
+        per_atom = property_spec(line.property).per_atom
+        rows = present[structures.system_index] if per_atom else present
+        if line.free_atoms and line.property == "forces" and structures.fixed is not None:
+            rows = rows & ~structures.fixed
+        return rows
+
+    def _weights(self, labels: Properties, rows: Tensor, difference: Tensor) -> Tensor:
+        """Weights of the components of `difference`, of its shape."""
+        weight = torch.ones_like(difference)
+        stored = labels.weights.get(self.line.property)
+        if stored is not None:
+            weight = weight * _like(stored[rows], difference)
+        if self.line.spread is not None:
+            scale = self.line.spread_scale**2
+            spread = labels[self.line.spread][rows].square()
+            weight = weight * _like(scale / (scale + spread), difference)
+        return weight
 
 
 def _like(value: Tensor, target: Tensor) -> Tensor:
     """Append axes to `value` until it broadcasts against `target`."""
     return value.reshape(*value.shape, *([1] * (target.ndim - value.ndim))).to(target.dtype)
-
-
-def error_measure(kind: str, sums: Tensor) -> Tensor:
-    """RMSE + MAE (Eq. 3 of Matin et al.), or another measure, from stacked sums.
-
-    Parameters
-    ----------
-    kind : str
-        As `LossTerm.error`.
-    sums : Tensor
-        (3,) of `ErrorSums.stacked`, summed over all ranks.
-
-    Returns
-    -------
-    Tensor
-        Scalar; zero with zero gradient where there is no error or no label.
-    """
-    absolute, square, count = sums
-    count = torch.where(count > 0, count, 1.0)
-    if kind == "mse":
-        return square / count
-    # The square root has an infinite slope at zero: replace the argument there, not the result.
-    vanishes = square <= 0
-    rmse = torch.where(vanishes, 0.0, torch.sqrt(torch.where(vanishes, 1.0, square) / count))
-    mae = absolute / count
-    return {"rmse+mae": rmse + mae, "rmse": rmse, "mae": mae}[kind]
-
-
-def required_signals(terms: Sequence[LossTerm]) -> dict[str, set[str]]:
-    """Which properties a run needs from which source; terms that never weigh are left out."""
-    needs: dict[str, set[str]] = {}
-    for term in terms:
-        if term.ever_active:
-            signals = needs.setdefault(term.source, set())
-            signals.add(term.property)
-            if term.spread is not None:
-                signals.add(term.spread)
-    return needs
-
-
-def check_signals(terms: Sequence[LossTerm], labels: Mapping[str, Properties], where: str) -> None:
-    """Refuse a run whose loss terms ask for labels that are not there.
-
-    Raises
-    ------
-    MissingLabelError
-        Naming the term, the source and what is there instead.
-    """
-    for source, properties in required_signals(terms).items():
-        if source not in labels:
-            raise MissingLabelError(
-                f"{where}: the loss asks for labels from '{source}', but there are only labels "
-                f"from {', '.join(labels) or 'nowhere'}; label the structures with it first"
-            )
-        for name in sorted(properties):
-            have = labels[source]
-            if name not in have or not bool(have.presence(name, 1).any()):
-                raise MissingLabelError(
-                    f"{where}: the loss asks for '{name}' from '{source}', which holds only "
-                    f"{', '.join(have.names) or 'nothing'}"
-                )

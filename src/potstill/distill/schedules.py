@@ -54,32 +54,3 @@ class Schedule(BaseModel):
         for epoch in self.epochs[1:]:
             epochs.append(max(epochs[-1] + 1, round(epoch * factor)))
         return self.model_copy(update={"epochs": tuple(epochs)})
-
-
-class WeightedTerm(BaseModel):
-    """What all terms of a loss share: a weight, constant or by epoch.
-
-    Parameters
-    ----------
-    weight : float or Schedule
-        Constant, or by epoch.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    weight: float | Schedule = 1.0
-
-    def weight_at(self, epoch: int) -> float:
-        """The weight in an epoch, counted from 1."""
-        return self.weight.at(epoch) if isinstance(self.weight, Schedule) else self.weight
-
-    @property
-    def schedule_end(self) -> int:
-        """The epoch from which on the weight is constant."""
-        return self.weight.end if isinstance(self.weight, Schedule) else 1
-
-    @property
-    def ever_active(self) -> bool:
-        """Whether the weight is ever different from zero."""
-        values = self.weight.values if isinstance(self.weight, Schedule) else (self.weight,)
-        return any(value != 0.0 for value in values)

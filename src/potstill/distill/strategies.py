@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Discriminator, Tag
+from pydantic import BaseModel, BeforeValidator, Discriminator, SerializeAsAny, Tag
 
+from potstill.distill.auxiliary import AuxiliaryTerm
+from potstill.distill.feature_terms import FeatureTerm
 from potstill.distill.losses import LossTerm
 from potstill.distill.schedules import Schedule
-from potstill.distill.terms import AuxiliaryTerm, FeatureTerm
+from potstill.distill.terms import CustomLine
 from potstill.errors import suggest
 
 #: Weights λ by pair of models and strategy, for OC20-2M and COLL: Tables 6 and 8 of the paper. They
@@ -48,12 +50,13 @@ PRESETS: dict[str, dict[str, dict[str, float]]] = {
 
 _PRESET = "preset:"
 
-#: A term of the loss as settings hold it: on a label, on features, or on what is read off them.
+#: A line of a loss as settings hold it, of any kind.
 AnyTerm = Annotated[
     Annotated[LossTerm, Tag("LossTerm")]
     | Annotated[FeatureTerm, Tag("FeatureTerm")]
-    | Annotated[AuxiliaryTerm, Tag("AuxiliaryTerm")],
-    Discriminator(lambda value: _class_of(value)),
+    | Annotated[AuxiliaryTerm, Tag("AuxiliaryTerm")]
+    | Annotated[SerializeAsAny[CustomLine], BeforeValidator(CustomLine.of), Tag("CustomLine")],
+    Discriminator(lambda value: _kind_of(value)),
 ]
 
 
@@ -197,9 +200,12 @@ def _names_strategy(line: Any) -> bool:
     return isinstance(line, Mapping) and isinstance(line.get("distill"), str)
 
 
-def _class_of(value: Any) -> str:
-    if isinstance(value, BaseModel):
-        return type(value).__name__
-    keys = {"distill": "FeatureTerm", "learn": "AuxiliaryTerm"}
-    found = [name for key, name in keys.items() if isinstance(value, Mapping) and key in value]
-    return found[0] if found else "LossTerm"
+#: Keys that tell the kind of a line; without any it is taken for one on a label.
+_KEYS = {"distill": "FeatureTerm", "learn": "AuxiliaryTerm", "term": "CustomLine"}
+
+
+def _kind_of(value: Any) -> str:
+    for key, kind in _KEYS.items():
+        if key in value if isinstance(value, Mapping) else hasattr(value, key):
+            return kind
+    return "LossTerm"

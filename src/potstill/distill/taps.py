@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator, Field, PlainSerializer
 from torch import Tensor, nn
 
-from potstill.errors import ModelError, suggest
+from potstill.errors import ConfigError, ModelError, suggest
 from potstill.features import Feature, FeatureKind, pairs_at
 from potstill.models import Potential, TapSpec
 from potstill.neighbors import build_neighbor_list
@@ -23,13 +25,45 @@ from potstill.structures import Structures
 #: features of pairs belong to.
 CHOSEN_PAIRS = "edges"
 
-#: Between the names of taps whose channels are put side by side: `message_6+update_6`.
-JOIN = "+"
+
+def _tap_names(value: Any) -> Any:
+    """Names of taps from a list of them, or from names joined by `+`."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split("+")]
+    return value
 
 
-def split_tap(name: str) -> tuple[str, ...]:
-    """Names of the taps that are concatenated."""
-    return tuple(part.strip() for part in name.split(JOIN))
+#: Taps whose channels are put side by side; configs may write `message_6+update_6`.
+TapNames = Annotated[
+    tuple[str, ...],
+    Field(min_length=1),
+    BeforeValidator(_tap_names),
+    PlainSerializer("+".join, return_type=str),
+]
+
+
+@dataclass(frozen=True)
+class TapPair:
+    """Which taps of a student learn from which of a teacher; none where labels teach them."""
+
+    student: tuple[str, ...]
+    teacher: tuple[str, ...]
+
+    def __str__(self) -> str:
+        sides = ["+".join(side) for side in (self.student, self.teacher) if side]
+        return " <- ".join(sides)
+
+    def to_json(self) -> dict[str, list[str]]:
+        """Plain lists."""
+        return {"student": list(self.student), "teacher": list(self.teacher)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Sequence[str]] | str) -> TapPair:
+        """Inverse of `to_json`; earlier runs hold `a+b <- c`."""
+        if isinstance(data, str):
+            student, _, teacher = data.partition(" <- ")
+            data = {"student": _tap_names(student), "teacher": _tap_names(teacher or [])}
+        return cls(tuple(data["student"]), tuple(data["teacher"]))
 
 
 @contextmanager
@@ -182,3 +216,56 @@ def default_tap(
         f"{owner} has no tap of the kind {' or '.join(kinds)}: its taps are "
         f"{', '.join(f'{name} ({spec.kind})' for name, spec in taps.items()) or 'none'}"
     )
+
+
+def resolve_taps(
+    named: Sequence[str] | None,
+    taps: Mapping[str, TapSpec],
+    preferred: str | None,
+    kinds: tuple[FeatureKind, ...],
+    *,
+    owner: str,
+    term: str,
+) -> tuple[tuple[str, ...], TapSpec]:
+    """Find the taps that a term names, or the default, and check that they fit.
+
+    Parameters
+    ----------
+    named : sequence of str, optional
+        The taps that a line names.
+    taps : mapping
+        What there is.
+    preferred : str, optional
+        The owner's default tap.
+    kinds : tuple of str
+        What fits, the best first.
+    owner, term : str
+        Whose taps, and what asks for them, for messages.
+
+    Returns
+    -------
+    names : tuple of str
+        The taps.
+    spec : TapSpec
+        Of all of them side by side.
+
+    Raises
+    ------
+    ConfigError
+        If a tap is unknown or of the wrong kind.
+    """
+    try:
+        names = tuple(named or (default_tap(taps, preferred, kinds, owner),))
+    except ModelError as error:
+        raise ConfigError(f"{term}: {error}") from None
+    for part in names:
+        if part not in taps:
+            raise ConfigError(f"{term}: {owner} has no feature tap '{part}'{suggest(part, taps)}")
+    found = list(dict.fromkeys(taps[part].kind for part in names))
+    if len(found) > 1 or found[0] not in kinds:
+        raise ConfigError(
+            f"{term} needs a tap of {owner} of the kind {' or '.join(kinds)}, but "
+            f"'{'+'.join(names)}' is of the kind {' and '.join(found)}: choose another tap or "
+            "strategy"
+        )
+    return names, TapSpec(found[0], sum(taps[part].width for part in names))

@@ -1,142 +1,281 @@
-"""Terms of the loss on internal features, of atoms and of pairs.
+"""What a loss consists of: one kind of line in settings, one kind of term at work.
 
-Ekström Kelvinius et al., *Accelerating Molecular Graph Neural Networks via Knowledge Distillation*,
-Eqs. 2 to 6 and the strategy e2e of the full paper.
+A `Line` is what settings hold: a source, a weight, and what is to be compared. Bound to a student
+it is a `Term`: what the student must predict for it, sums over a batch, which add up over batches
+and processes, and the value that follows from the sums over all. A new kind is a module here, a
+line in the union `strategies.AnyTerm` (or none: a config names a class of any package as
+`{term: "module:Class"}`), and a paragraph in the docs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
-from pydantic import Field, model_validator
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
 
-from potstill.distill.feature_losses import FEATURE_LOSSES, FeatureError
-from potstill.distill.schedules import Schedule, WeightedTerm
-from potstill.distill.transforms import Transform
-from potstill.features import FeatureKind
-
-FeatureStrategy = Literal["n2n", "e2n", "v2v", "e2e"]
+from potstill.distill.schedules import Schedule
+from potstill.errors import MissingLabelError
+from potstill.features import Feature
+from potstill.models import Potential, TapSpec
+from potstill.models.base import Pairs
+from potstill.structures import NeighborList, Properties, Structures
 
 
 @dataclass(frozen=True)
-class Kinds:
-    """What a strategy compares.
+class Batch:
+    """A few configurations with their neighbor list, labels and features of every source.
 
     Parameters
     ----------
-    student : str
-        Kind of the student's tap.
-    teacher : tuple of str
-        Kinds of the teacher's tap that fit, the best first.
+    structures, neighbors, labels, features
+        As of a `TrainingSet`.
+    weights : Tensor, optional
+        (S,) float64; those of the labels hold them, too.
+    host : Batch, optional
+        The same batch in the memory of the CPU. What is selected by a mask is looked up there: a
+        GPU would have to be waited for.
     """
 
-    student: FeatureKind
-    teacher: tuple[FeatureKind, ...]
+    structures: Structures
+    neighbors: Pairs
+    labels: dict[str, Properties]
+    features: dict[str, dict[str, Feature]] = field(default_factory=dict)
+    weights: Tensor | None = None
+    host: Batch | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move all tensors to a device."""
+        device = torch.device(device)
+        return Batch(
+            self.structures.to(device),
+            # Compact lists are for kernels on the CPU.
+            self.neighbors.to(device)
+            if isinstance(self.neighbors, NeighborList)
+            else self.neighbors,
+            {source: labels.to(device) for source, labels in self.labels.items()},
+            {
+                source: {tap: feature.to(device) for tap, feature in taps.items()}
+                for source, taps in self.features.items()
+            },
+            None if self.weights is None else self.weights.to(device),
+            None if device.type == "cpu" else self.host or self,
+        )
+
+    def rows(self, mask: Tensor) -> Tensor:
+        """Indices of the rows that a mask from the CPU's memory selects, on the batch's device."""
+        return mask.nonzero()[:, 0].to(self.structures.cell.device, non_blocking=True)
 
 
-KINDS: dict[str, Kinds] = {
-    "n2n": Kinds("node_scalar", ("node_scalar",)),
-    "e2n": Kinds("node_scalar", ("edge_scalar",)),
-    "v2v": Kinds("node_vector", ("node_vector", "edge_scalar")),
-    "e2e": Kinds("edge_scalar", ("edge_scalar",)),
-}
+class TeacherTaps(Protocol):
+    """Where the features of teachers come from."""
+
+    def taps_for(self, line: Any) -> tuple[Mapping[str, TapSpec], str | None]:
+        """Taps for a line of the loss, and the default among them."""
+
+    def will_ask(self, source: str, taps: Sequence[str]) -> None:
+        """Note which taps of a source will be needed."""
 
 
-class AuxiliaryTerm(WeightedTerm):
-    """One term of the loss on a property that the student reads off its features while it learns.
-
-    A linear or MLP head on the student's tap predicts charges, or charges whose dipole is compared.
-    The head is dropped with the transformations: the student itself predicts energies and forces
-    only, from features that other teachers have shaped, too (Matin et al., outlook).
+class Line(BaseModel):
+    """One line of a loss, as settings hold it.
 
     Parameters
     ----------
-    learn : {"charges", "dipole"}
-        Partial charges (e); or dipoles (e·Å) of systems without periodicity and total charge, from
-        charges that are shifted to sum to zero: others are left out.
     source : str
-        Name of the label set.
-    student_tap : str, optional
-        Scalars of atoms; by default the last before the output.
-    transform : {"linear", "mlp"}
-        The head.
-    error : {"mse", "mae"}
-        Over all components in the batch.
+        Whose labels or features are learned: `reference`, or a teacher's name.
     weight : float or Schedule
         Constant, or by epoch.
     """
 
-    learn: Literal["charges", "dipole"]
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    #: Terms are added up in this order, whatever that of the lines is.
+    order: ClassVar[int] = 3
+
     source: str = "reference"
-    student_tap: str | None = None
-    transform: Literal["linear", "mlp"] = "linear"
-    error: Literal["mse", "mae"] = "mse"
+    weight: float | Schedule = 1.0
 
     @property
+    @abstractmethod
     def name(self) -> str:
-        """`charges:source`, as in logs."""
-        return f"{self.learn}:{self.source}"
+        """As in logs; two lines of a loss have two names."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Properties that must be known from the source."""
+        return ()
+
+    @abstractmethod
+    def bind(self, student: Potential, teachers: TeacherTaps) -> Term:
+        """The term for a student's network.
+
+        Raises
+        ------
+        ConfigError
+            If the line does not fit the student or the teacher.
+        """
+
+    def weight_at(self, epoch: int) -> float:
+        """The weight in an epoch, counted from 1."""
+        return self.weight.at(epoch) if isinstance(self.weight, Schedule) else self.weight
+
+    @property
+    def schedule_end(self) -> int:
+        """The epoch from which on the weight is constant."""
+        return self.weight.end if isinstance(self.weight, Schedule) else 1
+
+    @property
+    def ever_active(self) -> bool:
+        """Whether the weight is ever different from zero."""
+        values = self.weight.values if isinstance(self.weight, Schedule) else (self.weight,)
+        return any(value != 0.0 for value in values)
 
 
-class FeatureTerm(WeightedTerm):
-    """One term of the loss: weight x loss(M_s(student's feature), M_t(teacher's feature)), Eq. 3.
+class CustomLine(Line):
+    """A line of a kind that another package defines; its class derives from this one.
 
     Parameters
     ----------
-    distill : {"n2n", "e2n", "v2v", "e2e"}
-        Which features meet: scalars of atoms with scalars of atoms (Eq. 4), or with those of pairs
-        summed over each atom's neighbors (Eq. 5); vectors of atoms with vectors, or with scalars of
-        pairs times unit vectors (Eq. 6); scalars of pairs with scalars of the same pairs.
-    source : str
-        Name of the teacher.
-    student_tap, teacher_tap : str, optional
-        Names of taps, several joined by `+`; by default the last of a fitting kind.
-    student_transform, teacher_transform : {"identity", "linear", "mlp"}
-        M_s and M_t. They are trained along and are no part of the student's file.
-    error : {"mse", "mae", "lsp", "gsp", "cka", "fork"}
-        See `potstill.distill.feature_losses`.
-    weight : float or Schedule
-        λ of Eq. 2, constant or by epoch.
-    share : float, optional
-        Multiply the weight by a factor such that the initial term is this share of the whole loss.
+    term : str
+        Where the class is: "module:Class". Its other fields stand beside it in the config.
     """
 
-    distill: FeatureStrategy
-    source: str
-    student_tap: str | None = None
-    teacher_tap: str | None = None
-    student_transform: Transform = "linear"
-    teacher_transform: Transform = "identity"
-    error: FeatureError = "mse"
-    share: float | None = Field(default=None, gt=0, lt=1)
+    term: str
 
-    @model_validator(mode="after")
-    def _check(self) -> FeatureTerm:
-        if self.source == "reference":
-            raise ValueError("features come from a teacher: name it as the source")
-        if self.distill == "v2v" and "mlp" in (self.student_transform, self.teacher_transform):
-            raise ValueError(
-                "an mlp of vectors would not turn with the structure: v2v takes linear or identity"
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        """Make the class's instance from a mapping with `term`.
+
+        Raises
+        ------
+        ValueError
+            If there is no such class.
+        """
+        if not isinstance(value, Mapping):
+            return value
+        module, _, name = str(value["term"]).partition(":")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"there is no term '{value['term']}': {error}") from None
+        if not (isinstance(found, type) and issubclass(found, CustomLine)):
+            raise ValueError(f"'{value['term']}' is no class derived from {__name__}.CustomLine")
+        return found.model_validate(value)
+
+
+class Term(ABC):
+    """A term of a loss at work.
+
+    Parameters
+    ----------
+    name : str
+        As in logs.
+    line : Line, optional
+        The line of the settings that it comes from; regularizers have none.
+    """
+
+    #: Predicted values that it is a function of: properties, `terms` (of the atomic energies, as a
+    #: `Prediction` has them), and feature taps of the student.
+    needs: tuple[str, ...] = ()
+
+    #: Whether it depends on parameters alone. Its sums are then the same in every process.
+    of_parameters: bool = False
+
+    #: Whether its value on the validation set is recorded; errors of labels have metrics of their
+    #: own.
+    validated: bool = True
+
+    #: Factor of the weight, where a share of the initial loss was asked for.
+    scale: float = 1.0
+
+    name: str
+    line: Line | None
+
+    def weight_at(self, epoch: int) -> float:
+        """The weight in an epoch, counted from 1."""
+        assert self.line is not None
+        return self.line.weight_at(epoch) * self.scale
+
+    @abstractmethod
+    def sums(self, values: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """(k,) float64 that add up over batches and processes, from what is predicted."""
+
+    @abstractmethod
+    def value(self, sums: Tensor) -> Tensor:
+        """Scalar, float64, from the sums over everything that counts together."""
+
+
+class Terms(nn.Module):
+    """All terms of a run's loss; parameters of theirs are trained along with the student.
+
+    Parameters
+    ----------
+    terms : iterable of Term
+        In the order in which they are added up.
+    """
+
+    def __init__(self, terms: Iterable[Term] = ()) -> None:
+        super().__init__()
+        self.all = tuple(terms)
+        self.members = nn.ModuleList(term for term in self.all if isinstance(term, nn.Module))
+
+    def active(self, epoch: int) -> list[Term]:
+        """Those that weigh in an epoch."""
+        return [term for term in self.all if term.weight_at(epoch) != 0.0]
+
+    def weights(self, epoch: int) -> dict[str, float]:
+        """Weights in an epoch by name, without those of regularizers."""
+        return {t.name: t.weight_at(epoch) for t in self.all if t.line is not None}
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """Factors of weights by name, where there are any."""
+        return {term.name: term.scale for term in self.all if term.scale != 1.0}
+
+    @scales.setter
+    def scales(self, scales: Mapping[str, float]) -> None:
+        for term in self.all:
+            term.scale = scales.get(term.name, 1.0)
+
+
+def required_signals(lines: Iterable[Line]) -> dict[str, set[str]]:
+    """Which properties a run needs from which source; lines that never weigh are left out."""
+    needs: dict[str, set[str]] = {}
+    for line in lines:
+        if line.ever_active and line.labels:
+            needs.setdefault(line.source, set()).update(line.labels)
+    return needs
+
+
+def check_signals(lines: Iterable[Line], labels: Mapping[str, Properties], where: str) -> None:
+    """Refuse a run whose loss asks for labels that are not there.
+
+    Raises
+    ------
+    MissingLabelError
+        Naming the property, the source and what is there instead.
+    """
+    for source, properties in required_signals(lines).items():
+        if source not in labels:
+            raise MissingLabelError(
+                f"{where}: the loss asks for labels from '{source}', but there are only labels "
+                f"from {', '.join(labels) or 'nowhere'}; label the structures with it first"
             )
-        if self.distill == "e2e" and not FEATURE_LOSSES[self.error].row_wise:
-            raise ValueError(f"{self.error} compares atoms: e2e takes mse, mae or cka")
-        if self.share is not None:
-            if not isinstance(self.weight, Schedule) and self.weight != 1.0:
-                raise ValueError("give either a weight or a share, not both")
-            if self.weight_at(1) == 0.0:
-                raise ValueError("a share of the initial loss needs a weight in the first epoch")
-        return self
+        for name in sorted(properties):
+            if not holds(labels, source, name):
+                raise MissingLabelError(
+                    f"{where}: the loss asks for '{name}' from '{source}', which holds only "
+                    f"{', '.join(labels[source].names) or 'nothing'}"
+                )
 
-    @property
-    def name(self) -> str:
-        """`n2n:source`, and the taps where they are named, as in logs."""
-        taps = ""
-        if self.student_tap is not None or self.teacher_tap is not None:
-            taps = f"[{self.student_tap or 'default'}<-{self.teacher_tap or 'default'}]"
-        return f"{self.distill}:{self.source}{taps}"
 
-    @property
-    def kinds(self) -> Kinds:
-        """What the strategy compares."""
-        return KINDS[self.distill]
+def holds(labels: Mapping[str, Properties], source: str, name: str) -> bool:
+    """Whether any system has a property from a source."""
+    own = labels.get(source)
+    return own is not None and name in own and bool(own.presence(name, 1).any())

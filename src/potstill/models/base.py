@@ -110,6 +110,12 @@ class Prediction:
     def __getitem__(self, name: str) -> Tensor:
         return self.properties[name]
 
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """Everything by name, in float64: properties, `terms`, and features by tap."""
+        features = {tap: value.to(torch.float64) for tap, value in self.features.items()}
+        return {**self.properties.values, "terms": self.terms, **features}
+
 
 class Potential(nn.Module, ABC):
     """Abstract base of all potentials.

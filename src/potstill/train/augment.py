@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from potstill.distill.losses import required_signals
+from potstill.distill.terms import Batch, required_signals
 from potstill.errors import ConfigError
 from potstill.models import Potential, SumPotential
 from potstill.properties import property_spec
@@ -25,7 +25,7 @@ from potstill.sample.jitter import discrepancy_gradient, displaced
 from potstill.structures import NeighborList, Properties, Structures
 from potstill.teachers import PotentialTeacher
 from potstill.teachers.base import Teacher
-from potstill.train.data import Batch, TrainingSet
+from potstill.train.data import TrainingSet
 from potstill.train.settings import AugmentSettings, TrainSettings
 
 
@@ -68,8 +68,7 @@ class Augmentation:
                 "name it under 'teachers'"
             )
         self.teacher = teachers[name].to(device)
-        asked: set[str] = set().union(*required_signals(settings.label_terms).values())
-        asked |= {term.learn for term in settings.auxiliary_terms}
+        asked: set[str] = set().union(*required_signals(settings.loss).values())
         self.properties = tuple(sorted(asked))
         self.teacher.require(self.properties)
         self.baseline = student.without("network")

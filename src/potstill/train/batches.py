@@ -5,11 +5,12 @@ from __future__ import annotations
 import lightning_fabric
 from torch import Tensor
 
+from potstill.distill.terms import Batch
 from potstill.train.augment import Augmentation
-from potstill.train.data import Batch, TrainingSet
-from potstill.train.features import FeatureSources
+from potstill.train.data import TrainingSet
 from potstill.train.mixing import batch_weights
 from potstill.train.settings import TrainSettings
+from potstill.train.signals import FeatureSources
 
 
 class BatchSource:

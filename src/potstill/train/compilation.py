@@ -152,7 +152,6 @@ def _values(
     values = {
         "energy": energy.index_add(0, structures.system_index, atomic),
         "atomic_energies": atomic,
-        "hierarchical_energies": terms,
         "terms": terms,
     }
     if "forces" in wanted:

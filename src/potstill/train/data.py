@@ -14,6 +14,7 @@ from potstill.core import (
     compact_neighbors,
     select_neighbors,
 )
+from potstill.distill.terms import Batch
 from potstill.errors import DataError
 from potstill.features import Feature
 from potstill.models import Potential
@@ -22,36 +23,6 @@ from potstill.neighbors import build_neighbor_list
 from potstill.properties import LEARNABLE, PROPERTIES
 from potstill.species import SpeciesTable
 from potstill.structures import NeighborList, Properties, Structures
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A few configurations with their neighbor list, labels and features of every source.
-
-    Where the configurations have (S,) float64 `weights`, those of the labels hold them, too.
-    """
-
-    structures: Structures
-    neighbors: Pairs
-    labels: dict[str, Properties]
-    features: dict[str, dict[str, Feature]] = field(default_factory=dict)
-    weights: Tensor | None = None
-
-    def to(self, device: torch.device | str) -> Batch:
-        """Move all tensors to a device."""
-        return Batch(
-            self.structures.to(device),
-            # Compact lists are for kernels on the CPU.
-            self.neighbors.to(device)
-            if isinstance(self.neighbors, NeighborList)
-            else self.neighbors,
-            {source: labels.to(device) for source, labels in self.labels.items()},
-            {
-                source: {tap: feature.to(device) for tap, feature in taps.items()}
-                for source, taps in self.features.items()
-            },
-            None if self.weights is None else self.weights.to(device),
-        )
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from potstill.distill.terms import Batch
 from potstill.models import Potential
-from potstill.train.data import Batch, TrainingSet
+from potstill.train.data import TrainingSet
 from potstill.train.devices import default_fabric
 from potstill.train.force_gradient import (
     LENGTH,
@@ -33,6 +34,7 @@ from potstill.train.force_gradient import (
 )
 from potstill.train.objective import BatchLoss, LossValue, Objective
 from potstill.train.settings import TrainSettings
+from potstill.train.signals import bind_terms
 
 #: Scanned by default: half decades from where rounding rules to where curvature does.
 EPSILONS = {
@@ -154,7 +156,8 @@ def scan_epsilon(
     network = network.to(fabric.device)
     # L2 does not depend on epsilon and would only dilute the relative error.
     without_l2 = settings.regularization.model_copy(update={"l2": 0.0})
-    settings = settings.model_copy(update={"regularization": without_l2})
+    changes = {"regularization": without_l2, "loss": settings.label_terms}
+    terms = bind_terms(settings.model_copy(update=changes), network)
     data = data.with_neighbors(network.cutoff + 2.0 * LENGTH * epsilons[-1])
     errors = _Errors(network, epsilons, settings.force_gradient.folded, exact, scale)
     done = 0
@@ -163,7 +166,7 @@ def scan_epsilon(
         if loss == "quadratic":
             errors.add(batch, ("forces",), _quadratic_loss(batch), quadratic=True)
         else:
-            objective = BatchLoss(settings, 1, network, batch, fabric)
+            objective = BatchLoss(terms, 1, batch, fabric)
             errors.add(batch, objective.wanted, objective, quadratic=False)
         done += len(systems)
         if on_point is not None:
@@ -186,7 +189,7 @@ def _quadratic_loss(batch: Batch) -> Objective:
 
     def objective(values: Mapping[str, Tensor]) -> LossValue:
         loss = 0.5 * (values["forces"] - reference).square().sum()
-        return LossValue(loss, loss.new_zeros(()), {"loss": float(loss.detach())})
+        return LossValue(loss, loss.new_zeros(()), {"loss": loss.detach()})
 
     return objective
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -34,13 +34,14 @@ import lightning_fabric
 import torch
 from torch import Tensor, nn
 
+from potstill.distill.terms import Batch
 from potstill.errors import ConfigError, ModelError
 from potstill.models import Potential
 from potstill.models.base import Edges, Pairs
 from potstill.models.graph import stress_from_virial
 from potstill.neighbors import pair_vectors
+from potstill.properties import LEARNABLE, PROPERTIES
 from potstill.structures import NeighborList, Structures
-from potstill.train.data import Batch
 from potstill.train.objective import LossValue, Objective
 from potstill.train.settings import ForceGradientSettings
 
@@ -57,7 +58,7 @@ SAFE_PROXY_ERROR = {torch.float64: 1e-5, torch.float32: 1e-2}
 CHECK_EVERY = 100
 
 #: Predicted values that a loss may be a function of, if first-order passes are to be enough.
-FIRST_ORDER = ("energy", "forces", "stress", "atomic_energies", "hierarchical_energies")
+FIRST_ORDER = (*LEARNABLE, "terms")
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,13 @@ class LossGradient:
 
     Parameters
     ----------
-    parts : dict of str to float
-        The loss and its parts.
+    parts : dict of str to Tensor
+        The loss and its parts, scalars on their device.
     passes : sequence of callables
         Each runs one pass and returns a scalar to be differentiated.
     """
 
-    parts: dict[str, float]
+    parts: dict[str, Tensor]
     passes: Sequence[Callable[[], Tensor]]
 
     def backward(self, fabric: lightning_fabric.Fabric, module: nn.Module) -> None:
@@ -105,12 +106,7 @@ class NetworkPasses(nn.Module):
     def _predict(
         self, structures: Structures, neighbors: NeighborList, wanted: tuple[str, ...]
     ) -> dict[str, Tensor]:
-        taps = tuple(name for name in wanted if name in self.network.taps)
-        names = [name for name in wanted if name not in taps]
-        found = self.network.predict(structures, neighbors, names, taps=taps, create_graph=True)
-        return found.properties.values | {
-            name: feature.to(torch.float64) for name, feature in found.features.items()
-        }
+        return predict_values(self.network, structures, neighbors, wanted, create_graph=True)
 
     def _weighted_energy(
         self, copies: Sequence[tuple[Structures, Tensor]], neighbors: Pairs
@@ -149,6 +145,21 @@ class NetworkPasses(nn.Module):
         slope = torch.func.jvp(gradient, primals, (direction, weights))[1]
         products = [(p * slope[name]).sum() for name, p in trained.items()]
         return torch.stack(products).sum()
+
+
+def predict_values(
+    network: Potential,
+    structures: Structures,
+    neighbors: NeighborList,
+    wanted: Sequence[str],
+    *,
+    create_graph: bool = False,
+) -> dict[str, Tensor]:
+    """What a loss is a function of, by name, in float64: properties, `terms`, features by tap."""
+    taps = tuple(name for name in wanted if name in network.taps)
+    names = [name for name in wanted if name not in taps and name != "terms"]
+    found = network.predict(structures, neighbors, names, taps=taps, create_graph=create_graph)
+    return found.values
 
 
 class _TorchEnergy(nn.Module):
@@ -296,7 +307,7 @@ class Displacement:
             return structures
         cell = structures.cell if self.cell is None else structures.cell + sign * self.cell
         positions = structures.positions + sign * self.positions
-        return replace(structures, positions=positions, cell=cell)
+        return structures.with_fields(positions=positions, cell=cell)
 
 
 class ForceGradient:
@@ -378,7 +389,8 @@ class ForceGradient:
         LossGradient
             `backward` leaves the gradient of the loss in the parameters.
         """
-        first_order = {"forces", "stress"}.isdisjoint(wanted)  # no second derivative is needed
+        # Without derivatives in the loss no second derivative is needed.
+        first_order = not any(n in PROPERTIES and PROPERTIES[n].derivative for n in wanted)
         if self.method == "backpropagation" or (first_order and not self.takes_compact_lists):
             value = objective(module("predict", batch.structures, batch.neighbors, wanted))
             return LossGradient(value.parts, [lambda: value.data + value.penalty])
@@ -511,7 +523,7 @@ def loss_cotangents(
     values = {
         "energy": energy.index_add(0, structures.system_index, atomic),
         "atomic_energies": atomic,
-        "hierarchical_energies": partial,
+        "terms": partial,
         "forces": forces,
     }
     leaves = [partial, forces]

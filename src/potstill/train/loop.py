@@ -7,7 +7,6 @@ sums are all-reduced before square roots are taken.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,27 +16,34 @@ import lightning_fabric
 from torch import nn
 
 from potstill.checkpoint import save_potential
-from potstill.distill.heads import check_auxiliary
-from potstill.distill.losses import LossTerm, check_signals
-from potstill.errors import ConfigError
-from potstill.models import Potential
+from potstill.models import Potential, SumPotential
 from potstill.teachers.base import Teacher
 from potstill.train.augment import Augmentation
 from potstill.train.batches import BatchSource
 from potstill.train.compilation import network_passes
 from potstill.train.data import TrainingSet
 from potstill.train.devices import default_fabric
-from potstill.train.features import FeatureSources, average_over_ranks
 from potstill.train.force_gradient import ForceGradient
 from potstill.train.initialize import initial_student
-from potstill.train.mixing import check_mixing, mixed_batches
+from potstill.train.mixing import mixed_batches
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import TrainSettings
+from potstill.train.signals import (
+    FeatureSources,
+    average_over_ranks,
+    bind_terms,
+    check_labels,
+    choose_scales,
+    learning_taps,
+)
 from potstill.train.state import Interruption, RunFolder, Trainee, now, restore, snapshot
 from potstill.train.validation import Validation
 
 #: Called after every epoch with the epoch's record (what also goes into metrics.jsonl).
 EpochCallback = Callable[[dict[str, Any]], None]
+
+#: Steps between two looks at the loss: reading it makes a GPU wait.
+READ_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -118,92 +124,50 @@ def train(
     ConfigError
         If the folder holds a run with other settings or data.
     """
-    fabric = fabric or default_fabric()
-    if settings.augment is None:
-        check_signals(settings.label_terms, training.labels, "training set")
-        check_auxiliary(settings.auxiliary_terms, training.labels, "training set")
-    else:
-        # A teacher labels what is displaced; stored features are those of other positions.
-        given = [term for term in settings.label_terms if term.source == "reference"]
-        check_signals(given, training.labels, "training set")
-        training = replace(training, features={})
-    score_needs = [_score_term(key, settings.score.source) for key in settings.score.weights]
-    check_signals(score_needs, validation.labels, "validation set")
-    check_mixing(settings, training.structures, training.synthetic)
-
-    table = initial.species_table if initial is not None else training.structures.species_table
-    training, validation = (d.with_species_table(table) for d in (training, validation))
-    student, training = initial_student(settings, training, initial)
-    network, baseline = student["network"], student.without("network")
-    network.use_core(settings.core)
-    network.to(fabric.device)  # before native kernels are chosen, which are for the CPU
-    features = FeatureSources(settings, training, teachers or {}, network)
-    heads = features.heads
-    augmentation = None
-    if settings.augment is not None:
-        augmentation = Augmentation(settings, student, teachers or {}, fabric.device)
-    force_gradient = ForceGradient(settings.force_gradient, network, features=bool(heads.all))
-    own_passes = network_passes(
-        network,
-        force_gradient,
-        compiled=settings.compile,
-        say=say if fabric.is_global_zero else None,
-    )
-    reach = network.cutoff + force_gradient.margin
-    training = training.with_neighbors(reach, packed=force_gradient.takes_compact_lists)
-
-    run = RunFolder.open(Path(folder), settings, training, fabric, features.summary())
-    trainee = Trainee.create(student, heads, settings, fabric)
-    features.to(fabric.device)
-    validated = Validation(settings, network, validation.minus(baseline), features, fabric)
-    passes = fabric.setup_module(own_passes)
-    draw = BatchSource(settings, training, augmentation, features, fabric)
-    if not restore(run, trainee):
-        order = mixed_batches(training.structures, training.synthetic, settings, epoch=1)
-        features.choose_scales(settings, network, draw, order, fabric)
-
+    p = prepare(settings, training, validation, folder, initial, teachers or {}, say, fabric)
+    run, trainee = p.run, p.trainee
     with Interruption() as interruption, run.event_log(settings, trainee) as events:
         while trainee.epoch <= settings.epochs and not trainee.should_stop(settings):
             # -- one pass over the training set ------------------------------------------------
             started = now()
             epoch = trainee.epoch
             trainee.set_learning_rate(settings)
-            network.train()
-            batches = mixed_batches(training.structures, training.synthetic, settings, epoch)
+            p.network.train()
+            batches = mixed_batches(p.data.structures, p.data.synthetic, settings, epoch)
             for systems in batches[trainee.step :]:
                 if interruption.requested:
                     break
-                batch = draw(systems, epoch, trainee.step)  # weighed, displaced, with features
-                objective = BatchLoss(settings, epoch, network, batch, fabric, heads)
-                gradient = force_gradient(passes, batch, objective.wanted, objective)
-                if not math.isfinite(gradient.parts["loss"]):
-                    run.report_divergence(epoch, trainee.step, gradient.parts)
+                batch = p.draw(systems, epoch, trainee.step)  # weighed, displaced, with features
+                objective = BatchLoss(trainee.terms, epoch, batch, p.fabric)
+                gradient = p.force_gradient(p.passes, batch, objective.wanted, objective)
                 trainee.optimizer.zero_grad(set_to_none=True)
-                gradient.backward(fabric, passes)
-                average_over_ranks(heads, fabric)
+                gradient.backward(p.fabric, p.passes)
+                average_over_ranks(trainee.terms, p.fabric)
                 if settings.optimizer.clip_norm is not None:
                     nn.utils.clip_grad_norm_(trainee.trained, settings.optimizer.clip_norm)
-                trainee.optimizer.step()
-                trainee.after_step(gradient.parts)
+                trainee.take_step(gradient.parts)
+                if trainee.step % READ_EVERY == 0:
+                    run.read_parts(trainee)
+            run.read_parts(trainee)  # a run that has diverged ends here, its folder untouched
             if interruption.requested and trainee.step < len(batches):
                 trainee.count_time(started)
                 snapshot(run, trainee)
-                return _result(run, trainee, "interrupted", fabric)
+                return _result(p, "interrupted")
 
             # -- validation, best weights, snapshot ----------------------------------------------
             with trainee.averaged_weights():
-                metrics = validated.metrics()
+                metrics = p.validation.metrics()
                 score = sum(w * metrics[key] for key, w in settings.score.weights.items())
                 improved = trainee.register_score(score)
-                if improved and fabric.is_global_zero:
-                    save_potential(run.best, student, _info(info, settings, epoch, metrics))
+                if improved and p.fabric.is_global_zero:
+                    save_potential(run.best, p.student, _info(info, settings, epoch, metrics))
             trainee.count_time(started)
             record = {
                 "epoch": epoch,
                 "steps": trainee.steps,
                 "learning_rate": trainee.learning_rate,
-                "weights": {t.name: t.weight_at(epoch) for t in settings.label_terms}
-                | {head.term.name: heads.weight(head.term, epoch) for head in heads.all},
+                "weights": {line.name: line.weight_at(epoch) for line in settings.label_terms}
+                | trainee.terms.weights(epoch),
                 "train": trainee.epoch_means(),
                 "validation": metrics,
                 "score": score,
@@ -216,20 +180,78 @@ def train(
             if events is not None:
                 events.log(record)
             snapshot(run, trainee)
-            if on_epoch is not None and fabric.is_global_zero:
+            if on_epoch is not None and p.fabric.is_global_zero:
                 on_epoch(record)
             if interruption.requested:
-                return _result(run, trainee, "interrupted", fabric)
-    status = "finished" if trainee.epoch > settings.epochs else "stopped early"
-    return _result(run, trainee, status, fabric)
+                return _result(p, "interrupted")
+    return _result(p, "finished" if trainee.epoch > settings.epochs else "stopped early")
 
 
-def _score_term(metric: str, source: str) -> LossTerm:
-    """The label that a metric of the score needs, as a loss term, so that it can be checked."""
-    for name in ("atomic_energies", "energy", "forces", "stress"):
-        if metric.removeprefix("free_").startswith(name):
-            return LossTerm(property=name, source=source)
-    raise ConfigError(f"the score's metric '{metric}' is not one of potstill.metrics")
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that the loop works with, checked and on its device."""
+
+    fabric: lightning_fabric.Fabric
+    student: SumPotential
+    network: Potential
+    data: TrainingSet
+    run: RunFolder
+    trainee: Trainee
+    draw: BatchSource
+    force_gradient: ForceGradient
+    passes: nn.Module
+    validation: Validation
+
+
+def prepare(
+    settings: TrainSettings,
+    training: TrainingSet,
+    validation: TrainingSet,
+    folder: str | Path,
+    initial: Potential | None,
+    teachers: Mapping[str, Teacher],
+    say: Callable[[str], None] | None,
+    fabric: lightning_fabric.Fabric | None,
+) -> Prepared:
+    """Check all that a run needs, make what it works with, and resume it if it was interrupted.
+
+    Arguments and errors are those of `train`.
+    """
+    fabric = fabric or default_fabric()
+    check_labels(settings, training, validation)
+    if settings.augment is not None:  # stored features are those of other positions
+        training = replace(training, features={})
+    table = initial.species_table if initial is not None else training.structures.species_table
+    training, validation = (d.with_species_table(table) for d in (training, validation))
+    student, training = initial_student(settings, training, initial)
+    network, baseline = student["network"], student.without("network")
+    network.use_core(settings.core)
+    network.to(fabric.device)  # before native kernels are chosen, which are for the CPU
+    features = FeatureSources(training, teachers)
+    terms = bind_terms(settings, network, features)
+    augmentation = None
+    if settings.augment is not None:
+        augmentation = Augmentation(settings, student, teachers, fabric.device)
+    tapped = any(name in network.taps for term in terms.all for name in term.needs)
+    force_gradient = ForceGradient(settings.force_gradient, network, features=tapped)
+    say = say if fabric.is_global_zero else None
+    passes = network_passes(network, force_gradient, compiled=settings.compile, say=say)
+    reach = network.cutoff + force_gradient.margin
+    training = training.with_neighbors(reach, packed=force_gradient.takes_compact_lists)
+
+    run = RunFolder.open(Path(folder), settings, training, fabric, learning_taps(terms))
+    trainee = Trainee.create(student, terms, settings, fabric)
+    features.to(fabric.device)
+    residual = validation.minus(baseline)
+    validated = Validation(settings, network, residual, terms, features, fabric)
+    draw = BatchSource(settings, training, augmentation, features, fabric)
+    wrapped = fabric.setup_module(passes)
+    if not restore(run, trainee):
+        order = mixed_batches(training.structures, training.synthetic, settings, epoch=1)
+        choose_scales(settings, network, terms, draw, order, fabric)
+    return Prepared(
+        fabric, student, network, training, run, trainee, draw, force_gradient, wrapped, validated
+    )
 
 
 def _info(
@@ -246,9 +268,7 @@ def _info(
     }
 
 
-def _result(
-    run: RunFolder, trainee: Trainee, status: str, fabric: lightning_fabric.Fabric
-) -> TrainResult:
-    record = run.close(status, trainee)
-    fabric.barrier()  # what rank 0 writes is there when any rank goes on
-    return TrainResult(best=run.best, **record)
+def _result(p: Prepared, status: str) -> TrainResult:
+    record = p.run.close(status, p.trainee)
+    p.fabric.barrier()  # what rank 0 writes is there when any rank goes on
+    return TrainResult(best=p.run.best, **record)

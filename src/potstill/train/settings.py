@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from potstill.distill import AuxiliaryTerm, FeatureTerm, LossTerm, expand
+from potstill.distill import FeatureTerm, LossTerm, expand
 from potstill.distill.strategies import AnyTerm
+from potstill.distill.terms import Line
 from potstill.sample.jitter import NormOf
 
 
@@ -101,7 +102,13 @@ class LearningRateSettings(_Settings):
 
 
 class RegularizationSettings(_Settings):
-    """Weights of the L2 term and of HIP-NN's hierarchicality (Eq. 2 of Matin et al.)."""
+    """Weights of the L2 term and of what models want of their energies, by its name.
+
+    HIP-NN's hierarchicality is that of Eq. 2 of Matin et al.; see `Potential.regularizers`.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, Annotated[float, Field(ge=0)]] = Field(init=False)
 
     l2: float = Field(default=1e-6, ge=0)
     hierarchicality: float = Field(default=0.01, ge=0)
@@ -213,8 +220,8 @@ class TrainSettings(_Settings):
         Sampling and weighting ratio of synthetic data.
     augment : AugmentSettings, optional
         Displace the structures of every batch, and let a teacher label them.
-    loss : tuple of LossTerm, FeatureTerm or AuxiliaryTerm
-        Its terms; lines with `distill` name strategies (`potstill.distill.strategies`).
+    loss : tuple of LossTerm, FeatureTerm, AuxiliaryTerm or CustomLine
+        Its lines; those with `distill` name strategies (`potstill.distill.strategies`).
     epochs : int
         At most this many.
     batch_size : int
@@ -263,9 +270,7 @@ class TrainSettings(_Settings):
 
     @field_validator("loss")
     @classmethod
-    def _some_loss(
-        cls, terms: tuple[LossTerm | FeatureTerm | AuxiliaryTerm, ...]
-    ) -> tuple[LossTerm | FeatureTerm | AuxiliaryTerm, ...]:
+    def _some_loss(cls, terms: tuple[Line, ...]) -> tuple[Line, ...]:
         if not any(term.ever_active for term in terms):
             raise ValueError("the loss has no term with a weight other than zero")
         names = [term.name for term in terms]
@@ -294,12 +299,6 @@ class TrainSettings(_Settings):
     def label_terms(self) -> tuple[LossTerm, ...]:
         """The terms on labels."""
         return tuple(term for term in self.loss if isinstance(term, LossTerm))
-
-    @property
-    def auxiliary_terms(self) -> tuple[AuxiliaryTerm, ...]:
-        """The terms on what is read off features that ever weigh."""
-        terms = (term for term in self.loss if isinstance(term, AuxiliaryTerm))
-        return tuple(term for term in terms if term.ever_active)
 
     @property
     def feature_terms(self) -> tuple[FeatureTerm, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from potstill import __version__
 from potstill.checkpoint import FORMAT_VERSION, read_payload
-from potstill.distill.heads import FeatureHeads
+from potstill.distill.taps import TapPair
+from potstill.distill.terms import Terms
 from potstill.errors import ConfigError, DivergenceError
 from potstill.files import write_atomically
 from potstill.models import SumPotential
@@ -36,10 +38,10 @@ class Trainee:
     ----------
     student : SumPotential
         Only its component `network` is trained.
-    heads : FeatureHeads
-        Transformations of features, trained along and not saved with the student.
+    terms : Terms
+        Of the loss; their own parameters are trained along and not saved with the student.
     optimizer : torch.optim.Optimizer
-        Over the parameters of network and heads.
+        Over the parameters of network and terms.
     average : dict of str to Tensor, optional
         Exponential moving average of the weights.
     epoch, step : int
@@ -53,11 +55,13 @@ class Trainee:
     steps : int
         Optimizer steps since the start.
     sums : dict of str to float
-        Parts of the loss, summed over the steps of the epoch under way.
+        Parts of the loss, summed over the steps of the epoch under way that have been read.
+    pending : list of dict of str to Tensor
+        Parts of the loss of the steps since, on their device.
     """
 
     student: SumPotential
-    heads: FeatureHeads
+    terms: Terms
     optimizer: torch.optim.Optimizer
     average_decay: float | None
     average: dict[str, Tensor] | None
@@ -71,25 +75,26 @@ class Trainee:
     processor_seconds: float = 0.0
     steps: int = 0
     sums: dict[str, float] = field(default_factory=dict)
+    pending: list[dict[str, Tensor]] = field(default_factory=list)
 
     @classmethod
     def create(
         cls,
         student: SumPotential,
-        heads: FeatureHeads,
+        terms: Terms,
         settings: TrainSettings,
         fabric: lightning_fabric.Fabric,
     ) -> Trainee:
-        """Move student and heads to the device and make their optimizer."""
+        """Move student and terms to the device and make their optimizer."""
         network = student["network"].to(fabric.device)
-        heads.to(fabric.device)
-        trained: list[Tensor] = [*network.parameters(), *heads.parameters()]
+        terms.to(fabric.device)
+        trained: list[Tensor] = [*network.parameters(), *terms.parameters()]
         optimizer = _optimizer(settings.optimizer, trained)
         decay = settings.optimizer.ema_decay
         average = None
         if decay is not None:
             average = {k: v.detach().clone() for k, v in network.state_dict().items()}
-        return cls(student, heads, optimizer, decay, average)
+        return cls(student, terms, optimizer, decay, average)
 
     # -- learning rate -------------------------------------------------------------------------
 
@@ -116,16 +121,33 @@ class Trainee:
 
     # -- progress ------------------------------------------------------------------------------
 
-    def after_step(self, parts: dict[str, float]) -> None:
-        """Count a step, add up the parts of its loss, and move the average of the weights."""
-        for name, value in parts.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+    def take_step(self, parts: dict[str, Tensor]) -> None:
+        """Move the weights and their average, unless the loss is infinite or NaN.
+
+        That is decided on the device, as for mixed precision: nothing is read back.
+        """
+        self.optimizer.found_inf = (~torch.isfinite(parts["loss"])).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.pending.append(parts)
         self.step += 1
         self.steps += 1
         if self.average is not None and self.average_decay is not None:
             with torch.no_grad():
                 for name, value in self.student["network"].state_dict().items():
                     self.average[name].lerp_(value, 1.0 - self.average_decay)
+
+    def read_pending(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """Parts of the loss of each step that has not been read, with its number in the epoch."""
+        pending, self.pending = self.pending, []
+        if not pending:
+            return
+        names = list(pending[0])
+        table = torch.stack([torch.stack([p[n].double() for n in names]) for p in pending])
+        for step, row in enumerate(table.tolist(), start=self.step - len(pending) + 1):
+            parts = dict(zip(names, row, strict=True))
+            for name, value in parts.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            yield step, parts
 
     def count_time(self, since: tuple[float, float]) -> None:
         """Add the time since `now()` was asked for `since`."""
@@ -226,7 +248,7 @@ class RunFolder:
         settings: TrainSettings,
         training: TrainingSet,
         fabric: lightning_fabric.Fabric,
-        features: Mapping[str, str] | None = None,
+        taps: Mapping[str, TapPair] | None = None,
     ) -> RunFolder:
         """Make the folder, or check that it belongs to the same run.
 
@@ -257,7 +279,8 @@ class RunFolder:
                 )
         elif run.writes:
             record = {**identity, "versions": versions(), "labels": training.summary()}
-            record |= {"features": dict(features)} if features else {}
+            if taps:
+                record["features"] = {name: pair.to_json() for name, pair in taps.items()}
             text = json.dumps(record, indent=2)
             write_atomically(file, text)
         fabric.barrier()
@@ -310,20 +333,23 @@ class RunFolder:
                 kept.append(line + "\n")
         write_atomically(self.metrics, "".join(kept))
 
-    def report_divergence(self, epoch: int, step: int, parts: dict[str, float]) -> None:
-        """Stop a run whose loss is no longer a number.
+    def read_parts(self, trainee: Trainee) -> None:
+        """Read the parts of the loss of the steps since the last time.
 
         Raises
         ------
         DivergenceError
-            Always.
+            If the loss of a step is no longer a number; neither that step nor a later one is saved.
         """
-        shown = ", ".join(f"{name} = {value:.3g}" for name, value in parts.items())
-        kept = f"the best potential so far is {self.best}" if self.best.is_file() else "nothing"
-        raise DivergenceError(
-            f"training diverged in epoch {epoch}, step {step + 1} ({shown}); {kept} was kept: try "
-            f"a smaller learning rate, clip_norm, or look for wrong labels"
-        )
+        for step, parts in trainee.read_pending():
+            if math.isfinite(parts["loss"]):
+                continue
+            shown = ", ".join(f"{name} = {value:.3g}" for name, value in parts.items())
+            kept = f"the best potential so far is {self.best}" if self.best.is_file() else "nothing"
+            raise DivergenceError(
+                f"training diverged in epoch {trainee.epoch}, step {step} ({shown}); {kept} was "
+                "kept: try a smaller learning rate, clip_norm, or look for wrong labels"
+            )
 
     def close(self, status: str, trainee: Trainee) -> dict[str, Any]:
         """Write and return how the run ended."""
@@ -351,9 +377,9 @@ def snapshot(run: RunFolder, trainee: Trainee) -> None:
         "optimizer": trainee.optimizer.state_dict(),
         "average": trainee.average,
     }
-    if trainee.heads.all:
-        payload["heads"] = trainee.heads.state_dict()
-        payload["scales"] = trainee.heads.scales
+    if len(trainee.terms.members):
+        payload["heads"] = trainee.terms.state_dict()
+        payload["scales"] = trainee.terms.scales
     write_atomically(run.last, lambda file: torch.save(payload, file))
 
 
@@ -367,9 +393,9 @@ def restore(run: RunFolder, trainee: Trainee) -> bool:
     trainee.optimizer.load_state_dict(payload["optimizer"])
     if trainee.average is not None:
         trainee.average = payload["average"]
-    if trainee.heads.all:
-        trainee.heads.load_state_dict(payload["heads"])
-        trainee.heads.scales = payload["scales"]
+    if len(trainee.terms.members):
+        trainee.terms.load_state_dict(payload["heads"])
+        trainee.terms.scales = payload["scales"]
     for name, value in json.loads(payload["header"]).items():
         setattr(trainee, name, value)
     run.drop_records_from(trainee.epoch)

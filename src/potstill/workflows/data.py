@@ -11,7 +11,6 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from potstill.distill import FeatureTerm
-from potstill.distill.taps import split_tap
 from potstill.errors import DataError, suggest
 from potstill.features import Feature
 from potstill.readers import KeyMap, Units, read, split_by_group, split_by_seed, split_from_file
@@ -220,7 +219,7 @@ def _stored_features(
 ) -> dict[str, Feature]:
     """Features of a source by tap, the teacher's default last; only those that terms may take."""
     own = [term.teacher_tap for term in terms if term.source == source]
-    wanted = {tap for name in own if name for tap in split_tap(name)}
+    wanted = {tap for names in own if names for tap in names}
     known = {tap: entry for tap, entry in store.taps(source).items() if "kind" in entry}
     names = [tap for tap in known if tap in wanted or None in own]
     names.sort(key=lambda tap: known[tap]["default"])

@@ -291,7 +291,7 @@ def loss_terms(
     if control is not None:
         values |= {"forces": control, "atomic_energies": 0.0}
     return tuple(
-        LossTerm(property=name, source=source, weight=weight)  # type: ignore[arg-type]
+        LossTerm(property=name, source=source, weight=weight)
         for name, weight in values.items()
         if weight > 0.0 and name in properties
     )

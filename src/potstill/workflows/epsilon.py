@@ -10,7 +10,7 @@ from pydantic import Field
 
 from potstill.checkpoint import load_potential
 from potstill.distill import LossTerm
-from potstill.distill.losses import check_signals
+from potstill.distill.terms import check_signals
 from potstill.files import write_atomically
 from potstill.report.plots import Figure, Look, Panel, Series, write_figure
 from potstill.report.tables import Table

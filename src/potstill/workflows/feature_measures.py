@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from potstill.checkpoint import load_potential
-from potstill.distill.taps import CHOSEN_PAIRS, split_tap
+from potstill.distill.taps import CHOSEN_PAIRS
 from potstill.evaluate.cka import cka_matrix, linear_probes
 from potstill.evaluate.speed import inference_throughput
 from potstill.models import Potential
@@ -162,7 +162,7 @@ def _similarity(cell: ComparedCell, structures: Structures) -> dict[str, Any]:
 
 def _alike(potential: Potential, tap: str | None) -> list[str]:
     """The taps of a potential of the same kind as one of them; a module's path is no tap."""
-    own = None if tap is None else potential.taps.get(split_tap(tap)[0])
+    own = None if tap is None else potential.taps.get(tap.partition("+")[0])
     kind = "node_scalar" if own is None else own.kind
     return [k for k, spec in potential.taps.items() if spec.kind == kind and k != CHOSEN_PAIRS]
 

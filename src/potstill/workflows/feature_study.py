@@ -21,9 +21,8 @@ from ase.calculators.calculator import BaseCalculator
 from pydantic import Field, model_validator
 
 from potstill.checkpoint import load_potential
-from potstill.distill.heads import resolve_taps
-from potstill.distill.taps import CHOSEN_PAIRS
-from potstill.distill.terms import KINDS
+from potstill.distill.feature_terms import KINDS
+from potstill.distill.taps import CHOSEN_PAIRS, TapPair, resolve_taps
 from potstill.errors import ConfigError, suggest
 from potstill.evaluate.errors import S2EFErrors, average_estimates, evaluate_s2ef
 from potstill.evaluate.learning import read_learning_curves
@@ -561,10 +560,9 @@ def _teacher_row(config: FeatureStudyConfig, folder: Path, name: str) -> Feature
 
 def _taps(record: Mapping[str, Any]) -> tuple[str, str] | None:
     """Taps of student and teacher of a run's first term on features."""
-    for words in record["taps"].values():
-        student, arrow, teacher = words.partition(" <- ")
-        if arrow:
-            return student, teacher
+    for pair in map(TapPair.from_json, record["taps"].values()):
+        if pair.teacher:
+            return "+".join(pair.student), "+".join(pair.teacher)
     return None
 
 

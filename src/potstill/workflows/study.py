@@ -111,7 +111,7 @@ class Strategy(_Strict):
                 weights[name] = schedule.compressed(schedule_factor)
         return tuple(
             LossTerm(
-                property=name,  # type: ignore[arg-type]
+                property=name,
                 source="teacher" if name == "atomic_energies" else source,
                 weight=weight,
             )

@@ -21,8 +21,8 @@ from potstill.models import Potential, build_model
 from potstill.report.plots import write_cka_history
 from potstill.teachers import Teacher
 from potstill.train import TrainingSet, TrainResult, TrainSettings, train
-from potstill.train.features import is_stored
 from potstill.train.loop import EpochCallback
+from potstill.train.signals import is_stored
 from potstill.workflows.base import (
     Display,
     Settings,

@@ -1,0 +1,82 @@
+"""Terms without labels: what a model wants of its energies, and small weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from potstill.distill.terms import Batch, Term
+from potstill.models import Potential
+from potstill.models.base import Regularizer
+
+
+class EnergyRegularizer(Term):
+    """A penalty on the terms of the atomic energies, of `Potential.regularizers`.
+
+    Mean over the configurations of the sum over their atoms.
+
+    Parameters
+    ----------
+    name : str
+        As the model calls it.
+    penalty : callable
+        From (N, T) terms to (N,) penalties.
+    weight : float
+        In every epoch.
+    """
+
+    needs = ("terms",)
+    validated = False
+    line = None
+
+    def __init__(self, name: str, penalty: Regularizer, weight: float) -> None:
+        self.name, self.penalty, self.weight = name, penalty, weight
+
+    def weight_at(self, epoch: int) -> float:
+        """The weight."""
+        return self.weight
+
+    def sums(self, values: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Of the penalties, and of the configurations."""
+        per_atom = self.penalty(values["terms"])
+        n_systems = per_atom.new_tensor(float(batch.structures.n_systems))
+        return torch.stack([per_atom.sum(), n_systems])
+
+    def value(self, sums: Tensor) -> Tensor:
+        """Penalty per configuration."""
+        return sums[0] / sums[1]
+
+
+class SquaredWeights(Term):
+    """L2: the sum of squares of a network's weights.
+
+    Parameters
+    ----------
+    network : Potential
+        Its `regularized_weights` count.
+    weight : float
+        In every epoch.
+    """
+
+    name = "l2"
+    of_parameters = True
+    validated = False
+    line = None
+
+    def __init__(self, network: Potential, weight: float) -> None:
+        self.network, self.weight = network, weight
+
+    def weight_at(self, epoch: int) -> float:
+        """The weight."""
+        return self.weight
+
+    def sums(self, values: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """(1,) the squares, summed in float64."""
+        squares = (w.square().sum() for w in self.network.regularized_weights())
+        return sum(squares, start=batch.structures.cell.new_zeros(())).unsqueeze(0)
+
+    def value(self, sums: Tensor) -> Tensor:
+        """Their sum."""
+        return sums[0]
