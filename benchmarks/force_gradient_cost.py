@@ -41,7 +41,8 @@ from potstill.distill import LossTerm
 from potstill.evaluate.base import machine_description
 from potstill.models import Potential, build_model
 from potstill.models.base import Core
-from potstill.report.plots import Look, Panel, Series, write_figure
+from potstill.report.panels import Look, Panel, Series
+from potstill.report.plots import write_figure
 from potstill.species import SpeciesTable
 from potstill.structures import Properties, Structures
 from potstill.train import TrainingSet, TrainSettings

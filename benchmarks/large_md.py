@@ -86,7 +86,7 @@ def main() -> None:
             sample_every=100,
         )
         record["nve"] = run.to_json()
-        print(run.summary())
+        print(run.reason or f"drift {run.drift:+.3g} meV/atom over {run.duration:g} ps")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(record, indent=1) + "\n")
 

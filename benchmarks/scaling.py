@@ -38,7 +38,8 @@ from potstill.core import describe_core
 from potstill.evaluate.base import machine_description
 from potstill.models import HIPNN
 from potstill.neighbors import build_neighbor_list
-from potstill.report.plots import Look, Panel, Series, write_figure
+from potstill.report.panels import Look, Panel, Series
+from potstill.report.plots import write_figure
 from potstill.species import SpeciesTable
 from potstill.structures import Structures
 

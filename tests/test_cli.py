@@ -144,7 +144,7 @@ def test_train_then_inspect_and_evaluate(copper):
         *("evaluate", f"mine={best}", "--data", copper / "frames.xyz", "--tests", "errors"),
         *("--out", copper / "results"),
     ).output
-    assert "forces_rmse" in text
+    assert "Force RMSE (eV/Å)" in text
     errors = json.loads((copper / "results" / "errors.json").read_text())
     assert "mine-reference" in errors["mine"]["channels"]
 

@@ -101,11 +101,11 @@ def test_a_run_killed_at_every_stage_ends_like_one_that_was_not(settings, tmp_pa
         assert (folder / name).is_file()
     errors = json.loads((folder / "evaluation" / "errors.json").read_text())
     assert set(errors) == {"student", "control_wf10"}
-    assert whole.summary["errors"]["student"]["forces_relative_rmse"] > 0
+    assert whole.summary["metrics"]["student"]["forces_relative_rmse"] > 0
     # A student of three epochs may have no equation of state: then that is its result.
     eos = json.loads((folder / "evaluation" / "eos.json").read_text())
     assert set(eos) == {"student", "teacher"}
-    assert "teacher" in whole.summary["bulk_modulus"]
+    assert "bulk_modulus" in whole.summary["metrics"]["teacher"]
     info = load_potential(folder / "student.pt")[1]
     assert info["trained_on"]["temperature_K"] == [300.0, 300.0]
     assert info["teacher"]["fingerprint"]

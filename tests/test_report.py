@@ -19,32 +19,32 @@ from matplotlib.image import imread
 
 from potstill.checkpoint import save_potential
 from potstill.errors import DataError
-from potstill.evaluate.base import as_json
+from potstill.evaluate.base import Findings, as_json
 from potstill.evaluate.elastic import ElasticConstants
 from potstill.evaluate.eos import EquationOfState
 from potstill.evaluate.errors import ErrorReport
 from potstill.evaluate.learning import LearningCurves
 from potstill.evaluate.memory import MemoryUse
 from potstill.evaluate.nve import NVERun
+from potstill.evaluate.parity import parity_points
 from potstill.evaluate.rdf import RadialDistribution
 from potstill.evaluate.speed import SpeedRow, SpeedTable
+from potstill.metrics import METRICS
 from potstill.models import HIPNN, SpeciesOffsets, SumPotential
-from potstill.report import (
+from potstill.report.panels import Panel, Series, looks
+from potstill.report.plots import write_figure
+from potstill.report.study import (
     StudyRow,
-    collect,
-    parity_points,
     study_figures,
     study_tables,
     study_verdicts,
-    write_report,
     write_study_report,
 )
-from potstill.report.plots import Panel, Series, looks, write_figure
-from potstill.report.run import verdicts
-from potstill.report.tables import METRICS, Spread, Table, number
+from potstill.report.tables import Spread, Table, number
 from potstill.report.verdicts import compare, over_sizes, sentence
 from potstill.species import SpeciesTable
 from potstill.structures import Properties, Structures
+from potstill.workflows.report import collect, verdicts, write_report
 
 MODELS = ("student", "control_wf10", "teacher")
 SCALE = {"student": 1.0, "control_wf10": 1.2, "teacher": 0.0}
@@ -207,8 +207,8 @@ def page(run):
     return path.read_text(encoding="utf-8").replace("\u00a0", " ")
 
 
-FIGURES = ("parity", "groups", "learning", "pareto", "cost", "eos", "nve", "rdf")
-TABLES = ("table_errors", "table_cost", "table_crystal", "table_nve", "table_rdf")
+FIGURES = ("parity", "groups", "learning", "pareto", "speed", "memory", "eos", "nve", "rdf")
+TABLES = ("table_errors", "table_cost", "table_properties", "table_dynamics")
 
 
 # -- pages -------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_header_says_what_when_and_whose(page):
 
 
 def test_summary_is_computed(page):
-    for text in ("<dd>6.20 <", "to 6.20 % (RMSE", "below the 10 % aimed at",
+    for text in ("<dd>6.20 <", "to 6.20 % (RMSE", "below the bar of 10 %",
                  "0.0500 eV/Å against 0.0600 eV/Å: "
                  "the student is better than the control (w_F = 10) by 17 %",
                  "one run each, so the part of chance is not known",
@@ -304,52 +304,71 @@ def test_summary_is_computed(page):
         assert text in page
 
 
+def quantities(path):
+    """Rows of a table by quantity."""
+    return {row["Quantity"]: row for row in read_csv(path)}
+
+
 def test_tables_hold_the_numbers(run, page):
-    rows = read_csv(run / "report" / "table_errors.csv")
-    assert [row["Model"] for row in rows] == ["student", "control (w_F = 10)"]
-    assert float(rows[1]["Force RMSE (eV/Å)"]) == pytest.approx(0.060)
-    assert float(rows[0]["Energy RMSE (meV/atom)"]) == pytest.approx(2.1)
-    assert float(rows[0]["Stress RMSE (GPa)"]) == pytest.approx(0.0012 * 160.21766, rel=1e-5)
-    assert int(rows[0]["Parameters"]) == collect(run).n_parameters["student"] > 10
-    crystal = read_csv(run / "report" / "table_crystal.csv")
-    bulk_modulus = next(r for r in crystal if r["Quantity"].startswith("Bulk modulus, E(V)"))
+    rows = quantities(run / "report" / "table_errors.csv")
+    models = ["Quantity", "student", "control (w_F = 10)"]
+    assert list(rows["Force RMSE (eV/Å)"]) == models
+    assert float(rows["Force RMSE (eV/Å)"]["control (w_F = 10)"]) == pytest.approx(0.060)
+    assert float(rows["Energy RMSE (meV/atom)"]["student"]) == pytest.approx(2.1)
+    stress = float(rows["Stress RMSE (GPa)"]["student"])
+    assert stress == pytest.approx(0.0012 * 160.21766, rel=1e-5)
+    n_parameters = collect(run).found.n_parameters["student"]
+    assert int(rows["Parameters"]["student"]) == n_parameters > 10
+    crystal = quantities(run / "report" / "table_properties.csv")
+    bulk_modulus = crystal["Bulk modulus, E(V) (GPa)"]
     assert float(bulk_modulus["student − teacher (%)"]) == pytest.approx(100 / 95)
-    distance = read_csv(run / "report" / "table_rdf.csv")
-    assert len(distance) == 1
+    assert float(crystal["Strain of elastic constants"]["teacher"]) == 0.005
+    dynamics = quantities(run / "report" / "table_dynamics.csv")
     total = sum(abs(a - b) for a, b in zip(rdf("student").g, rdf("teacher").g, strict=True))
-    assert float(distance[0]["Sum of absolute differences"]) == pytest.approx(total)
-    cost = read_csv(run / "report" / "table_cost.csv")
-    assert float(cost[0]["Times faster than teacher"]) == pytest.approx(155.0)
-    assert float(cost[0]["Memory per atom (KiB)"]) == pytest.approx(21e3 / 1024)
+    distance = dynamics["g(r): sum over bins of absolute differences"]["student"]
+    assert float(distance) == pytest.approx(total)
+    assert dynamics["NVE run"]["student"] == "sound"
+    assert float(dynamics["NVE drift (meV/atom)"]["student"]) == pytest.approx(0.08)
+    cost = quantities(run / "report" / "table_cost.csv")
+    faster = cost["Times faster than the teacher (largest common size)"]["student"]
+    assert float(faster) == pytest.approx(155.0)
+    assert float(cost["Memory per atom (KiB)"]["student"]) == pytest.approx(21e3 / 1024)
 
 
 def summary(folder):
     """Verdicts and the facts above them as one text."""
-    return " ".join(verdicts(collect(folder)))
+    return " ".join(verdicts(collect(folder).found))
 
 
 def test_verdict_is_honest_when_the_control_wins(tmp_path):
     write_evaluation(tmp_path / "evaluation", {"student": 2.0, "control_wf10": 1.0, "teacher": 0.0})
     text = summary(tmp_path)
     assert "the student is worse than the control (w_F = 10) by 100 %" in text
-    assert "12.4 % (RMSE over the standard deviation of the forces), above the 10 %" in text
+    assert "12.4 % (RMSE over the standard deviation of the forces), above the bar of 10 %" in text
     assert "is better than" not in text
 
 
 def test_wrong_elastic_constants_are_said(tmp_path):
     write_evaluation(tmp_path / "evaluation")
-    wrong = {**elastic("student").to_json(), "c12": -90.0}
-    write_only(tmp_path, eos={m: as_json(eos(m)) for m in MODELS},
-               elastic={"student": wrong, "teacher": elastic("teacher").to_json()})  # fmt: skip
-    assert "C12 −90.0 (60.0) GPa, C44 76.0 (75.0) GPa; far from the teacher's" in summary(tmp_path)
+    wrong = np.diag([151.0] * 3 + [-4.0] * 3) + np.pad(-90.0 * (1 - np.eye(3)), (0, 3))
+    wrong = dataclasses.replace(elastic("student"), tensor=wrong)
+    both = {"student": wrong.to_json(), "teacher": elastic("teacher").to_json()}
+    write_only(tmp_path, eos={m: as_json(eos(m)) for m in MODELS}, elastic=both)
+    lines = verdicts(collect(tmp_path).found)
+    assert "C12 −90.0 (60.0) GPa, C44 −4.00 (75.0) GPa; far from the teacher's" in " ".join(lines)
+    assert lines[0].startswith("Missed 2 of 2 bars: mechanical stability (C11 + 2 C12 = −29.0 GPa")
+    assert "C44 = −4.00 GPa" in lines[0]
+    assert "elastic constants (C12 −90.0 GPa, teacher 60.0 GPa)" in lines[0]
 
 
 def test_untimed_controls_are_drawn_at_the_cost_of_the_student(run, tmp_path):
     data = collect(run)
-    results = {**data.results, "speed": {m: as_json(speed(m)) for m in ("student", "teacher")}}
-    results = {name: results[name] for name in ("errors", "speed")}
-    write_report(dataclasses.replace(data, folder=tmp_path, results=results, curves={},
-                                     n_parameters={"student": 9, "control_wf10": 9}))  # fmt: skip
+    results = {
+        "errors": data.found.results["errors"],
+        "speed": {m: speed(m) for m in ("student", "teacher")},
+    }
+    found = Findings(results, n_parameters={"student": 9, "control_wf10": 9})
+    write_report(dataclasses.replace(data, folder=tmp_path, found=found, curves={}))
     rows = read_csv(tmp_path / "report" / "pareto.csv")
     x = {row["series"]: float(row["x"]) for row in rows if row["kind"] == "points"}
     assert x["control_wf10"] == x["student"] < x["teacher"]
@@ -362,7 +381,10 @@ def test_unstable_dynamics_is_said(tmp_path):
     assert "broke down after 3.5 ps: the temperature rose" in summary(tmp_path)
     text = write_report(tmp_path).read_text()
     assert "unstable" in text
-    assert "broke down after 3.5 ps" in (tmp_path / "report" / "table_nve.md").read_text()
+    table = (tmp_path / "report" / "table_dynamics.md").read_text()
+    assert "broke down after 3.5 ps" in table
+    assert "drift" not in table.split("Slope:")[0]
+    assert "below the bar" not in summary(tmp_path).split("NVE")[1]
 
 
 def write_only(folder, **tests):
@@ -377,8 +399,8 @@ def write_only(folder, **tests):
     ("present", "figures"),
     [
         (("errors",), {"groups"}),
-        (("speed", "memory"), {"cost"}),
-        (("errors", "memory"), {"groups", "cost", "pareto"}),
+        (("speed", "memory"), {"speed", "memory"}),
+        (("errors", "memory"), {"groups", "memory", "pareto"}),
         (("eos",), {"eos"}),
         (("elastic",), set()),
         (("rdf", "nve"), {"rdf", "nve"}),
@@ -406,7 +428,7 @@ def test_failed_tests_are_reported(tmp_path):
     failed = {"student": eos("student").to_json(), "teacher": {"error": "it <broke>"}}
     write_only(tmp_path, eos=failed)
     text = write_report(tmp_path).read_text()
-    assert "The test “eos” of the teacher was not done: it &lt;broke&gt;" in text
+    assert "Not done: equation of state of teacher (it &lt;broke&gt;)." in text
     assert (tmp_path / "report" / "eos.png").is_file()
 
 
@@ -438,7 +460,7 @@ def test_parity_points_sample_what_both_have():
         {"forces": torch.tensor([True, False])},
     )
     prediction = Properties({"energy": torch.tensor([8.8, 16.0]), "forces": forces + 1.0})
-    points = parity_points(prediction, label, structures, max_points=10)
+    points = parity_points(prediction, label, structures, max_points=10).to_json()
     assert points["energy"]["prediction"] == pytest.approx([1.1, 2.0])
     assert points["forces"]["n"] == 24
     assert len(points["forces"]["label"]) == 10

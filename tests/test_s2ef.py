@@ -17,20 +17,20 @@ from potstill.checkpoint import save_potential
 from potstill.config import EvaluateConfig
 from potstill.errors import ConfigError, DataError
 from potstill.evaluate.errors import (
+    S2EFErrors,
     average_estimates,
     estimate_over_seeds,
     evaluate_s2ef,
     share_of_gap,
 )
-from potstill.evaluate.learning import read_learning_curves
-from potstill.evaluate.speed import inference_throughput
+from potstill.evaluate.learning import progress_panels, read_learning_curves
+from potstill.evaluate.speed import Throughput, inference_throughput
 from potstill.metrics import ErrorAccumulator, Estimate, S2EFAccumulator
 from potstill.models import HIPNN
-from potstill.report.plots import progress_panels
 from potstill.species import SpeciesTable
 from potstill.structures import Properties, Structures
 from potstill.workflows.evaluation import evaluate
-from potstill.workflows.inspection import result_cards
+from potstill.workflows.summary import result_rows
 
 
 def random_batch(n_systems: int, seed: int = 0, spread: float = 0.02):
@@ -80,8 +80,8 @@ def open_catalyst(structures, label, prediction) -> dict[str, float]:
         start += n
     return {
         "energy_mae": float(energy_error.mean()),
-        "force_mae": float((forces - target).abs().mean()),
-        "force_cosine": float(torch.cosine_similarity(forces, target).mean()),
+        "free_forces_mae": float((forces - target).abs().mean()),
+        "free_forces_cosine": float(torch.cosine_similarity(forces, target).mean()),
         "efwt": 100.0 * success / structures.n_systems,
     }
 
@@ -144,7 +144,7 @@ def test_standard_errors():
     single = [accumulated(structures, label, prediction, [torch.tensor([k])]) for k in range(200)]
     total = sum(one.state() for one in single)
     left_out = S2EFAccumulator()
-    values: dict[str, list[float]] = {"force_mae": [], "force_cosine": []}
+    values: dict[str, list[float]] = {"free_forces_mae": [], "free_forces_cosine": []}
     for one in single:
         left_out.load_state(total - one.state())
         for name, column in values.items():
@@ -236,19 +236,19 @@ def test_evaluate_reports_each_split_and_the_average(copper, tmp_path):
         "settings": {"batch_atoms": 8},
     }
     results = evaluate(EvaluateConfig(**config, out=str(tmp_path / "a")))
-    assert set(results) == {"s2ef"}
-    found = results["s2ef"]["model"]
-    for name in ("energy_mae", "force_mae", "force_cosine", "efwt"):
-        values = [found["splits"][split][name]["value"] for split in ("id", "ood")]
-        assert found["average"][name]["value"] == pytest.approx(np.mean(values))
+    found = results.of("s2ef", S2EFErrors)["model"]
+    assert set(results.results) == {"s2ef"}
+    for name in ("energy_mae", "free_forces_mae", "free_forces_cosine", "efwt"):
+        values = [found.splits[split][name].value for split in ("id", "ood")]
+        assert found.average[name].value == pytest.approx(np.mean(values))
         assert values[0] != values[1] or name == "efwt"
     asked = EvaluateConfig(**config, out=str(tmp_path / "b"), tests=("throughput", "s2ef"))
     results = evaluate(asked)
-    assert results["s2ef"]["model"] == found
-    assert results["throughput"]["model"]["n_samples"] == 8
-    text = str(result_cards(results))
-    assert "average: force_mae" in text
-    assert "samples_per_second" in text
+    assert results.of("s2ef", S2EFErrors)["model"] == found
+    assert results.of("throughput", Throughput)["model"].n_samples == 8
+    text = str(result_rows(results))
+    assert "average: Force MAE (free atoms) (eV/Å)" in text
+    assert "Structures per second (1/s)" in text
     with pytest.raises(ConfigError, match="nothing to evaluate on"):
         evaluate(EvaluateConfig(models=config["models"], out=str(tmp_path / "c")))
 

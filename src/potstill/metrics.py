@@ -9,7 +9,7 @@ depend on how a set was cut into batches or spread over processes.
 | `energy_per_atom_mae`, `_rmse` | total energy over the number of atoms | eV |
 | `forces_mae`, `forces_rmse` | per Cartesian component, all atoms | eV/Å |
 | `forces_cosine` | mean over atoms of the cosine between predicted and labelled force | 1 |
-| `free_forces_mae`, `_rmse` | as `forces`, of the atoms that are not fixed, where some are | eV/Å |
+| `free_forces_...` | all of `forces_...` over the atoms that are not fixed, where some are | |
 | `forces_relative_rmse` | `forces_rmse` over the standard deviation of the labels' components | 1 |
 | `stress_mae`, `stress_rmse` | per component of the nine | eV/Å³ |
 | `atomic_energies_mae`, `_rmse` | per atom | eV |
@@ -25,6 +25,7 @@ out of the result.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,12 +35,108 @@ from torch.nn.functional import cosine_similarity
 from potstill.errors import DataError
 from potstill.properties import property_spec
 from potstill.structures import Properties, Structures
+from potstill.units import GPA
 
 #: Thresholds of EFwT, "energy and forces within threshold" (Chanussot et al., OC20): eV, eV/Å.
 EFWT_ENERGY = 0.02
 EFWT_FORCE = 0.03
 
-# The state is one row of sums per channel; rows of the last two channels use two columns only.
+# -- vocabulary ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How one metric is shown.
+
+    Parameters
+    ----------
+    key : str
+        Its key in the numbers.
+    name : str
+        In words, as the start of a label.
+    unit : str
+        Unit that is shown; "" for pure numbers.
+    scale : float
+        The number shown per number stored.
+    lower_is_better : bool
+        False for cosines and EFwT.
+    """
+
+    key: str
+    name: str
+    unit: str = ""
+    scale: float = 1.0
+    lower_is_better: bool = True
+
+    @property
+    def label(self) -> str:
+        """Name and unit, for axes and columns."""
+        return f"{self.name} ({self.unit})" if self.unit else self.name
+
+
+def _vocabulary() -> tuple[Metric, ...]:
+    """All metrics; the three kinds of force error are named once, over all and over free atoms."""
+    forces = [
+        row
+        for prefix, whose in (("forces", ""), ("free_forces", " (free atoms)"))
+        for row in (
+            Metric(f"{prefix}_rmse", f"Force RMSE{whose}", "eV/Å"),
+            Metric(f"{prefix}_mae", f"Force MAE{whose}", "eV/Å"),
+            Metric(f"{prefix}_relative_rmse", f"Rel. force RMSE{whose}", "%", 100.0),
+            Metric(f"{prefix}_cosine", f"Force cosine{whose}", lower_is_better=False),
+        )
+    ]
+    return (
+        *forces,
+        Metric("energy_per_atom_rmse", "Energy RMSE", "meV/atom", 1e3),
+        Metric("energy_per_atom_mae", "Energy MAE", "meV/atom", 1e3),
+        Metric("energy_rmse", "Total energy RMSE", "eV"),
+        Metric("energy_mae", "Total energy MAE", "eV"),
+        Metric("atomic_energies_rmse", "Atomic energy RMSE", "meV", 1e3),
+        Metric("atomic_energies_mae", "Atomic energy MAE", "meV", 1e3),
+        Metric("stress_rmse", "Stress RMSE", "GPa", 1.0 / GPA),
+        Metric("stress_mae", "Stress MAE", "GPa", 1.0 / GPA),
+        Metric("efwt", "EFwT", "%", lower_is_better=False),
+        Metric("rdf_error", "RDF error", "Å"),
+        Metric("rdf_error_reference", "RDF error to the reference", "Å"),
+        Metric("time_per_step_atom_us", "Time per step and atom", "µs"),
+        Metric("memory_per_atom_kib", "Memory per atom", "KiB"),
+        Metric("samples_per_second", "Structures per second", "1/s", lower_is_better=False),
+        Metric("lattice_constant", "Lattice constant a", "Å"),
+        Metric("volume_per_atom", "Volume per atom", "Å³"),
+        Metric("bulk_modulus", "Bulk modulus, E(V)", "GPa"),
+        Metric("bulk_modulus_derivative", "dB/dp"),
+        Metric("c11", "C11", "GPa"),
+        Metric("c12", "C12", "GPa"),
+        Metric("c44", "C44", "GPa"),
+        Metric("elastic_bulk_modulus", "Bulk modulus, elastic", "GPa"),
+        Metric("lowest_frequency", "Lowest vibration", "1/cm"),
+        Metric("highest_frequency", "Highest vibration", "1/cm"),
+        Metric("nve_drift", "NVE drift", "meV/atom"),
+        Metric("nve_slope", "NVE slope", "meV/atom/ps"),
+        Metric("nve_fluctuation", "NVE fluctuation", "meV/atom"),
+        Metric("nve_duration", "NVE duration", "ps"),
+    )
+
+
+#: The vocabulary: what every number of a result, a report and a study is called and shown as.
+METRICS: dict[str, Metric] = {metric.key: metric for metric in _vocabulary()}
+
+
+def metric_of(key: str) -> Metric:
+    """The metric of a key; one that has no row in `METRICS` is shown by its key in words."""
+    return METRICS.get(key) or Metric(key, key.replace("_", " ").capitalize())
+
+
+def force_key(metrics: Mapping[str, float], kind: str = "rmse") -> str:
+    """Key of the force error to quote: over free atoms where atoms are fixed, else over all."""
+    free = f"free_forces_{kind}"
+    return free if free in metrics else f"forces_{kind}"
+
+
+# -- errors of predictions -------------------------------------------------------------------------
+
+# The state is one row of sums per channel; cosines and EFwT use two columns only.
 _CHANNELS = (
     "energy",
     "energy_per_atom",
@@ -50,6 +147,7 @@ _CHANNELS = (
     "dipole",
     "free_forces",
     "forces_cosine",
+    "free_forces_cosine",
     "efwt",
 )
 _COUNT, _ABSOLUTE, _SQUARE, _LABEL, _LABEL_SQUARE = range(5)
@@ -103,11 +201,12 @@ class ErrorAccumulator:
             predicted, labelled, present = compared["energy"]
             self._add_errors("energy_per_atom", predicted / n_atoms, labelled / n_atoms, present)
         if "forces" in compared:
-            self._add_cosine(*compared["forces"])
+            self._add_cosine("forces_cosine", *compared["forces"])
             if structures.fixed is not None:
                 predicted, labelled, present = compared["forces"]
                 present = present & ~structures.fixed
                 self._add_errors("free_forces", predicted, labelled, present)
+                self._add_cosine("free_forces_cosine", predicted, labelled, present)
         if "energy" in compared and "forces" in compared:
             self._add_efwt(compared["energy"], compared["forces"], structures)
 
@@ -115,7 +214,8 @@ class ErrorAccumulator:
         """Return all metrics of what has been seen, by the keys of this module's table."""
         result: dict[str, float] = {}
         rows = dict(zip(_CHANNELS, self._sums.tolist(), strict=True))
-        cosine, efwt = rows.pop("forces_cosine"), rows.pop("efwt")
+        cosines = {name: rows.pop(name) for name in ("forces_cosine", "free_forces_cosine")}
+        efwt = rows.pop("efwt")
         for name, row in rows.items():
             count = row[_COUNT]
             if not count:
@@ -123,12 +223,13 @@ class ErrorAccumulator:
             result[f"{name}_mae"] = row[_ABSOLUTE] / count
             result[f"{name}_rmse"] = math.sqrt(row[_SQUARE] / count)
             result[f"{name}_n"] = count
-        if rows["forces"][_COUNT]:
-            spread = _standard_deviation(rows["forces"])
-            rmse = result["forces_rmse"]
-            result["forces_relative_rmse"] = rmse / spread if spread > 0 else math.nan
-        if cosine[_COUNT]:
-            result["forces_cosine"] = cosine[_ABSOLUTE] / cosine[_COUNT]
+        for name in ("forces", "free_forces"):
+            if rows[name][_COUNT]:
+                spread, rmse = _standard_deviation(rows[name]), result[f"{name}_rmse"]
+                result[f"{name}_relative_rmse"] = rmse / spread if spread > 0 else math.nan
+        for name, row in cosines.items():
+            if row[_COUNT]:
+                result[name] = row[_ABSOLUTE] / row[_COUNT]
         if efwt[_COUNT]:
             result["efwt"] = 100.0 * efwt[_ABSOLUTE] / efwt[_COUNT]
             result["efwt_n"] = efwt[_COUNT]
@@ -177,15 +278,17 @@ class ErrorAccumulator:
         self._add(channel, _LABEL, known.sum())
         self._add(channel, _LABEL_SQUARE, known.square().sum())
 
-    def _add_cosine(self, predicted: Tensor, labelled: Tensor, present: Tensor) -> None:
+    def _add_cosine(
+        self, channel: str, predicted: Tensor, labelled: Tensor, present: Tensor
+    ) -> None:
         """Add cosines of atoms whose labelled force is not zero; a predicted zero counts as 0."""
         length = torch.linalg.vector_norm(labelled, dim=1)
         counted = present & (length > 0)
         product = length * torch.linalg.vector_norm(predicted, dim=1)
         dot = (predicted * labelled).sum(1)
         cosine = torch.where(product == 0, 0.0, dot / torch.where(product == 0, 1.0, product))
-        self._add("forces_cosine", _COUNT, counted.sum())
-        self._add("forces_cosine", _ABSOLUTE, torch.where(counted, cosine, 0.0).sum())
+        self._add(channel, _COUNT, counted.sum())
+        self._add(channel, _ABSOLUTE, torch.where(counted, cosine, 0.0).sum())
 
     def _add_efwt(
         self,
@@ -222,17 +325,22 @@ class Estimate:
 
 
 #: Metrics of OC20's S2EF task and their units.
-S2EF_METRICS = {"energy_mae": "eV", "force_mae": "eV/Å", "force_cosine": "1", "efwt": "%"}
+S2EF_METRICS = {
+    "energy_mae": "eV",
+    "free_forces_mae": "eV/Å",
+    "free_forces_cosine": "1",
+    "efwt": "%",
+}
 
 
 class S2EFAccumulator:
     """The metrics of OC20's task "structure to energy and forces", over free atoms.
 
     As in the evaluator of the Open Catalyst Project: `energy_mae` of total energies per frame;
-    `force_mae` over the components of all free atoms of all frames; `force_cosine`, the mean over
-    the same atoms of the cosine between predicted and labelled force, zero where either vanishes;
-    `efwt`, the percentage of frames with an energy error below 0.02 eV and all force components
-    within 0.03 eV/Å.
+    `free_forces_mae` over the components of all free atoms of all frames; `free_forces_cosine`,
+    the mean over the same atoms of the cosine between predicted and labelled force, zero where
+    either vanishes; `efwt`, the percentage of frames with an energy error below 0.02 eV and all
+    force components within 0.03 eV/Å.
 
     Each is a ratio of two sums over frames, so five sums more give its standard error to first
     order, and states of several accumulators add up, over batches and over ranks.
@@ -264,8 +372,11 @@ class S2EFAccumulator:
         n_free = _per_system(free.to(torch.float64), structures)
         rows = {
             "energy_mae": ((energy[0] - energy[1]).abs().flatten(), torch.ones_like(n_free)),
-            "force_mae": (_per_system(torch.where(free, difference, 0.0), structures), 3 * n_free),
-            "force_cosine": (_per_system(torch.where(free, cosine, 0.0), structures), n_free),
+            "free_forces_mae": (
+                _per_system(torch.where(free, difference, 0.0), structures),
+                3 * n_free,
+            ),
+            "free_forces_cosine": (_per_system(torch.where(free, cosine, 0.0), structures), n_free),
             "efwt": (100.0 * within, torch.ones_like(n_free)),
         }
         for k, name in enumerate(S2EF_METRICS):

@@ -6,6 +6,7 @@ Readers convert on the way in; the ASE calculator speaks the same units as ASE e
 
 from __future__ import annotations
 
+import numpy as _np
 from ase import units as _ase
 
 from potstill.errors import ConfigError, suggest
@@ -44,6 +45,9 @@ GPA: float = _ase.GPa
 
 #: One amu/Å³ in g/cm³.
 AMU_PER_A3_IN_G_PER_CM3: float = 1.66053906660
+
+#: Angular frequency sqrt(eV/(Å² amu)) in wave numbers, 1/cm.
+OMEGA_IN_WAVE_NUMBERS: float = _ase.s / (2.0e2 * _np.pi * _ase._c)
 
 #: Coulomb's constant e²/(4 pi eps0) in eV Å.
 COULOMB: float = _ase.Hartree * _ase.Bohr

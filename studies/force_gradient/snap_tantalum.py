@@ -34,7 +34,8 @@ from potstill.evaluate.base import machine_description
 from potstill.models import SNAP, ZBL, Edges, Potential, SumPotential
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.readers import read
-from potstill.report.plots import Look, Panel, Series, write_figure
+from potstill.report.panels import Look, Panel, Series
+from potstill.report.plots import write_figure
 from potstill.species import SpeciesTable
 from potstill.structures import NeighborList, Properties, Structures
 from potstill.train.linear import LinearFit, fit_linear

@@ -150,6 +150,8 @@ def distill(
     if dry_run:
         console.print(f"The plan is in {result.folder}/plan.json; run it without --dry-run.")
         return
+    for line in (*result.summary.get("verdicts", ()), *result.summary.get("problems", ())):
+        console.print(line, highlight=False, markup=False)
     print_tables(console, "Results", ("", "model", ""), summary_rows(result.summary))
     console.print(f"Student: {result.folder}/student.pt", highlight=False)
     console.print(f"Report:  {result.folder}/report.html", highlight=False)
@@ -376,7 +378,8 @@ def evaluate(
     tests: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: errors, s2ef, throughput, eos, elastic, speed, memory, nve."
+            help="Comma-separated: errors, s2ef, throughput, eos, elastic, vibrations, speed, "
+            "memory, nve."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
@@ -394,7 +397,7 @@ def evaluate(
     """
     from potstill.config import EvaluateConfig, load_config
     from potstill.workflows.evaluation import evaluate as work
-    from potstill.workflows.inspection import result_cards
+    from potstill.workflows.summary import result_lines, result_rows
 
     overrides = {
         "models": _models(models or []),
@@ -405,9 +408,11 @@ def evaluate(
         "tests": _listed(tests),
         "out": out,
     }
-    results = work(load_config(config, EvaluateConfig, overrides), RichDisplay(console))
-    for card in result_cards(results):
-        print_tables(console, card.title, card.columns, card.rows)
+    settings = load_config(config, EvaluateConfig, overrides)
+    found = work(settings, RichDisplay(console))
+    for line in result_lines(found, Path(settings.out)):
+        console.print(line, highlight=False, markup=False)
+    print_tables(console, "Results", ("", "model", ""), result_rows(found))
 
 
 @_command("Check")

@@ -1,4 +1,8 @@
-"""What the evaluations share: results as plain JSON, relaxation, velocities, the machine."""
+"""What evaluations share: the protocol, what they work on and leave behind, and small tools.
+
+An evaluation is one file with a subclass of `Evaluation` and one line in
+`potstill.evaluate.table`: `potstill evaluate`, the report of `distill` and studies then have it.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,14 @@ import dataclasses
 import math
 import os
 import platform
-from collections.abc import Mapping
+import types
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import ase
 import numpy as np
@@ -17,16 +25,27 @@ import torch
 from ase.calculators.calculator import BaseCalculator
 from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS
+from pydantic import BaseModel, ConfigDict, Field
 
+from potstill.calculators import PotstillCalculator
+from potstill.checkpoint import load_potential
 from potstill.errors import DataError, ModelError
+from potstill.metrics import metric_of
+from potstill.models.base import Potential
+from potstill.report.panels import Drawing
+from potstill.report.tables import Row
+from potstill.report.verdicts import Verdict
+from potstill.sample.md import draw_momenta
 from potstill.sample.supercell import smallest_supercell
-from potstill.structures import Structures
+from potstill.structures import Properties, Structures
 from potstill.units import BOLTZMANN
+
+# -- results -------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Base of all results: a frozen dataclass that turns into plain JSON."""
+    """Base of all results: a frozen dataclass that becomes plain JSON and is read back from it."""
 
     #: Properties that `to_json` writes beside the fields.
     derived: ClassVar[tuple[str, ...]] = ()
@@ -38,18 +57,47 @@ class Result:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_json` for results without nested ones; None becomes NaN."""
+        """Inverse of `to_json`, nested results included; None becomes NaN where a float belongs.
+
+        Fields with a default may be absent, as in files from before they were added.
+
+        Raises
+        ------
+        DataError
+            If a field without a default is absent.
+        """
+        hints = typing.get_type_hints(cls)
         values = {}
         for f in dataclasses.fields(cls):
-            value, kind = data[f.name], str(f.type)
-            if kind == "np.ndarray":
-                value = np.array([math.nan if x is None else x for x in value])
-            elif kind == "float" and value is None:
-                value = math.nan
-            elif kind.startswith("tuple"):
-                value = tuple(value)
-            values[f.name] = value
+            if f.name in data:
+                values[f.name] = _from_json(hints[f.name], data[f.name])
+            elif f.default is f.default_factory is dataclasses.MISSING:
+                raise DataError(f"a stored {cls.__name__} lacks '{f.name}': evaluate again")
         return cls(**values)
+
+
+def _from_json(kind: Any, value: Any) -> Any:
+    """Plain JSON as a value of a type that a result's field may have."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is np.ndarray:
+        array = np.array(value)
+        return array.astype(float) if array.dtype == object else array  # None becomes NaN
+    if kind is float:
+        return math.nan if value is None else value
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (arg for arg in args if arg is not type(None))
+        return None if value is None else _from_json(inner, value)
+    if origin is tuple:
+        kinds = [args[0]] * len(value) if args[1:] == (...,) else args
+        return tuple(_from_json(k, v) for k, v in zip(kinds, value, strict=True))
+    if origin is dict:
+        return {key: _from_json(args[1], item) for key, item in value.items()}
+    if isinstance(kind, type) and issubclass(kind, Result):
+        return kind.from_json(value)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return kind(**{key: _from_json(hints[key], item) for key, item in value.items()})
+    return value
 
 
 def as_json(value: Any) -> Any:
@@ -123,21 +171,46 @@ def relax(atoms: ase.Atoms, *, fmax: float, max_steps: int, cell: bool = False) 
 
 
 def set_temperature(atoms: ase.Atoms, temperature: float, rng: np.random.Generator) -> None:
-    """Draw velocities of exactly this kinetic temperature (K), without motion of the whole."""
+    """Draw velocities of exactly this kinetic temperature (K) of the free atoms.
+
+    Where no atom is fixed the whole is at rest, which takes three degrees of freedom.
+    """
+    fixed = Structures.from_ase(atoms).fixed
+    held = np.zeros(len(atoms), bool) if fixed is None else fixed.numpy()
     masses = atoms.get_masses()[:, None]
-    momenta = np.sqrt(masses * BOLTZMANN * temperature) * rng.normal(size=(len(atoms), 3))
-    if len(atoms) > 1 and not atoms.constraints:
+    momenta = draw_momenta(masses[:, 0], held, temperature, rng)
+    degrees = 3 * int((~held).sum())
+    if not held.any() and len(atoms) > 1:
         momenta -= masses * momenta.sum(axis=0) / masses.sum()
-    atoms.set_momenta(momenta)  # constraints hold what is fixed
-    drawn = atoms.get_temperature()
+        degrees -= 3
+    drawn = float((momenta**2 / masses).sum())
     if drawn > 0.0:
-        atoms.set_momenta(atoms.get_momenta() * np.sqrt(temperature / drawn))
+        momenta *= np.sqrt(degrees * BOLTZMANN * temperature / drawn)
+    atoms.set_momenta(momenta)
 
 
 def repeat_to(atoms: ase.Atoms, n_atoms: int) -> ase.Atoms:
-    """Repeat a periodic structure, thinnest direction first, until it has `n_atoms` or more."""
-    require_periodic(atoms, "making a supercell")
-    return smallest_supercell(Structures.from_ase(atoms), min_atoms=n_atoms).to_ase()[0]
+    """Repeat a structure until it has `n_atoms` or more, its thinnest periodic direction first.
+
+    A molecule is set side by side with its copies, too far apart to interact.
+    """
+    if atoms.pbc.any():
+        return smallest_supercell(Structures.from_ase(atoms), min_atoms=n_atoms).to_ase()[0]
+    copies = math.ceil((n_atoms / len(atoms)) ** (1.0 / 3.0))
+    box = atoms.copy()
+    box.set_cell(np.diag(np.ptp(atoms.positions, axis=0) + _APART))
+    repeated = box.repeat((copies, copies, copies))[: len(atoms) * math.ceil(n_atoms / len(atoms))]
+    repeated.set_cell(np.zeros((3, 3)))
+    return repeated
+
+
+#: Å between copies of a molecule.
+_APART = 15.0
+
+
+def is_checkpoint(spec: str) -> bool:
+    """Whether text names one of potstill's own files."""
+    return spec.endswith(".pt") and "," not in spec and "*" not in spec
 
 
 def make_calculator(spec: str, args: dict[str, Any] | None = None) -> BaseCalculator:
@@ -149,18 +222,291 @@ def make_calculator(spec: str, args: dict[str, Any] | None = None) -> BaseCalcul
         A potstill checkpoint (`*.pt`), or whatever names a teacher: `chgnet`, `module:factory`.
     args : dict, optional
         Keyword arguments.
-
-    Returns
-    -------
-    BaseCalculator
     """
-    if spec.endswith(".pt") and "," not in spec and "*" not in spec:
-        from potstill.calculators import PotstillCalculator
-
+    if is_checkpoint(spec):
         return PotstillCalculator(Path(spec), **(args or {}))
     from potstill.teachers import make_teacher
 
     return make_teacher(spec, args).ase_calculator()
+
+
+# -- the protocol --------------------------------------------------------------------------------
+
+
+class BenchSettings(BaseModel):
+    """What all evaluations of a bench share.
+
+    Parameters
+    ----------
+    n_atoms : int
+        Size of the supercell for dynamics.
+    temperature : float
+        K, of dynamics.
+    timestep : float
+        fs.
+    batch_atoms : int
+        Atoms per batch of predictions.
+    seed : int
+        Of velocities and samples.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    n_atoms: int = Field(default=64, ge=1)
+    temperature: float = Field(default=300.0, gt=0)
+    timestep: float = Field(default=1.0, gt=0)
+    batch_atoms: int = Field(default=4096, ge=1)
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A potential under test: its name, and how to make it.
+
+    Parameters
+    ----------
+    name : str
+        What tables call it; the others are compared with `teacher`.
+    spec : str
+        A checkpoint, or whatever names a teacher.
+    args : dict
+        Of the calculator.
+    """
+
+    name: str
+    spec: str
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is one of potstill's own files."""
+        return is_checkpoint(self.spec)
+
+    @cached_property
+    def potential(self) -> Potential | None:
+        """The potential itself, if it is a checkpoint."""
+        return load_potential(self.spec)[0] if self.is_checkpoint else None
+
+    @cached_property
+    def trained_on(self) -> dict[str, Any]:
+        """What a checkpoint says of its training structures; empty for others."""
+        return (load_potential(self.spec)[1].get("trained_on") or {}) if self.is_checkpoint else {}
+
+    @cached_property
+    def calculator(self) -> BaseCalculator:
+        """An ASE calculator."""
+        if self.is_checkpoint:
+            # Tests look at what a model does, extrapolating or not: no warnings.
+            return PotstillCalculator(load_potential(self.spec)[0])
+        return make_calculator(self.spec, self.args)
+
+    @property
+    def predictor(self) -> Potential | BaseCalculator:
+        """What predicts in batches, else the calculator."""
+        return self.potential or self.calculator
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What the evaluations work on.
+
+    Parameters
+    ----------
+    settings : BenchSettings
+        What they share.
+    structure : Structures, optional
+        One system to start from.
+    structures, labels, channel
+        Held-out structures, their labels, and who gave them: "teacher" or "reference".
+    frames : dict of str to Structures
+        Trajectories by name of the potential, for radial distributions.
+    splits : dict of str to (Structures, Properties)
+        Validation sets by name, for OC20's metrics.
+    """
+
+    settings: BenchSettings
+    structure: Structures | None = None
+    structures: Structures | None = None
+    labels: Properties | None = None
+    channel: str = "reference"
+    frames: Mapping[str, Structures] | None = None
+    splits: Mapping[str, tuple[Structures, Properties]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def sets(self) -> Mapping[str, tuple[Structures, Properties]]:
+        """The validation sets, or the held-out structures as the only one."""
+        if self.splits or self.structures is None or self.labels is None:
+            return self.splits
+        return {"all": (self.structures, self.labels)}
+
+    @property
+    def held_out(self) -> tuple[Structures, Properties]:
+        """The held-out structures with their labels."""
+        assert self.structures is not None
+        assert self.labels is not None
+        return self.structures, self.labels
+
+    @property
+    def atoms(self) -> ase.Atoms:
+        """The structure as it was given."""
+        assert self.structure is not None
+        return self.structure.to_ase()[0]
+
+    @property
+    def supercell(self) -> ase.Atoms:
+        """The structure, repeated for dynamics."""
+        assert self.structure is not None
+        return smallest_supercell(self.structure, min_atoms=self.settings.n_atoms).to_ase()[0]
+
+
+R = TypeVar("R", bound=Result)
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """All results of a run or bench, and what is known of its models.
+
+    Parameters
+    ----------
+    results : mapping
+        Evaluation to model to result.
+    n_parameters : mapping
+        By model.
+    trained_on : mapping
+        What the student's file says of its training structures.
+    """
+
+    results: Mapping[str, Mapping[str, Result]]
+    n_parameters: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    trained_on: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @cached_property
+    def models(self) -> tuple[str, ...]:
+        """Students, controls, teacher, then others."""
+        return tuple(sorted({m for found in self.results.values() for m in found}, key=model_order))
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Names of the control students."""
+        return tuple(name for name in self.models if name.startswith("control"))
+
+    def of(self, evaluation: str, kind: type[R]) -> dict[str, R]:
+        """Results of one evaluation by model, in the order of `models`; empty if it was not done.
+
+        `kind` is the type of its results.
+        """
+        found = self.results.get(evaluation, {})
+        ordered = {model: found.get(model) for model in self.models}
+        return {model: result for model, result in ordered.items() if isinstance(result, kind)}
+
+
+def model_order(name: str) -> tuple[int, str]:
+    """Sort key: students, controls, teacher, then others."""
+    for k, start in enumerate(("student", "control", "teacher")):
+        if name.startswith(start):
+            return k, name
+    return 3, name
+
+
+#: Sections of a report in order: title to the name and title of its table, and a note below it.
+SECTIONS: dict[str, tuple[str, str, str]] = {
+    "Accuracy": (
+        "table_errors",
+        "Errors by channel",
+        "A channel names whose prediction is compared with whose label. EFwT: share of structures "
+        "with an energy error below 0.02 eV and no force error above 0.03 eV/Å. The relative error "
+        "is the RMSE over the standard deviation of the labels.",
+    ),
+    "Cost": (
+        "table_cost",
+        "Cost of molecular dynamics",
+        "Median time of ASE dynamics. Memory: slope of the peak of fresh processes against the "
+        "number of atoms. Molecules are set side by side to reach a size.",
+    ),
+    "Properties": ("table_properties", "Properties at 0 K", ""),
+    "Dynamics": (
+        "table_dynamics",
+        "Molecular dynamics",
+        "Slope: least squares, with its standard error for correlated samples; drift: slope times "
+        "duration; fluctuation: root mean square about the fitted line.",
+    ),
+}
+
+
+class Evaluation(BaseModel, ABC):
+    """One evaluation: its settings are its fields, everything else is below.
+
+    To add one, write a subclass and put it into `potstill.evaluate.table.EVALUATIONS`. Give its
+    numbers by the keys of `potstill.metrics.METRICS` (with a row there for a new one): `metrics`
+    alone puts them into the terminal, the summary, the report's table and studies.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    #: Name of the evaluation and of its file of results; title; type of its results.
+    name: ClassVar[str]
+    title: ClassVar[str]
+    result: ClassVar[type[Result]]
+    #: Where a report shows it, a key of `SECTIONS`.
+    section: ClassVar[str]
+    #: What it works on: "labels", "sets", "structure", "crystal" or "frames".
+    needs: ClassVar[str]
+    #: Whether it is only done when it is asked for.
+    on_request: ClassVar[bool] = False
+
+    def lacks(self, bench: Bench) -> str:
+        """Say what a bench lacks for it, in words; empty where the evaluation applies."""
+        structure = bench.structure
+        crystal = structure is not None and bool(structure.pbc.all())
+        wanted: dict[str, tuple[bool, str]] = {
+            "labels": (bench.structures is not None, "structures with labels"),
+            "sets": (bool(bench.sets), "structures with labels"),
+            "structure": (structure is not None, "a structure"),
+            "crystal": (crystal, "a structure that is periodic along all three axes"),
+            "frames": (
+                crystal and bool(bench.frames),
+                "trajectories of a structure that is periodic along all three axes",
+            ),
+        }
+        there, what = wanted[self.needs]
+        return "" if there else what
+
+    @abstractmethod
+    def run(self, bench: Bench, candidate: Candidate) -> Result:
+        """Evaluate one candidate.
+
+        Raises
+        ------
+        PotstillError
+            If it cannot be done: a result of its own, not the end of the others.
+        """
+
+    @classmethod
+    def metrics(cls, result: Any) -> dict[str, float]:
+        """Numbers of a result by the keys of `potstill.metrics.METRICS`."""
+        return {}
+
+    @classmethod
+    def rows(cls, found: Findings) -> Iterable[Row]:
+        """Rows of the section's table: one per metric, with a column per model."""
+        numbers = {m: cls.metrics(r) for m, r in found.of(cls.name, cls.result).items()}
+        for key in dict.fromkeys(key for metrics in numbers.values() for key in metrics):
+            metric = metric_of(key)
+            scaled = {m: v[key] * metric.scale for m, v in numbers.items() if key in v}
+            yield Row(metric.label, scaled)
+
+    @classmethod
+    def drawings(cls, found: Findings) -> Iterable[Drawing]:
+        """Figures; none by default."""
+        return ()
+
+    @classmethod
+    def verdicts(cls, found: Findings) -> Iterable[Verdict]:
+        """Sentences about the student, with whether a bar is met."""
+        return ()
+
+
+# -- tools ---------------------------------------------------------------------------------------
 
 
 def machine_description() -> dict[str, Any]:

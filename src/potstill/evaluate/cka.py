@@ -31,6 +31,7 @@ from potstill.distill.taps import CHOSEN_PAIRS, potential_features
 from potstill.errors import ConfigError, DataError, ModelError, suggest
 from potstill.evaluate.base import Result
 from potstill.models import Potential, SumPotential
+from potstill.report.panels import Drawing, Panel, Series
 from potstill.structures import Properties, Structures
 
 #: Atoms that a probe is fitted to at most, and structures.
@@ -354,6 +355,25 @@ def read_cka_history(folder: str | Path) -> dict[int, CKAMatrix]:
     if not found:
         raise DataError(f"{path} holds no comparison")
     return dict(sorted(found.items()))
+
+
+def cka_history_drawing(history: Mapping[int, CKAMatrix]) -> Drawing:
+    """CKA of each tap of the student with the teacher's most alike tap (of the last epoch).
+
+    Parameters
+    ----------
+    history : mapping of int to CKAMatrix
+        By epoch, as of `read_cka_history`.
+    """
+    epochs, last = list(history), history[max(history)]
+    series = []
+    for i, tap in enumerate(last.first):
+        j = int(np.nan_to_num(last.values[i], nan=-1.0).argmax())
+        values = [history[epoch].values[i, j] for epoch in epochs]
+        series.append(Series(f"{tap} / {last.second[j]}", epochs, values, kind="line"))
+    caption = "Taps of student / teacher."
+    panels = [Panel("Epoch", "CKA", series)]
+    return Drawing("cka_history", "Similarity during training", caption, panels)
 
 
 def snapshot_potential(folder: str | Path) -> Potential:

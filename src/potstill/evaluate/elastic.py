@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,18 @@ import numpy as np
 from ase.calculators.calculator import BaseCalculator
 
 from potstill.errors import ConfigError
-from potstill.evaluate.base import Result, relax, require_periodic, with_calculator
+from potstill.evaluate.base import (
+    Bench,
+    Candidate,
+    Evaluation,
+    Findings,
+    Result,
+    relax,
+    require_periodic,
+    with_calculator,
+)
+from potstill.report.tables import Row, number
+from potstill.report.verdicts import Verdict
 from potstill.units import GPA
 
 # Voigt's order, as ASE has it: xx, yy, zz, yz, xz, xy.
@@ -77,7 +88,23 @@ class ElasticConstants(Result):
     @property
     def stable(self) -> bool:
         """Whether every small strain costs energy (Born's criterion)."""
-        return bool(np.linalg.eigvalsh(self.tensor).min() > 0)
+        return not self.instabilities()
+
+    def instabilities(self) -> tuple[str, ...]:
+        """Born's criteria that are violated, in words; empty if the crystal is stable.
+
+        The cubic criteria are named; for other crystals the tensor's lowest eigenvalue is.
+        """
+        cubic = {
+            "C11 − C12": self.c11 - self.c12,
+            "C11 + 2 C12": self.c11 + 2.0 * self.c12,
+            "C44": self.c44,
+        }
+        broken = [f"{name} = {number(v)} GPa" for name, v in cubic.items() if v <= 0.0]
+        lowest = float(np.linalg.eigvalsh(self.tensor).min())
+        if not broken and lowest <= 0.0:
+            broken = [f"lowest eigenvalue of the elastic tensor = {number(lowest)} GPa"]
+        return tuple(broken)
 
 
 def elastic_constants(
@@ -217,3 +244,76 @@ def _pressure(atoms: ase.Atoms, step: float = 1e-4) -> float:
         scaled.calc = atoms.calc
         energies.append(scaled.get_potential_energy())
     return -(energies[0] - energies[1]) / (6.0 * step * atoms.get_volume()) / GPA
+
+
+#: Elastic constants are close when none is off by more than this part of the largest.
+AIM_ELASTIC = 0.2
+
+
+class Elastic(Evaluation):
+    """Elastic constants."""
+
+    name = "elastic"
+    title = "elastic constants"
+    result = ElasticConstants
+    section = "Properties"
+    needs = "crystal"
+
+    def run(self, bench: Bench, candidate: Candidate) -> ElasticConstants:
+        """Relax cell and atoms, then strain them."""
+        return elastic_constants(bench.atoms, candidate.calculator, relax_cell=True)
+
+    @classmethod
+    def metrics(cls, result: ElasticConstants) -> dict[str, float]:
+        """Averages over the cubic axes."""
+        return {
+            "c11": result.c11,
+            "c12": result.c12,
+            "c44": result.c44,
+            "elastic_bulk_modulus": result.bulk_modulus,
+        }
+
+    @classmethod
+    def rows(cls, found: Findings) -> Iterable[Row]:
+        """Constants, the strain that they were taken at, and stability."""
+        yield from super().rows(found)
+        results = found.of(cls.name, ElasticConstants)
+        if results:
+            yield Row("Strain of elastic constants", {m: r.strain for m, r in results.items()})
+            stable = {m: "yes" if r.stable else "no" for m, r in results.items()}
+            yield Row("Mechanically stable (Born)", stable)
+
+    @classmethod
+    def verdicts(cls, found: Findings) -> Iterable[Verdict]:
+        """Stability, and the distance from the teacher's constants."""
+        results = found.of(cls.name, ElasticConstants)
+        ours, theirs = results.get("student"), results.get("teacher")
+        broken = () if ours is None else ours.instabilities()
+        if ours is not None and broken and (theirs is None or theirs.stable):
+            yield Verdict(
+                f"The student's crystal is mechanically unstable by Born's criteria: "
+                f"{', '.join(broken)} (strain {ours.strain:g}).",
+                f"mechanical stability ({', '.join(broken)})",
+                met=False,
+            )
+        if ours is None or theirs is None:
+            return
+        pairs = {
+            name: (getattr(ours, name), getattr(theirs, name)) for name in ("c11", "c12", "c44")
+        }
+        values = ", ".join(
+            f"{k.upper()} {number(a)} ({number(b)}) GPa" for k, (a, b) in pairs.items()
+        )
+        worst = max(pairs, key=lambda name: abs(pairs[name][0] - pairs[name][1]))
+        met = bool(
+            abs(pairs[worst][0] - pairs[worst][1])
+            <= AIM_ELASTIC * max(abs(b) for _, b in pairs.values())
+        )
+        where = "close to" if met else "far from"
+        yield Verdict(
+            f"Elastic constants from strains of {ours.strain:g}, the teacher's in parentheses: "
+            f"{values}; {where} the teacher's.",
+            f"elastic constants ({worst.upper()} {number(pairs[worst][0])} GPa, teacher "
+            f"{number(pairs[worst][1])} GPa)",
+            met,
+        )

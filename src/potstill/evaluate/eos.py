@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import ase
@@ -10,7 +11,20 @@ from ase.calculators.calculator import BaseCalculator
 from numpy.polynomial import Polynomial
 
 from potstill.errors import ConfigError, ModelError
-from potstill.evaluate.base import Result, relax, require_periodic, with_calculator
+from potstill.evaluate.base import (
+    Bench,
+    Candidate,
+    Evaluation,
+    Findings,
+    Result,
+    relax,
+    require_periodic,
+    with_calculator,
+)
+from potstill.evaluate.lattice import conventional_lengths
+from potstill.report.panels import Drawing, Panel, Series
+from potstill.report.tables import number, signed
+from potstill.report.verdicts import Verdict
 from potstill.units import GPA
 
 # How often the scan may move before we conclude that there is no minimum.
@@ -32,10 +46,12 @@ class EquationOfState(Result):
     bulk_modulus_derivative : float
         dB/dp at zero pressure.
     cell_lengths : tuple of float
-        Lengths of the given cell's vectors at the minimum, Å: the first is the lattice constant
-        where the conventional cubic cell was given.
+        Lengths of the given cell's vectors at the minimum, Å.
     residual : float
         Root mean square of the fit's residuals, eV per atom.
+    lattice_lengths : tuple of float, optional
+        Lengths of the conventional cell at the minimum, Å, also where a supercell or a primitive
+        cell was given; absent in older files.
     """
 
     derived = ("lattice_constant",)
@@ -48,11 +64,12 @@ class EquationOfState(Result):
     bulk_modulus_derivative: float
     cell_lengths: tuple[float, float, float]
     residual: float
+    lattice_lengths: tuple[float, float, float] | None = None
 
     @property
     def lattice_constant(self) -> float:
-        """Length of the first lattice vector at the minimum, Å."""
-        return self.cell_lengths[0]
+        """First length of the conventional cell (of the given one in older files), Å."""
+        return (self.lattice_lengths or self.cell_lengths)[0]
 
     def fitted_energy(self, volumes: np.ndarray) -> np.ndarray:
         """Birch-Murnaghan energy at volumes per atom: eV per atom."""
@@ -200,6 +217,7 @@ def _result(
     ratio: float,
 ) -> EquationOfState:
     lengths = atoms.cell.lengths() * ratio
+    a, b, c = (float(ratio * length) for length in conventional_lengths(atoms))
     state = EquationOfState(
         volumes=volumes,
         energies=energies,
@@ -209,6 +227,80 @@ def _result(
         bulk_modulus_derivative=fit[3],
         cell_lengths=(float(lengths[0]), float(lengths[1]), float(lengths[2])),
         residual=0.0,
+        lattice_lengths=(a, b, c),
     )
     residual = np.sqrt(np.mean((state.fitted_energy(volumes) - energies) ** 2))
     return replace(state, residual=float(residual))
+
+
+class Eos(Evaluation):
+    """Equation of state."""
+
+    name = "eos"
+    title = "equation of state"
+    result = EquationOfState
+    section = "Properties"
+    needs = "crystal"
+
+    def run(self, bench: Bench, candidate: Candidate) -> EquationOfState:
+        """Scan the volume of the structure as it was given."""
+        return equation_of_state(bench.atoms, candidate.calculator)
+
+    @classmethod
+    def metrics(cls, result: EquationOfState) -> dict[str, float]:
+        """Minimum and curvature of E(V)."""
+        return {
+            "lattice_constant": result.lattice_constant,
+            "volume_per_atom": result.volume,
+            "bulk_modulus": result.bulk_modulus,
+            "bulk_modulus_derivative": result.bulk_modulus_derivative,
+        }
+
+    @classmethod
+    def drawings(cls, found: Findings) -> Iterable[Drawing]:
+        """E(V), and its difference from the teacher's."""
+        curves = {
+            m: (r.volumes, 1e3 * (r.energies - r.energy))
+            for m, r in found.of(cls.name, EquationOfState).items()
+        }
+        if not curves:
+            return
+        series = [Series(m, v, e, joined=True) for m, (v, e) in curves.items()]
+        panels = [Panel("Volume (Å³/atom)", "Energy from minimum (meV/atom)", series, "E(V)")]
+        if "teacher" in curves and len(curves) > 1:
+            volumes, energies = curves.pop("teacher")
+            differences = []
+            for model, (v, e) in curves.items():
+                inside = (v >= volumes.min()) & (v <= volumes.max())
+                change = e[inside] - np.interp(v[inside], volumes, energies)
+                differences.append(Series(model, v[inside], change, joined=True))
+            panels.append(
+                Panel("Volume (Å³/atom)", "Difference (meV/atom)", differences, "Minus teacher",
+                      zero_line=True)
+            )  # fmt: skip
+        caption = (
+            "Energy under isotropic strain, each from the minimum of its own Birch-Murnaghan fit, "
+            "and the difference from the teacher's curve."
+        )
+        yield Drawing("eos", "Equation of state", caption, panels)
+
+    @classmethod
+    def verdicts(cls, found: Findings) -> Iterable[Verdict]:
+        """Lattice constant and bulk modulus beside the teacher's."""
+        results = found.of(cls.name, EquationOfState)
+        if not {"student", "teacher"} <= set(results):
+            return
+        ours, theirs = results["student"], results["teacher"]
+        changes = [
+            100.0 * (a / b - 1.0)
+            for a, b in (
+                (ours.lattice_constant, theirs.lattice_constant),
+                (ours.bulk_modulus, theirs.bulk_modulus),
+            )
+        ]
+        yield Verdict(
+            f"Lattice constant {ours.lattice_constant:.3f} Å (teacher "
+            f"{theirs.lattice_constant:.3f} Å, {signed(changes[0])} %), bulk modulus "
+            f"{number(ours.bulk_modulus)} GPa (teacher {number(theirs.bulk_modulus)} GPa, "
+            f"{signed(changes[1])} %)."
+        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import ase
 import lightning_fabric
@@ -20,10 +20,22 @@ from ase.calculators.calculator import BaseCalculator
 from torch import Tensor
 
 from potstill.errors import DataError, suggest
-from potstill.evaluate.base import Result, with_calculator
-from potstill.metrics import ErrorAccumulator, Estimate, S2EFAccumulator
+from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result, with_calculator
+from potstill.metrics import (
+    METRICS,
+    S2EF_METRICS,
+    ErrorAccumulator,
+    Estimate,
+    S2EFAccumulator,
+    force_key,
+    metric_of,
+)
 from potstill.models.base import Potential
 from potstill.properties import ASE_NAMES, LEARNABLE, property_spec
+from potstill.report.panels import Drawing, Panel, Series, plain_label
+from potstill.report.tables import Row, number
+from potstill.report.verdicts import Verdict, sentence
+from potstill.report.verdicts import compare as compare_values
 from potstill.structures import Properties, Structures
 
 #: Sources of labels that have a channel of their own.
@@ -49,6 +61,14 @@ class ErrorReport(Result):
     groups: dict[str, dict[str, dict[str, float]]]
     n_systems: int
     n_atoms: int
+
+    @property
+    def own(self) -> dict[str, float]:
+        """Metrics of the model itself against the reference if there is one, else the teacher."""
+        mine = {c: m for c, m in self.channels.items() if not c.startswith("teacher-")}
+        return next((m for c, m in mine.items() if c.endswith("-reference")), {}) or next(
+            iter(mine.values()), {}
+        )
 
 
 def evaluate_errors(
@@ -196,18 +216,17 @@ class S2EFErrors(Result):
     average: dict[str, Estimate]
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> S2EFErrors:
-        """Inverse of `to_json`."""
-        splits = {name: _estimates(metrics) for name, metrics in data["splits"].items()}
-        return cls(splits, _estimates(data["average"]))
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_json`; files from before the names of `METRICS` are read, too."""
+        parts = {**data["splits"], "": data["average"]}
+        parts = {
+            name: {_OLD_NAMES.get(k, k): v for k, v in metrics.items()}
+            for name, metrics in parts.items()
+        }
+        return super().from_json({"average": parts.pop(""), "splits": parts})
 
 
-def _estimates(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Estimate]:
-    found = {}
-    for key, one in metrics.items():
-        value, error = (math.nan if one[k] is None else one[k] for k in ("value", "standard_error"))
-        found[key] = Estimate(value, error, one["n"])
-    return found
+_OLD_NAMES = {"force_mae": "free_forces_mae", "force_cosine": "free_forces_cosine"}
 
 
 def evaluate_s2ef(
@@ -370,3 +389,167 @@ def _only(values: Properties, names: Sequence[str]) -> Properties:
         {k: v for k, v in values.values.items() if k in names},
         {k: v for k, v in values.present.items() if k in names},
     )
+
+
+# -- the evaluations -----------------------------------------------------------------------------
+
+#: What the student should stay below: force RMSE over the standard deviation of the forces.
+AIM_RELATIVE_FORCES = 0.10
+
+_GROUPED = ("energy_per_atom_rmse",)
+
+
+def target_of(found: Findings) -> str:
+    """Whose labels errors are quoted against: "reference" if there are any, else "teacher"."""
+    channels = {c for r in found.of("errors", ErrorReport).values() for c in r.channels}
+    return "reference" if any(c.endswith("-reference") for c in channels) else "teacher"
+
+
+def errors_of(found: Findings, model: str) -> dict[str, float]:
+    """Metrics of a model against the target, whoever's evaluation they were found in."""
+    wanted = f"{model}-{target_of(found)}"
+    reports = found.of("errors", ErrorReport)
+    for report in (reports.get(model), *reports.values()):
+        if report is not None and wanted in report.channels:
+            return report.channels[wanted]
+    return {}
+
+
+class Errors(Evaluation):
+    """Errors on held-out structures."""
+
+    name = "errors"
+    title = "errors"
+    result = ErrorReport
+    section = "Accuracy"
+    needs = "labels"
+
+    def run(self, bench: Bench, candidate: Candidate) -> ErrorReport:
+        """Compare with the labels of the held-out structures."""
+        structures, labels = bench.held_out
+        by_source = {bench.channel: labels}
+        return evaluate_errors(candidate.predictor, structures, by_source, name=candidate.name)
+
+    @classmethod
+    def metrics(cls, result: ErrorReport) -> dict[str, float]:
+        """Errors against whoever gave the labels."""
+        return {key: value for key, value in result.own.items() if key in METRICS}
+
+    @classmethod
+    def rows(cls, found: Findings) -> Iterable[Row]:
+        """One row per metric, one column per channel; where atoms are fixed, free ones first."""
+        channels: dict[str, dict[str, float]] = {}
+        for report in found.of(cls.name, ErrorReport).values():
+            for channel, metrics in report.channels.items():
+                if channel not in ("teacher-teacher", "reference-reference"):
+                    channels.setdefault(channel, metrics)
+        names = {c: plain_label(c.rpartition("-")[0]) for c in channels}
+        columns = {c: f"{names[c]}, against {c.rpartition('-')[2]}" for c in channels}
+        if len({c.rpartition("-")[2] for c in channels}) == 1:
+            columns = names
+        parameters = {columns[c]: found.n_parameters.get(c.rpartition("-")[0]) for c in channels}
+        if any(parameters.values()):
+            yield Row("Parameters", parameters)
+        for key in sorted(METRICS, key=lambda key: not key.startswith("free_")):
+            values = {columns[c]: metrics.get(key) for c, metrics in channels.items()}
+            if any(value is not None for value in values.values()):
+                scale = METRICS[key].scale
+                scaled = {c: None if v is None else v * scale for c, v in values.items()}
+                yield Row(METRICS[key].label, scaled)
+
+    @classmethod
+    def drawings(cls, found: Findings) -> Iterable[Drawing]:
+        """Errors by group of structures, where there are several."""
+        target = target_of(found)
+        groups: dict[str, dict[str, dict[str, float]]] = {}
+        for model, report in found.of(cls.name, ErrorReport).items():
+            for group, channels in report.groups.items():
+                if f"{model}-{target}" in channels and model != target:
+                    groups.setdefault(group, {})[model] = channels[f"{model}-{target}"]
+        if len(groups) < 2:
+            return
+        panels: list[Panel] = []
+        metrics = [m for by_model in groups.values() for m in by_model.values()]
+        for key in (force_key(metrics[0]), *_GROUPED):
+            series = []
+            for model in found.models:
+                points = [
+                    (by_model[model][key] * METRICS[key].scale, k)
+                    for k, by_model in enumerate(groups.values())
+                    if key in by_model.get(model, {})
+                ]
+                if points:
+                    series.append(Series(model, *np.array(points, dtype=float).T))
+            if series:
+                panels.append(
+                    Panel(METRICS[key].label, "", series, categories=list(groups), from_zero=True,
+                          hide_categories=bool(panels))
+                )  # fmt: skip
+        if panels:
+            caption = f"Errors against the {target} by group of held-out structures."
+            height = 1.0 + 0.34 * len(groups)
+            yield Drawing("groups", "Errors by group", caption, panels, height=height)
+
+    @classmethod
+    def verdicts(cls, found: Findings) -> Iterable[Verdict]:
+        """Relative force error, and the comparison with each control."""
+        ours = errors_of(found, "student")
+        relative = ours.get(force_key(ours, "relative_rmse"), math.nan)
+        if math.isfinite(relative):
+            met = relative < AIM_RELATIVE_FORCES
+            whose = "reference" if target_of(found) == "reference" else "teacher's"
+            atoms = ""
+            if "free_forces_rmse" in ours:
+                every = number(100 * ours.get("forces_relative_rmse", math.nan))
+                atoms = f", over free atoms; over all, fixed ones included, {every} %"
+            yield Verdict(
+                f"On held-out structures the student reproduces the {whose} forces to "
+                f"{number(100 * relative)} % (RMSE over the standard deviation of the forces"
+                f"{atoms}), {'below' if met else 'above'} the bar of "
+                f"{100 * AIM_RELATIVE_FORCES:.0f} %.",
+                f"relative force RMSE {number(100 * relative)} % (bar "
+                f"{100 * AIM_RELATIVE_FORCES:.0f} %)",
+                met,
+            )
+        for control in found.controls:
+            theirs = errors_of(found, control)
+            for key in (force_key(ours), "energy_per_atom_rmse"):
+                values = [m.get(key, math.nan) for m in (ours, theirs)]
+                comparison = compare_values(METRICS[key], values[:1], values[1:])
+                if comparison.outcome != "unknown":
+                    yield Verdict(sentence(comparison, "student", plain_label(control)))
+
+
+class S2EF(Evaluation):
+    """OC20's metrics, by validation set."""
+
+    name = "s2ef"
+    title = "OC20's metrics"
+    result = S2EFErrors
+    section = "Accuracy"
+    needs = "sets"
+    on_request = True
+
+    def run(self, bench: Bench, candidate: Candidate) -> S2EFErrors:
+        """Compare with the labels of each set."""
+        return evaluate_s2ef(candidate.predictor, bench.sets, max_atoms=bench.settings.batch_atoms)
+
+    @classmethod
+    def metrics(cls, result: S2EFErrors) -> dict[str, float]:
+        """Averages over the sets."""
+        return {key: estimate.value for key, estimate in result.average.items()}
+
+    @classmethod
+    def rows(cls, found: Findings) -> Iterable[Row]:
+        """One row per set and metric, and their averages."""
+        results = found.of(cls.name, S2EFErrors)
+        sets = list(dict.fromkeys(name for r in results.values() for name in r.splits))
+        for name in (*sets, "average"):
+            parts = {
+                m: {**r.splits, "average": r.average}.get(name, {}) for m, r in results.items()
+            }
+            for key in S2EF_METRICS:
+                metric = metric_of(key)
+                values = {m: p[key].value * metric.scale for m, p in parts.items() if key in p}
+                if values:
+                    yield Row(f"{name}: {metric.label}", values)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from potstill.errors import DataError, suggest
 from potstill.evaluate.base import Result
+from potstill.report.panels import Panel, Series
 
 
 @dataclass(frozen=True)
@@ -126,3 +131,96 @@ def _numbers(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
         elif value is None:
             flat[prefix + key] = math.nan
     return flat
+
+
+# -- figures -----------------------------------------------------------------------------------
+
+
+def learning_panels(curves: Mapping[str, Sequence[LearningCurves]]) -> list[Panel]:
+    """Force errors of the training loss and of validation against the epoch (Fig. 4).
+
+    Parameters
+    ----------
+    curves : mapping
+        Strategy or model to the curves of its seeds.
+
+    Returns
+    -------
+    list of Panel
+        Up to two; a quantity that nobody recorded is left out.
+    """
+    wanted = (
+        ("train/forces", "Training set", "Force loss, RMSE + MAE (eV/Å)"),
+        ("validation/forces_rmse", "Validation set", "Force RMSE (eV/Å)"),
+    )
+    panels = []
+    for start, title, label in wanted:
+        series = [s for name, runs in curves.items() for s in _learning_series(name, runs, start)]
+        if series:
+            panels.append(Panel("Epoch", label, series, title, y_scale="log"))
+    return panels
+
+
+_PROGRESS = {
+    "seconds": "Wall-clock time (s)",
+    "processor_seconds": "Processor time (s)",
+    "steps": "Steps",
+    "epoch": "Epoch",
+}
+
+
+def progress_panels(
+    curves: Mapping[str, Sequence[LearningCurves]],
+    axis: Literal["seconds", "processor_seconds", "steps", "epoch"] = "seconds",
+    *,
+    keys: Mapping[str, str] | None = None,
+) -> list[Panel]:
+    """Validation errors against the wall clock or the steps (Fig. 9 of Ekström Kelvinius et al.).
+
+    Parameters
+    ----------
+    curves : mapping
+        Strategy or model to the curves of its seeds; each seed is a line of its own, since runs
+        are not validated at the same moments.
+    axis : {"seconds", "processor_seconds", "steps", "epoch"}
+        What errors are drawn against.
+    keys : mapping, optional
+        What to draw, with its label; by default the MAE of energies and of forces.
+    """
+    wanted = keys or {
+        "validation/energy_mae": "Energy MAE (eV)",
+        "validation/forces_mae": "Force MAE (eV/Å)",
+    }
+    panels = []
+    for key, label in wanted.items():
+        series = []
+        for name, runs in curves.items():
+            for k, run in enumerate(run for run in runs if key in run.series):
+                x, y = run.against(key, axis)
+                series.append(Series(name, x, y, kind="thin" if k else "line"))
+        if series:
+            panels.append(Panel(_PROGRESS[axis], label, series, y_scale="log"))
+    return panels
+
+
+def _learning_series(name: str, runs: Sequence[LearningCurves], start: str) -> list[Series]:
+    """Single runs as thin lines, and their mean with spread as far as all have come."""
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    for run in runs:
+        keys = [key for key in run.series if key == start or key.startswith(f"{start}:")]
+        if keys:
+            values = np.asarray(run.series[keys[0]], dtype=float)
+            good = np.isfinite(values) & (values > 0)
+            found.append((np.asarray(run.epochs)[good], values[good]))
+    found = [(epochs, values) for epochs, values in found if len(epochs)]
+    if not found:
+        return []
+    if len(found) == 1:
+        return [Series(name, *found[0], kind="line")]
+    common = reduce(np.intersect1d, [epochs for epochs, _ in found])
+    table = np.array([values[np.isin(epochs, common)] for epochs, values in found])
+    lines = [Series(name, epochs, values, kind="thin") for epochs, values in found]
+    if len(common):
+        spread = table.std(axis=0, ddof=1)
+        lines.append(Series(name, common, table.mean(axis=0), y_spread=spread, kind="line"))
+    return lines

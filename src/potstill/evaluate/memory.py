@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,22 @@ from typing import Any
 import ase
 import numpy as np
 import psutil
+import torch
 from ase.md.verlet import VelocityVerlet
 
 from potstill.errors import ConfigError, DataError
 from potstill.evaluate.base import (
+    Bench,
+    Candidate,
+    Evaluation,
+    Findings,
     Result,
     make_calculator,
     repeat_to,
-    require_periodic,
     set_temperature,
 )
+from potstill.report.panels import Drawing, Panel, Series
+from potstill.report.tables import Row
 from potstill.units import FS_IN_ASE_TIME
 
 _GIB = 2**30
@@ -96,7 +102,7 @@ def memory_per_atom(
         What makes the calculator in the new process: a checkpoint `*.pt`, `chgnet`,
         `module:factory`.
     atoms : ase.Atoms
-        Periodic structure, repeated to each size.
+        The structure, repeated to each size (`repeat_to`).
     args : dict, optional
         JSON-able keyword arguments of the calculator.
     name : str, optional
@@ -119,7 +125,6 @@ def memory_per_atom(
     DataError
         If a process fails or does not end in time, or if fewer than two sizes fit.
     """
-    require_periodic(atoms, "memory per atom")
     if len(set(sizes)) < 2:
         raise ConfigError(f"memory per atom needs at least two sizes, not {list(sizes)}")
     label = name or spec
@@ -138,6 +143,7 @@ def memory_per_atom(
             "numbers": atoms.numbers.tolist(),
             "positions": atoms.positions.tolist(),
             "cell": atoms.cell.array.tolist(),
+            "pbc": atoms.pbc.tolist(),
         }
         measured.append(_measure(job, label, timeout))
     n_atoms, peaks = np.array(measured).T
@@ -221,15 +227,70 @@ def _high_water(pid: int) -> int:
 def _child() -> None:
     """Run one job from standard input and print the peak as JSON."""
     job = json.loads(sys.stdin.read())
-    import torch
-
     torch.set_num_threads(job["threads"])
-    unit = ase.Atoms(numbers=job["numbers"], positions=job["positions"], cell=job["cell"], pbc=True)
+    unit = ase.Atoms(**{key: job[key] for key in ("numbers", "positions", "cell", "pbc")})
     atoms = repeat_to(unit, job["n_atoms"])
     atoms.calc = make_calculator(job["spec"], job["args"])
     set_temperature(atoms, 300.0, np.random.default_rng(0))
     VelocityVerlet(atoms, timestep=FS_IN_ASE_TIME).run(job["n_steps"])
     print(json.dumps({"n_atoms": len(atoms), "peak_bytes": _peak_bytes()}))
+
+
+class Memory(Evaluation):
+    """Peak memory of molecular dynamics per atom.
+
+    Parameters
+    ----------
+    sizes : tuple of int
+        Numbers of atoms, at least two.
+    """
+
+    name = "memory"
+    title = "memory"
+    result = MemoryUse
+    section = "Cost"
+    needs = "structure"
+
+    sizes: tuple[int, ...] = (500, 2000)
+
+    def run(self, bench: Bench, candidate: Candidate) -> MemoryUse:
+        """Measure in fresh processes."""
+        return memory_per_atom(
+            candidate.spec,
+            bench.atoms,
+            args=candidate.args,
+            name=candidate.name,
+            sizes=self.sizes,
+            threads=torch.get_num_threads(),
+        )
+
+    @classmethod
+    def metrics(cls, result: MemoryUse) -> dict[str, float]:
+        """Slope of the line."""
+        return {"memory_per_atom_kib": result.bytes_per_atom / 1024.0}
+
+    @classmethod
+    def rows(cls, found: Findings) -> Iterable[Row]:
+        """Memory per atom with its error, and the largest system."""
+        yield from super().rows(found)
+        use = found.of(cls.name, MemoryUse)
+        if use:
+            errors = {m: r.error / 1024.0 for m, r in use.items()}
+            yield Row("Standard error of that (KiB)", errors)
+            largest = {m: r.largest_system(8.0) for m, r in use.items() if r.bytes_per_atom > 0}
+            yield Row("Largest system in 8 GiB (atoms)", largest)
+
+    @classmethod
+    def drawings(cls, found: Findings) -> Iterable[Drawing]:
+        """Peak memory against size."""
+        series = [
+            Series(m, r.n_atoms, r.peak_bytes / 2.0**20, joined=True)
+            for m, r in found.of(cls.name, MemoryUse).items()
+        ]
+        if series:
+            panel = Panel("Atoms", "Peak memory (MiB)", series, x_scale="auto", y_scale="auto")
+            caption = "Peak memory of a fresh process against the number of atoms."
+            yield Drawing("memory", "Memory", caption, [panel])
 
 
 if __name__ == "__main__":

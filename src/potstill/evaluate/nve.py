@@ -1,22 +1,35 @@
-"""Stability of molecular dynamics at constant energy: drift, explosion, closest approach."""
+"""Stability of molecular dynamics at constant energy: drift, explosion, dissociation, fusion."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import ase
 import numpy as np
+import torch
 from ase.calculators.calculator import BaseCalculator
 from ase.md.verlet import VelocityVerlet
+from pydantic import Field
 
 from potstill.errors import ConfigError, DivergenceError, PotstillError
-from potstill.evaluate.base import Result, set_temperature, with_calculator
-from potstill.neighbors import build_neighbor_list, shortest_distances
+from potstill.evaluate.base import (
+    Bench,
+    Candidate,
+    Evaluation,
+    Findings,
+    Result,
+    set_temperature,
+    with_calculator,
+)
+from potstill.report.panels import Drawing, Panel, Series
+from potstill.report.tables import Row, number, signed
+from potstill.report.verdicts import Verdict
 from potstill.sample.md import require_conservative, run_md
+from potstill.soundness import Connectivity, closest_approach, closest_pairs, fused
 from potstill.structures import Structures
-from potstill.units import FS_IN_ASE_TIME
+from potstill.units import BOLTZMANN, FS_IN_ASE_TIME
 
 #: A run has exploded when its total energy has moved by this much, eV per atom ...
 _ENERGY_LIMIT = 1.0
@@ -51,9 +64,11 @@ class NVERun(Result):
     shortest_distances : dict of str to float
         Closest approach during the run by pair of species ("Si-Si"), Å.
     exploded_at : float or None
-        ps; None if the run is sound to its end.
+        ps, when it exploded, came apart or atoms fused; None if the run is sound to its end.
     reason : str
-        Why it counts as exploded; empty if it does not.
+        What happened; empty if nothing did.
+    trained : dict, optional
+        Shortest distances in training, where they are known.
     """
 
     derived = ("stable",)
@@ -72,21 +87,12 @@ class NVERun(Result):
     shortest_distances: dict[str, float]
     exploded_at: float | None
     reason: str
+    trained: dict[str, float] | None = None
 
     @property
     def stable(self) -> bool:
         """Whether the run reached its end."""
         return self.exploded_at is None
-
-    def summary(self) -> str:
-        """One sentence for people."""
-        setting = f"{self.n_atoms} atoms, {self.temperature:g} K, {self.timestep:g} fs"
-        if not self.stable:
-            return f"NVE ({setting}) exploded after {self.exploded_at:g} ps: {self.reason}"
-        return (
-            f"NVE ({setting}): {self.slope:+.3g} ± {self.slope_error:.2g} meV/atom/ps, "
-            f"{self.drift:+.3g} meV/atom over {self.duration:g} ps"
-        )
 
 
 def run_nve(
@@ -101,6 +107,7 @@ def run_nve(
     pair_cutoff: float = 4.0,
     seed: int = 0,
     force_nonconservative: bool = False,
+    trained: Mapping[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> NVERun:
     """Integrate Newton's equations with velocity Verlet and judge how well energy is conserved.
@@ -128,13 +135,16 @@ def run_nve(
         Of velocities and thermostat.
     force_nonconservative : bool
         Run even where the calculator's forces are not the gradient of its energy.
+    trained : mapping, optional
+        Shortest distance in training by pair ("Si-Si"), Å: atoms far below it have fused.
     progress : callable, optional
         Called with (steps done, steps in all).
 
     Returns
     -------
     NVERun
-        Also where the run explodes: then with when and why.
+        Also where the run explodes, the structure comes apart or atoms fuse: then with when and
+        why. Temperatures are those of the free atoms.
 
     Raises
     ------
@@ -152,8 +162,14 @@ def run_nve(
     try:
         moving = _start(atoms, calculator, temperature, timestep, thermalization, seed)
     except DivergenceError as error:
-        return _judge(_Record([], [], [], {}), len(atoms), temperature, timestep, 0.0, str(error))
-    record = _Record.start(moving, pair_cutoff)
+        nothing = _Record(pair_cutoff, 1)
+        return _judge(nothing, len(atoms), temperature, timestep, 0.0, str(error), trained)
+    whole = Connectivity.of(Structures.from_ase(atoms))
+    degrees = moving.get_number_of_degrees_of_freedom()
+    if thermalization <= 0.0 and degrees == 3 * len(moving) > 3:
+        degrees -= 3  # the whole is at rest
+    record = _Record(pair_cutoff, max(1, degrees))
+    record.sample(moving, 0.0)
     integrator = VelocityVerlet(moving, timestep=timestep * FS_IN_ASE_TIME)
     reason, step = "", 0
     while step < n_steps and not reason:
@@ -164,13 +180,14 @@ def run_nve(
                 step += stride
                 reason = _symptom(moving, record, temperature)
                 if not reason:
-                    record.sample(moving, step * timestep / 1000.0, pair_cutoff)
+                    frame = record.sample(moving, step * timestep / 1000.0)
+                    reason = whole.symptom(frame) or fused(record.shortest, trained)
         except (PotstillError, ValueError, ArithmeticError, RuntimeError) as error:
             reason = f"the calculator or the neighbor list failed ({error})"
         if progress is not None:
             progress(step, n_steps)
     end = step * timestep / 1000.0
-    return _judge(record, len(moving), temperature, timestep, end, reason)
+    return _judge(record, len(moving), temperature, timestep, end, reason, trained)
 
 
 def fit_drift(time: np.ndarray, energy: np.ndarray) -> tuple[float, float, float]:
@@ -211,25 +228,24 @@ def fit_drift(time: np.ndarray, energy: np.ndarray) -> tuple[float, float, float
 class _Record:
     """Samples gathered along a run."""
 
-    time: list[float]
-    energy: list[float]
-    temperature: list[float]
-    shortest: dict[str, float]
+    pair_cutoff: float
+    degrees: int
+    time: list[float] = field(default_factory=list)
+    energy: list[float] = field(default_factory=list)
+    temperature: list[float] = field(default_factory=list)
+    shortest: dict[str, float] = field(default_factory=dict)
 
-    @classmethod
-    def start(cls, atoms: ase.Atoms, pair_cutoff: float) -> _Record:
-        record = cls([], [], [], {})
-        record.sample(atoms, 0.0, pair_cutoff)
-        return record
-
-    def sample(self, atoms: ase.Atoms, time: float, pair_cutoff: float) -> None:
+    def sample(self, atoms: ase.Atoms, time: float) -> Structures:
         self.time.append(time)
         self.energy.append(float(atoms.get_total_energy()) / len(atoms))
-        self.temperature.append(float(atoms.get_temperature()))
+        self.temperature.append(self.kinetic_temperature(atoms))
         frame = Structures.from_ase(atoms)
-        neighbors = build_neighbor_list(frame, pair_cutoff)
-        for pair, distance in shortest_distances(frame, neighbors).items():
+        for pair, distance in closest_pairs(frame, self.pair_cutoff).items():
             self.shortest[pair] = min(distance, self.shortest.get(pair, math.inf))
+        return frame
+
+    def kinetic_temperature(self, atoms: ase.Atoms) -> float:
+        return float(2.0 * atoms.get_kinetic_energy() / (self.degrees * BOLTZMANN))
 
 
 def _start(
@@ -262,7 +278,7 @@ def _start(
 def _symptom(atoms: ase.Atoms, record: _Record, temperature: float) -> str:
     """Why the run counts as exploded; empty if it does not."""
     energy = float(atoms.get_total_energy()) / len(atoms)
-    kinetic = float(atoms.get_temperature())
+    kinetic = record.kinetic_temperature(atoms)
     if not (np.isfinite(atoms.positions).all() and math.isfinite(energy)):
         return "positions or energy are not finite"
     change = energy - record.energy[0]
@@ -274,7 +290,13 @@ def _symptom(atoms: ase.Atoms, record: _Record, temperature: float) -> str:
 
 
 def _judge(
-    record: _Record, n_atoms: int, temperature: float, timestep: float, end: float, reason: str
+    record: _Record,
+    n_atoms: int,
+    temperature: float,
+    timestep: float,
+    end: float,
+    reason: str,
+    trained: Mapping[str, float] | None,
 ) -> NVERun:
     time, energy = np.array(record.time), 1000.0 * np.array(record.energy)
     energy = energy - energy[:1]
@@ -295,4 +317,147 @@ def _judge(
         shortest_distances=record.shortest,
         exploded_at=end if reason else None,
         reason=reason,
+        trained=None if trained is None else dict(trained),
     )
+
+
+# -- the evaluation ------------------------------------------------------------------------------
+
+#: What the student's drift should stay below, meV/atom.
+AIM_DRIFT = 1.0
+
+
+class NVE(Evaluation):
+    """Energy conservation and stability of molecular dynamics.
+
+    Parameters
+    ----------
+    duration : float
+        ps.
+    force_nonconservative : bool
+        Run models whose forces are direct, too.
+    """
+
+    name = "nve"
+    title = "energy conservation (NVE)"
+    result = NVERun
+    section = "Dynamics"
+    needs = "structure"
+
+    duration: float = Field(default=20.0, gt=0)
+    force_nonconservative: bool = False
+
+    def run(self, bench: Bench, candidate: Candidate) -> NVERun:
+        """Run the supercell; a checkpoint on one thread, for which it is too small for more."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1 if candidate.is_checkpoint else before)
+        try:
+            return run_nve(
+                bench.supercell,
+                candidate.calculator,
+                temperature=bench.settings.temperature,
+                duration=self.duration,
+                timestep=bench.settings.timestep,
+                seed=bench.settings.seed,
+                force_nonconservative=self.force_nonconservative,
+                trained=candidate.trained_on.get("shortest_distances"),
+            )
+        finally:
+            torch.set_num_threads(before)
+
+    @classmethod
+    def metrics(cls, result: NVERun) -> dict[str, float]:
+        """Drift and its fit; of a run that did not reach its end only how far it came."""
+        if not result.stable:
+            return {"nve_duration": result.duration}
+        return {
+            "nve_drift": result.drift,
+            "nve_slope": result.slope,
+            "nve_fluctuation": result.fluctuation,
+            "nve_duration": result.duration,
+        }
+
+    @classmethod
+    def rows(cls, found: Findings) -> Iterable[Row]:
+        """Setting, fit, closest approach and what became of the run."""
+        runs = found.of(cls.name, NVERun)
+        if not runs:
+            return
+        yield Row("NVE atoms", {m: r.n_atoms for m, r in runs.items()})
+        yield Row("NVE temperature at start (K)", {m: r.temperature for m, r in runs.items()})
+        yield Row("NVE mean temperature (K)", {m: r.mean_temperature for m, r in runs.items()})
+        yield Row("NVE timestep (fs)", {m: r.timestep for m, r in runs.items()})
+        yield from super().rows(found)
+        errors = {m: r.slope_error for m, r in runs.items() if r.stable}
+        yield Row("NVE standard error of slope (meV/atom/ps)", errors)
+        near = {
+            m: closest_approach(r.shortest_distances, _trained(r, found)) for m, r in runs.items()
+        }
+        pairs = {m: f"{c[0]} {c[1]:.2f}" for m, c in near.items() if c is not None}
+        yield Row("NVE closest pair (Å)", pairs)
+        ratios = {m: c[2] for m, c in near.items() if c is not None}
+        yield Row("NVE closest over shortest in training", ratios)
+        states = {
+            m: "sound" if r.stable else f"broke down after {r.exploded_at:g} ps"
+            for m, r in runs.items()
+        }
+        yield Row("NVE run", states)
+
+    @classmethod
+    def drawings(cls, found: Findings) -> Iterable[Drawing]:
+        """Total energy against time, and the fitted line."""
+        runs = found.of(cls.name, NVERun)
+        series = []
+        for model, run in runs.items():
+            series.append(Series(model, run.time, run.energy, kind="thin"))
+            if run.stable and math.isfinite(run.slope):
+                fit = run.energy.mean() + run.slope * (run.time - run.time.mean())
+                series.append(Series(model, run.time[[0, -1]], fit[[0, -1]], kind="line"))
+        if series:
+            first = next(iter(runs.values()))
+            panel = Panel("Time (ps)", "Total energy from start (meV/atom)", series, zero_line=True)
+            caption = (
+                f"Total energy in NVE dynamics of {first.n_atoms} atoms at {first.temperature:g} K "
+                f"with a timestep of {first.timestep:g} fs (thin), and the fitted drift (thick). "
+                "Noise of constant width is the integrator's."
+            )
+            yield Drawing("nve", "Energy conservation (NVE)", caption, [panel], width=7.0)
+
+    @classmethod
+    def verdicts(cls, found: Findings) -> Iterable[Verdict]:
+        """Whether the student's run is sound, and only then its drift."""
+        run = found.of(cls.name, NVERun).get("student")
+        if run is None:
+            return
+        setting = f"{run.n_atoms} atoms, {run.temperature:g} K, timestep {run.timestep:g} fs"
+        broken = run.reason or fused(run.shortest_distances, _trained(run, found))
+        if broken:
+            after = f" after {run.exploded_at:g} ps" if run.exploded_at is not None else ""
+            yield Verdict(
+                f"The student's NVE run ({setting}) broke down{after}: {broken}. Its drift says "
+                "nothing.",
+                f"stable NVE dynamics ({broken.split(';')[0]})",
+                met=False,
+            )
+            return
+        met = abs(run.drift) < AIM_DRIFT
+        error = run.slope_error * run.duration
+        text = (
+            f"Over {run.duration:g} ps of NVE ({setting}) the student's total energy drifts by "
+            f"{signed(run.drift)}{f' ± {number(error, 2)}' if math.isfinite(error) else ''} "
+            f"meV/atom (fitted slope times duration), {'below' if met else 'above'} the bar of "
+            f"{AIM_DRIFT:g} meV/atom"
+        )
+        closest = closest_approach(run.shortest_distances, _trained(run, found))
+        if closest is not None:
+            pair, distance, ratio = closest
+            text += (
+                f"; the closest {pair} pair was {distance:.2f} Å apart, {ratio:.2f} times the "
+                "shortest in training"
+            )
+        bar = f"NVE drift {signed(run.drift)} meV/atom (bar {AIM_DRIFT:g})"
+        yield Verdict(f"{text}.", bar, met)
+
+
+def _trained(run: NVERun, found: Findings) -> Mapping[str, float] | None:
+    return run.trained or found.trained_on.get("shortest_distances")

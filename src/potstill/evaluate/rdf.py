@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import ase
 import numpy as np
 
-from potstill.errors import DataError, suggest
-from potstill.evaluate.base import Result
+from potstill.errors import ConfigError, DataError, DivergenceError, suggest
+from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
 from potstill.neighbors import system_pairs
+from potstill.report.panels import Drawing, Panel, Series
+from potstill.report.tables import Row
+from potstill.soundness import closest_pairs, fused
 from potstill.structures import Structures
 
 
@@ -308,3 +311,70 @@ def _block_average(table: np.ndarray, n_blocks: int) -> tuple[np.ndarray, np.nda
         return table.mean(axis=0), np.full(table.shape[1:], np.nan)
     means = np.stack([block.mean(axis=0) for block in np.array_split(table, n_blocks)])
     return table.mean(axis=0), means.std(axis=0, ddof=1) / math.sqrt(n_blocks)
+
+
+# -- the evaluation ------------------------------------------------------------------------------
+
+
+class Rdf(Evaluation):
+    """Radial distribution in molecular dynamics, beside the teacher's."""
+
+    name = "rdf"
+    title = "radial distribution"
+    result = RadialDistribution
+    section = "Dynamics"
+    needs = "frames"
+
+    def run(self, bench: Bench, candidate: Candidate) -> RadialDistribution:
+        """Take the distribution of the candidate's trajectory."""
+        frames = (bench.frames or {}).get(candidate.name)
+        if frames is None:
+            raise ConfigError("there is no trajectory of it")
+        if symptom := fused(closest_pairs(frames), candidate.trained_on.get("shortest_distances")):
+            raise DivergenceError(f"its trajectory is unsound: {symptom}")
+        return radial_distribution(frames)
+
+    @classmethod
+    def rows(cls, found: Findings) -> Iterable[Row]:
+        """Distance from the teacher's g(r), and what chance alone would give."""
+        g = found.of(cls.name, RadialDistribution)
+        apart = {m: compare_radial(d, g["teacher"]) for m, d in g.items() if _comparable(m, g)}
+        if apart:
+            labels = {
+                "integrated_absolute_error": "g(r): integrated distance from the teacher's (Å)",
+                "expected_from_noise": "g(r): that distance by chance (Å)",
+                "total_absolute_error": "g(r): sum over bins of absolute differences",
+            }
+            for key, label in labels.items():
+                yield Row(label, {m: getattr(d, key) for m, d in apart.items()})
+
+    @classmethod
+    def drawings(cls, found: Findings) -> Iterable[Drawing]:
+        """g(r), and its difference from the teacher's."""
+        g = found.of(cls.name, RadialDistribution)
+        if not g:
+            return
+        series = [
+            Series(m, d.r, d.g, y_spread=np.nan_to_num(d.error), kind="line") for m, d in g.items()
+        ]
+        panels = [Panel("r (Å)", "g(r)", series, "Distribution", from_zero=True)]
+        differences = [
+            Series(m, d.r, d.g - g["teacher"].g, kind="line",
+                   y_spread=np.nan_to_num(np.hypot(d.error, g["teacher"].error)))
+            for m, d in g.items() if _comparable(m, g)
+        ]  # fmt: skip
+        if differences:
+            panels.append(
+                Panel("r (Å)", "Difference in g(r)", differences, "Minus teacher", zero_line=True)
+            )
+        caption = (
+            "Radial distribution in molecular dynamics, and its difference from the teacher's; "
+            "bands are standard errors from blocks of the trajectories."
+        )
+        yield Drawing("rdf", "Radial distribution", caption, panels)
+
+
+def _comparable(model: str, g: dict[str, RadialDistribution]) -> bool:
+    """Whether there is a teacher's distribution on the same bins."""
+    theirs = g.get("teacher")
+    return model != "teacher" and theirs is not None and np.array_equal(g[model].r, theirs.r)

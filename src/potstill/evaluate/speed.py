@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,21 @@ from ase.md.verlet import VelocityVerlet
 
 from potstill.errors import ConfigError, DataError, suggest
 from potstill.evaluate.base import (
+    Bench,
+    Candidate,
+    Evaluation,
+    Findings,
     Result,
     machine_description,
     repeat_to,
     set_temperature,
     with_calculator,
 )
+from potstill.metrics import METRICS
 from potstill.models.base import Potential
+from potstill.report.panels import Drawing, Panel, Series
+from potstill.report.tables import Row, number
+from potstill.report.verdicts import Verdict
 from potstill.structures import Structures
 from potstill.units import FS_IN_ASE_TIME
 
@@ -117,7 +125,7 @@ def md_speed(
     calculators : mapping
         Names to ASE calculators.
     atoms : ase.Atoms
-        Periodic structure, repeated to each size.
+        The structure, repeated to each size (`repeat_to`).
     sizes : sequence of int
         Least numbers of atoms.
     rounds : int
@@ -265,3 +273,134 @@ def _timed(run: VelocityVerlet, steps: int) -> tuple[float, float]:
 def _processor_seconds() -> float:
     times = [child.cpu_times() for child in psutil.Process().children()]
     return time.process_time() + sum(t.user + t.system for t in times)
+
+
+# -- the evaluations -----------------------------------------------------------------------------
+
+
+def timings(found: Findings, model: str) -> dict[int, float]:
+    """µs per step and atom of a model, by number of atoms."""
+    table = found.of("speed", SpeedTable).get(model)
+    return {row.n_atoms: row.microseconds_per_atom for row in table.rows} if table else {}
+
+
+def speed_ratio(found: Findings, fast: str = "student", slow: str = "teacher") -> dict[int, float]:
+    """How many times less time per step `fast` takes, by number of atoms timed for both."""
+    ours, theirs = timings(found, fast), timings(found, slow)
+    return {n: theirs[n] / ours[n] for n in ours if n in theirs}
+
+
+class Speed(Evaluation):
+    """Time per step of molecular dynamics.
+
+    Parameters
+    ----------
+    sizes : tuple of int
+        Numbers of atoms.
+    rounds : int
+        The median counts.
+    """
+
+    name = "speed"
+    title = "speed"
+    result = SpeedTable
+    section = "Cost"
+    needs = "structure"
+
+    sizes: tuple[int, ...] = (64, 512)
+    rounds: int = 3
+
+    def run(self, bench: Bench, candidate: Candidate) -> SpeedTable:
+        """Time the candidate by itself."""
+        return md_speed(
+            {candidate.name: candidate.calculator},
+            bench.atoms,
+            sizes=self.sizes,
+            rounds=self.rounds,
+            timestep=bench.settings.timestep,
+            temperature=bench.settings.temperature,
+            seed=bench.settings.seed,
+        )
+
+    @classmethod
+    def metrics(cls, result: SpeedTable) -> dict[str, float]:
+        """Time of the largest system."""
+        row = max(result.rows, key=lambda row: row.n_atoms)
+        return {"time_per_step_atom_us": row.microseconds_per_atom}
+
+    @classmethod
+    def rows(cls, found: Findings) -> Iterable[Row]:
+        """Time by size, and how many times faster than the teacher."""
+        by_model = {m: timings(found, m) for m in found.of(cls.name, SpeedTable)}
+        for n in sorted({n for times in by_model.values() for n in times}):
+            label = f"µs per step and atom, {n:,} atoms"
+            yield Row(label, {m: times[n] for m, times in by_model.items() if n in times})
+        faster = {
+            m: ratios[max(ratios)]
+            for m in by_model
+            if m != "teacher" and (ratios := speed_ratio(found, m))
+        }
+        if faster:
+            yield Row("Times faster than the teacher (largest common size)", faster)
+
+    @classmethod
+    def drawings(cls, found: Findings) -> Iterable[Drawing]:
+        """Time against size."""
+        by_model = {m: timings(found, m) for m in found.of(cls.name, SpeedTable)}
+        series = [
+            Series(m, sorted(t), [t[n] for n in sorted(t)], joined=len(t) > 1)
+            for m, t in by_model.items()
+        ]
+        if series:
+            label = METRICS["time_per_step_atom_us"].label
+            panel = Panel("Atoms", label, series, x_scale="auto", y_scale="auto")
+            yield Drawing("speed", "Time", "Time per step and atom in ASE dynamics.", [panel])
+
+    @classmethod
+    def verdicts(cls, found: Findings) -> Iterable[Verdict]:
+        """The ratio at the largest size timed for both."""
+        ratios = speed_ratio(found)
+        if ratios:
+            n = max(ratios)
+            ours, theirs = timings(found, "student")[n], timings(found, "teacher")[n]
+            word, ratio = ("faster", ratios[n]) if ratios[n] >= 1 else ("slower", 1 / ratios[n])
+            yield Verdict(
+                f"In the same ASE dynamics of {n:,} atoms the student is {number(ratio)} times "
+                f"{word} than the teacher ({number(ours)} against {number(theirs)} µs per step and "
+                "atom)."
+            )
+
+
+class InferenceThroughput(Evaluation):
+    """Structures per second in batches.
+
+    Parameters
+    ----------
+    rounds : int
+        The median counts.
+    """
+
+    name = "throughput"
+    title = "throughput"
+    result = Throughput
+    section = "Cost"
+    needs = "sets"
+    on_request = True
+
+    rounds: int = 3
+
+    def run(self, bench: Bench, candidate: Candidate) -> Throughput:
+        """Time the candidate by itself."""
+        if candidate.potential is None:
+            raise ConfigError("only checkpoints are timed in batches")
+        structures = Structures.concatenate([structures for structures, _ in bench.sets.values()])
+        potentials = {candidate.name: candidate.potential}
+        max_atoms = bench.settings.batch_atoms
+        return inference_throughput(
+            potentials, structures, max_atoms=max_atoms, rounds=self.rounds
+        )[candidate.name]
+
+    @classmethod
+    def metrics(cls, result: Throughput) -> dict[str, float]:
+        """Median over rounds."""
+        return {"samples_per_second": result.samples_per_second}

@@ -17,19 +17,19 @@ import numpy as np
 from potstill.errors import DataError
 from potstill.evaluate.cka import CKAMatrix, similarity_gain
 from potstill.evaluate.errors import GapShare, estimate_over_seeds, share_of_gap
-from potstill.evaluate.learning import LearningCurves
-from potstill.metrics import Estimate
+from potstill.evaluate.learning import LearningCurves, progress_panels
+from potstill.metrics import Estimate, Metric
 from potstill.report.heatmaps import Heatmap, write_heatmaps
 from potstill.report.page import Page, Section, write_page
-from potstill.report.plots import Figure, progress_panels, write_figure
-from potstill.report.tables import Cell, Metric, Spread, Table
+from potstill.report.plots import Figure, write_figure
+from potstill.report.tables import Cell, Spread, Table
 from potstill.report.verdicts import compare
 
 #: Metrics of the tables, by the keys of `potstill.metrics.S2EF_METRICS`.
 COLUMNS = (
     Metric("energy_mae", "Energy MAE", "meV", 1e3),
-    Metric("force_mae", "Force MAE", "meV/Å", 1e3),
-    Metric("force_cosine", "Force cosine", lower_is_better=False),
+    Metric("free_forces_mae", "Force MAE", "meV/Å", 1e3),
+    Metric("free_forces_cosine", "Force cosine", lower_is_better=False),
     Metric("efwt", "EFwT", "%", lower_is_better=False),
 )
 _JUDGED = COLUMNS[:2]

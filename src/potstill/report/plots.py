@@ -9,9 +9,8 @@ longer than one figure.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +22,8 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
-from numpy.typing import ArrayLike
 
-from potstill.evaluate.cka import CKAMatrix
-from potstill.evaluate.learning import LearningCurves
+from potstill.report.panels import Line, Look, Panel, Series, looks
 from potstill.report.tables import Cell, Table
 
 #: matplotlib settings of all figures.
@@ -52,137 +49,6 @@ STYLE: dict[Any, Any] = {
     "axes.formatter.useoffset": False,
 }
 _DPI = 160
-
-
-Line = Literal["-", "--", "-.", ":"]
-
-
-@dataclass(frozen=True)
-class Look:
-    """How series about one model are drawn."""
-
-    label: str
-    color: str
-    marker: str
-    line: Line = "-"
-
-
-#: The fixed looks (colors of Okabe and Ito, distinct for the color-blind and in gray).
-LOOKS: dict[str, Look] = {
-    "student": Look("student", "#0072B2", "o"),
-    "control": Look("control", "#D55E00", "s", "--"),
-    "control_wf10": Look("control ($w_F$ = 10)", "#D55E00", "s", "--"),
-    "control_wf30": Look("control ($w_F$ = 30)", "#E69F00", "D", "-."),
-    "teacher": Look("teacher", "#222222", "*", ":"),
-    "reference": Look("reference", "#888888", "P", "-"),
-    "born_again": Look("born again (scheduled)", "#009E73", "^"),
-    "born_again_wf10": Look("born again (to $w_F$ = 10)", "#56B4E9", "<", "-."),
-    "born_again_static": Look("born again (static)", "#CC79A7", "v", "--"),
-}
-_SPARE = ("#8C564B", "#6A3D9A", "#B2A000", "#7F7F7F", "#17A589", "#A93226", "#2E4053")
-_SPARE_MARKERS = ("X", ">", "h", "p", "d", "8", "H")
-
-
-def looks(names: Iterable[str], labels: Mapping[str, str] | None = None) -> dict[str, Look]:
-    """Looks of all series of a report: fixed ones where known, spare ones in the given order.
-
-    Parameters
-    ----------
-    names : iterable of str
-        Names of models or strategies.
-    labels : mapping, optional
-        What to call some of them in legends; by default a known name in words, or the name.
-    """
-    found: dict[str, Look] = {}
-    spare = 0
-    for name in dict.fromkeys(names):
-        look = LOOKS.get(name)
-        if look is None:
-            k = spare % len(_SPARE)
-            look = Look(name.replace("_", " "), _SPARE[k], _SPARE_MARKERS[k])
-            spare += 1
-        label = (labels or {}).get(name, look.label)
-        found[name] = Look(label, look.color, look.marker, look.line)
-    return found
-
-
-def plain_label(name: str) -> str:
-    """What a model or strategy is called in tables and sentences."""
-    label = LOOKS[name].label if name in LOOKS else name.replace("_", " ")
-    return label.replace("$w_F$", "w_F").replace("born again", "born-again student")
-
-
-Kind = Literal["points", "line", "thin", "dots", "level", "front"]
-
-
-@dataclass(frozen=True)
-class Series:
-    """Numbers of one kind about one model.
-
-    Parameters
-    ----------
-    name : str
-        Whom it is about; decides its look.
-    x, y : array_like
-        (n,). A `level` is a horizontal line and needs y only.
-    x_spread, y_spread : array_like, optional
-        (n,) standard deviations: bars on points, a band around lines.
-    kind : str
-        `points` (large markers), `line`, `thin` (a faint line without legend), `dots` (a cloud),
-        `level` (a horizontal line), `front` (a gray staircase, the Pareto front).
-    joined : bool
-        Join points by a faint line.
-    """
-
-    name: str
-    x: ArrayLike
-    y: ArrayLike
-    x_spread: ArrayLike | None = None
-    y_spread: ArrayLike | None = None
-    kind: Kind = "points"
-    joined: bool = False
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One set of axes.
-
-    Parameters
-    ----------
-    x_label, y_label : str
-        With units.
-    series : sequence of Series
-        What is drawn.
-    title : str
-        Short, above the panel, after its letter.
-    x_scale, y_scale : {"linear", "log", "auto"}
-        `auto` takes a logarithmic axis where values are positive and differ by more than tenfold.
-    diagonal : bool
-        Draw y = x, and make both axes alike.
-    categories : sequence of str
-        Names of the values 0, 1, ... on the y axis, from top to bottom.
-    hide_categories : bool
-        Do not write them, because the panel to the left does.
-    from_zero : bool
-        Start linear axes of values at zero: y, or x where there are categories.
-    zero_line : bool
-        Draw y = 0.
-    notes : sequence of (float, float, str)
-        Short texts beside points.
-    """
-
-    x_label: str
-    y_label: str
-    series: Sequence[Series]
-    title: str = ""
-    x_scale: Literal["linear", "log", "auto"] = "linear"
-    y_scale: Literal["linear", "log", "auto"] = "linear"
-    diagonal: bool = False
-    categories: Sequence[str] = ()
-    hide_categories: bool = False
-    from_zero: bool = False
-    zero_line: bool = False
-    notes: Sequence[tuple[float, float, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -266,118 +132,6 @@ def save_canvas(canvas: Canvas, folder: Path, data: Table) -> tuple[Path, Path, 
     canvas.savefig(svg, dpi=_DPI, metadata={"Date": None})
     csv.write_text(data.csv(), encoding="utf-8")
     return png, svg, csv
-
-
-def learning_panels(curves: Mapping[str, Sequence[LearningCurves]]) -> list[Panel]:
-    """Force errors of the training loss and of validation against the epoch (Fig. 4).
-
-    Parameters
-    ----------
-    curves : mapping
-        Strategy or model to the curves of its seeds.
-
-    Returns
-    -------
-    list of Panel
-        Up to two; a quantity that nobody recorded is left out.
-    """
-    wanted = (
-        ("train/forces", "Training set", "Force loss, RMSE + MAE (eV/Å)"),
-        ("validation/forces_rmse", "Validation set", "Force RMSE (eV/Å)"),
-    )
-    panels = []
-    for start, title, label in wanted:
-        series = [s for name, runs in curves.items() for s in _learning_series(name, runs, start)]
-        if series:
-            panels.append(Panel("Epoch", label, series, title, y_scale="log"))
-    return panels
-
-
-_PROGRESS = {
-    "seconds": "Wall-clock time (s)",
-    "processor_seconds": "Processor time (s)",
-    "steps": "Steps",
-    "epoch": "Epoch",
-}
-
-
-def progress_panels(
-    curves: Mapping[str, Sequence[LearningCurves]],
-    axis: Literal["seconds", "processor_seconds", "steps", "epoch"] = "seconds",
-    *,
-    keys: Mapping[str, str] | None = None,
-) -> list[Panel]:
-    """Validation errors against the wall clock or the steps (Fig. 9 of Ekström Kelvinius et al.).
-
-    Parameters
-    ----------
-    curves : mapping
-        Strategy or model to the curves of its seeds; each seed is a line of its own, since runs
-        are not validated at the same moments.
-    axis : {"seconds", "processor_seconds", "steps", "epoch"}
-        What errors are drawn against.
-    keys : mapping, optional
-        What to draw, with its label; by default the MAE of energies and of forces.
-    """
-    wanted = keys or {
-        "validation/energy_mae": "Energy MAE (eV)",
-        "validation/forces_mae": "Force MAE (eV/Å)",
-    }
-    panels = []
-    for key, label in wanted.items():
-        series = []
-        for name, runs in curves.items():
-            for k, run in enumerate(run for run in runs if key in run.series):
-                x, y = run.against(key, axis)
-                series.append(Series(name, x, y, kind="thin" if k else "line"))
-        if series:
-            panels.append(Panel(_PROGRESS[axis], label, series, y_scale="log"))
-    return panels
-
-
-def write_cka_history(folder: Path, history: Mapping[int, CKAMatrix]) -> Figure:
-    """Draw the CKA of each tap of the student with the teacher's most alike tap, by epoch.
-
-    Parameters
-    ----------
-    folder : Path
-        Gets `cka_history.png`, `.svg` and `.csv`.
-    history : mapping of int to CKAMatrix
-        By epoch, see `potstill.evaluate.cka.read_cka_history`; what is most alike in the last one
-        decides.
-    """
-    epochs, last = list(history), history[max(history)]
-    series = []
-    for i, tap in enumerate(last.first):
-        j = int(np.nan_to_num(last.values[i], nan=-1.0).argmax())
-        values = [history[epoch].values[i, j] for epoch in epochs]
-        series.append(Series(f"{tap} / {last.second[j]}", epochs, values, kind="line"))
-    panel = Panel("Epoch", "CKA", series)
-    title = "Similarity during training"
-    return write_figure(folder, "cka_history", title, "Taps of student / teacher.", [panel])
-
-
-def _learning_series(name: str, runs: Sequence[LearningCurves], start: str) -> list[Series]:
-    """Single runs as thin lines, and their mean with spread as far as all have come."""
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    for run in runs:
-        keys = [key for key in run.series if key == start or key.startswith(f"{start}:")]
-        if keys:
-            values = np.asarray(run.series[keys[0]], dtype=float)
-            good = np.isfinite(values) & (values > 0)
-            found.append((np.asarray(run.epochs)[good], values[good]))
-    found = [(epochs, values) for epochs, values in found if len(epochs)]
-    if not found:
-        return []
-    if len(found) == 1:
-        return [Series(name, *found[0], kind="line")]
-    common = reduce(np.intersect1d, [epochs for epochs, _ in found])
-    table = np.array([values[np.isin(epochs, common)] for epochs, values in found])
-    lines = [Series(name, epochs, values, kind="thin") for epochs, values in found]
-    if len(common):
-        spread = table.std(axis=0, ddof=1)
-        lines.append(Series(name, common, table.mean(axis=0), y_spread=spread, kind="line"))
-    return lines
 
 
 # -- drawing -----------------------------------------------------------------------------------

@@ -14,22 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from potstill.errors import DataError
-from potstill.evaluate.learning import LearningCurves
+from potstill.evaluate.learning import LearningCurves, learning_panels
 from potstill.evaluate.pareto import pareto_front
 from potstill.evaluate.rdf import RadialDistribution
+from potstill.metrics import METRICS, Metric
 from potstill.report.page import Page, Section, write_page
-from potstill.report.plots import (
-    LOOKS,
-    Figure,
-    Look,
-    Panel,
-    Series,
-    learning_panels,
-    looks,
-    plain_label,
-    write_figure,
-)
-from potstill.report.tables import METRICS, Cell, Metric, Spread, Table
+from potstill.report.panels import LOOKS, Look, Panel, Series, looks, plain_label
+from potstill.report.plots import Figure, write_figure
+from potstill.report.tables import Cell, Spread, Table
 from potstill.report.verdicts import Comparison, compare, over_sizes
 
 _ORDER = tuple(LOOKS)

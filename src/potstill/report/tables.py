@@ -10,66 +10,10 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-
-from potstill.units import GPA
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How one metric is shown.
-
-    Parameters
-    ----------
-    key : str
-        Its key in the numbers.
-    name : str
-        In words, as the start of a label.
-    unit : str
-        Unit that is shown; "" for pure numbers.
-    scale : float
-        The number shown per number stored.
-    lower_is_better : bool
-        False for cosines and EFwT.
-    """
-
-    key: str
-    name: str
-    unit: str = ""
-    scale: float = 1.0
-    lower_is_better: bool = True
-
-    @property
-    def label(self) -> str:
-        """Name and unit, for axes and columns."""
-        return f"{self.name} ({self.unit})" if self.unit else self.name
-
-
-_SHOWN = (
-    Metric("forces_rmse", "Force RMSE", "eV/Å"),
-    Metric("forces_mae", "Force MAE", "eV/Å"),
-    Metric("forces_relative_rmse", "Rel. force RMSE", "%", 100.0),
-    Metric("forces_cosine", "Force cosine", lower_is_better=False),
-    Metric("energy_per_atom_rmse", "Energy RMSE", "meV/atom", 1e3),
-    Metric("energy_per_atom_mae", "Energy MAE", "meV/atom", 1e3),
-    Metric("energy_rmse", "Total energy RMSE", "eV"),
-    Metric("energy_mae", "Total energy MAE", "eV"),
-    Metric("atomic_energies_rmse", "Atomic energy RMSE", "meV", 1e3),
-    Metric("atomic_energies_mae", "Atomic energy MAE", "meV", 1e3),
-    Metric("stress_rmse", "Stress RMSE", "GPa", 1.0 / GPA),
-    Metric("stress_mae", "Stress MAE", "GPa", 1.0 / GPA),
-    Metric("efwt", "EFwT", "%", lower_is_better=False),
-    Metric("rdf_error", "RDF error", "Å"),
-    Metric("rdf_error_reference", "RDF error to the reference", "Å"),
-    Metric("time_per_step_atom_us", "Time per step and atom", "µs"),
-    Metric("memory_per_atom_kib", "Memory per atom", "KiB"),
-)
-
-#: Metrics by key: those of `potstill.metrics`, and those of whole studies.
-METRICS: dict[str, Metric] = {metric.key: metric for metric in _SHOWN}
 
 
 @dataclass(frozen=True)
@@ -210,6 +154,56 @@ class Table:
         ]
 
 
+@dataclass(frozen=True)
+class Row:
+    """One quantity, and its value for each model (or pair of these): a row of `rows_table`."""
+
+    label: str
+    values: Mapping[str, Cell]
+
+
+def rows_table(
+    name: str,
+    title: str,
+    rows: Sequence[Row],
+    note: str = "",
+    *,
+    labels: Mapping[str, str] | None = None,
+    deviations_from: str = "",
+) -> Table | None:
+    """Table of quantities against models; None without rows.
+
+    Parameters
+    ----------
+    name, title, note : str
+        See `Table`.
+    rows : sequence of Row
+        Columns are the keys of their values in order of first appearance.
+    labels : mapping, optional
+        What to call some columns.
+    deviations_from : str
+        A column from which the deviations of the others are added in percent, if it is there.
+    """
+    keys = list(dict.fromkeys(key for row in rows for key in row.values))
+    if not keys:
+        return None
+    shown = {key: (labels or {}).get(key, key) for key in keys}
+    others = [k for k in keys if k != deviations_from] if deviations_from in keys else []
+    body = []
+    for row in rows:
+        origin = row.values.get(deviations_from)
+        changes = [_deviation(row.values.get(key), origin) for key in others]
+        body.append((row.label, *(row.values.get(key) for key in keys), *changes))
+    columns = (*shown.values(), *(f"{shown[k]} − {shown[deviations_from]} (%)" for k in others))
+    return Table(name, title, ("Quantity", *columns), tuple(body), note, 4)
+
+
+def _deviation(value: Cell, origin: Cell) -> float | None:
+    if not isinstance(value, int | float) or not isinstance(origin, int | float) or not origin:
+        return None
+    return 100.0 * (value - origin) / abs(origin)
+
+
 def number(value: float, digits: int = 3) -> str:
     """Round to significant digits, without exponents where these would not help reading."""
     if not math.isfinite(value):
@@ -220,6 +214,11 @@ def number(value: float, digits: int = 3) -> str:
     if not -5 <= size < 7:
         return f"{value:.{digits - 1}e}".replace("-", "−")
     return f"{value:,.{max(0, digits - 1 - size)}f}".replace("-", "−")
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """`number` with its sign."""
+    return f"{'−' if value < 0 else '+'}{number(abs(value), digits)}"
 
 
 def shown(cell: Cell, digits: int = 3) -> str:

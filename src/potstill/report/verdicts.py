@@ -13,9 +13,41 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
 
-from potstill.report.tables import Metric, Spread, number
+from potstill.metrics import Metric
+from potstill.report.tables import Spread, number
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A sentence about a result, and whether a bar is met.
+
+    Parameters
+    ----------
+    text : str
+        The sentence, with numbers and units.
+    bar : str
+        A few words that name the bar, "relative force RMSE below 10 %"; empty if there is none.
+    met : bool
+        Whether it is.
+    """
+
+    text: str
+    bar: str = ""
+    met: bool = True
+
+
+def ordered_verdicts(verdicts: Sequence[Verdict]) -> tuple[str, ...]:
+    """First a line on the bars, the missed ones named; then all sentences, missed bars first."""
+    bars = [v for v in verdicts if v.bar]
+    missed = [v for v in bars if not v.met]
+    lines = [v.text for v in (*missed, *(v for v in verdicts if v.met))]
+    if missed:
+        names = "; ".join(v.bar for v in missed)
+        lines.insert(0, f"Missed {len(missed)} of {len(bars)} bars: {names}.")
+    elif bars:
+        lines.insert(0, f"All bars met: {'; '.join(v.bar for v in bars)}.")
+    return tuple(lines)
 
 
 @dataclass(frozen=True)
@@ -67,6 +99,8 @@ def compare(metric: Metric, ours: Sequence[float], theirs: Sequence[float]) -> C
         return Comparison(metric, a, b, math.nan, math.nan, math.nan)
     low = high = math.nan
     if len(ours) > 1 and len(theirs) > 1 and a.deviation + b.deviation > 0:
+        from scipy import stats  # takes half a second, and few need it
+
         interval = stats.ttest_ind(np.array(ours), np.array(theirs), equal_var=False)
         bounds = interval.confidence_interval(0.95)
         low, high = sorted((bounds.low / b.mean, bounds.high / b.mean))

@@ -1,4 +1,4 @@
-"""Molecular dynamics that can be killed at any moment and goes on exactly where it was.
+"""Molecular dynamics that can be killed at any moment and resumes exactly where it stopped.
 
 The integrator is ASE's `LangevinBAOAB`: Langevin dynamics at constant volume, Langevin-Hoover
 (Quigley and Probert, J. Chem. Phys. 120, 11432 (2004)) at constant pressure, both sampling the
@@ -37,6 +37,7 @@ from potstill.sample.base import (
     span,
     write_arrays,
 )
+from potstill.soundness import Connectivity
 from potstill.structures import Structures
 from potstill.units import BOLTZMANN, FS_IN_ASE_TIME, GPA
 
@@ -114,6 +115,8 @@ class MDJob(Job):
         (between -1 and 1) is at most this; `stride` is then the least distance.
     force_nonconservative : bool
         Run at constant energy even where the calculator says that it conserves none.
+    allow_dissociation : bool
+        Go on where the structure comes apart (`potstill.soundness`); else the run ends there.
     """
 
     kind: ClassVar[str] = "md"
@@ -128,6 +131,7 @@ class MDJob(Job):
     isotropic: bool = True
     max_force_correlation: float | None = None
     force_nonconservative: bool = False
+    allow_dissociation: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,10 +176,11 @@ class MDJob(Job):
         return (self.n_equilibration_segments + self.n_frames) * (self.steps_per_segment + 1)
 
     def to_json(self) -> dict[str, Any]:
-        """As of all jobs; folders of plans from before `force_nonconservative` stay valid."""
+        """As of all jobs; folders of plans from before the youngest settings stay valid."""
         settings = super().to_json()
-        if not self.force_nonconservative:
-            del settings["force_nonconservative"]
+        for name in ("force_nonconservative", "allow_dissociation"):
+            if not settings[name]:
+                del settings[name]
         return settings
 
     def check(self, start: Structures, calculator: BaseCalculator | None) -> None:
@@ -223,9 +228,17 @@ class MDJob(Job):
         state = history.last or first_state(start, self.target(0), generator, keep_velocities=keep)
         atoms = start.to_ase()[0]
         atoms.calc = calculator
+        whole = Connectivity.of(start)
         while len(history.taken) < self.n_frames:
             segment = history.n_segments
             state = advance(atoms, state, self, self.target(segment), float(start.volume[0]))
+            frame = replace(
+                start,
+                positions=torch.from_numpy(state.positions),
+                cell=torch.from_numpy(state.cell[None]),
+            )
+            if symptom := whole.symptom(frame, apart=not self.allow_dissociation):
+                raise _diverged(self, symptom, state.step)
             history.append(state, taken=self._takes(state, segment, history))
             if progress is not None:
                 progress(
@@ -323,7 +336,8 @@ def run_md(
     Raises
     ------
     DivergenceError
-        If atoms leave the finite numbers or are ten times hotter than asked.
+        If atoms leave the finite numbers, fuse or are ten times hotter than asked, or the
+        structure comes apart.
     """
     job = MDJob(temperature=temperature, n_frames=n_frames, **settings)  # type: ignore[arg-type]
     path = None if folder is None else Path(folder)
@@ -344,12 +358,12 @@ def first_state(
 
     With `keep_velocities` the structure's own are taken, if it moves.
     """
-    masses = start.masses.numpy()[:, None]
-    momenta = np.sqrt(masses * BOLTZMANN * temperature) * generator.normal(size=(start.n_atoms, 3))
+    masses = start.masses.numpy()
+    fixed = np.zeros(start.n_atoms, bool) if start.fixed is None else start.fixed.numpy()
+    momenta = draw_momenta(masses, fixed, temperature, generator)
     if keep_velocities and start.velocities is not None and bool(start.velocities.any()):
-        momenta = masses * start.velocities.numpy() / FS_IN_ASE_TIME
-    if start.fixed is not None:
-        momenta[start.fixed.numpy()] = 0.0
+        momenta = masses[:, None] * start.velocities.numpy() / FS_IN_ASE_TIME
+        momenta[fixed] = 0.0
     return MDState(
         positions=start.positions.numpy().copy(),
         momenta=momenta,
@@ -361,6 +375,28 @@ def first_state(
         forces=np.full((start.n_atoms, 3), np.nan),
         temperature=temperature,
     )
+
+
+def draw_momenta(
+    masses: np.ndarray, fixed: np.ndarray, temperature: float, generator: np.random.Generator
+) -> np.ndarray:
+    """(N, 3) momenta of a thermal ensemble, ASE's unit; none for fixed atoms.
+
+    The momentum of the whole is part of the ensemble, and of that of a Langevin thermostat.
+
+    Parameters
+    ----------
+    masses, fixed : ndarray
+        (N,) amu; (N,) bool.
+    temperature : float
+        K.
+    generator : numpy Generator
+        Drawn from for all atoms, fixed or not.
+    """
+    momenta = np.sqrt(masses * BOLTZMANN * temperature)[:, None]
+    momenta = momenta * generator.normal(size=(len(masses), 3))
+    momenta[fixed] = 0.0
+    return momenta
 
 
 def advance(
@@ -465,7 +501,8 @@ def _check_sane(atoms: ase.Atoms, job: MDJob, limit: float, step: int, volume: f
     kinetic = atoms.get_kinetic_energy()
     if not (np.isfinite(atoms.positions).all() and np.isfinite(kinetic)):
         raise _diverged(job, "positions or velocities are not finite", step)
-    temperature = 2.0 * kinetic / (3.0 * len(atoms) * BOLTZMANN)
+    degrees = max(1, atoms.get_number_of_degrees_of_freedom())  # fixed atoms have none
+    temperature = 2.0 * kinetic / (degrees * BOLTZMANN)
     if temperature > limit:
         raise _diverged(job, f"the temperature reached {temperature:.0f} K", step)
     if job.pressure is None:
@@ -476,9 +513,11 @@ def _check_sane(atoms: ase.Atoms, job: MDJob, limit: float, step: int, volume: f
 
 
 def _diverged(job: MDJob, what: str, step: int) -> DivergenceError:
+    allow = ", or set allow_dissociation if that is what it should do" if "apart" in what else ""
     return DivergenceError(
         f"the job '{job.name}' exploded after {step * job.timestep:g} fs ({what}): choose a "
         f"timestep below {job.timestep:g} fs, a lower temperature or a better starting structure"
+        f"{allow}"
     )
 
 

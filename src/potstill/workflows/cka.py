@@ -14,6 +14,7 @@ from potstill.errors import DataError
 from potstill.evaluate.cka import (
     CKAMatrix,
     ProbeScore,
+    cka_history_drawing,
     cka_matrix,
     linear_probes,
     read_cka_history,
@@ -21,7 +22,7 @@ from potstill.evaluate.cka import (
 )
 from potstill.models import Potential
 from potstill.report.heatmaps import Heatmap, write_heatmaps
-from potstill.report.plots import write_cka_history
+from potstill.report.plots import write_figure
 from potstill.structures import Properties, Structures
 from potstill.workflows.base import Display, Settings, claim_folder, draw, write_json
 from potstill.workflows.data import FileData, load_store
@@ -217,4 +218,4 @@ def _draw(config: CKAConfig, report: CKAReport, folder: Path) -> None:
     ]
     write_heatmaps(folder, "cka_within", "Similarity within each model", caption, own)
     if config.run is not None:
-        write_cka_history(folder, read_cka_history(config.run))
+        write_figure(folder, **vars(cka_history_drawing(read_cka_history(config.run))))

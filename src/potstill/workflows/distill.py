@@ -23,8 +23,8 @@ import torch
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential
 from potstill.errors import DataError, DivergenceError
+from potstill.evaluate.base import BenchSettings, Candidate
 from potstill.readers import split_from_file, write_split
-from potstill.report import write_report
 from potstill.sample import SampledFrames, run_plan, split_in_blocks
 from potstill.structures import Structures
 from potstill.workflows.base import (
@@ -38,8 +38,9 @@ from potstill.workflows.base import (
 from potstill.workflows.distill_run import DistillConfig, Run, student_settings
 from potstill.workflows.distill_run import default_student as default_student
 from potstill.workflows.dynamics import MdConfig, simulate
-from potstill.workflows.evaluation import BenchSettings, Candidate, bench_of, run_tests
+from potstill.workflows.evaluation import bench_of, evaluation_class, run_evaluations
 from potstill.workflows.planning import EXPLORING_STRIDE, FULL, Plan
+from potstill.workflows.report import write_report
 from potstill.workflows.students import train_model, train_students
 from potstill.workflows.summary import summarize
 
@@ -83,8 +84,7 @@ def distill(
                 entry["note"] = stage(run) or ""
         elif run.stages.note(name):
             display.say(f"{name}: {run.stages.note(name)}")
-    summary = read_json(run.folder / "summary.json")
-    return DistillResult(run.plan, run.folder, summary)
+    return DistillResult(run.plan, run.folder, summarize(run.folder))
 
 
 # -- stages: one function each; what it returns is shown when a run is continued -------------------
@@ -228,9 +228,7 @@ def _evaluate(run: Run) -> None:
         settings=BenchSettings(
             n_atoms=run.plan.n_atoms,
             temperature=run.config.temperature[1],
-            nve_duration=run.plan.counts.nve_duration or 1.0,
             timestep=run.plan.timestep,
-            speed_sizes=run.plan.speed_sizes,
             seed=run.config.seed,
         ),
         structure=read_start(run.config.structure)[0],
@@ -238,18 +236,26 @@ def _evaluate(run: Run) -> None:
     )
 
     def trained(name: str) -> Candidate:
-        return Candidate(name, TeacherSettings(spec=str(run.folder / name / "best.pt")))
+        return Candidate(name, str(run.folder / name / "best.pt"))
 
+    teacher = run.config.teacher
     groups = {
-        "teacher": [Candidate("teacher", run.config.teacher)],
+        "teacher": [Candidate("teacher", teacher.spec, teacher.args)],
         "student": [trained("student")],
         "control": [trained(name) for name in run.controls],
     }
-    wanted = {
-        test: [c for group in names for c in groups[group]]
-        for test, names in run.config.tests.items()
+    options = {
+        "nve": {"duration": run.plan.counts.nve_duration or 1.0},
+        "speed": {"sizes": run.plan.speed_sizes},
     }
-    run_tests(bench, wanted, run.folder / "evaluation", run.display)
+    chosen = [
+        (
+            evaluation_class(name).model_validate(options.get(name, {})),
+            [candidate for group in names for candidate in groups[group]],
+        )
+        for name, names in run.config.tests.items()
+    ]
+    run_evaluations(bench, chosen, run.folder / "evaluation", run.display)
 
 
 def _hot_frames(run: Run) -> dict[str, Structures]:

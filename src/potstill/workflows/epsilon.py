@@ -12,7 +12,8 @@ from potstill.checkpoint import load_potential
 from potstill.distill import LossTerm
 from potstill.distill.terms import check_signals
 from potstill.files import write_atomically
-from potstill.report.plots import Figure, Look, Panel, Series, write_figure
+from potstill.report.panels import Look, Panel, Series
+from potstill.report.plots import Figure, write_figure
 from potstill.report.tables import Table
 from potstill.train import TrainingSet, TrainSettings
 from potstill.train.epsilon import EpsilonScan, scan_epsilon

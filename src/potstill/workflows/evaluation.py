@@ -1,36 +1,22 @@
-"""`potstill evaluate`: the same tests for several potentials, one JSON file per test.
+"""`potstill evaluate`: the same evaluations for several potentials, one JSON file for each.
 
-Each file maps the name of a potential to its result, or to `{"error": ...}` where the test could
-not be done; what a file holds already is not computed again.
+Each file maps the name of a potential to its result, or to `{"error": ...}` where it could not be
+done; what a file holds already is not computed again. `skipped.json` says which evaluations do not
+apply to the data at hand, and what they need.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ase
-from ase.calculators.calculator import BaseCalculator
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from potstill.calculators import PotstillCalculator
-from potstill.checkpoint import load_potential
-from potstill.errors import ConfigError, PotstillError, suggest
-from potstill.evaluate.base import make_calculator
-from potstill.evaluate.elastic import elastic_constants
-from potstill.evaluate.eos import equation_of_state
-from potstill.evaluate.errors import evaluate_errors, evaluate_s2ef, predict_all
-from potstill.evaluate.memory import memory_per_atom
-from potstill.evaluate.nve import run_nve
-from potstill.evaluate.rdf import radial_distribution
-from potstill.evaluate.speed import inference_throughput, md_speed
-from potstill.models import Potential
-from potstill.report import parity_points
-from potstill.sample import smallest_supercell
+from potstill.errors import ConfigError, DataError, PotstillError, suggest
+from potstill.evaluate.base import Bench, BenchSettings, Candidate, Evaluation, Findings, Result
+from potstill.evaluate.table import EVALUATIONS
 from potstill.structures import Properties, Structures
 from potstill.train import TrainingSet
 from potstill.workflows.base import (
@@ -38,45 +24,22 @@ from potstill.workflows.base import (
     Settings,
     TeacherSettings,
     claim_folder,
-    limited_threads,
     read_json,
     read_start,
-    threads,
     write_json,
 )
 from potstill.workflows.data import FileData, load_store, read_files
 
+#: File of the evaluations that do not apply.
+SKIPPED = "skipped.json"
 
-class BenchSettings(Settings):
-    """How the tests are done.
-
-    Parameters
-    ----------
-    n_atoms : int
-        Size of the supercell for dynamics.
-    temperature : float
-        K, of dynamics.
-    nve_duration, timestep : float
-        ps and fs.
-    speed_sizes, memory_sizes : tuple of int
-        Numbers of atoms.
-    batch_atoms : int
-        Atoms per batch of the tests `s2ef` and `throughput`.
-    seed : int
-        Of velocities.
-    force_nonconservative : bool
-        Do the NVE test with models whose forces are direct, too.
-    """
-
-    n_atoms: int = Field(default=64, ge=1)
-    temperature: float = Field(default=300.0, gt=0)
-    nve_duration: float = Field(default=20.0, gt=0)
-    timestep: float = Field(default=1.0, gt=0)
-    speed_sizes: tuple[int, ...] = (64, 512)
-    memory_sizes: tuple[int, ...] = (500, 2000)
-    batch_atoms: int = Field(default=4096, ge=1)
-    seed: int = 0
-    force_nonconservative: bool = False
+#: Settings that older configs have among those of the bench: their evaluation and its setting.
+_MOVED = {
+    "nve_duration": ("nve", "duration"),
+    "force_nonconservative": ("nve", "force_nonconservative"),
+    "speed_sizes": ("speed", "sizes"),
+    "memory_sizes": ("memory", "sizes"),
+}
 
 
 class EvaluateConfig(Settings):
@@ -95,14 +58,18 @@ class EvaluateConfig(Settings):
     files : tuple of FileData
         Files with reference labels, instead of a store.
     splits : dict of str to FileData
-        Validation sets of the test `s2ef` by name; without them it takes the store or the files.
+        Validation sets of the evaluation `s2ef` by name; without them it takes the store or the
+        files.
     structure : str, optional
         Where properties and dynamics start from; without it only errors are computed.
-    tests : tuple of str, optional
-        Which tests; if absent all that the data allow, `s2ef` only with `splits`, and without
-        `throughput`.
+    tests : dict of str to dict, or list of str, optional
+        Which evaluations (`potstill.evaluate.table`), and settings of theirs:
+        `{eos: {}, nve: {duration: 5}}`. If absent all that apply, `s2ef` only with `splits`, and
+        without `throughput`.
+    options : dict of str to dict
+        Settings of evaluations, without saying which are done.
     settings : BenchSettings
-        How.
+        What they share.
     """
 
     models: dict[str, TeacherSettings] = Field(min_length=1)
@@ -113,271 +80,152 @@ class EvaluateConfig(Settings):
     splits: dict[str, FileData] = Field(default_factory=dict)
     structure: str | None = None
     tests: tuple[str, ...] | None = None
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     settings: BenchSettings = Field(default_factory=BenchSettings)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _options_in_place(cls, data: Any) -> Any:
+        """Bring settings that stand with `tests`, or among `settings` as of old, to `options`."""
+        if not isinstance(data, Mapping):
+            return data
+        data = dict(data)
+        options = {name: dict(own) for name, own in (data.get("options") or {}).items()}
+        if isinstance(data.get("tests"), Mapping):
+            for name, own in data["tests"].items():
+                options.setdefault(name, {}).update(own or {})
+            data["tests"] = tuple(data["tests"])
+        if isinstance(data.get("settings"), Mapping):
+            data["settings"] = dict(data["settings"])
+            for old, (name, new) in _MOVED.items():
+                if old in data["settings"]:
+                    options.setdefault(name, {})[new] = data["settings"].pop(old)
+        return {**data, "options": options}
 
     @field_validator("tests")
     @classmethod
     def _known_tests(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         for name in names or ():
-            if name not in TESTS:
-                raise ValueError(f"there is no test '{name}'{suggest(name, TESTS)}")
+            evaluation_class(name)
         return names
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """A potential under test: its name, and how to make it."""
-
-    name: str
-    model: TeacherSettings
-
-    @cached_property
-    def potential(self) -> Potential | None:
-        """The potential itself, if it is a checkpoint."""
-        return load_potential(self.model.spec)[0] if self.is_checkpoint else None
-
-    @property
-    def is_checkpoint(self) -> bool:
-        """Whether it is one of potstill's own files."""
-        spec = self.model.spec
-        return spec.endswith(".pt") and "," not in spec and "*" not in spec
-
-    @cached_property
-    def calculator(self) -> BaseCalculator:
-        """An ASE calculator."""
-        if self.is_checkpoint:
-            # Tests look at what a model does, extrapolating or not: no warnings.
-            return PotstillCalculator(load_potential(self.model.spec)[0])
-        return make_calculator(self.model.spec, self.model.args)
+    @field_validator("options")
+    @classmethod
+    def _known_options(cls, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, own in options.items():
+            evaluation_class(name).model_validate(own)
+        return options
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What the tests work on.
+def evaluation_class(name: str) -> type[Evaluation]:
+    """Look up an evaluation by name.
 
-    Parameters
-    ----------
-    settings : BenchSettings
-        How.
-    structure : Structures, optional
-        One system to start from.
-    structures, labels, channel
-        Held-out structures, their labels, and who gave them: "teacher" or "reference".
-    frames : dict of str to Structures
-        Trajectories by name of the potential, for radial distributions.
-    splits : dict of str to (Structures, Properties)
-        Validation sets by name, for OC20's metrics.
+    Raises
+    ------
+    ValueError
+        If there is none of that name.
     """
-
-    settings: BenchSettings
-    structure: Structures | None = None
-    structures: Structures | None = None
-    labels: Properties | None = None
-    channel: str = "reference"
-    frames: Mapping[str, Structures] | None = None
-    splits: Mapping[str, tuple[Structures, Properties]] = field(default_factory=dict)
-
-    @property
-    def sets(self) -> Mapping[str, tuple[Structures, Properties]]:
-        """The validation sets, or the held-out structures as the only one."""
-        if self.splits or self.structures is None or self.labels is None:
-            return self.splits
-        return {"all": (self.structures, self.labels)}
-
-    @property
-    def cell(self) -> ase.Atoms:
-        """The structure as it was given."""
-        assert self.structure is not None
-        return self.structure.to_ase()[0]
-
-    @property
-    def supercell(self) -> ase.Atoms:
-        """The structure, repeated for dynamics."""
-        assert self.structure is not None
-        return smallest_supercell(self.structure, min_atoms=self.settings.n_atoms).to_ase()[0]
+    if name not in EVALUATIONS:
+        raise ValueError(f"there is no evaluation '{name}'{suggest(name, EVALUATIONS)}")
+    return EVALUATIONS[name]
 
 
-# -- the tests: one function each, from a bench and a candidate to plain JSON ----------------------
-
-
-def _errors(bench: Bench, candidate: Candidate) -> Any:
-    assert bench.structures is not None
-    assert bench.labels is not None
-    predictor = candidate.potential or candidate.calculator
-    labels = {bench.channel: bench.labels}
-    return evaluate_errors(predictor, bench.structures, labels, name=candidate.name).to_json()
-
-
-def _parity(bench: Bench, candidate: Candidate) -> Any:
-    assert bench.structures is not None
-    assert bench.labels is not None
-    predictor = candidate.potential or candidate.calculator
-    prediction = predict_all(predictor, bench.structures, bench.labels.names)
-    return parity_points(prediction, bench.labels, bench.structures, seed=bench.settings.seed)
-
-
-def _s2ef(bench: Bench, candidate: Candidate) -> Any:
-    predictor = candidate.potential or candidate.calculator
-    return evaluate_s2ef(predictor, bench.sets, max_atoms=bench.settings.batch_atoms).to_json()
-
-
-def _throughput(bench: Bench, candidate: Candidate) -> Any:
-    if candidate.potential is None:
-        raise ConfigError("only checkpoints are timed in batches")
-    structures = Structures.concatenate([structures for structures, _ in bench.sets.values()])
-    potentials = {candidate.name: candidate.potential}
-    found = inference_throughput(potentials, structures, max_atoms=bench.settings.batch_atoms)
-    return found[candidate.name].to_json()
-
-
-def _speed(bench: Bench, candidate: Candidate) -> Any:
-    return md_speed(
-        {candidate.name: candidate.calculator},
-        bench.cell,
-        sizes=bench.settings.speed_sizes,
-        rounds=3,
-        timestep=bench.settings.timestep,
-        temperature=bench.settings.temperature,
-        seed=bench.settings.seed,
-    ).to_json()
-
-
-def _memory(bench: Bench, candidate: Candidate) -> Any:
-    return memory_per_atom(
-        candidate.model.spec,
-        bench.cell,
-        args=candidate.model.args,
-        name=candidate.name,
-        sizes=bench.settings.memory_sizes,
-        threads=threads(),
-    ).to_json()
-
-
-def _nve(bench: Bench, candidate: Candidate) -> Any:
-    with limited_threads(1 if candidate.is_checkpoint else threads()):
-        return run_nve(
-            bench.supercell,
-            candidate.calculator,
-            temperature=bench.settings.temperature,
-            duration=bench.settings.nve_duration,
-            timestep=bench.settings.timestep,
-            seed=bench.settings.seed,
-            force_nonconservative=bench.settings.force_nonconservative,
-        ).to_json()
-
-
-def _eos(bench: Bench, candidate: Candidate) -> Any:
-    return equation_of_state(bench.cell, candidate.calculator).to_json()
-
-
-def _elastic(bench: Bench, candidate: Candidate) -> Any:
-    return elastic_constants(bench.cell, candidate.calculator, relax_cell=True).to_json()
-
-
-def _rdf(bench: Bench, candidate: Candidate) -> Any:
-    frames = (bench.frames or {}).get(candidate.name)
-    if frames is None:
-        raise ConfigError("there is no trajectory of it")
-    return radial_distribution(frames).to_json()
-
-
-TESTS: dict[str, Callable[[Bench, Candidate], Any]] = {
-    "errors": _errors,
-    "parity": _parity,
-    "s2ef": _s2ef,
-    "throughput": _throughput,
-    "eos": _eos,
-    "elastic": _elastic,
-    "rdf": _rdf,
-    "speed": _speed,
-    "memory": _memory,
-    "nve": _nve,
-}
-
-#: Tests that need a crystal.
-PERIODIC = frozenset({"eos", "elastic", "rdf", "speed", "memory"})
-
-
-#: Tests that are only done when they are asked for.
-ON_REQUEST = frozenset({"s2ef", "throughput"})
-
-
-def default_tests(bench: Bench) -> tuple[str, ...]:
-    """Tests that are done when none are named."""
-    asked = {"s2ef"} if bench.splits else set()
-    return tuple(name for name in possible_tests(bench) if name not in ON_REQUEST - asked)
-
-
-def possible_tests(bench: Bench) -> tuple[str, ...]:
-    """Tests that the data at hand allow."""
-    structure = bench.structure
-    periodic = structure is not None and bool(structure.pbc.all())
-    allowed = {
-        "errors": bench.structures is not None,
-        "parity": bench.structures is not None,
-        "s2ef": bool(bench.sets),
-        "throughput": bool(bench.sets),
-        "nve": structure is not None,
-        "rdf": periodic and bool(bench.frames),
-    }
-    return tuple(name for name in TESTS if allowed.get(name, periodic))
-
-
-def run_tests(
+def run_evaluations(
     bench: Bench,
-    candidates: Mapping[str, list[Candidate]],
+    chosen: Iterable[tuple[Evaluation, Sequence[Candidate]]],
     folder: Path,
     display: Display,
-) -> dict[str, dict[str, Any]]:
-    """Do tests for candidates, skip what `folder` holds already, and return all results.
+) -> Findings:
+    """Evaluate candidates, skip what `folder` holds already, and return all results.
 
     Parameters
     ----------
     bench : Bench
-        What they work on.
-    candidates : mapping
-        Name of a test to the potentials that undergo it.
+        What they work on. Evaluations that do not apply to it are skipped, and `skipped.json` says
+        so.
+    chosen : iterable of (Evaluation, sequence of Candidate)
+        What is done with whom.
     folder : Path
-        Gets one file per test.
+        Gets one file per evaluation.
     display : Display
         Where progress is shown.
-
-    Returns
-    -------
-    dict
-        Test to name of a potential to its result, or `{"error": ...}`.
     """
-    total = sum(len(entries) for entries in candidates.values())
-    results: dict[str, dict[str, Any]] = {}
-    done = 0
-    with display.task("evaluation", total) as task:
-        for test, entries in candidates.items():
-            file = folder / f"{test}.json"
-            results[test] = read_json(file) if file.is_file() else {}
-            for candidate in entries:
-                task.update(done, note=f"{test}: {candidate.name}")
-                if candidate.name not in results[test]:
-                    results[test][candidate.name] = _attempt(test, bench, candidate)
-                    write_json(file, results[test])
-                done += 1
-        task.update(done)
-    return results
+    chosen = list(chosen)
+    skipped = {e.name: lacking for e, _ in chosen if (lacking := e.lacks(bench))}
+    if skipped:
+        write_json(folder / SKIPPED, skipped)
+        display.say(_does_not_apply(skipped))
+    work = [(e, candidate) for e, group in chosen if e.name not in skipped for candidate in group]
+    with display.task("evaluation", len(work)) as task:
+        for done, (evaluation, candidate) in enumerate(work):
+            task.update(done, note=f"{evaluation.title}: {candidate.name}")
+            file = folder / f"{evaluation.name}.json"
+            results = read_json(file) if file.is_file() else {}
+            if candidate.name not in results:
+                write_json(
+                    file, {**results, candidate.name: _attempt(evaluation, bench, candidate)}
+                )
+        task.update(len(work))
+    return read_findings(folder)[0]
 
 
-def _attempt(test: str, bench: Bench, candidate: Candidate) -> Any:
-    """Do a test; one that cannot be done is a result, not the end of the evaluation."""
+def _attempt(evaluation: Evaluation, bench: Bench, candidate: Candidate) -> Any:
+    """Evaluate; what cannot be done is a result, not the end of the others."""
     try:
-        result = TESTS[test](bench, candidate)
+        result = evaluation.run(bench, candidate)
     except PotstillError as error:
         return {"error": str(error)}
-    return json.loads(json.dumps(result))
+    return json.loads(json.dumps(result.to_json()))
+
+
+def read_findings(folder: Path) -> tuple[Findings, list[str]]:
+    """Read the results in a folder, and one sentence for each kind of thing that was not done.
+
+    Raises
+    ------
+    DataError
+        If a file is damaged.
+    """
+    results: dict[str, dict[str, Result]] = {}
+    failed: dict[tuple[str, str], list[str]] = {}
+    for name, evaluation in EVALUATIONS.items():
+        file = folder / f"{name}.json"
+        for model, stored in (read_json(file) if file.is_file() else {}).items():
+            if not isinstance(stored, dict):
+                raise DataError(f"{file}: the result of '{model}' is not a JSON object")
+            if set(stored) == {"error"}:  # some results have a field of that name
+                failed.setdefault((name, stored["error"]), []).append(model)
+            else:
+                results.setdefault(name, {})[model] = evaluation.result.from_json(stored)
+    problems = []
+    if (folder / SKIPPED).is_file():
+        problems.append(_does_not_apply(read_json(folder / SKIPPED)))
+    for (name, reason), models in failed.items():
+        whose = ", ".join(models)
+        problems.append(f"Not done: {EVALUATIONS[name].title} of {whose} ({reason}).")
+    return Findings(results), problems
+
+
+def _does_not_apply(skipped: Mapping[str, str]) -> str:
+    """One sentence on all evaluations that do not apply."""
+    by_need: dict[str, list[str]] = {}
+    for name, need in skipped.items():
+        by_need.setdefault(need, []).append(EVALUATIONS[name].title)
+    parts = [f"{', '.join(titles)} (needs {need})" for need, titles in by_need.items()]
+    return f"Does not apply here: {'; '.join(parts)}."
 
 
 # -- the command -----------------------------------------------------------------------------------
 
 
-def evaluate(config: EvaluateConfig, display: Display | None = None) -> dict[str, dict[str, Any]]:
-    """Do the tests of a config, or what is left of them."""
+def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings:
+    """Do the evaluations of a config, or what is left of them.
+
+    Raises
+    ------
+    ConfigError
+        If an evaluation that is asked for by name does not apply to the data.
+    """
     bench = Bench(
         settings=config.settings,
         structure=None if config.structure is None else read_start(config.structure)[0],
@@ -385,16 +233,23 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> dict[str
         splits={name: file.read() for name, file in config.splits.items()},
         **_held_out(config),
     )
-    tests = config.tests or default_tests(bench)
-    for name in tests:
-        if name not in possible_tests(bench):
-            data = name in {"errors", "parity"} | ON_REQUEST
-            need = "data with labels" if data else "a periodic structure"
-            raise ConfigError(f"the test '{name}' needs {need}")
-    candidates = [Candidate(name, model) for name, model in config.models.items()]
+    every = {
+        name: evaluation.model_validate(config.options.get(name, {}))
+        for name, evaluation in EVALUATIONS.items()
+    }
+    asked = {"s2ef"} if bench.splits else set()
+    names = config.tests or [
+        name
+        for name, e in every.items()
+        if not e.lacks(bench) and (not e.on_request or name in asked)
+    ]
+    for name in names:
+        if lacking := every[name].lacks(bench):
+            raise ConfigError(f"the evaluation '{name}' needs {lacking}")
+    candidates = [Candidate(name, m.spec, m.args) for name, m in config.models.items()]
     claim_folder(Path(config.out), config)
-    table = {test: candidates for test in tests}
-    return run_tests(bench, table, Path(config.out), display or Display())
+    chosen = [(every[name], candidates) for name in names]
+    return run_evaluations(bench, chosen, Path(config.out), display or Display())
 
 
 def _held_out(config: EvaluateConfig) -> dict[str, Any]:

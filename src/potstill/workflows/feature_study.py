@@ -59,7 +59,7 @@ from potstill.workflows.training import merged
 TEACHER = "teacher"
 
 #: What a test set with forces only is judged by.
-_FORCE_METRICS = ("force_mae", "force_cosine")
+_FORCE_METRICS = ("free_forces_mae", "free_forces_cosine")
 
 
 class StudyModel(Settings):

@@ -9,7 +9,6 @@ from typing import Any
 
 from potstill.checkpoint import load_potential
 from potstill.errors import DataError
-from potstill.metrics import S2EF_METRICS
 from potstill.readers import read
 from potstill.store import LabelledStore
 from potstill.structures import Properties, Structures
@@ -161,52 +160,3 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_text(v) for v in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def result_cards(results: Mapping[str, Mapping[str, Any]]) -> list[Card]:
-    """Tables of what `potstill evaluate` found; long lists stay in the files."""
-    cards = []
-    for test, by_model in results.items():
-        if test == "parity":  # points for a plot
-            continue
-        rows = [
-            [name, key, _text(value)]
-            for name, result in by_model.items()
-            for key, value in _short_entries(result).items()
-        ]
-        cards.append(Card(test, rows, ("model", "", "")))
-    return cards
-
-
-_SHORT_LISTS = ("seconds_per_step", "bytes_per_atom", "cell_lengths")
-
-
-def _short_entries(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers and words of a result; of errors, the metrics over everything and by set."""
-    if "channels" in result:
-        return {
-            f"{channel}: {key}": value
-            for channel, metrics in result["channels"].items()
-            for key, value in metrics.items()
-        }
-    if "splits" in result:
-        sets = {**result["splits"], "average": result["average"]}
-        return {
-            f"{name}: {key}": f"{e['value']:.4g} {S2EF_METRICS[key]}"
-            for name, metrics in sets.items()
-            for key, e in metrics.items()
-        }
-    short: dict[str, Any] = {}
-    for key, value in result.items():
-        if (isinstance(value, int | float | str) and value != "") or key in (
-            "seconds_per_step",
-            "bytes_per_atom",
-            "cell_lengths",
-        ):
-            short[key] = value
-        elif key == "rows":
-            short |= {
-                f"{row['n_atoms']} atoms": f"{1e3 * row['seconds_per_step']:.3g} ms per step"
-                for row in value
-            }
-    return short

@@ -7,8 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from potstill.checkpoint import load_potential
+from potstill.evaluate.base import Findings, as_json
+from potstill.evaluate.speed import speed_ratio
+from potstill.evaluate.table import EVALUATIONS
+from potstill.metrics import force_key, metric_of
+from potstill.report.panels import plain_label
+from potstill.report.tables import shown
 from potstill.workflows.base import Stages, read_json
+from potstill.workflows.evaluation import read_findings
+from potstill.workflows.report import collect, verdicts
 
 
 def summarize(folder: Path) -> dict[str, Any]:
@@ -17,28 +24,47 @@ def summarize(folder: Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        `errors` (model to relative force RMSE and others), `nve` (model to drift in meV/atom and
-        the shortest distance over that of the training data), `lattice_constant` in Å,
-        `bulk_modulus` in GPa, `speed_ratio` by number of atoms, `seconds` by stage, `student.pt`
-        (the `model` that it is, and the `validation_scores` by which it was chosen).
+        `verdicts` (sentences, first the bars that are missed), `problems` (what does not apply or
+        was not done), `metrics` (model to numbers by the keys of `potstill.metrics.METRICS`),
+        `speed_ratio` by number of atoms, `seconds` by stage, `student.pt` (the
+        `model` that it is, and the `validation_scores` by which it was chosen).
     """
-    tests = {file.stem: read_json(file) for file in sorted((folder / "evaluation").glob("*.json"))}
-    done = {
-        test: {name: r for name, r in results.items() if set(r) != {"error"}}
-        for test, results in tests.items()
-    }
-    eos = done.get("eos", {})
+    data = collect(folder)
     choice = folder / "choice.json"
     summary = {
-        "errors": {name: _errors(r) for name, r in done.get("errors", {}).items()},
-        "nve": {name: _nve(r, folder / name) for name, r in done.get("nve", {}).items()},
-        "lattice_constant": {name: r["cell_lengths"][0] for name, r in eos.items()},
-        "bulk_modulus": {name: r["bulk_modulus"] for name, r in eos.items()},
-        "speed_ratio": _speed_ratio(done.get("speed", {})),
+        "verdicts": list(verdicts(data.found)),
+        "problems": list(data.problems),
+        "metrics": as_json(metrics_of(data.found)),
+        "speed_ratio": {str(n): ratio for n, ratio in speed_ratio(data.found).items()},
         "seconds": Stages(folder).seconds,
         "student.pt": read_json(choice) if choice.is_file() else {},
     }
     return {key: value for key, value in summary.items() if value}
+
+
+def metrics_of(found: Findings) -> dict[str, dict[str, float]]:
+    """Numbers of all evaluations by model, under the keys of `potstill.metrics.METRICS`."""
+    metrics: dict[str, dict[str, float]] = {}
+    for name, evaluation in EVALUATIONS.items():
+        for model, result in found.of(name, evaluation.result).items():
+            metrics.setdefault(model, {}).update(evaluation.metrics(result))
+    return metrics
+
+
+def result_rows(found: Findings) -> list[list[str]]:
+    """Rows of all evaluations for a terminal: quantity, model, value."""
+    return [
+        [row.label, plain_label(model), shown(value, 4)]
+        for evaluation in EVALUATIONS.values()
+        for row in evaluation.rows(found)
+        for model, value in row.values.items()
+        if value is not None and not (isinstance(value, float) and math.isnan(value))
+    ]
+
+
+def result_lines(found: Findings, folder: Path) -> list[str]:
+    """Sentences on a folder of results: bars missed first, and what was not done last."""
+    return [*verdicts(found), *read_findings(folder)[1]]
 
 
 def summary_rows(summary: Mapping[str, Any]) -> list[list[str]]:
@@ -46,63 +72,19 @@ def summary_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     if "student.pt" in summary:
         model, scores = summary["student.pt"]["model"], summary["student.pt"]["validation_scores"]
-        words = ", ".join(f"{name} {_number(score)}" for name, score in scores.items())
+        words = ", ".join(f"{name} {shown(score, 4)}" for name, score in scores.items())
         rows.append(["student.pt: best validation score", model, words])
-    for name, errors in summary.get("errors", {}).items():
-        if "forces_relative_rmse" in errors:
-            value = f"{100.0 * errors['forces_relative_rmse']:.2f} %"
-            rows.append(["relative force RMSE", name, value])
-        if "energy_per_atom_rmse" in errors:
-            value = f"{1000.0 * errors['energy_per_atom_rmse']:.2f} meV/atom"
-            rows.append(["energy RMSE", name, value])
-    for name, nve in summary.get("nve", {}).items():
-        words = f"{nve['drift_meV_per_atom']:+.3f} meV/atom in {nve['duration_ps']:g} ps"
-        if not nve["stable"]:
-            words = f"exploded after {nve['duration_ps']:g} ps"
-        rows.append([f"NVE drift at {nve['temperature_K']:g} K", name, words])
-        rows.append(["shortest distance / training", name, _number(nve["distance_ratio"])])
-    for key, label, unit in (
-        ("lattice_constant", "lattice constant", "Å"),
-        ("bulk_modulus", "bulk modulus", "GPa"),
-    ):
-        for name, value in summary.get(key, {}).items():
-            rows.append([label, name, f"{_number(value)} {unit}"])
+    for model, metrics in summary.get("metrics", {}).items():
+        for key in (
+            force_key(metrics),
+            force_key(metrics, "relative_rmse"),
+            "energy_per_atom_rmse",
+            *(k for k in metrics if "forces" not in k and "energ" not in k),
+        ):
+            if metrics.get(key) is not None:
+                metric = metric_of(key)
+                value = f"{shown(metrics[key] * metric.scale, 4)} {metric.unit}".rstrip()
+                rows.append([metric.name, plain_label(model), value])
     for size, ratio in summary.get("speed_ratio", {}).items():
         rows.append([f"MD speed, {size} atoms", "student / teacher", f"{ratio:.0f} x"])
-    return rows
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
-
-
-def _errors(result: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics against whoever gave the labels."""
-    channels = result["channels"]
-    own = [metrics for name, metrics in channels.items() if not name.startswith("teacher-")]
-    return dict(own[0]) if own else {}
-
-
-def _nve(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Drift, and how close atoms came compared with the training data."""
-    trained = load_potential(folder / "best.pt")[1]["trained_on"]["shortest_distances"]
-    met = result["shortest_distances"]
-    ratios = [met[pair] / trained[pair] for pair in met if met[pair] and trained.get(pair)]
-    return {
-        "drift_meV_per_atom": result["drift"],
-        "slope_meV_per_atom_ps": result["slope"],
-        "duration_ps": result["duration"],
-        "temperature_K": result["temperature"],
-        "stable": result["exploded_at"] is None,
-        "distance_ratio": min(ratios, default=None),
-    }
-
-
-def _speed_ratio(results: Mapping[str, Any]) -> dict[str, float]:
-    """How many times faster the student is than the teacher, by number of atoms."""
-    times = {
-        name: {row["n_atoms"]: row["seconds_per_step"] for row in result["rows"]}
-        for name, result in results.items()
-    }
-    student, teacher = times.get("student", {}), times.get("teacher", {})
-    return {str(n): teacher[n] / student[n] for n in student if n in teacher}
+    return sorted(rows, key=lambda row: [r[0] for r in rows].index(row[0]))

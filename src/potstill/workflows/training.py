@@ -15,10 +15,15 @@ from pydantic import Field, model_validator
 
 from potstill.checkpoint import load_potential
 from potstill.errors import ConfigError, DataError, PotstillError
-from potstill.evaluate.cka import CKATracker, compared_taps, read_cka_history
+from potstill.evaluate.cka import (
+    CKATracker,
+    cka_history_drawing,
+    compared_taps,
+    read_cka_history,
+)
 from potstill.evaluate.errors import evaluate_errors
 from potstill.models import Potential, build_model
-from potstill.report.plots import write_cka_history
+from potstill.report.plots import write_figure
 from potstill.teachers import Teacher
 from potstill.train import TrainingSet, TrainResult, TrainSettings, train
 from potstill.train.loop import EpochCallback
@@ -247,7 +252,7 @@ def _draw_cka(place: Path) -> None:
     """Draw what was recorded, in one process alone if there are several."""
     if int(os.environ.get("RANK", 0)) == 0:
         with contextlib.suppress(DataError):  # interrupted before the first comparison
-            write_cka_history(place, read_cka_history(place))
+            write_figure(place, **vars(cka_history_drawing(read_cka_history(place))))
 
 
 def train_with_progress(

@@ -1,0 +1,208 @@
+"""Harmonic vibrations of a molecule, a slab or the unit cell of a crystal, at its own minimum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import ase
+import numpy as np
+from ase.calculators.calculator import BaseCalculator
+
+from potstill.errors import ConfigError
+from potstill.evaluate.base import (
+    Bench,
+    Candidate,
+    Evaluation,
+    Findings,
+    Result,
+    relax,
+    with_calculator,
+)
+from potstill.report.panels import Drawing, Panel, Series
+from potstill.report.tables import Row, number
+from potstill.report.verdicts import Verdict
+from potstill.structures import Structures
+from potstill.units import OMEGA_IN_WAVE_NUMBERS
+
+#: Frequencies below minus this, 1/cm, mean that the structure is no minimum.
+_IMAGINARY = 20.0
+
+
+@dataclass(frozen=True)
+class Vibrations(Result):
+    """Harmonic frequencies.
+
+    Parameters
+    ----------
+    frequencies : ndarray
+        (n_modes,) 1/cm in increasing order, imaginary ones negative; translations, and the
+        rotations of a molecule, are left out. Of a crystal those at the center of the Brillouin
+        zone of the given cell.
+    displacement : float
+        Of the finite differences, Å.
+    """
+
+    frequencies: np.ndarray
+    displacement: float
+
+    @property
+    def n_imaginary(self) -> int:
+        """Modes along which the relaxed structure is no minimum."""
+        return int((self.frequencies < -_IMAGINARY).sum())
+
+
+def vibrations(
+    atoms: ase.Atoms,
+    calculator: BaseCalculator,
+    *,
+    displacement: float = 0.01,
+    fmax: float = 1e-3,
+    max_steps: int = 500,
+) -> Vibrations:
+    """Relax the atoms in their cell, and take the Hessian by central differences of forces.
+
+    Parameters
+    ----------
+    atoms : ase.Atoms
+        Fixed atoms stay where they are and do not vibrate.
+    calculator : BaseCalculator
+        Any ASE calculator; it is asked for forces six times per free atom.
+    displacement : float
+        Å.
+    fmax, max_steps : float, int
+        Of the relaxation, eV/Å.
+
+    Raises
+    ------
+    ModelError
+        If the relaxation does not converge.
+    """
+    moving = with_calculator(atoms, calculator)
+    fixed = Structures.from_ase(atoms).fixed
+    free = np.flatnonzero(np.ones(len(atoms), bool) if fixed is None else ~fixed.numpy())
+    if not len(free):
+        raise ConfigError(f"all atoms of {atoms.get_chemical_formula()} are fixed")
+    relax(moving, fmax=fmax, max_steps=max_steps)
+    origin = moving.get_positions()
+    rows = []
+    for atom in free:
+        for axis in range(3):
+            forces = []
+            for sign in (1.0, -1.0):
+                positions = origin.copy()
+                positions[atom, axis] += sign * displacement
+                moving.set_positions(positions, apply_constraint=False)
+                forces.append(moving.get_forces(apply_constraint=False)[free].ravel())
+            rows.append((forces[1] - forces[0]) / (2.0 * displacement))
+    moving.set_positions(origin, apply_constraint=False)
+    roots = np.sqrt(np.repeat(moving.get_masses()[free], 3))
+    hessian = np.array(rows) / roots[:, None] / roots
+    hessian = 0.5 * (hessian + hessian.T)
+    if len(free) == len(atoms):
+        rigid = _rigid_motions(moving, roots)
+        # An orthonormal basis of all that is not rigid: the zeros do not mix with soft modes.
+        basis = np.linalg.svd(rigid)[0][:, np.linalg.matrix_rank(rigid, tol=1e-6) :]
+        hessian = basis.T @ hessian @ basis
+    squares = np.linalg.eigvalsh(hessian)
+    frequencies = np.sign(squares) * np.sqrt(np.abs(squares)) * OMEGA_IN_WAVE_NUMBERS
+    return Vibrations(frequencies, displacement)
+
+
+def _rigid_motions(atoms: ase.Atoms, roots: np.ndarray) -> np.ndarray:
+    """(3N, k) mass-weighted translations, and rotations where nothing is periodic."""
+    shifts = [np.tile(axis, len(atoms)) for axis in np.eye(3)]
+    turns = []
+    if not atoms.pbc.any():
+        arms = atoms.positions - atoms.get_center_of_mass()
+        turns = [np.cross(axis, arms).ravel() for axis in np.eye(3)]
+    columns = np.stack([*shifts, *turns], axis=1) * roots[:, None]
+    return columns / np.linalg.norm(columns, axis=0).max()
+
+
+class VibrationsEvaluation(Evaluation):
+    """Harmonic frequencies beside the teacher's.
+
+    Parameters
+    ----------
+    max_atoms : int
+        Larger structures are refused: there are six force evaluations per atom.
+    """
+
+    name = "vibrations"
+    title = "vibrations"
+    result = Vibrations
+    section = "Properties"
+    needs = "structure"
+
+    max_atoms: int = 60
+
+    def lacks(self, bench: Bench) -> str:
+        """Also a structure that is small enough."""
+        lacking = super().lacks(bench)
+        if not lacking and bench.structure is not None and bench.structure.n_atoms > self.max_atoms:
+            return f"a structure of at most {self.max_atoms} atoms"
+        return lacking
+
+    def run(self, bench: Bench, candidate: Candidate) -> Vibrations:
+        """Relax the structure as it was given, and displace its atoms."""
+        return vibrations(bench.atoms, candidate.calculator)
+
+    @classmethod
+    def metrics(cls, result: Vibrations) -> dict[str, float]:
+        """Ends of the spectrum."""
+        if not len(result.frequencies):
+            return {}
+        return {
+            "lowest_frequency": float(result.frequencies[0]),
+            "highest_frequency": float(result.frequencies[-1]),
+        }
+
+    @classmethod
+    def rows(cls, found: Findings) -> Iterable[Row]:
+        """Ends of the spectrum, and the distance from the teacher's."""
+        yield from super().rows(found)
+        results = found.of(cls.name, Vibrations)
+        theirs = results.pop("teacher", None)
+        if theirs is not None:
+            apart = {m: _deviation(r, theirs) for m, r in results.items()}
+            if apart:
+                yield Row("RMS deviation of vibrations from the teacher's (1/cm)", apart)
+
+    @classmethod
+    def drawings(cls, found: Findings) -> Iterable[Drawing]:
+        """Frequencies beside the teacher's."""
+        results = found.of(cls.name, Vibrations)
+        theirs = results.pop("teacher", None)
+        if theirs is None or not results:
+            return
+        series = [Series(m, theirs.frequencies, r.frequencies) for m, r in results.items()]
+        panel = Panel("Teacher (1/cm)", "Student (1/cm)", series, diagonal=True)
+        caption = "Harmonic frequencies, each at its own minimum, in order; negative: imaginary."
+        yield Drawing("vibrations", "Vibrations", caption, [panel])
+
+    @classmethod
+    def verdicts(cls, found: Findings) -> Iterable[Verdict]:
+        """Deviation from the teacher's, and modes that are imaginary for the student alone."""
+        results = found.of(cls.name, Vibrations)
+        ours, theirs = results.get("student"), results.get("teacher")
+        if ours is None or theirs is None or not len(ours.frequencies):
+            return
+        met = ours.n_imaginary <= theirs.n_imaginary
+        text = (
+            f"Vibrations up to {number(ours.frequencies[-1])} 1/cm (teacher "
+            f"{number(theirs.frequencies[-1])} 1/cm), RMS deviation "
+            f"{number(_deviation(ours, theirs))} 1/cm"
+        )
+        if not met:
+            text += (
+                f"; {ours.n_imaginary} imaginary modes where the teacher has {theirs.n_imaginary}: "
+                "what the student relaxes to is no minimum"
+            )
+        yield Verdict(f"{text}.", "no spurious imaginary vibrations", met)
+
+
+def _deviation(ours: Vibrations, theirs: Vibrations) -> float:
+    if len(ours.frequencies) != len(theirs.frequencies):
+        return float("nan")
+    return float(np.sqrt(np.mean((ours.frequencies - theirs.frequencies) ** 2)))

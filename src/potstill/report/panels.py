@@ -1,0 +1,170 @@
+"""What figures show, as plain values: panels of named series, and how each model looks.
+
+Nothing here draws, so that an evaluation can say what its figures hold without matplotlib.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from numpy.typing import ArrayLike
+
+Line = Literal["-", "--", "-.", ":"]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How series about one model are drawn."""
+
+    label: str
+    color: str
+    marker: str
+    line: Line = "-"
+
+
+#: The fixed looks (colors of Okabe and Ito, distinct for the color-blind and in gray).
+LOOKS: dict[str, Look] = {
+    "student": Look("student", "#0072B2", "o"),
+    "control": Look("control", "#D55E00", "s", "--"),
+    "control_wf10": Look("control ($w_F$ = 10)", "#D55E00", "s", "--"),
+    "control_wf30": Look("control ($w_F$ = 30)", "#E69F00", "D", "-."),
+    "teacher": Look("teacher", "#222222", "*", ":"),
+    "reference": Look("reference", "#888888", "P", "-"),
+    "born_again": Look("born again (scheduled)", "#009E73", "^"),
+    "born_again_wf10": Look("born again (to $w_F$ = 10)", "#56B4E9", "<", "-."),
+    "born_again_static": Look("born again (static)", "#CC79A7", "v", "--"),
+}
+_SPARE = ("#8C564B", "#6A3D9A", "#B2A000", "#7F7F7F", "#17A589", "#A93226", "#2E4053")
+_SPARE_MARKERS = ("X", ">", "h", "p", "d", "8", "H")
+
+
+def looks(names: Iterable[str], labels: Mapping[str, str] | None = None) -> dict[str, Look]:
+    """Looks of all series of a report: fixed ones where known, spare ones in the given order.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Names of models or strategies.
+    labels : mapping, optional
+        What to call some of them in legends; by default a known name in words, or the name.
+    """
+    found: dict[str, Look] = {}
+    spare = 0
+    for name in dict.fromkeys(names):
+        look = LOOKS.get(name)
+        if look is None:
+            k = spare % len(_SPARE)
+            look = Look(name.replace("_", " "), _SPARE[k], _SPARE_MARKERS[k])
+            spare += 1
+        label = (labels or {}).get(name, look.label)
+        found[name] = Look(label, look.color, look.marker, look.line)
+    return found
+
+
+def plain_label(name: str) -> str:
+    """What a model or strategy is called in tables and sentences."""
+    label = LOOKS[name].label if name in LOOKS else name.replace("_", " ")
+    return label.replace("$w_F$", "w_F").replace("born again", "born-again student")
+
+
+Kind = Literal["points", "line", "thin", "dots", "level", "front"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Numbers of one kind about one model.
+
+    Parameters
+    ----------
+    name : str
+        Whom it is about; decides its look.
+    x, y : array_like
+        (n,). A `level` is a horizontal line and needs y only.
+    x_spread, y_spread : array_like, optional
+        (n,) standard deviations: bars on points, a band around lines.
+    kind : str
+        `points` (large markers), `line`, `thin` (a faint line without legend), `dots` (a cloud),
+        `level` (a horizontal line), `front` (a gray staircase, the Pareto front).
+    joined : bool
+        Join points by a faint line.
+    """
+
+    name: str
+    x: ArrayLike
+    y: ArrayLike
+    x_spread: ArrayLike | None = None
+    y_spread: ArrayLike | None = None
+    kind: Kind = "points"
+    joined: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes.
+
+    Parameters
+    ----------
+    x_label, y_label : str
+        With units.
+    series : sequence of Series
+        What is drawn.
+    title : str
+        Short, above the panel, after its letter.
+    x_scale, y_scale : {"linear", "log", "auto"}
+        `auto` takes a logarithmic axis where values are positive and differ by more than tenfold.
+    diagonal : bool
+        Draw y = x, and make both axes alike.
+    categories : sequence of str
+        Names of the values 0, 1, ... on the y axis, from top to bottom.
+    hide_categories : bool
+        Do not write them, because the panel to the left does.
+    from_zero : bool
+        Start linear axes of values at zero: y, or x where there are categories.
+    zero_line : bool
+        Draw y = 0.
+    notes : sequence of (float, float, str)
+        Short texts beside points.
+    """
+
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    title: str = ""
+    x_scale: Literal["linear", "log", "auto"] = "linear"
+    y_scale: Literal["linear", "log", "auto"] = "linear"
+    diagonal: bool = False
+    categories: Sequence[str] = ()
+    hide_categories: bool = False
+    from_zero: bool = False
+    zero_line: bool = False
+    notes: Sequence[tuple[float, float, str]] = ()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that is yet to be drawn: the arguments of `potstill.report.plots.write_figure`.
+
+    Parameters
+    ----------
+    name, title, caption : str
+        Name of its files; heading; what it shows, in words.
+    panels : sequence of Panel
+        At least one.
+    n_columns : int
+        Panels side by side; all of up to three if zero.
+    height, width : float
+        Of one panel in inches; a width of zero follows from the number of columns.
+    legend : bool
+        False where titles or categories name everything.
+    """
+
+    name: str
+    title: str
+    caption: str
+    panels: Sequence[Panel]
+    n_columns: int = 0
+    height: float = 3.3
+    width: float = 0.0
+    legend: bool = True

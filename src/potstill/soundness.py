@@ -1,0 +1,164 @@
+"""Whether a frame of dynamics is still the system it started from: no fused atoms, no fragments.
+
+Neither needs a cell: an explosion in vacuum changes no volume. Two atoms are bonded where they are
+closer than 1.3 times the sum of their covalent radii, and stay so up to twice that sum, well past
+every stretched bond. A structure has come apart when its atoms, linked by the latter, form more
+fragments than the bonds of the start do. Molecules that drift apart in a gas, and noble gases,
+which have no bonds to lose, are thus left alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from ase.data import covalent_radii
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from potstill.neighbors import build_neighbor_list, shortest_distances, system_pairs
+from potstill.structures import Structures
+
+#: A bond, and how far it may be stretched, over the sum of the covalent radii.
+BONDED, TORN = 1.3, 2.0
+#: Atoms have fused below this share of the shortest distance of their kinds in training ...
+FUSED = 0.7
+#: ... or, where that is not known, below this share of the sum of their covalent radii.
+FUSED_RADII = 0.5
+
+
+@dataclass(frozen=True)
+class Connectivity:
+    """What holds a structure together at the start of dynamics.
+
+    Parameters
+    ----------
+    n_fragments : int
+        Parts of the starting structure that bonds connect; an unbonded atom is one.
+    closest : float
+        Least distance over the sum of covalent radii; infinite where none is known.
+    """
+
+    n_fragments: int
+    closest: float
+
+    @classmethod
+    def of(cls, start: Structures) -> Connectivity:
+        """Look at one system."""
+        center, neighbor, ratio = _bond_ratios(start)
+        n_fragments, _ = _fragments(start.n_atoms, center, neighbor, ratio < BONDED)
+        return cls(n_fragments, float(ratio.min(initial=math.inf)))
+
+    def symptom(self, frame: Structures, *, apart: bool = True) -> str:
+        """Say what is wrong with a later frame of the same system; empty if it is sound.
+
+        Parameters
+        ----------
+        frame : Structures
+            One system, the same atoms.
+        apart : bool
+            Also look for fragments.
+        """
+        center, neighbor, ratio = _bond_ratios(frame)
+        if ratio.min(initial=math.inf) < min(FUSED_RADII, FUSED * self.closest):
+            return _fused_pair(frame, center, neighbor, ratio)
+        if not apart:
+            return ""
+        n_fragments, n_alone = _fragments(frame.n_atoms, center, neighbor, ratio < TORN)
+        if n_fragments <= self.n_fragments:
+            return ""
+        return (
+            f"the structure came apart: {n_fragments} fragments, {self.n_fragments} at the start; "
+            f"{n_alone} of {frame.n_atoms} atoms have lost all neighbors"
+        )
+
+
+def closest_approach(
+    distances: Mapping[str, float], trained: Mapping[str, float] | None
+) -> tuple[str, float, float] | None:
+    """Pair that came closest relative to training: its name, distance in Å, and the ratio.
+
+    Parameters
+    ----------
+    distances, trained : mapping
+        Shortest distance by pair ("Si-Si") in dynamics and in the training structures, Å.
+    """
+    found = [
+        (pair, distance, distance / trained[pair])
+        for pair, distance in distances.items()
+        if trained and trained.get(pair) and math.isfinite(distance)
+    ]
+    return min(found, key=lambda entry: entry[2]) if found else None
+
+
+def fused(distances: Mapping[str, float], trained: Mapping[str, float] | None) -> str:
+    """Say that atoms came far closer than any in training; empty if none did."""
+    closest = closest_approach(distances, trained)
+    if closest is None or closest[2] >= FUSED:
+        return ""
+    pair, distance, ratio = closest
+    return (
+        f"atoms fused: a {pair} pair came to {distance:.2f} Å, where the training data have none "
+        f"below {distance / ratio:.2f} Å"
+    )
+
+
+def closest_pairs(frames: Structures, cutoff: float = 4.0) -> dict[str, float]:
+    """Shortest distance in any frame by pair of species, Å; none beyond the cutoff."""
+    return shortest_distances(frames, build_neighbor_list(frames, cutoff))
+
+
+def _radii(structures: Structures) -> np.ndarray:
+    """(N,) covalent radii in Å; zero for beads, which then have no bonds."""
+    numbers = structures.atomic_numbers.cpu().numpy()
+    return np.where(numbers > 0, covalent_radii[numbers.clip(min=0)], 0.0)
+
+
+def _fused_pair(
+    frame: Structures, center: np.ndarray, neighbor: np.ndarray, ratio: np.ndarray
+) -> str:
+    k = int(ratio.argmin())
+    pair = [int(center[k]), int(neighbor[k])]
+    names = [frame.species_table.names[int(frame.species[i])] for i in pair]
+    distance = ratio[k] * _radii(frame)[pair].sum()
+    return f"atoms fused: {names[0]} and {names[1]} at {distance:.2f} Å"
+
+
+def _bond_ratios(system: Structures) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs (i, j) of one system, and their distances over the sums of covalent radii."""
+    radii = _radii(system)
+    reach = 2.0 * TORN * float(radii.max(initial=0.0))
+    if reach == 0.0:
+        return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
+    positions, cell = system.positions.numpy(), system.cell[0].numpy()
+    center, neighbor, shift = system_pairs(positions, cell, system.pbc[0].numpy(), reach)
+    distance = np.linalg.norm(positions[neighbor] - positions[center] + shift @ cell, axis=1)
+    radius = radii[center] + radii[neighbor]
+    known = radius > 0.0
+    return center[known], neighbor[known], distance[known] / radius[known]
+
+
+def _fragments(
+    n_atoms: int, center: np.ndarray, neighbor: np.ndarray, linked: np.ndarray
+) -> tuple[int, int]:
+    """Number of connected parts, and of atoms without any link."""
+    pair = center[linked], neighbor[linked]
+    links = coo_array((np.ones(len(pair[0]), bool), pair), shape=(n_atoms, n_atoms))
+    n_fragments = int(connected_components(links, directed=False, return_labels=False))
+    return n_fragments, n_atoms - len(np.unique(pair[0]))
+
+
+def degrees_of_freedom(structures: Structures) -> torch.Tensor:
+    """(S,) kinetic degrees of freedom of each system: three for every atom that is not fixed.
+
+    Dynamics with a thermostat, and what starts from it, moves as a whole as well; where the
+    velocity of the whole was taken off, three fewer count.
+    """
+    free = torch.ones(structures.n_atoms, dtype=torch.float64)
+    if structures.fixed is not None:
+        free[structures.fixed] = 0.0
+    count = torch.zeros(structures.n_systems, dtype=torch.float64)
+    return 3.0 * count.index_add(0, structures.system_index, free)

@@ -1,0 +1,365 @@
+"""Report of one distillation: student beside control beside teacher, collected from its folder.
+
+| file of the run folder | what it gives |
+|---|---|
+| `config.yaml`, `plan.json`, `stages.json` | command, seed, counts, durations |
+| `<model>/metrics.jsonl` | learning curves |
+| `<model>/best.pt`, `student.pt` | numbers of parameters, teacher, license, versions |
+| `evaluation/<name>.json` | model to the result of an evaluation, or to `{"error": ...}` |
+| `evaluation/skipped.json` | evaluations that do not apply |
+
+Everything may be absent but the folder: what is not there is not reported. Rows, figures and
+sentences are those of `potstill.evaluate.table.EVALUATIONS`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ruamel.yaml import YAML
+
+from potstill.checkpoint import load_potential
+from potstill.errors import DataError, PotstillError
+from potstill.evaluate.base import SECTIONS, Evaluation, Findings
+from potstill.evaluate.elastic import ElasticConstants
+from potstill.evaluate.errors import ErrorReport, errors_of, target_of
+from potstill.evaluate.learning import LearningCurves, learning_panels, read_learning_curves
+from potstill.evaluate.nve import NVERun
+from potstill.evaluate.pareto import pareto_front
+from potstill.evaluate.speed import SpeedTable, speed_ratio
+from potstill.evaluate.table import EVALUATIONS
+from potstill.metrics import METRICS, force_key
+from potstill.report.page import Fact, Page, Section, write_page
+from potstill.report.panels import Drawing, Look, Panel, Series, looks, plain_label
+from potstill.report.plots import write_figure
+from potstill.report.tables import Table, number, rows_table, signed
+from potstill.report.verdicts import ordered_verdicts
+from potstill.store import LabelledStore
+from potstill.workflows.base import read_json
+from potstill.workflows.evaluation import read_findings
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything that a report shows of one run.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder.
+    title : str
+        Heading.
+    found : Findings
+        Results of all evaluations.
+    about : dict of str to str
+        What, when, teacher, license, versions, seed: in the order of display.
+    problems : tuple of str
+        What does not apply or could not be done, and why.
+    curves : dict of str to tuple of LearningCurves
+        By model; several where there are several seeds.
+    """
+
+    folder: Path
+    title: str
+    found: Findings
+    about: dict[str, str] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    curves: dict[str, tuple[LearningCurves, ...]] = field(default_factory=dict)
+
+
+def write_report(run: str | Path | ReportData, *, about: Mapping[str, str] | None = None) -> Path:
+    """Write `report.html` and, in `report/`, its tables (CSV, Markdown) and figures.
+
+    Parameters
+    ----------
+    run : path or ReportData
+        The folder of a run, or what has been collected from it.
+    about : mapping, optional
+        What to add to the list at the top, the command for instance.
+
+    Returns
+    -------
+    Path
+        Of `report.html`, in the run folder.
+
+    Raises
+    ------
+    DataError
+        If there is no such folder, or a result in it is damaged.
+    """
+    data = run if isinstance(run, ReportData) else collect(run)
+    parts = data.folder / "report"
+    parts.mkdir(parents=True, exist_ok=True)
+    models = dict.fromkeys((*data.found.models, *data.curves))
+    known = {**looks(models), "front": Look("Pareto front", "#9a9a9a", "")}
+    sections = []
+    for title in SECTIONS:
+        drawings = [d for e in _evaluations(title) for d in e.drawings(data.found)]
+        if title == "Accuracy":
+            drawings += _learning(data)
+        elif title == "Cost":
+            drawings = [*_pareto(data.found), *drawings]
+        figures = [write_figure(parts, looks_of=known, **vars(drawing)) for drawing in drawings]
+        table = section_table(title, data.found)
+        tables = () if table is None else (table,)
+        text = _accuracy_text(data.found) if title == "Accuracy" else ""
+        sections.append(Section(title, text, tuple(figures), tables))
+        for one in tables:
+            one.write(parts)
+    page = Page(
+        title=data.title,
+        about=tuple({**(about or {}), **data.about}.items()),
+        verdicts=verdicts(data.found) or ("Nothing has been evaluated yet.",),
+        facts=tuple(_facts(data.found)),
+        notes=data.problems,
+        sections=tuple(sections),
+    )
+    return write_page(page, data.folder / "report.html")
+
+
+def verdicts(found: Findings) -> tuple[str, ...]:
+    """Sentences of the summary: first which bars are missed, then what was found."""
+    return ordered_verdicts([v for e in EVALUATIONS.values() for v in e.verdicts(found)])
+
+
+def section_table(section: str, found: Findings) -> Table | None:
+    """All rows of the evaluations of a section in one table."""
+    name, title, note = SECTIONS[section]
+    rows = [row for e in _evaluations(section) for row in e.rows(found)]
+    labels = {m: plain_label(m) for m in found.models}
+    teacher = "teacher" if section == "Properties" else ""
+    return rows_table(name, title, rows, note, labels=labels, deviations_from=teacher)
+
+
+def _evaluations(section: str) -> list[type[Evaluation]]:
+    return [e for e in EVALUATIONS.values() if e.section == section]
+
+
+def _facts(found: Findings) -> Iterator[Fact]:
+    """Numbers of the summary box."""
+    against = f"against the {target_of(found)}"
+    for model in ("student", *found.controls):
+        errors = errors_of(found, model)
+        key = force_key(errors)
+        whose = "free atoms, " * key.startswith("free") + against
+        if math.isfinite(errors.get(key, math.nan)):
+            yield Fact(number(errors[key]), "eV/Å", f"force RMSE, {plain_label(model)}", whose)
+        relative = errors.get(force_key(errors, "relative_rmse"), math.nan)
+        if model == "student" and math.isfinite(relative):
+            yield Fact(number(100 * relative), "%", "relative force RMSE, student", whose)
+    if ratios := speed_ratio(found):
+        n = max(ratios)
+        yield Fact(number(ratios[n]), "×", "speed over the teacher", f"{n:,} atoms")
+    elastic = found.of("elastic", ElasticConstants).get("student")
+    if elastic is not None and not elastic.stable:
+        yield Fact("unstable", "", "crystal, student", "; ".join(elastic.instabilities()))
+    run = found.of("nve", NVERun).get("student")
+    if run is not None and run.stable:
+        note = f"in {run.duration:g} ps at {run.temperature:g} K"
+        yield Fact(signed(run.drift), "meV/atom", "NVE drift, student", note)
+    elif run is not None:
+        yield Fact("unstable", "", "NVE, student", f"after {run.exploded_at:g} ps")
+
+
+def _accuracy_text(found: Findings) -> str:
+    n = max((r.n_systems for r in found.of("errors", ErrorReport).values()), default=0)
+    return f"Errors on {n:,} structures that took no part in training." if n else ""
+
+
+# -- figures of several evaluations ----------------------------------------------------------------
+
+
+def _learning(data: ReportData) -> list[Drawing]:
+    panels = learning_panels(data.curves)
+    caption = (
+        "Force error while training: the force term of the loss on the training set (RMSE + MAE "
+        "unless the loss was changed; mean of the batches), and the RMSE on the validation set "
+        "(Fig. 4 of Matin et al.)."
+    )
+    return [Drawing("learning", "Learning curves", caption, panels)] if panels else []
+
+
+def _pareto(found: Findings) -> list[Drawing]:
+    """Force error against time and memory."""
+    target = target_of(found)
+    quoted = force_key(errors_of(found, "student"))
+    errors = {m: errors_of(found, m).get(quoted, math.nan) for m in found.models}
+    errors[target] = 0.0
+    panels = []
+    for evaluation in ("speed", "memory"):
+        kind = EVALUATIONS[evaluation]
+        results = found.of(evaluation, kind.result)
+        costs = {m: value for m, r in results.items() for value in kind.metrics(r).values()}
+        for model in found.controls:
+            same = found.n_parameters.get(model) == found.n_parameters.get("student") is not None
+            if same and "student" in costs:
+                costs.setdefault(model, costs["student"])
+        points = {
+            m: (costs[m], errors[m])
+            for m in found.models
+            if m in costs and math.isfinite(errors[m]) and costs[m] > 0
+        }
+        if len({x for x, _ in points.values()}) < 2:
+            continue  # nothing to trade: all cost the same
+        table = np.array(list(points.values()))
+        front = table[pareto_front(table)]
+        front = front[np.argsort(front[:, 0])]
+        series = [Series(m, [x], [y]) for m, (x, y) in points.items()]
+        series.append(Series("front", front[:, 0], front[:, 1], kind="front"))
+        (key,) = kind.metrics(next(iter(results.values())))
+        labels = METRICS[key].label, METRICS[quoted].label
+        panels.append(Panel(*labels, series, x_scale="auto", from_zero=True))
+    caption = (
+        f"Force RMSE against the {target} over the cost of molecular dynamics; lower and further "
+        "left is better (Fig. 2 of Matin et al.). The error against itself is zero. Controls of "
+        "the student's architecture that were not timed are drawn at its cost."
+    )
+    return [Drawing("pareto", "Accuracy against cost", caption, panels)] if panels else []
+
+
+# -- collecting ------------------------------------------------------------------------------------
+
+
+def collect(folder: str | Path) -> ReportData:
+    """Read what a run folder holds.
+
+    Parameters
+    ----------
+    folder : path
+        The folder of `potstill distill`.
+
+    Raises
+    ------
+    DataError
+        If there is no such folder, or a JSON file in it is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder} does not exist: a report needs the folder of a run")
+    found, problems = read_findings(folder / "evaluation")
+    student, info = _potential(folder / "student.pt", folder / "student" / "best.pt")
+    curves: dict[str, tuple[LearningCurves, ...]] = {}
+    parameters: dict[str, int] = {}
+    if student is not None:
+        parameters["student"] = student
+    for part in sorted(p.parent for p in folder.glob("*/metrics.jsonl")):
+        if not part.name.startswith("draft"):  # a draft that only explored is no result
+            curves[part.name] = (read_learning_curves(part),)
+        if part.name not in parameters:
+            n_parameters, other = _potential(part / "best.pt")
+            info = info or other
+            if n_parameters is not None:
+                parameters[part.name] = n_parameters
+    stages = read_json(folder / "stages.json") if (folder / "stages.json").is_file() else {}
+    trained_on = info.get("trained_on") or {}
+    found = replace(found, n_parameters=parameters, trained_on=trained_on)
+    about = _about(folder, _config(folder / "config.yaml"), info, stages, found)
+    return ReportData(folder, _title(info), found, about, tuple(problems), curves)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    content = YAML(typ="safe", pure=True).load(path)
+    return content if isinstance(content, dict) else {}
+
+
+def _potential(*paths: Path) -> tuple[int | None, dict[str, Any]]:
+    """Number of parameters of the first file there is, and what is known of it."""
+    for path in paths:
+        if path.is_file():
+            try:
+                potential, info = load_potential(path)
+            except PotstillError:
+                continue  # a damaged file is not a reason to withhold all other results
+            return potential.n_parameters, info
+    return None, {}
+
+
+# -- words -------------------------------------------------------------------------------------
+
+
+def _title(info: Mapping[str, Any]) -> str:
+    teacher = (info.get("teacher") or {}).get("name")
+    elements = (info.get("trained_on") or {}).get("elements")
+    title = f"{teacher} distilled" if teacher else "A distilled potential"
+    return f"{title} for {'-'.join(elements)}" if elements else title
+
+
+def _about(
+    folder: Path,
+    config: Mapping[str, Any],
+    info: Mapping[str, Any],
+    stages: Mapping[str, Any],
+    found: Findings,
+) -> dict[str, str]:
+    teacher = info.get("teacher") or {}
+    machine = next((r.machine for r in found.of("speed", SpeedTable).values()), {})
+    versions = info.get("versions") or machine.get("versions") or {}
+    seconds = {name: entry.get("seconds") for name, entry in stages.items() if entry}
+    entries = {
+        "Repeat with": _command(folder) if config else None,
+        "Run": str(folder.resolve()),
+        "Written": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "Seed": str(config.get("seed", info.get("seed", ""))),
+        "Trained on": _trained_on(info.get("trained_on") or {}),
+        "Teacher": _joined(
+            [teacher.get("name"), teacher.get("level_of_theory"), _known("fingerprint", teacher)]
+        ),
+        "Labels": _labels(folder / "labels.zarr"),
+        "License": teacher.get("licence"),
+        "Citation": teacher.get("citation"),
+        "Versions": ", ".join(f"{name} {v}" for name, v in versions.items()),
+        "Machine": _machine(machine),
+        "Durations": ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items() if v is not None),
+    }
+    return {name: str(text) for name, text in entries.items() if text}
+
+
+def _known(key: str, values: Mapping[str, Any]) -> str | None:
+    return f"{key} {values[key]}" if values.get(key) else None
+
+
+def _joined(parts: Sequence[str | None]) -> str:
+    return "; ".join(part for part in parts if part and part != "unknown")
+
+
+def _trained_on(known: Mapping[str, Any]) -> str:
+    parts = []
+    if known.get("n_frames"):
+        parts.append(f"{known['n_frames']:,} structures of {', '.join(known.get('elements', ()))}")
+    if known.get("temperature_K"):
+        parts.append("{:g} to {:g} K".format(*known["temperature_K"]))
+    if known.get("density_g_cm3"):
+        parts.append("{:.3g} to {:.3g} g/cm³".format(*known["density_g_cm3"]))
+    return "; ".join(parts)
+
+
+def _command(folder: Path) -> str:
+    """The command that repeats the run; `config.yaml` holds all settings, defaults included."""
+    return f"potstill distill --config {folder / 'config.yaml'} --out another-folder"
+
+
+def _labels(path: Path) -> str:
+    """Fingerprint of the labelled store, as far as there is one."""
+    if not path.is_dir():
+        return ""
+    try:
+        store = LabelledStore.open(path)
+    except PotstillError:
+        return ""
+    return f"{store.n_systems:,} structures, fingerprint {store.fingerprint()}"
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    if not machine:
+        return ""
+    threads = machine.get("threads")
+    parts = [machine.get("gpu"), machine.get("cpu"), f"{threads} threads" if threads else None]
+    return _joined(parts)
