@@ -89,6 +89,26 @@ def put(folder, name, content):
     return path
 
 
+TYPED = """2
+Lattice="4 0 0 0 4 0 0 0 4" Properties=type:I:1:pos:R:3
+1 0 0 0
+2 2 2 0
+"""
+
+DUMP = """ITEM: TIMESTEP
+0
+ITEM: NUMBER OF ATOMS
+2
+ITEM: BOX BOUNDS pp pp pp
+0 4
+0 4
+0 4
+ITEM: ATOMS id type x y z fx fy fz
+1 1 0 0 0 0.5 0 0
+2 2 2 2 0 -0.5 0 0
+"""
+
+
 def drop_label(atoms):
     atoms.calc = None
 
@@ -125,6 +145,10 @@ def flat_cell(atoms):
 def open_slab_with_stress(atoms):
     atoms.pbc = (True, True, False)
     atoms.calc.results["stress"] = np.zeros(6)
+
+
+def stress_of_frame_0(text):
+    return text.replace("energy=-3.5", 'energy=-3.5 stress="1 0 0 0 1 0 0 0 1"', 1)
 
 
 def nan_position(atoms):
@@ -235,10 +259,61 @@ FILES = {
         "frame 1: periodic along lattice vector 2, which is zero",
     ),
     "dependent lattice vectors": (lambda f: extxyz(f, flat_cell), {}, "linearly dependent"),
-    "stress of a slab": (
+    "stress of a slab among others": (
+        lambda f: extxyz(f, open_slab_with_stress, stress_of_frame_0),
+        {},
+        "frame 1 has no 'stress' that means anything, because it is not periodic along all three "
+        r"lattice vectors, which other frames have \(1 of 2 frames lack it\): allow partly",
+    ),
+    "stress of a slab that is asked for": (
         lambda f: extxyz(f, open_slab_with_stress),
-        {"allow_partial": True},
-        "frame 1 has a 'stress' but is not periodic along all three",
+        {"index": "1:", "require": ("stress",)},
+        "frame 1 has no 'stress' that means anything, because it is not periodic",
+    ),
+    "six numbers of a stress in no known order": (
+        lambda f: archive(f, stress=np.zeros((3, 6)), cell=9 * np.eye(3)),
+        {},
+        r"'stress' has six numbers: state their order, as in Units\(stress_order='xx yy",
+    ),
+    "an order of stress with a number twice": (
+        extxyz,
+        {"units": Units(stress_order="xx yy zz xy yz yx")},
+        "stress_order 'xx yy zz xy yz yx' is not an order of xx, yy, zz, yz, xz and xy",
+    ),
+    "elements in a column of another name": (
+        lambda f: extxyz(f, edit=lambda text: text.replace("species:S", "element:S")),
+        {},
+        r"frame 0 has no column 'species' .* it has element: .* KeyMap\(species='element'\)",
+    ),
+    "types in place of elements": (
+        lambda f: put(f, "bad.xyz", TYPED),
+        {},
+        r"it has type: name the right one, as in KeyMap\(species='type', types='Al Cu'\)",
+    ),
+    "fewer elements than types": (
+        lambda f: put(f, "bad.xyz", TYPED),
+        {"keys": KeyMap(species="type", types="Al")},
+        "column 'type': types 1 to 2 for the 1 elements of 'Al'",
+    ),
+    "a column of elements that is not there": (
+        extxyz,
+        {"keys": KeyMap(species="element")},
+        "frame 0 has no column 'element' of symbols or numbers; it has none such",
+    ),
+    "a LAMMPS dump of numeric types": (
+        lambda f: put(f, "bad.lammpstrj", DUMP),
+        {},
+        r"gives atom types by number.* KeyMap\(types='Al Cu'\) .*keys: {types: Al Cu}",
+    ),
+    "a LAMMPS dump with more types than elements": (
+        lambda f: put(f, "bad.lammpstrj", DUMP),
+        {"keys": KeyMap(types="Al")},
+        "has more atom types than the 'Al' given",
+    ),
+    "types that are no elements": (
+        lambda f: put(f, "bad.lammpstrj", DUMP),
+        {"keys": KeyMap(types="Al bulk")},
+        "'bulk' is not a chemical symbol",
     ),
     "last frame cut off": (
         lambda f: extxyz(f, edit=lambda text: "\n".join(text.split("\n")[:-3])),
@@ -314,7 +389,7 @@ FILES = {
     "atomic number zero": (
         lambda f: archive(f, z=np.array([8, 1, 0])),
         {},
-        "frame 0 holds an atom that is not a chemical element",
+        "frame 0: 0 is not the atomic number of a chemical element",
     ),
     "units not stated": (
         lambda f: archive(f, E=None, pbe=np.zeros(3)),
@@ -444,8 +519,8 @@ def damaged(store):
 STORES = {
     "a store that exists": (lambda s: LabelledStore.create(s.path), "kept.store exists already"),
     "no store": (lambda s: LabelledStore.open(s.path / "x"), "there is no store at"),
-    "another folder": (lambda s: LabelledStore.open(s.path.parent), "is not a labelled store"),
-    "a damaged record": (damaged, "damaged.store is not a labelled store"),
+    "another folder": (lambda s: LabelledStore.open(s.path.parent), "is not a store"),
+    "a damaged record": (damaged, "damaged.store is not a store"),
     "a newer format": (newer, "format version 99, and this potstill knows 1"),
     "an unknown mode": (lambda s: LabelledStore.open(s.path, "w"), "mode 'r' or 'a', not 'w'"),
     "writing a store opened to read": (
@@ -454,7 +529,7 @@ STORES = {
     ),
     "another teacher under the same name": (
         lambda s: s.begin_labels("teacher", {"fingerprint": "xyz", "properties": ["energy"]}),
-        "labels 'teacher' of a different teacher",
+        "holds 'teacher' of a different teacher",
     ),
     "other properties under the same name": (
         lambda s: s.begin_labels("teacher", {"fingerprint": "abc", "properties": ["forces"]}),

@@ -17,7 +17,8 @@ from ase.units import Bohr, GPa, Hartree, kcal, mol
 
 from data import data_path
 from potstill.errors import ConfigError, DataError, MissingLabelError
-from potstill.readers import KeyMap, Units, read
+from potstill.readers import DataWarning, KeyMap, Units, read
+from test_malformed_inputs import DUMP
 
 KCAL = kcal / mol
 
@@ -49,6 +50,65 @@ def assert_labels(labels, frames):
         expected = [[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]]
         assert row == pytest.approx(np.array(expected), abs=1e-7)
     assert all(value.dtype == torch.float64 for value in labels.values.values())
+
+
+SIX = "0.1 0.2 0.3 0.4 0.5 0.6"
+VOIGT = [[0.1, 0.6, 0.5], [0.6, 0.2, 0.4], [0.5, 0.4, 0.3]]
+VASP = [[0.1, 0.4, 0.6], [0.4, 0.2, 0.5], [0.6, 0.5, 0.3]]
+
+
+@pytest.mark.parametrize("name", ["stress", "REF_stress", "virial", "REF_virial"])
+@pytest.mark.parametrize(("order", "expected"), [(None, VOIGT), ("xx yy zz xy yz zx", VASP)])
+@pytest.mark.parametrize("form", ['"{}"', "'{}'", "[{}]"])
+def test_six_numbers_of_a_stress(tmp_path, name, order, expected, form):
+    text = form.format(SIX.replace(" ", ", ") if "[" in form else SIX)
+    head = f'Lattice="4 0 0 0 4 0 0 0 4" Properties=species:S:1:pos:R:3 {name}={text} energy=1'
+    (tmp_path / "a.xyz").write_text(f"1\n{head}\nAl 0 0 0\n")
+    keys = KeyMap(**{name.removeprefix("REF_"): name})
+    _, labels = read(tmp_path / "a.xyz", keys=keys, units=Units(stress_order=order))
+    factor = -1 / 64 if "virial" in name else 1.0
+    assert labels["stress"][0].numpy() == pytest.approx(factor * np.array(expected))
+
+
+def test_a_stress_without_periodicity_is_left_out_and_counted(tmp_path, crystals):
+    crystals[2].pbc = (True, True, False)
+    crystals[3].pbc = False
+    ase.io.write(tmp_path / "a.xyz", crystals)
+    with pytest.warns(DataWarning, match=r"stress of 2 of 4 frames was left out.* a.xyz:2\)"):
+        _, labels = read(tmp_path / "a.xyz", allow_partial=True)
+    assert labels.presence("stress", 4).tolist() == [True, True, False, False]
+    assert labels.presence("forces", 4).all()
+    with pytest.warns(DataWarning, match="stress of 2 of 2 frames"):
+        _, labels = read(tmp_path / "a.xyz", index="2:")
+    assert labels.names == ("energy", "forces")
+
+
+def test_elements_from_a_column_or_from_types(tmp_path):
+    rows = ["Al 1 0 0 0", "Cu 2 2 2 0"]
+    head = 'Lattice="4 0 0 0 4 0 0 0 4" Properties=element:S:1:type:I:1:pos:R:3 energy=1'
+    (tmp_path / "a.xyz").write_text("\n".join(["2", head, *rows]))
+    for keys in (KeyMap(species="element"), KeyMap(species="type", types="Al Cu")):
+        structures, _ = read(tmp_path / "a.xyz", keys=keys)
+        assert structures.atomic_numbers.tolist() == [13, 29]
+
+
+def test_lammps_dumps_need_the_elements_of_types(tmp_path):
+    path = tmp_path / "a.lammpstrj"
+    path.write_text(DUMP)
+    structures, labels = read(path, keys=KeyMap(types="Cu Al"))
+    assert structures.atomic_numbers.tolist() == [29, 13]
+    assert labels["forces"].tolist() == [[0.5, 0, 0], [-0.5, 0, 0]]
+    path.write_text(DUMP.replace("id type", "id element").replace("\n1 1", "\n1 Al"))
+    path.write_text(path.read_text().replace("\n2 2 2", "\n2 Cu 2"))
+    assert read(path)[0].atomic_numbers.tolist() == [13, 29]
+
+
+def test_a_byte_order_mark_does_not_matter(tmp_path, crystals):
+    ase.io.write(tmp_path / "a.xyz", crystals)
+    (tmp_path / "b.xyz").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.xyz").read_bytes())
+    structures, labels = read(tmp_path / "b.xyz")
+    assert structures.fingerprints() == read(tmp_path / "a.xyz")[0].fingerprints()
+    assert_labels(labels, crystals)
 
 
 # -- ASE's formats --------------------------------------------------------------------------------

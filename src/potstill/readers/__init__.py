@@ -136,7 +136,7 @@ def _format_of(path: Path, name: str | None) -> str:
     suffixes = [s.lower() for s in path.suffixes if s.lower() not in _PACKED]
     suffix = suffixes[-1] if suffixes else ""
     if suffix == ".json":
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
             return "fitsnap" if '"Dataset"' in file.read(4096) else "ase-db"
     if suffix == ".lmdb":  # fairchem has given this name to both
         return "oc20" if Shard(path).get("nextid") is None else "ase-lmdb"

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ase.data import atomic_numbers as _NUMBERS
 
 from potstill.errors import DataError, require
-from potstill.readers.base import Frame, KeyMap, Units, pick_label
+from potstill.readers.base import Frame, KeyMap, Units, atomic_numbers_of, cells_of, pick_label
 
 UNITS = Units("Hartree", "Angstrom", "Hartree/Angstrom", "Hartree/Bohr^3", "tension")
 
@@ -112,13 +111,7 @@ def _atomic_numbers(held: Mapping[str, Any], keys: KeyMap, where: str) -> np.nda
     if value is None:
         wanted = keys.species or "species' or 'atomic_numbers"
         raise DataError(f"{where} has no '{wanted}'; it holds {', '.join(held)}")
-    value = np.asarray(value[()]).reshape(-1)
-    if np.issubdtype(value.dtype, np.integer):
-        return value
-    symbols = [s.decode() if isinstance(s, bytes) else str(s) for s in value]
-    for symbol in set(symbols) - set(_NUMBERS):
-        raise DataError(f"{where}: '{symbol}' is not a chemical symbol")
-    return np.array([_NUMBERS[symbol] for symbol in symbols])
+    return atomic_numbers_of(value[()], where)
 
 
 def _cells(
@@ -128,11 +121,7 @@ def _cells(
     if name not in held:
         if keys.cell:
             raise DataError(f"{where} has no '{keys.cell}'; it holds {', '.join(held)}")
-        return np.zeros((n_frames, 3, 3)), np.zeros((n_frames, 3), bool)
-    try:
-        cell = np.broadcast_to(np.asarray(held[name][()], dtype=np.float64), (n_frames, 3, 3))
-    except ValueError:
-        raise DataError(f"{where}: '{name}' has shape {held[name].shape}, not (3, 3)") from None
+        return cells_of(None, None, n_frames, where)
     periodic = held.get(keys.pbc or "pbc")
-    pbc = np.array(True) if periodic is None else periodic[()].astype(bool)
-    return cell, np.broadcast_to(pbc, (n_frames, 3))
+    pbc = None if periodic is None else periodic[()]
+    return cells_of(held[name][()], pbc, n_frames, f"{where}: '{name}'")

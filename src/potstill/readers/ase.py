@@ -19,10 +19,20 @@ import ase.io.jsonio
 import numpy as np
 from ase.db.row import AtomsRow
 from ase.io.extxyz import read_xyz
+from ase.io.formats import UnknownFileTypeError, filetype
 
 from potstill.ase_bridge import fixed_atoms, velocities_of
 from potstill.errors import DataError
-from potstill.readers.base import ASE_UNITS, Frame, KeyMap, Shard, Units, open_shards, pick_label
+from potstill.readers.base import (
+    ASE_UNITS,
+    Frame,
+    KeyMap,
+    Shard,
+    Units,
+    atomic_numbers_of,
+    open_shards,
+    pick_label,
+)
 
 #: Names that ASE's own calculators use; a key map overrides them.
 _USUAL = {
@@ -38,6 +48,10 @@ _USUAL = {
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 _QUOTED_VALUE = re.compile(r"""=\s*("[^"]*"|'[^']*'|\{[^}]*\}|\[[^\]]*\])""")
+#: A stress or virial of six numbers.
+_SIX = re.compile(
+    r"""(?<!\S)(stress|virial)=(["'\[{]\s*(?:[^\s,"'\]}]+[\s,]+){5}[^\s,"'\]}]+\s*["'\]}])"""
+)
 _KEY = re.compile(r"([^\s=]+)\s*=")
 
 
@@ -50,9 +64,12 @@ def read_extxyz(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame]
 
 def read_any(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], Units]:
     """Frames of any file in a format that ASE knows, in ASE's units."""
+    options = _lammps_options(path, keys)
     try:
-        images = ase.io.read(path, index=slice(None))
+        images = ase.io.read(path, index=slice(None), **options)
     except Exception as error:  # ASE's readers raise whatever their parsers meet
+        if options and isinstance(error, IndexError):
+            raise DataError(f"{path} has more atom types than the '{keys.types}' given") from error
         raise DataError(f"{path} cannot be read by ASE: {_one_line(error)}") from error
     images = [images] if isinstance(images, ase.Atoms) else images
     chosen = list(range(len(images)))[index]
@@ -130,7 +147,7 @@ def read_text(path: Path) -> str:
     """Read a text file, unpacked in memory: ASE seeks in it, which is quadratic in a .gz."""
     opener = _OPENERS.get(path.suffix.lower(), open)
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             return file.read()
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {_one_line(error)}") from error
@@ -187,11 +204,36 @@ def _parse(path: Path, keys: KeyMap, blocks: list[list[str]], chosen: list[int])
     for k in chosen:
         if int(blocks[k][0]) == 0:
             raise DataError(f"{path}, frame {k} holds no atoms")
+        # ASE insists on nine numbers under these two names, and on these alone.
+        blocks[k][1] = _SIX.sub(r"six_\1=\2", blocks[k][1])
         try:
             (atoms,) = read_xyz(io.StringIO("\n".join(blocks[k]) + "\n"), slice(None))
         except Exception as error:  # ASE raises whatever its parser meets
             raise DataError(f"{path}, frame {k} cannot be parsed: {_one_line(error)}") from error
+        for name in ("stress", "virial"):
+            if f"six_{name}" in atoms.info:
+                atoms.info[name] = atoms.info.pop(f"six_{name}")
         yield _frame(path, k, atoms, keys)
+
+
+def _lammps_options(path: Path, keys: KeyMap) -> dict[str, Any]:
+    """Options of ASE's reader of LAMMPS dumps, which takes types for atomic numbers."""
+    try:
+        kind = filetype(str(path))
+    except (UnknownFileTypeError, OSError):  # reading it will say so
+        return {}
+    if not kind.startswith("lammps-dump"):
+        return {}
+    if keys.types is not None:
+        return {"specorder": _elements(keys.types, f"{path}, types '{keys.types}'")}
+    if kind == "lammps-dump-text":
+        head = re.search(r"ITEM: ATOMS (.*)", read_text(path))
+        if head is None or {"element", "mass"} & set(head.group(1).split()):
+            return {}
+    raise DataError(
+        f"{path} gives atom types by number, not as elements: say which they are, type 1 first, as "
+        "in KeyMap(types='Al Cu') (in a config: keys: {types: Al Cu})"
+    )
 
 
 # -- frames ---------------------------------------------------------------------------------------
@@ -206,7 +248,7 @@ def _frame(path: Path, k: int, atoms: ase.Atoms, keys: KeyMap, where: str = "") 
     return Frame(
         where=where,
         frame_id=f"{path.name}:{k}",
-        numbers=atoms.numbers,
+        numbers=_numbers(atoms, keys, where),
         positions=atoms.positions,
         cell=atoms.cell.array,
         pbc=atoms.pbc,
@@ -219,6 +261,46 @@ def _frame(path: Path, k: int, atoms: ase.Atoms, keys: KeyMap, where: str = "") 
         charge=_number(held.get("charge")),
         spin_multiplicity=_number(held.get("spin")),
     )
+
+
+def _numbers(atoms: ase.Atoms, keys: KeyMap, where: str) -> np.ndarray:
+    """(n,) atomic numbers: ASE's own, or from the column that the key map names."""
+    columns = {
+        name: array
+        for name, array in atoms.arrays.items()
+        if name not in ("numbers", "positions") and array.ndim == 1 and array.dtype.kind in "iuUO"
+    }
+    if keys.species is not None:
+        if keys.species not in columns:
+            raise DataError(
+                f"{where} has no column '{keys.species}' of symbols or numbers; it has "
+                f"{', '.join(columns) or 'none such'}"
+            )
+        values = columns[keys.species]
+        if keys.types is None or values.dtype.kind in "UO":
+            return atomic_numbers_of(values, f"{where}, column '{keys.species}'")
+        elements = _elements(keys.types, f"{where}, types '{keys.types}'")
+        if values.min() < 1 or values.max() > len(elements):
+            raise DataError(
+                f"{where}, column '{keys.species}': types {values.min()} to {values.max()} for the "
+                f"{len(elements)} elements of '{keys.types}'"
+            )
+        return atomic_numbers_of([elements[k - 1] for k in values.tolist()], where)
+    if not atoms.numbers.all() and columns:
+        likely = next((n for n in columns if n in ("element", "type")), next(iter(columns)))
+        types = "" if columns[likely].dtype.kind in "UO" else ", types='Al Cu'"
+        raise DataError(
+            f"{where} has no column 'species' or 'Z' of chemical elements; it has "
+            f"{', '.join(columns)}: name the right one, as in KeyMap(species='{likely}'{types})"
+        )
+    return atoms.numbers
+
+
+def _elements(types: str, where: str) -> list[str]:
+    """Chemical symbols by type, type 1 first."""
+    elements = types.replace(",", " ").split()
+    atomic_numbers_of(elements, where)
+    return elements
 
 
 def _held(atoms: ase.Atoms) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ them and joins them into one batch, so that a fault is found and worded once for
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from ase.data import atomic_numbers as _NUMBERS
 from ase.data import chemical_symbols
 
 from potstill import units as conversion
@@ -42,8 +44,12 @@ class KeyMap:
         Where the file holds a virial instead of a stress: stress = -virial / volume.
     group : str, optional
         Name of a frame's group (ASE formats: an `info` key, usually `config_type`).
-    positions, species, cell, pbc : str, optional
+    species : str, optional
+        Column or array of chemical symbols or atomic numbers.
+    positions, cell, pbc : str, optional
         Arrays of a structure (NumPy archives and HDF5 only).
+    types : str, optional
+        Elements by the numeric atom types of LAMMPS, type 1 first: "Al Cu".
     """
 
     energy: str | None = None
@@ -58,6 +64,7 @@ class KeyMap:
     species: str | None = None
     cell: str | None = None
     pbc: str | None = None
+    types: str | None = None
 
     @property
     def labels(self) -> dict[str, str]:
@@ -82,6 +89,9 @@ class Units:
         A name from `potstill.units.PRESSURE`.
     positive_stress : {"tension", "compression"}, optional
         What a positive diagonal element means; ASE and potstill say tension.
+    stress_order : str, optional
+        What the numbers are where a stress or virial has six: ASE's is "xx yy zz yz xz xy", which
+        is taken in ASE's formats, VASP's is "xx yy zz xy yz zx".
     """
 
     energy: str | None = None
@@ -89,6 +99,7 @@ class Units:
     force: str | None = None
     stress: str | None = None
     positive_stress: Literal["tension", "compression"] | None = None
+    stress_order: str | None = None
 
     def over(self, default: Units) -> Units:
         """Fill what is not given from the units of a format.
@@ -118,7 +129,25 @@ class Units:
                 f"not '{merged.positive_stress}'"
             )
         merged.factors()
+        if merged.stress_order is not None:
+            merged.stress_positions()
         return merged
+
+    def stress_positions(self) -> list[tuple[int, int]]:
+        """Row and column of each of the six numbers of a stress or virial.
+
+        Raises
+        ------
+        ConfigError
+            If `stress_order` is not an order of the six.
+        """
+        words = (self.stress_order or "").replace(",", " ").split()
+        places = [tuple(sorted("xyz".find(letter) for letter in word)) for word in words]
+        if sorted(places) != [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]:
+            raise ConfigError(
+                f"stress_order '{self.stress_order}' is not an order of xx, yy, zz, yz, xz and xy"
+            )
+        return [(place[0], place[1]) for place in places]
 
     def factors(self) -> dict[str, float]:
         """Factor per quantity that turns numbers of the file into potstill's units."""
@@ -138,7 +167,7 @@ class Units:
 
 
 #: ASE's units, which are potstill's.
-ASE_UNITS = Units("eV", "Angstrom", "eV/Angstrom", "eV/A^3", "tension")
+ASE_UNITS = Units("eV", "Angstrom", "eV/Angstrom", "eV/A^3", "tension", "xx yy zz yz xz xy")
 
 #: Labels that a file can hold.
 LABELS = ("energy", "forces", "stress", "atomic_energies", "charges", "dipole", "virial")
@@ -166,6 +195,8 @@ class Frame:
         Empty if there is none.
     fixed, tags, velocities, charge, spin_multiplicity : optional
         As in `Structures`; velocities already in Å/fs.
+    left_out : tuple of str
+        Labels that the file holds here and that mean nothing: a stress without periodicity.
     """
 
     where: str
@@ -182,6 +213,7 @@ class Frame:
     velocities: np.ndarray | None = None
     charge: float | None = None
     spin_multiplicity: float | None = None
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -228,6 +260,39 @@ def pick_label(
     return held[found[0]] if found else None
 
 
+def atomic_numbers_of(values: Any, where: str) -> np.ndarray:
+    """(n,) atomic numbers from chemical symbols, text or bytes, or from whole numbers.
+
+    Raises
+    ------
+    DataError
+        If one is no chemical symbol.
+    """
+    values = np.asarray(values).reshape(-1)
+    if np.issubdtype(values.dtype, np.integer):
+        return values.astype(np.int64)
+    symbols = [v.decode() if isinstance(v, bytes) else str(v) for v in values.tolist()]
+    for symbol in symbols:
+        if symbol not in _NUMBERS:
+            raise DataError(f"{where}: '{symbol}' is not a chemical symbol")
+    return np.array([_NUMBERS[symbol] for symbol in symbols], dtype=np.int64)
+
+
+def cells_of(cell: Any, pbc: Any, n_frames: int, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """(S, 3, 3) cells and (S, 3) periodicity from one for all frames or one for each.
+
+    Without a cell nothing is periodic; a cell without periodicity (None) is periodic.
+    """
+    if cell is None:
+        return np.zeros((n_frames, 3, 3)), np.zeros((n_frames, 3), bool)
+    pbc = np.array(True) if pbc is None else np.asarray(pbc, dtype=bool)
+    try:
+        full = np.broadcast_to(np.asarray(cell, dtype=np.float64), (n_frames, 3, 3))
+        return full, np.broadcast_to(pbc, (n_frames, 3))
+    except ValueError:
+        raise DataError(f"{where} has shape {np.shape(cell)}, not (3, 3)") from None
+
+
 def gather(
     frames: Iterable[Frame], path: str, units: Units, keys: KeyMap, checks: Checks
 ) -> tuple[Structures, Properties]:
@@ -262,11 +327,18 @@ def gather(
     """
     for name in checks.require:
         property_spec(name)
-    factors = units.factors()
-    good = [_check_frame(_convert(frame, factors), checks) for frame in frames]
+    good = [_check_frame(_convert(frame, units), checks) for frame in frames]
     if not good:
         raise DataError(f"{path} holds no frames, or none at the index that was asked for")
     _check_presence(good, path, keys, checks)
+    flat = [frame for frame in good if frame.left_out]
+    if flat:
+        warnings.warn(
+            f"{path}: the stress of {len(flat)} of {len(good)} frames was left out, because they "
+            f"are not periodic along all three lattice vectors (the first is {flat[0].frame_id})",
+            DataWarning,
+            stacklevel=3,
+        )
     structures = _join_structures(good, checks.species)
     return structures, _join_labels(good)
 
@@ -326,16 +398,18 @@ def open_shards(path: Path, pattern: str) -> list[Shard]:
 # -- one frame ------------------------------------------------------------------------------------
 
 
-def _convert(frame: Frame, factors: Mapping[str, float]) -> Frame:
+def _convert(frame: Frame, units: Units) -> Frame:
     """Bring arrays to float64, the right shapes and potstill's units."""
-    n = len(frame.numbers)
+    n, factors = len(frame.numbers), units.factors()
+    pbc = np.asarray(frame.pbc, dtype=bool).reshape(3)
+    held = any(frame.labels.get(name) is not None for name in ("stress", "virial"))
     cell = _shaped(frame, "cell", frame.cell, (3, 3)) * factors["length"]
     labels = {}
     for name, raw in frame.labels.items():
-        if raw is None:
+        if raw is None or (name in ("stress", "virial") and not pbc.all()):
             continue
         if name in ("stress", "virial"):
-            value = _tensor_3x3(frame, name, raw) * factors[name]
+            value = _tensor_3x3(frame, name, raw, units) * factors[name]
         else:
             spec = PROPERTIES[name]
             shape = (n, *spec.shape) if spec.level == "atom" else spec.shape
@@ -343,7 +417,7 @@ def _convert(frame: Frame, factors: Mapping[str, float]) -> Frame:
         if not np.isfinite(value).all():
             raise DataError(f"{frame.where}: '{name}' holds NaN or infinite numbers")
         labels[name] = value
-    _check_cell(frame, cell, set(labels))
+    _check_cell(frame, cell, pbc)
     if "virial" in labels:
         if "stress" in labels:
             raise DataError(
@@ -355,8 +429,9 @@ def _convert(frame: Frame, factors: Mapping[str, float]) -> Frame:
         numbers=np.asarray(frame.numbers, dtype=np.int64),
         positions=_shaped(frame, "positions", frame.positions, (n, 3)) * factors["length"],
         cell=cell,
-        pbc=np.asarray(frame.pbc, dtype=bool).reshape(3),
+        pbc=pbc,
         labels=labels,
+        left_out=() if pbc.all() or not held else ("stress",),
     )
 
 
@@ -372,30 +447,31 @@ def _shaped(frame: Frame, name: str, raw: Any, shape: tuple[int, ...]) -> np.nda
     return value.reshape(shape)
 
 
-def _tensor_3x3(frame: Frame, name: str, raw: Any) -> np.ndarray:
-    """Bring 3x3, nine numbers or six in Voigt order (xx, yy, zz, yz, xz, xy) to 3x3."""
+def _tensor_3x3(frame: Frame, name: str, raw: Any, units: Units) -> np.ndarray:
+    """Bring 3x3, nine numbers or six in the file's order to 3x3."""
     value = np.asarray(raw, dtype=np.float64)
     if value.size == 9:
         return value.reshape(3, 3)
-    if value.shape == (6,):
-        xx, yy, zz, yz, xz, xy = value
-        return np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
-    raise DataError(f"{frame.where}: '{name}' has shape {value.shape}, not (3, 3) or (6,)")
+    if value.size != 6:
+        raise DataError(f"{frame.where}: '{name}' has shape {value.shape}, not (3, 3) or (6,)")
+    if units.stress_order is None:
+        raise DataError(
+            f"{frame.where}: '{name}' has six numbers: state their order, as in "
+            "Units(stress_order='xx yy zz yz xz xy')"
+        )
+    full = np.zeros((3, 3))
+    for number, (i, j) in zip(value.reshape(6), units.stress_positions(), strict=True):
+        full[i, j] = full[j, i] = number
+    return full
 
 
-def _check_cell(frame: Frame, cell: np.ndarray, labels: set[str]) -> None:
-    pbc = np.asarray(frame.pbc, dtype=bool).reshape(3)
+def _check_cell(frame: Frame, cell: np.ndarray, pbc: np.ndarray) -> None:
     if not np.isfinite(cell).all():
         raise DataError(f"{frame.where}: 'cell' holds NaN or infinite numbers")
     try:
         check_cell(cell, pbc)
     except DataError as error:
         raise DataError(f"{frame.where}: {error}") from None
-    for name in labels & {"stress", "virial"}:
-        if not pbc.all():
-            raise DataError(
-                f"{frame.where} has a '{name}' but is not periodic along all three lattice vectors"
-            )
 
 
 def _check_frame(frame: Frame, checks: Checks) -> Frame:
@@ -404,7 +480,8 @@ def _check_frame(frame: Frame, checks: Checks) -> Frame:
     if not np.isfinite(frame.positions).all():
         raise DataError(f"{frame.where}: 'positions' hold NaN or infinite numbers")
     if frame.numbers.min() < 1 or frame.numbers.max() >= len(chemical_symbols):
-        raise DataError(f"{frame.where} holds an atom that is not a chemical element")
+        bad = next(z for z in frame.numbers.tolist() if not 0 < z < len(chemical_symbols))
+        raise DataError(f"{frame.where}: {bad} is not the atomic number of a chemical element")
     if checks.species is not None:
         for symbol in {chemical_symbols[z] for z in frame.numbers} - set(checks.species.names):
             raise DataError(
@@ -448,11 +525,19 @@ def _check_presence(frames: Sequence[Frame], path: str, keys: KeyMap, checks: Ch
         key = asked.get(name, name)
         if name in found:
             raise MissingLabelError(
-                f"{lacking[0].where} has no '{key}', which other frames have ({len(lacking)} of "
-                f"{len(frames)} frames lack it): allow partly labelled data if this is meant"
+                f"{lacking[0].where} has no '{key}'{_why(lacking[0], name)}, which other frames "
+                f"have ({len(lacking)} of {len(frames)} frames lack it): allow partly labeled data "
+                "(allow_partial) if this is meant"
             )
+        if name in lacking[0].left_out:
+            raise MissingLabelError(f"{lacking[0].where} has no '{key}'{_why(lacking[0], name)}")
         hint = _near_miss(key, lacking[0].keys)
         raise MissingLabelError(f"{lacking[0].where} has no '{key}'{hint}")
+
+
+def _why(frame: Frame, name: str) -> str:
+    flat = " that means anything, because it is not periodic along all three lattice vectors"
+    return flat if name in frame.left_out else ""
 
 
 def _near_miss(key: str, present: Sequence[str]) -> str:

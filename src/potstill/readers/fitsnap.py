@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ase.data import atomic_numbers as _NUMBERS
 from torch import Tensor
 
 from potstill.errors import DataError, suggest
-from potstill.readers.base import Frame, KeyMap, Units
+from potstill.readers.base import Frame, KeyMap, Units, atomic_numbers_of
 from potstill.structures import Properties, Structures
 from potstill.units import PRESSURE, pressure_factor
 
@@ -75,7 +74,7 @@ def _natural(path: Path) -> list[tuple[int, int, str]]:
 def _load(file: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
     """(position, data set, number of configurations) of each configuration of a file."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
     # The first line may be a comment of any form.
@@ -124,8 +123,6 @@ def _frame(
         if key not in data:
             raise DataError(f"{where} has no '{key}'; it holds {', '.join(data)}")
     symbols = data["AtomTypes"]
-    for symbol in {str(s) for s in symbols} - set(_NUMBERS):
-        raise DataError(f"{where}: '{symbol}' is not a chemical symbol")
     if data.get("NumAtoms", len(symbols)) != len(symbols):
         raise DataError(f"{where}: NumAtoms is {data['NumAtoms']} for {len(symbols)} AtomTypes")
     names = {name: getattr(keys, name) or usual for name, usual in _KEYS.items()}
@@ -133,7 +130,7 @@ def _frame(
     return Frame(
         where=where,
         frame_id=f"{name}:{k}",
-        numbers=np.array([_NUMBERS[symbol] for symbol in symbols], dtype=np.int64),
+        numbers=atomic_numbers_of([str(symbol) for symbol in symbols], where),
         positions=data["Positions"],
         cell=data["Lattice"],
         pbc=np.ones(3, dtype=bool),

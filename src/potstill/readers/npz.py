@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from potstill.errors import DataError
-from potstill.readers.base import Frame, KeyMap, Units, pick_label
+from potstill.readers.base import Frame, KeyMap, Units, cells_of, pick_label
 
 _USUAL = {
     "energy": ("energies", "E"),
@@ -109,15 +109,11 @@ def _cells(
     if name not in held:
         if keys.cell:
             raise DataError(f"{where} has no '{keys.cell}'; it holds {', '.join(held)}")
-        return np.zeros((n_frames, 3, 3)), np.zeros((n_frames, 3), bool)
-    cell = np.asarray(held[name], dtype=np.float64)
+        return cells_of(None, None, n_frames, where)
+    cell = held[name]
     if name == "lattice":
         cell = np.swapaxes(cell, -1, -2)  # sGDML stores lattice vectors as columns
-    pbc = np.asarray(held.get(keys.pbc or "pbc", True), dtype=bool)
-    try:
-        return np.broadcast_to(cell, (n_frames, 3, 3)), np.broadcast_to(pbc, (n_frames, 3))
-    except ValueError:
-        raise DataError(f"{where}: '{name}' has shape {cell.shape}, not (3, 3)") from None
+    return cells_of(cell, held.get(keys.pbc or "pbc"), n_frames, f"{where}: '{name}'")
 
 
 def _units(held: Mapping[str, Any], keys: KeyMap) -> Units:

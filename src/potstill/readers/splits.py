@@ -99,7 +99,7 @@ def split_from_file(path: str | Path, n: int) -> dict[str, Tensor]:
         If the file is not of that form, an index is not in 0..n-1, or two parts share one.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         parts = {str(k): torch.tensor(v, dtype=torch.int64).reshape(-1) for k, v in data.items()}
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise DataError(
