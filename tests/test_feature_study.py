@@ -165,7 +165,9 @@ def test_every_run_of_a_study_is_there(done: Path, plain: dict[str, Any]) -> Non
     assert result["n_finished"] == result["n_cells"] == len(names)
     assert result["cells"]["painn-0"]["epochs"] == 3
     cell = result["cells"]["similar.taps[student_tap=last,teacher_tap=message_1]-0"]
-    assert cell["taps"] == {"n2n:teacher[last<-message_1]": "last <- message_1"}
+    assert cell["taps"] == {
+        "n2n:teacher[last<-message_1]": {"student": ["last"], "teacher": ["message_1"]}
+    }
     far = result["cells"]["schnet-0"]["tests"]["splits"]["far"]
     assert set(far) == {"free_forces_mae", "free_forces_cosine"}
     average = result["cells"]["schnet-0"]["tests"]["average"]

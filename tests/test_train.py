@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,21 @@ import pytest
 import torch
 from ase.build import bulk
 from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
 
-from potstill.checkpoint import load_potential
+from potstill.checkpoint import load_potential, read_payload
+from potstill.config import TrainConfig, validate
+from potstill.display import Display
 from potstill.distill import LossTerm, Schedule
 from potstill.errors import ConfigError, DivergenceError, MissingLabelError
+from potstill.readers import read
 from potstill.structures import Properties, Structures
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.data import epoch_batches, fit_offsets
+from potstill.train.initialize import initial_student
 from potstill.train.settings import EnergySettings, ModelSettings, OptimizerSettings
+from potstill.workflows.training import train_from_config
 
 SMALL = ModelSettings(
     hyperparameters=dict(
@@ -287,6 +295,193 @@ def test_fine_tuning_starts_from_a_trained_potential(tmp_path: Path) -> None:
     second = train(run, data, data, tmp_path / "second", initial=initial)
     for name, value in weights(second.best).items():
         torch.testing.assert_close(value, weights(first.best)[name], rtol=1e-5, atol=1e-6)
+
+
+# -- the optimizer, against written-out arithmetic -------------------------------------------------
+
+
+def one_step_of(folder: Path, **optimizer: object) -> tuple[dict, dict, list[torch.Tensor]]:
+    """Weights before and after one step with a rate of 0.01, and Adam's averages of gradients."""
+    data = emt_set(3)
+    run = settings(
+        epochs=1,
+        batch_size=3,
+        optimizer=OptimizerSettings(learning_rate=0.01, **optimizer),  # type: ignore[arg-type]
+    )
+    before = initial_student(run, data)[0]["network"].state_dict()
+    train(run, data, data, folder)
+    payload = read_payload(folder / "last.pt")
+    averages = [row["exp_avg"] for row in payload["optimizer"]["state"].values()]
+    return before, payload["state"], averages
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
+    """After the first step Adam's average is 0.1 times the gradient that it was given."""
+    *_, whole = one_step_of(tmp_path / "whole")
+    *_, loose = one_step_of(tmp_path / "loose", clip_norm=1e9)
+    *_, clipped = one_step_of(tmp_path / "clipped", clip_norm=0.5)
+    gradient = 10.0 * torch.cat([g.flatten() for g in whole])
+    assert float(gradient.norm()) > 1.0
+    torch.testing.assert_close(10.0 * torch.cat([g.flatten() for g in loose]), gradient)
+    expected = 0.5 * gradient / gradient.norm()
+    found = 10.0 * torch.cat([g.flatten() for g in clipped])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
+
+
+def test_weight_decay_of_adamw_shrinks_weights_and_that_of_adam_adds_to_gradients(
+    tmp_path: Path,
+) -> None:
+    before, free, plain = one_step_of(tmp_path / "free")
+    _, decayed, _ = one_step_of(tmp_path / "adamw", name="adamw", weight_decay=0.3)
+    *_, coupled = one_step_of(tmp_path / "adam", weight_decay=0.3)
+    trained = [name for name in before if not torch.equal(before[name], free[name])]
+    assert len(trained) > 5
+    for name in trained:
+        expected = free[name] - 0.01 * 0.3 * before[name]
+        torch.testing.assert_close(decayed[name], expected, rtol=1e-9, atol=1e-12)
+    network = initial_student(settings(), emt_set(3))[0]["network"]
+    for weight, one, other in zip(network.parameters(), plain, coupled, strict=True):
+        torch.testing.assert_close(other, one + 0.1 * 0.3 * weight.detach())
+
+
+def test_the_moving_average_of_weights_is_validated_and_saved(tmp_path: Path) -> None:
+    """One step per epoch, so that `last.pt` holds the weights of every step."""
+    data = emt_set(3)
+    run = settings(
+        epochs=4,
+        batch_size=3,
+        optimizer=OptimizerSettings(learning_rate=0.01, ema_decay=0.7),
+        regularization={"l2": 0.0},
+    )
+    average = initial_student(run, data)[0]["network"].state_dict()
+    steps = []
+
+    def note(record: dict) -> None:
+        steps.append(read_payload(tmp_path / "last.pt")["state"])
+
+    result = train(run, data, data, tmp_path, on_epoch=note)
+    best = load_potential(result.best)[0]["network"].state_dict()
+    assert len(steps) == 4
+    for k, state in enumerate(steps, start=1):
+        average = {key: 0.7 * average[key] + 0.3 * value for key, value in state.items()}
+        if k == result.best_epoch:
+            for key, value in average.items():
+                torch.testing.assert_close(best[key], value, rtol=1e-9, atol=1e-12)
+    last = read_payload(tmp_path / "last.pt")["average"]
+    for key, value in average.items():
+        torch.testing.assert_close(last[key], value, rtol=1e-9, atol=1e-12)
+
+
+def rates_of(folder: Path, epochs: int, **rule: object) -> list[float]:
+    """Learning rates, in units of the initial one, of a run whose score never gets better."""
+    data = emt_set(2)
+    run = settings(
+        epochs=epochs,
+        loss=(LossTerm(property="energy"),),
+        optimizer=OptimizerSettings(learning_rate=1e-12),
+        learning_rate={"minimum": 0.0, **rule},
+        early_stopping=None,
+    )
+    train(run, data, data, folder)
+    return [record["learning_rate"] / 1e-12 for record in records_of(folder)]
+
+
+def test_a_plateau_cuts_the_rate_after_patience(tmp_path: Path) -> None:
+    """The first epoch is the best; each third one without a better score ends a plateau."""
+    rates = rates_of(tmp_path, 8, patience=2, factor=0.1)
+    assert rates == pytest.approx([1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1, 0.01])
+
+
+def test_the_rate_does_not_fall_below_its_minimum(tmp_path: Path) -> None:
+    rates = rates_of(tmp_path, 6, patience=0, factor=0.1, minimum=0.05e-12)
+    assert rates == pytest.approx([1.0, 1.0, 0.1, 0.05, 0.05, 0.05])
+
+
+@pytest.mark.parametrize(
+    ("rule", "then"),
+    [
+        ({"schedule": "constant"}, [1.0, 1.0, 1.0]),
+        ({"schedule": "exponential", "factor": 0.5}, [1.0, 0.5, 0.25]),
+        ({"schedule": "step", "step_epochs": 2, "factor": 0.5}, [1.0, 1.0, 0.5]),
+    ],
+)
+def test_the_rate_warms_up_before_its_schedule_begins(
+    tmp_path: Path, rule: dict, then: list[float]
+) -> None:
+    rates = rates_of(tmp_path, 6, warmup_epochs=3, **rule)
+    assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, *then])
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+class Shown(Display):
+    """Keeps the tables that it is shown."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, list[Sequence[str]]] = {}
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        self.tables[title] = [columns, *rows]
+
+
+def users_frames(path: Path) -> None:
+    """Frames as a user's DFT code writes them: total energies far from zero."""
+    frames = []
+    for atoms in emt_set(12).structures.to_ase():
+        atoms.calc = EMT()
+        energy = (
+            atoms.get_potential_energy() - 5000.0 * len(atoms) - 3.0e4 * atoms.symbols.count("Au")
+        )
+        forces = atoms.get_forces()
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
+        frames.append(atoms)
+    write(path, frames)
+
+
+def test_data_and_a_folder_are_enough_and_errors_of_the_best_epoch_are_shown(
+    tmp_path: Path,
+) -> None:
+    users_frames(tmp_path / "dft.extxyz")
+    config = validate(
+        {
+            "out": str(tmp_path / "run"),
+            "data": {
+                "files": [str(tmp_path / "dft.extxyz")],
+                "split": {"fractions": {"train": 0.5, "validation": 0.25, "test": 0.25}},
+            },
+            # All else is the default; these only keep the test short, and the last epoch bad.
+            "train": {
+                "epochs": 3,
+                "model": SMALL.model_dump(),
+                "optimizer": {"learning_rate": 0.3},
+            },
+        },
+        TrainConfig,
+    )
+    shown = Shown()
+    result = train_from_config(config, shown)
+    assert result.best_epoch < result.epochs == 3
+    records = records_of(tmp_path / "run")
+    best = records[result.best_epoch - 1]["validation"]
+    table = shown.tables[f"errors of the best potential, epoch {result.best_epoch}"]
+    assert table[0] == ("error", "unit", "validation", "test")
+    rows = {row[0]: row[1:] for row in table[1:]}
+    expected = f"{1000 * best['energy_per_atom_rmse']:.3g}"
+    assert rows["energy RMSE"][:2] == ["meV/atom", expected]
+    assert expected != f"{1000 * records[-1]['validation']['energy_per_atom_rmse']:.3g}"
+    test = json.loads((tmp_path / "run/test.json").read_text())["reference"]["channels"]
+    forces = test["student-reference"]["forces_mae"]
+    assert rows["forces MAE"] == [
+        "meV/Å",
+        f"{1000 * best['forces_mae']:.3g}",
+        f"{1000 * forces:.3g}",
+    ]
+    # Totals of -5,000 eV/atom and more: the fitted zero leaves what EMT itself gives.
+    structures, labels = read(tmp_path / "dft.extxyz")
+    zero = load_potential(result.best)[0]["offsets"].predict(structures, properties=["energy"])
+    left = (labels["energy"] - zero["energy"]) / structures.n_atoms_per_system
+    assert float(left.abs().max()) < 1.0
 
 
 def test_batches_cover_everything_once_and_respect_the_atom_budget() -> None:

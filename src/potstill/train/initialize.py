@@ -64,7 +64,7 @@ def initial_student(
         components["prior"] = _zbl(settings, table)
     residual = data.minus(SumPotential(components))
     batches = _typical_batches(settings, residual.structures)
-    network.initialize_from(StartingData(_residual_offsets(settings, residual), batches))
+    network.initialize_from(StartingData(_fitted_offsets(settings, residual), batches))
     if settings.model.initialize is not None:
         initialize_weights(network, settings.model.initialize)
     return SumPotential({**components, "network": network}), residual
@@ -98,14 +98,12 @@ def _energy_zero(settings: TrainSettings, data: TrainingSet, table: SpeciesTable
             raise ConfigError(f"energy.zero gives no value for {', '.join(missing)}")
         return torch.tensor([zero[name] for name in table.names], dtype=torch.float64)
     if zero == "least_squares":
-        return fit_offsets(data.structures, data.labels[_energy_source(settings, data)]["energy"])[
-            0
-        ]
+        return _fitted_offsets(settings, data)
     return torch.zeros(len(table), dtype=torch.float64)
 
 
-def _residual_offsets(settings: TrainSettings, data: TrainingSet) -> Tensor:
-    """(n_species,) linear fit to what the energy zero and the prior leave."""
+def _fitted_offsets(settings: TrainSettings, data: TrainingSet) -> Tensor:
+    """(n_species,) least-squares energies; zero where a run knows no energies."""
     labels = data.labels.get(_energy_source(settings, data))
     if labels is None or "energy" not in labels:
         return torch.zeros(len(data.structures.species_table), dtype=torch.float64)

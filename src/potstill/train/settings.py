@@ -61,16 +61,16 @@ class EnergySettings(_Settings):
     ----------
     zero : {"none", "least_squares"} or dict of str to float
         The per-species energies that are subtracted from energies and atomic energies before
-        training and added again in the saved model: none, a least-squares fit, or given values
-        (isolated atoms, say) in eV per atom. HIP-NN's first term E0 is fitted to what is left, and
-        its hierarchicality regularizer depends on this choice.
+        training and added again in the saved model: a least-squares fit, given values (isolated
+        atoms, say) in eV per atom, or none, as Matin et al. train. HIP-NN's first term E0 is fitted
+        to what is left, and its hierarchicality regularizer depends on this choice.
     prior : {"none", "zbl"}
         A short-range repulsion, subtracted from the labels and part of the saved model.
     prior_inner, prior_cutoff : float, optional
         Radii of the switch in Å; chosen from covalent radii if absent.
     """
 
-    zero: Literal["none", "least_squares"] | dict[str, float] = "none"
+    zero: Literal["none", "least_squares"] | dict[str, float] = "least_squares"
     prior: Literal["none", "zbl"] = "none"
     prior_inner: float | None = None
     prior_cutoff: float | None = None

@@ -21,7 +21,9 @@ from potstill.workflows.base import Settings
 
 
 class FileData(Settings):
-    """A file with structures and reference labels; see `potstill.readers.read`.
+    """A file with structures and reference labels; its path alone will do.
+
+    See `potstill.readers.read`.
 
     Parameters
     ----------
@@ -45,6 +47,11 @@ class FileData(Settings):
     allow_partial: bool = False
     index: str = ":"
     species: tuple[str, ...] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
 
     @field_validator("keys", "units")
     @classmethod

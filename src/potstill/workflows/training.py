@@ -28,6 +28,7 @@ from potstill.teachers import Teacher
 from potstill.train import TrainingSet, TrainResult, TrainSettings, train
 from potstill.train.loop import EpochCallback
 from potstill.train.signals import is_stored
+from potstill.units import GPA
 from potstill.workflows.base import (
     Display,
     Settings,
@@ -180,10 +181,36 @@ def train_from_config(config: TrainConfig, display: Display | None = None) -> Tr
             _draw_cka(place)
         if result.status == "interrupted":
             return result
-        initial = load_potential(result.best)[0]
+        initial, info = load_potential(result.best)
+        found = {"validation": info["training"]["validation"]}
         if "test" in parts:
-            write_test_errors(initial, parts["test"], settings, place)
+            found["test"] = write_test_errors(initial, parts["test"], settings, place)
+        title = f"{stage.name}: errors" if config.stages else "errors"
+        show_errors(display, f"{title} of the best potential, epoch {result.best_epoch}", found)
     return result
+
+
+#: Rows of the table at the end: a metric, its name, its unit, and units in those of potstill.
+_HEADLINES = (
+    ("energy_per_atom_mae", "energy MAE", "meV/atom", 1000.0),
+    ("energy_per_atom_rmse", "energy RMSE", "meV/atom", 1000.0),
+    ("free_forces_mae", "forces MAE, free atoms", "meV/Å", 1000.0),
+    ("free_forces_rmse", "forces RMSE, free atoms", "meV/Å", 1000.0),
+    ("forces_mae", "forces MAE", "meV/Å", 1000.0),
+    ("forces_rmse", "forces RMSE", "meV/Å", 1000.0),
+    ("stress_mae", "stress MAE", "GPa", 1.0 / GPA),
+    ("stress_rmse", "stress RMSE", "GPa", 1.0 / GPA),
+)
+
+
+def show_errors(display: Display, title: str, found: Mapping[str, Mapping[str, float]]) -> None:
+    """Show errors of a potential by set, against the source of the score, in field units."""
+    rows = []
+    for key, name, unit, factor in _HEADLINES:
+        values = [metrics.get(key, math.nan) for metrics in found.values()]
+        if any(math.isfinite(value) for value in values):
+            rows.append([name, unit, *(f"{factor * value:.3g}" for value in values)])
+    display.table(title, ("error", "unit", *found), rows)
 
 
 def cka_trackers(
@@ -300,21 +327,29 @@ def train_with_progress(
 
 def write_test_errors(
     potential: Potential, data: TrainingSet, settings: TrainSettings, folder: Path
-) -> None:
-    """Write errors on a test set to `test.json`, against every source that the loss names."""
+) -> dict[str, float]:
+    """Write errors on a test set to `test.json`, against every source that the loss names.
+
+    Returns
+    -------
+    dict of str to float
+        Metrics against the source of the score.
+    """
     sources = dict.fromkeys(
         (settings.score.source, *(term.source for term in settings.label_terms))
     )
-    channels = {
+    reports = {
         source: evaluate_errors(
             potential,
             data.structures,
             {"reference" if source == "reference" else "teacher": data.labels[source]},
-        ).to_json()
+        )
         for source in sources
         if source in data.labels
     }
-    write_json(folder / "test.json", channels)
+    write_json(folder / "test.json", {name: found.to_json() for name, found in reports.items()})
+    channels = reports[settings.score.source].channels if settings.score.source in reports else {}
+    return next(iter(channels.values()), {})
 
 
 def _note(record: Mapping[str, Any]) -> str:
