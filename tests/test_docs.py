@@ -10,6 +10,7 @@ import torch
 import typer
 from ruamel.yaml import YAML
 
+import potstill
 from data import rattled_copper
 from potstill.checkpoint import save_potential
 from potstill.cli import app
@@ -65,6 +66,19 @@ def test_the_tutorial_runs(folder, capsys):
     lattice = re.findall(r"a = (\d\.\d+) Å", capsys.readouterr().out)
     teacher, student = (float(text) for text in lattice)
     assert student == pytest.approx(teacher, rel=0.02)
+
+
+@pytest.mark.slow
+def test_the_session_of_the_readme_runs(folder):
+    code = examples("../README.md")
+    assert code
+    (folder / "runs/silicon").mkdir(parents=True)
+    (folder / "model.pt").rename(folder / "runs/silicon/student.pt")
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    if "data" in names:  # a session of its own
+        assert potstill.evaluate(names["student"], names["data"])["forces_relative_rmse"] < 0.2
+        assert len(names["trajectory"]) == 10
 
 
 def test_every_page_with_examples_is_run():

@@ -269,16 +269,30 @@ class Run:
 
 def student_settings(config: DistillConfig, plan: Plan, source: str, epochs: int) -> TrainSettings:
     """The student's settings with its loss, its epochs and a learning rate that fits them."""
-    rule = config.student.learning_rate
+    return settings_for(
+        config.student, config.weights, plan.properties, source, epochs, config.seed
+    )
+
+
+def settings_for(
+    student: TrainSettings,
+    weights: Weights,
+    properties: Sequence[str],
+    source: str,
+    epochs: int,
+    seed: int,
+) -> TrainSettings:
+    """Settings for the labels of one source, and a learning rate that fits the epochs."""
+    rule = student.learning_rate
     if rule.schedule == "exponential":
         rule = rule.model_copy(update={"factor": FINAL_RATE ** (1.0 / epochs)})
-    return config.student.model_copy(
+    return student.model_copy(
         update={
-            "loss": loss_terms(config.weights, plan.properties, source),
+            "loss": loss_terms(weights, properties, source),
             "score": ScoreSettings(source=source),
             "learning_rate": rule,
             "epochs": epochs,
-            "seed": config.seed,
+            "seed": seed,
         }
     )
 
