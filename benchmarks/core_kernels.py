@@ -74,9 +74,10 @@ def measure(call: Callable[[], object], n_atoms: int, rounds: int) -> dict[str, 
 
 def operations(model: HIPNN, n_pairs: float, *, forces: bool, parameters: bool) -> float:
     """Floating-point operations per atom of one pass; a fused multiply-add counts two."""
-    n, width, m = model.n_sensitivities, model.n_features, (1, 4, 9)[model.l_max]
+    p = model.hyper
+    n, width, m = p.n_sensitivities, p.n_features, (1, 4, 9)[p.l_max]
     gaussian, geometry = 18, 60  # exp by a polynomial; distances, direction, cutoff function
-    products = 2 * width * (m * n + width * (1 + 2 * model.n_atom_layers))
+    products = 2 * width * (m * n + width * (1 + 2 * p.n_atom_layers))
     forward = n_pairs * (geometry + n * (gaussian + 2 * m)) + products
     backward = n_pairs * (20 + n * (gaussian + 4 * m + 4)) + products
     return forward + (backward if forces or parameters else 0) + (products if parameters else 0)

@@ -169,8 +169,8 @@ def test_triplets_come_from_the_angular_cutoff_only():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"zeta": 0.0}, "positive"),
-        ({"radial_cutoff": -1.0}, "positive"),
+        ({"zeta": 0.0}, "zeta: .* greater than 0"),
+        ({"radial_cutoff": -1.0}, "radial_cutoff: .* greater than 0"),
         ({"n_members": 0}, "n_members"),
         ({"hidden_widths": {"H": [4], "C": [4]}}, "no entry for O"),
     ],

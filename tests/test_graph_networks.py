@@ -70,7 +70,7 @@ def test_agrees_with_graph_pes(kind, name, dtype, tolerance):
 def written_out(model, structures):
     """Atomic energies and direct forces by loops over pairs and atoms, in NumPy."""
     weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
-    ocp, cutoff, width = model.variant == "ocp", model.cutoff, model.hidden_channels
+    ocp, cutoff, width = model.hyper.variant == "ocp", model.cutoff, model.hyper.hidden_channels
 
     def linear(name, x):
         return weights[f"{name}.weight"] @ x + weights.get(f"{name}.bias", 0.0)
@@ -91,10 +91,10 @@ def written_out(model, structures):
         return y * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
     def radial(r):
-        n, x = np.arange(model.num_rbf), r / cutoff
+        n, x = np.arange(model.hyper.num_rbf), r / cutoff
         if not ocp:
             return np.sin((n + 1) * np.pi * x) / r, 0.5 * (1.0 + np.cos(np.pi * x))
-        spacing = 1.0 / (model.num_rbf - 1)
+        spacing = 1.0 / (model.hyper.num_rbf - 1)
         gaussians = np.exp(-((x - n * spacing) ** 2) / (2.0 * spacing**2))
         return gaussians, 1.0 - 21.0 * x**5 + 35.0 * x**6 - 15.0 * x**7
 
@@ -103,7 +103,7 @@ def written_out(model, structures):
     pairs = list(zip(neighbors.center.tolist(), neighbors.neighbor.tolist(), vectors, strict=True))
     x = weights["embedding.weight"][structures.species.numpy()]
     v = np.zeros((len(x), width, 3))
-    for k in range(model.num_layers):
+    for k in range(model.hyper.num_layers):
         dx, dv = np.zeros_like(x), np.zeros_like(v)
         for i, j, r_ij in pairs:
             r = np.linalg.norm(r_ij)
@@ -167,17 +167,17 @@ def test_sizes_of_the_models_of_the_tables():
     for preset in (PAINN_BIG, PAINN_SMALL):
         model = PaiNN(TABLE, **preset["coll"])
         assert model.direct_forces
-        assert model.variant == "ocp"
-        assert (model.cutoff, model.num_rbf, model.max_neighbors) == (12.0, 128, 50)
+        assert model.hyper.variant == "ocp"
+        assert (model.cutoff, model.hyper.num_rbf, model.hyper.max_neighbors) == (12.0, 128, 50)
 
 
 @pytest.mark.parametrize(
     ("kind", "wrong", "message"),
     [
-        (PaiNN, {"variant": "oc"}, "unknown variant 'oc' of PaiNN.*'ocp'"),
-        (PaiNN, {"num_layers": 0}, "at least one layer"),
-        (PaiNN, {"max_neighbors": 0}, "max_neighbors must be positive"),
-        (SchNet, {"num_gaussians": 1}, "SchNet needs at least"),
+        (PaiNN, {"variant": "oc"}, "variant: .*'ocp' .it is 'oc'"),
+        (PaiNN, {"num_layers": 0}, "num_layers: .* equal to 1"),
+        (PaiNN, {"max_neighbors": 0}, "max_neighbors: .* equal to 1"),
+        (SchNet, {"num_gaussians": 1}, "num_gaussians: .* equal to 2"),
     ],
 )
 def test_impossible_sizes_are_refused(kind, wrong, message):

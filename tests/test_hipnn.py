@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from ase.build import bulk
 
-from potstill.errors import ConfigError, ModelError
+from potstill.errors import ModelError
 from potstill.models import HIPNN
 from potstill.models.base import StartingData
 from potstill.models.hipnn import CUTOFF_FUNCTIONS, hierarchicality
@@ -64,5 +66,26 @@ def test_bad_hyper_parameters_are_refused() -> None:
         HIPNN(AL, 4, 4, 1.5, 4.0, 5.0, 1, l_max=3)
     with pytest.raises(ModelError, match="dist_soft_min < dist_soft_max"):
         HIPNN(AL, 4, 4, 4.5, 4.0, 5.0, 1)
-    with pytest.raises(ConfigError, match="did you mean 'polynomial'"):
+    with pytest.raises(ModelError, match="did you mean 'polynomial'"):
         HIPNN(AL, 4, 4, 1.5, 4.0, 5.0, 1, cutoff_function="polynomail")
+    with pytest.raises(ModelError, match="'n_feature'; did you mean 'n_features'"):
+        HIPNN(AL, n_feature=4)
+    with pytest.raises(ModelError, match=r"n_features: .* greater than or equal to 1 \(it is 0\)"):
+        HIPNN(AL, 0)
+    with pytest.raises(ModelError, match=r"too many .*: n_features"):
+        HIPNN(AL, 4, n_features=4)
+
+
+def test_defaults_are_a_small_student_and_complete_configs_keep_the_old_ones() -> None:
+    small = HIPNN(AL)
+    assert (small.hyper.l_max, small.hyper.cusp_reg) == (2, 1e-2)
+    assert HIPNN(AL, n_features=8).hyper.cusp_reg == 1e-2
+    old = HIPNN(AL, 4, 4, 1.5, 4.0, 5.0, 1)
+    assert (old.hyper.l_max, old.hyper.cusp_reg) == (1, 1e-6)
+    assert HIPNN(AL, **small.hyperparameters()).hyper == small.hyper
+
+
+def test_integers_stay_integers_where_fingerprints_hashed_them() -> None:
+    old = HIPNN(AL, 4, 4, 1, 4, 5, 1).hyperparameters()
+    assert json.dumps([old["dist_soft_min"], old["dist_soft_max"]]) == "[1, 4]"
+    assert json.dumps(old["dist_hard_max"]) == "5.0"

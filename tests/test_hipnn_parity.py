@@ -61,7 +61,7 @@ def _pair_of_models(
 ) -> tuple[HIPNN, torch.nn.Module, torch.nn.Module]:
     torch.manual_seed(3)
     ours = HIPNN(table, **HYPER, l_max=l_max, n_interaction_layers=n_blocks).double()
-    options = {} if l_max == 0 else {"cusp_reg": ours.cusp_reg}
+    options = {} if l_max == 0 else {"cusp_reg": ours.hyper.cusp_reg}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network = NETWORKS[l_max](

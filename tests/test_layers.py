@@ -48,7 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 
 #: Modules that all others of their package may use, beside `x.base`: what that stands on itself.
-BELOW_BASE = ("models.engines", "models.graph")
+BELOW_BASE = ("models.engines", "models.graph", "models.hyper")
 
 #: Packages whose modules are parts of one thing rather than alternatives: these may import one
 #: another, but never in a circle. Everywhere else only `x.*` -> `x.base` is legal.

@@ -253,7 +253,13 @@ def test_defaults_of_the_parameter_file(tmp_path):
         model.hyperparameters()
         == SNAP(model.species_table, twojmax=1, rcutfac=4.0).hyperparameters()
     )
-    assert (model.rfac0, model.rmin0, model.switch, model.bzero) == (0.99363, 0.0, True, True)
+    p = model.hyper
+    assert (p.rfac0, p.rmin0, p.switch, p.bzero) == (
+        0.99363,
+        0.0,
+        True,
+        True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -280,8 +286,8 @@ def test_broken_files_are_refused(tmp_path, coeff, param, message):
     ("changes", "message"),
     [
         ({"radii": [0.5]}, "each of 2 species"),
-        ({"rcutfac": -1.0}, "positive rcutfac"),
-        ({"twojmax": -2}, "twojmax >= 0"),
+        ({"rcutfac": -1.0}, "rcutfac: .* greater than 0"),
+        ({"twojmax": -2}, "twojmax: .* equal to 0"),
         ({"rfac0": 1.2}, "rfac0"),
         ({"rmin0": 4.0}, "rmin0"),
     ],

@@ -37,7 +37,7 @@ def save_potential(path: str | Path, potential: Potential, info: dict[str, Any])
         JSON-able: what it was trained on, its teacher, versions, seed.
     """
     header = {
-        "kind": potential.kind,
+        "kind": potential.spec,
         "hyperparameters": potential.hyperparameters(),
         "species_table": potential.species_table.to_json(),
         "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in potential.parameters()}),
@@ -111,7 +111,7 @@ def potential_fingerprint(potential: Potential) -> str:
     """Short hash of a potential's kind, hyper-parameters and weights."""
     potential.check_precision()
     digest = hashlib.blake2b(digest_size=12)
-    description = [potential.kind, potential.hyperparameters(), potential.species_table.to_json()]
+    description = [potential.spec, potential.hyperparameters(), potential.species_table.to_json()]
     digest.update(json.dumps(description, sort_keys=True).encode())
     for name, tensor in sorted(potential.state_dict().items()):
         digest.update(name.encode())

@@ -1,10 +1,15 @@
 """Models: potentials as functions of species and pair vectors.
 
-`MODELS` is the explicit table of kinds; a new architecture is one file and one line here.
+`MODELS` is the explicit table of kinds; a new architecture is one file and one line here. Those of
+other packages are given as `module:Class`.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import operator
+from collections.abc import Mapping
 from typing import Any
 
 from potstill.errors import ModelError, suggest
@@ -17,6 +22,7 @@ from potstill.models.base import StartingData as StartingData
 from potstill.models.base import TapSpec as TapSpec
 from potstill.models.gemnet_oc import GemNetOC as GemNetOC
 from potstill.models.hipnn import HIPNN as HIPNN
+from potstill.models.hyper import Hyperparameters as Hyperparameters
 from potstill.models.linear import SNAP as SNAP
 from potstill.models.painn import PaiNN as PaiNN
 from potstill.models.prior import ZBL as ZBL
@@ -37,26 +43,68 @@ MODELS: dict[str, type[Potential]] = {
 }
 
 
+def model_class(spec: str) -> type[Potential]:
+    """Find the class of a model.
+
+    Parameters
+    ----------
+    spec : str
+        A kind in `MODELS`, or `module:Class` for a subclass of `Potential` that can be imported.
+
+    Raises
+    ------
+    ModelError
+        If there is none.
+    """
+    module, colon, name = spec.partition(":")
+    if not colon:
+        if spec not in MODELS:
+            also = "; or give module:Class for one of your own"
+            raise ModelError(f"unknown kind of model '{spec}'{suggest(spec, MODELS)}{also}")
+        return MODELS[spec]
+    try:
+        found = operator.attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"the model '{spec}' cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Potential)):
+        raise ModelError(f"'{spec}' is no subclass of potstill.models.Potential")
+    return found
+
+
+def check_hyperparameters(spec: str, hyperparameters: Mapping[str, Any]) -> None:
+    """Check hyper-parameters before there is a species table to build the model with.
+
+    Raises
+    ------
+    ModelError
+        If the model is unknown, or a hyper-parameter is unknown, missing or out of range.
+    """
+    model = model_class(spec)
+    try:
+        if model.hyper_class is not None:
+            model.hyper_class.of(**hyperparameters)
+        else:
+            inspect.signature(model).bind(None, **hyperparameters)
+    except (ModelError, TypeError) as error:
+        raise ModelError(f"model '{spec}': {error}") from error
+
+
 def build_model(
-    kind: str, species_table: SpeciesTable, hyperparameters: dict[str, Any]
+    spec: str, species_table: SpeciesTable, hyperparameters: Mapping[str, Any]
 ) -> Potential:
-    """Build a model by kind; sums are built from their components.
+    """Build a model of a kind in `MODELS` or given as `module:Class`; sums from their components.
 
     Raises
     ------
     ModelError
         If the kind is unknown or the hyper-parameters do not fit it.
     """
-    if kind == "sum":
+    if spec == "sum":
         return SumPotential(
             {
                 name: build_model(part["kind"], species_table, part["hyperparameters"])
                 for name, part in hyperparameters["components"].items()
             }
         )
-    if kind not in MODELS:
-        raise ModelError(f"unknown kind of model '{kind}'{suggest(kind, MODELS)}")
-    try:
-        return MODELS[kind](species_table, **hyperparameters)
-    except TypeError as error:
-        raise ModelError(f"model '{kind}': {error}") from error
+    check_hyperparameters(spec, hyperparameters)
+    return model_class(spec)(species_table, **hyperparameters)

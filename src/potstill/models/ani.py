@@ -8,14 +8,56 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from potstill.errors import ModelError
 from potstill.models.base import Edges, LocalOutput, Potential, TapSpec
+from potstill.models.hyper import Hyperparameters
 from potstill.species import SpeciesTable
 
 # Angles enter as arccos(0.95 cos(theta)), which keeps their derivative finite at 0 and 180 degrees.
 _COSINE_SCALE = 0.95
+
+
+class ANIHyperparameters(Hyperparameters):
+    """Hyper-parameters of ANI; the defaults are those of ANI-1x, with smaller networks.
+
+    Parameters
+    ----------
+    radial_cutoff, angular_cutoff : float
+        Å.
+    eta_r : float
+        Width of the radial Gaussians, 1/Å².
+    shifts_r : sequence of float
+        Centers of the radial Gaussians, Å.
+    eta_a : float
+        Width of the angular Gaussians, 1/Å².
+    zeta : float
+        Exponent of the angular term.
+    shifts_a : sequence of float
+        Centers of the angular Gaussians, Å.
+    shifts_z : sequence of float
+        Centers of the angular terms, radians.
+    hidden_widths : sequence of int, or mapping of str to such
+        Widths of the hidden layers, for all species or by the species' name.
+    celu_alpha : float
+        Parameter of the activation.
+    n_members : int
+        Number of networks per species whose mean is the energy.
+    """
+
+    radial_cutoff: float = Field(default=5.2, gt=0)
+    angular_cutoff: float = Field(default=3.5, gt=0)
+    eta_r: float = Field(default=16.0, gt=0)
+    shifts_r: tuple[float, ...] = tuple(0.9 + 0.26875 * k for k in range(16))
+    eta_a: float = Field(default=8.0, gt=0)
+    zeta: float = Field(default=32.0, gt=0)
+    shifts_a: tuple[float, ...] = (0.9, 1.55, 2.2, 2.85)
+    shifts_z: tuple[float, ...] = tuple(math.pi * (k + 0.5) / 8 for k in range(8))
+    hidden_widths: tuple[int, ...] | dict[str, tuple[int, ...]] = (64, 64, 48)
+    celu_alpha: float = Field(default=0.1, gt=0)
+    n_members: int = Field(default=1, ge=1)
 
 
 class ANI(Potential):
@@ -38,22 +80,8 @@ class ANI(Potential):
     ----------
     species_table : SpeciesTable
         The species, in the order of the AEV's blocks.
-    radial_cutoff, angular_cutoff : float
-        Å.
-    eta_r, eta_a : float
-        Widths of the Gaussians, 1/Å².
-    zeta : float
-        Exponent of the angular term.
-    shifts_r, shifts_a : sequence of float
-        Centers of the radial and the angular Gaussians, Å.
-    shifts_z : sequence of float
-        Centers of the angular terms, radians.
-    hidden_widths : sequence of int, or mapping of str to such
-        Widths of the hidden layers, for all species or by the species' name.
-    celu_alpha : float
-        Parameter of the activation.
-    n_members : int
-        Number of networks per species whose mean is the energy.
+    *values, **named
+        Fields of `ANIHyperparameters`, in their order or by name.
 
     Raises
     ------
@@ -69,43 +97,23 @@ class ANI(Potential):
     shifts_a: Tensor
     shifts_z: Tensor
 
-    def __init__(
-        self,
-        species_table: SpeciesTable,
-        *,
-        radial_cutoff: float,
-        angular_cutoff: float,
-        eta_r: float,
-        shifts_r: Sequence[float],
-        eta_a: float,
-        zeta: float,
-        shifts_a: Sequence[float],
-        shifts_z: Sequence[float],
-        hidden_widths: Sequence[int] | Mapping[str, Sequence[int]],
-        celu_alpha: float = 0.1,
-        n_members: int = 1,
-    ) -> None:
-        super().__init__(species_table, max(radial_cutoff, angular_cutoff))
-        if min(radial_cutoff, angular_cutoff, eta_r, eta_a, zeta, celu_alpha) <= 0 or n_members < 1:
-            raise ModelError(
-                "ANI needs positive cutoffs, eta_r, eta_a, zeta, celu_alpha, n_members"
-            )
-        self.radial_cutoff, self.angular_cutoff = float(radial_cutoff), float(angular_cutoff)
-        self.eta_r, self.eta_a, self.zeta = float(eta_r), float(eta_a), float(zeta)
-        self.celu_alpha = float(celu_alpha)
-        self.n_members = int(n_members)
-        self.hidden_widths = _widths_by_species(hidden_widths, species_table)
-        self._shifts = {
-            "shifts_r": [float(x) for x in shifts_r],
-            "shifts_a": [float(x) for x in shifts_a],
-            "shifts_z": [float(x) for x in shifts_z],
-        }
-        for name, values in self._shifts.items():
+    hyper_class = ANIHyperparameters
+    hyper: ANIHyperparameters
+
+    def __init__(self, species_table: SpeciesTable, *values: Any, **named: Any) -> None:
+        p = ANIHyperparameters.of(*values, **named)
+        widths_of = _widths_by_species(p.hidden_widths, species_table)
+        p = p.model_copy(update={"hidden_widths": widths_of})
+        super().__init__(species_table, max(p.radial_cutoff, p.angular_cutoff), p)
+        self.hidden_widths = widths_of
+        self.n_members = p.n_members
+        self._shifts = {name: getattr(p, name) for name in ("shifts_r", "shifts_a", "shifts_z")}
+        for name, centers in self._shifts.items():
             # Not in the state dict: they are hyper-parameters.
-            buffer = torch.tensor(values, dtype=torch.float64)
+            buffer = torch.tensor(centers, dtype=torch.float64)
             self.register_buffer(name, buffer, persistent=False)
         self.networks = nn.ModuleList(
-            EnsembleMLP((self.aev_width, *widths, 1), self.celu_alpha, self.n_members)
+            EnsembleMLP((self.aev_width, *widths, 1), p.celu_alpha, p.n_members)
             for widths in self.hidden_widths.values()
         )
 
@@ -155,9 +163,9 @@ class ANI(Potential):
         """Pairs within both cutoffs, the slots of the angular shells, and the atoms by species."""
         distance = torch.linalg.vector_norm(r_ij.detach(), dim=1).to(self.dtype)
         known = range(len(self.species_table))
-        near = (distance < self.radial_cutoff).nonzero()[:, 0]
+        near = (distance < self.hyper.radial_cutoff).nonzero()[:, 0]
         row = edges.center[near] * len(known) + species[edges.neighbor[near]]
-        close = (distance < self.angular_cutoff).nonzero()[:, 0]
+        close = (distance < self.hyper.angular_cutoff).nonzero()[:, 0]
         center, kind = edges.center[close], species[edges.neighbor[close]]
         shells = []
         for s in known:
@@ -197,7 +205,7 @@ class ANI(Potential):
         """(n_local, aev_width) as of `aev`."""
         r_ij = r_ij.to(self.dtype)
         blocks = [self._radial(indices, r_ij)]
-        shells = [_Neighbors(shell, r_ij, self.angular_cutoff) for shell in indices.shells]
+        shells = [_Neighbors(shell, r_ij, self.hyper.angular_cutoff) for shell in indices.shells]
         for (a, b), (j, k) in zip(_species_pairs(len(shells)), indices.slot_pairs, strict=True):
             blocks.append(self._angular(shells[a], shells[b], j, k))
         return torch.cat(blocks, dim=1)
@@ -207,8 +215,8 @@ class ANI(Potential):
         n_local, n_species = indices.shells[0].pair.shape[0], len(self.species_table)
         r = torch.linalg.vector_norm(r_ij.index_select(0, indices.near), dim=1)
         shifts = self.shifts_r.to(r.dtype)
-        terms = torch.exp(-self.eta_r * (r[:, None] - shifts).square())  # (E, n_r)
-        terms = 0.25 * terms * _cutoff_function(r, self.radial_cutoff)[:, None]
+        terms = torch.exp(-self.hyper.eta_r * (r[:, None] - shifts).square())  # (E, n_r)
+        terms = 0.25 * terms * _cutoff_function(r, self.hyper.radial_cutoff)[:, None]
         total = terms.new_zeros(n_local * n_species, terms.shape[1])
         total = total.index_add(0, indices.row, terms)
         return total.reshape(n_local, n_species * terms.shape[1])
@@ -222,26 +230,12 @@ class ANI(Potential):
         shifts_a, shifts_z = (x.to(cosine.dtype) for x in (self.shifts_a, self.shifts_z))
         along, across = torch.cos(shifts_z), torch.sin(shifts_z)
         aligned = cosine[..., None] * along + sine[..., None] * across
-        angle = (0.5 + 0.5 * aligned).pow(self.zeta)  # (n, P, n_z)
+        angle = (0.5 + 0.5 * aligned).pow(self.hyper.zeta)  # (n, P, n_z)
         mean = 0.5 * (first.distance[:, j] + second.distance[:, k])
         weight = 2.0 * first.weight[:, j] * second.weight[:, k]  # (n, P), zero for unused slots
-        gauss = torch.exp(-self.eta_a * (mean[..., None] - shifts_a).square())
+        gauss = torch.exp(-self.hyper.eta_a * (mean[..., None] - shifts_a).square())
         block = (weight[..., None] * gauss).transpose(1, 2) @ angle  # (n, n_a, n_z)
         return block.flatten(1)
-
-    def hyperparameters(self) -> dict[str, Any]:
-        """All keyword arguments."""
-        return {
-            "radial_cutoff": self.radial_cutoff,
-            "angular_cutoff": self.angular_cutoff,
-            "eta_r": self.eta_r,
-            "eta_a": self.eta_a,
-            "zeta": self.zeta,
-            **self._shifts,
-            "hidden_widths": {name: list(w) for name, w in self.hidden_widths.items()},
-            "celu_alpha": self.celu_alpha,
-            "n_members": self.n_members,
-        }
 
     def regularized_weights(self) -> list[Tensor]:
         """Weights of all networks; biases of an ensemble are matrices too and are left out."""

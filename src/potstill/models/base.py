@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from potstill.models.engines import Pairs as Pairs
 from potstill.models.graph import Edges as Edges
 from potstill.models.graph import LocalOutput as LocalOutput
 from potstill.models.graph import refuse_coinciding_atoms, stress_from_virial
+from potstill.models.hyper import Hyperparameters
 from potstill.neighbors import build_neighbor_list
 from potstill.properties import LEARNABLE
 from potstill.species import SpeciesTable
@@ -120,10 +121,10 @@ class Prediction:
 class Potential(nn.Module, ABC):
     """Abstract base of all potentials.
 
-    Subclasses implement `forward` and `hyperparameters`. Forces are derived from the energy, except
-    where a model sets `direct_forces` and returns them itself; such a model has no stress. A model
-    must be zero beyond its own `cutoff` whatever pairs it is given, since a list may reach further
-    (a skin, another model).
+    Subclasses implement `forward` and declare their hyper-parameters. Forces are derived from the
+    energy, except where a model sets `direct_forces` and returns them itself; such a model has no
+    stress. A model must be zero beyond its own `cutoff` whatever pairs it is given, since a list
+    may reach further (a skin, another model).
 
     Parameters
     ----------
@@ -131,7 +132,12 @@ class Potential(nn.Module, ABC):
         The species that the model knows, in the order of its parameters.
     cutoff : float
         Å.
+    hyper : Hyperparameters, optional
+        What the model was told. Models without such a class implement `hyperparameters`.
     """
+
+    #: What the constructor takes beside the species table, in this order or by name.
+    hyper_class: ClassVar[type[Hyperparameters] | None] = None
 
     #: Name of the kind of model in checkpoints and configs.
     kind: str = ""
@@ -148,12 +154,15 @@ class Potential(nn.Module, ABC):
     #: Which kernels give energies and first derivatives; `use_core` sets it.
     core: Core = "auto"
 
-    def __init__(self, species_table: SpeciesTable, cutoff: float) -> None:
+    def __init__(
+        self, species_table: SpeciesTable, cutoff: float, hyper: Hyperparameters | None = None
+    ) -> None:
         super().__init__()
         if not cutoff > 0:
             raise ModelError(f"cutoff must be positive, not {cutoff}")
         self.species_table = species_table
         self.cutoff = float(cutoff)
+        self.hyper = hyper
 
     @abstractmethod
     def forward(
@@ -185,9 +194,18 @@ class Potential(nn.Module, ABC):
             (n_local,) eV in the model's dtype, and features by name.
         """
 
-    @abstractmethod
     def hyperparameters(self) -> dict[str, Any]:
         """JSON-able keyword arguments that rebuild the model together with the species table."""
+        if self.hyper is None:
+            raise NotImplementedError(f"{type(self).__name__} does not say its hyper-parameters")
+        return self.hyper.to_json()
+
+    @property
+    def spec(self) -> str:
+        """The kind, or `module:Class` of a model from elsewhere, to build it again."""
+        kind = type(self)
+        own = kind.__module__.startswith("potstill.")
+        return self.kind if own else f"{kind.__module__}:{kind.__qualname__}"
 
     @property
     def taps(self) -> dict[str, TapSpec]:

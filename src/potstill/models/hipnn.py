@@ -11,9 +11,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from potstill.core import (
@@ -26,7 +27,7 @@ from potstill.core import (
     hipnn_pass,
     weighted_energy,
 )
-from potstill.errors import ConfigError, ModelError, suggest
+from potstill.errors import suggest
 from potstill.models.base import (
     Edges,
     LocalOutput,
@@ -36,6 +37,7 @@ from potstill.models.base import (
     TapSpec,
     refuse_ghosts,
 )
+from potstill.models.hyper import Hyperparameters, Real
 from potstill.species import SpeciesTable
 from potstill.structures import Structures
 
@@ -64,27 +66,14 @@ class Sensitivity(nn.Module):
     `dist_soft_max` to `dist_soft_min`, all sigma_n at 2 n_sensitivities dist_soft_min.
     """
 
-    def __init__(
-        self,
-        n_sensitivities: int,
-        dist_soft_min: float,
-        dist_soft_max: float,
-        dist_hard_max: float,
-        cutoff_function: str,
-    ) -> None:
+    def __init__(self, p: HIPNNHyperparameters) -> None:
         super().__init__()
-        if cutoff_function not in CUTOFF_FUNCTIONS:
-            raise ConfigError(
-                f"unknown cutoff function '{cutoff_function}'"
-                f"{suggest(cutoff_function, CUTOFF_FUNCTIONS)}"
-            )
-        self.cutoff = dist_hard_max
-        self.cutoff_function = CUTOFF_FUNCTIONS[cutoff_function]
-        inverse = torch.linspace(1.0 / dist_soft_max, 1.0 / dist_soft_min, n_sensitivities)
+        self.cutoff = p.dist_hard_max
+        self.cutoff_function = CUTOFF_FUNCTIONS[p.cutoff_function]
+        n, low = p.n_sensitivities, p.dist_soft_min
+        inverse = torch.linspace(1.0 / p.dist_soft_max, 1.0 / low, n)
         self.mu = nn.Parameter(1.0 / inverse)
-        self.sigma = nn.Parameter(
-            torch.full((n_sensitivities,), 2.0 * n_sensitivities * dist_soft_min)
-        )
+        self.sigma = nn.Parameter(torch.full((n,), 2.0 * n * low))
 
     def forward(self, r: Tensor) -> Tensor:
         """(..., n_sensitivities) from (...) distances; zero from the cutoff on."""
@@ -129,21 +118,20 @@ class Interaction(nn.Module):
         self,
         n_in: int,
         n_out: int,
-        l_max: int,
-        cusp_reg: float,
+        p: HIPNNHyperparameters,
         s: Sensitivity,
         *,
         unit_input: bool = False,
     ) -> None:
         super().__init__()
-        self.l_max = l_max
-        self.cusp_reg = cusp_reg
+        self.l_max = p.l_max
+        self.cusp_reg = p.cusp_reg
         self.unit_input = unit_input
         self.sensitivity = s
         self.int_weights = nn.Parameter(torch.empty(s.mu.shape[0], n_out, n_in))
         nn.init.xavier_normal_(self.int_weights)
         self.selfint = _linear(n_in, n_out)
-        self.scales = nn.ParameterList([nn.Parameter(torch.randn(n_out)) for _ in range(l_max)])
+        self.scales = nn.ParameterList([nn.Parameter(torch.randn(n_out)) for _ in range(p.l_max)])
 
     def forward(self, features: Tensor, geometry: _Geometry) -> Tensor:
         """(n_local, n_out) from (N, n_in) features of local atoms and ghosts."""
@@ -205,19 +193,19 @@ class Residual(nn.Module):
         return [self.res_layer.weight, *weights, *adjust]
 
 
-class HIPNN(Potential):
-    """Hierarchically interacting particle neural network with tensor sensitivities.
+class HIPNNHyperparameters(Hyperparameters):
+    """Hyper-parameters of HIP-NN; the defaults are a small student for any elements.
 
     Parameters
     ----------
-    species_table : SpeciesTable
-        Species, one-hot encoded.
     n_features : int
         Width of every layer.
     n_sensitivities : int
         Radial functions per interaction layer.
-    dist_soft_min, dist_soft_max : float
-        First and last initial centers of the radial functions, Å.
+    dist_soft_min : float
+        First initial center of the radial functions, Å: about the shortest distance in the data.
+    dist_soft_max : float
+        Last initial center, Å, at most the cutoff.
     dist_hard_max : float
         Cutoff, Å.
     n_atom_layers : int
@@ -227,9 +215,61 @@ class HIPNN(Potential):
     l_max : int
         Highest rank of the tensor sensitivities: 0, 1 or 2.
     cusp_reg : float
-        Added under the square root of the tensors' norms.
+        Added under the square root of the tensors' norms: elastic constants and phonons need more
+        than the 1e-6 of hippynn.
     cutoff_function : {"cosine_squared", "polynomial"}
         The former is the original; the latter has two continuous derivatives.
+
+    Notes
+    -----
+    Where all of the first six are given, as they had to be before there were defaults, `l_max` is 1
+    and `cusp_reg` 1e-6 by default, as then.
+    """
+
+    n_features: int = Field(default=32, ge=1)
+    n_sensitivities: int = Field(default=20, ge=1)
+    dist_soft_min: Real = 0.8
+    dist_soft_max: Real = 4.5
+    dist_hard_max: float = 5.5
+    n_atom_layers: int = Field(default=2, ge=0)
+    n_interaction_layers: int = Field(default=1, ge=1)
+    l_max: int = 2
+    cusp_reg: Real = Field(default=1e-2, ge=0)
+    cutoff_function: str = "cosine_squared"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_before_there_were_defaults(cls, values: Any) -> Any:
+        once_required = list(cls.model_fields)[:6]
+        if isinstance(values, dict) and values.keys() >= set(once_required):
+            return {"l_max": 1, "cusp_reg": 1e-6, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.l_max not in (0, 1, 2):
+            raise ValueError(f"l_max must be 0, 1 or 2, not {self.l_max}")
+        low, high, cutoff = self.dist_soft_min, self.dist_soft_max, self.dist_hard_max
+        if not 0.0 < low < high <= cutoff:
+            raise ValueError(
+                "HIP-NN needs 0 < dist_soft_min < dist_soft_max <= dist_hard_max, "
+                f"not {low}, {high}, {cutoff}"
+            )
+        if self.cutoff_function not in CUTOFF_FUNCTIONS:
+            near = suggest(self.cutoff_function, CUTOFF_FUNCTIONS)
+            raise ValueError(f"unknown cutoff function '{self.cutoff_function}'{near}")
+        return self
+
+
+class HIPNN(Potential):
+    """Hierarchically interacting particle neural network with tensor sensitivities.
+
+    Parameters
+    ----------
+    species_table : SpeciesTable
+        Species, one-hot encoded.
+    *values, **named
+        Fields of `HIPNNHyperparameters`, in their order or by name.
 
     Notes
     -----
@@ -240,58 +280,21 @@ class HIPNN(Potential):
     kind = "hipnn"
     compilable = True
     has_native_kernels = True
+    hyper_class = HIPNNHyperparameters
+    hyper: HIPNNHyperparameters
 
-    def __init__(
-        self,
-        species_table: SpeciesTable,
-        n_features: int,
-        n_sensitivities: int,
-        dist_soft_min: float,
-        dist_soft_max: float,
-        dist_hard_max: float,
-        n_atom_layers: int,
-        n_interaction_layers: int = 1,
-        l_max: int = 1,
-        cusp_reg: float = 1e-6,
-        cutoff_function: str = "cosine_squared",
-    ) -> None:
-        super().__init__(species_table, dist_hard_max)
-        if l_max not in (0, 1, 2):
-            raise ModelError(f"l_max must be 0, 1 or 2, not {l_max}")
-        if not 0.0 < dist_soft_min < dist_soft_max <= dist_hard_max:
-            raise ModelError(
-                "HIP-NN needs 0 < dist_soft_min < dist_soft_max <= dist_hard_max, "
-                f"not {dist_soft_min}, {dist_soft_max}, {dist_hard_max}"
-            )
-        if min(n_features, n_sensitivities, n_interaction_layers) < 1 or n_atom_layers < 0:
-            raise ModelError("HIP-NN needs at least one feature, sensitivity and interaction layer")
-        self.n_features = n_features
-        self.n_sensitivities = n_sensitivities
-        self.dist_soft_min = dist_soft_min
-        self.dist_soft_max = dist_soft_max
-        self.n_atom_layers = n_atom_layers
-        self.n_interaction_layers = n_interaction_layers
-        self.l_max = l_max
-        self.cusp_reg = cusp_reg
-        self.cutoff_function = cutoff_function
-
+    def __init__(self, species_table: SpeciesTable, *values: Any, **named: Any) -> None:
+        p = HIPNNHyperparameters.of(*values, **named)
+        super().__init__(species_table, p.dist_hard_max, p)
+        n_features = p.n_features
         n_species = len(species_table)
-        widths = [n_species] + [n_features] * n_interaction_layers
+        widths = [n_species] + [n_features] * p.n_interaction_layers
         self.blocks = nn.ModuleList()
         for b, n_in in enumerate(widths[:-1]):
-            sensitivity = Sensitivity(
-                n_sensitivities, dist_soft_min, dist_soft_max, dist_hard_max, cutoff_function
-            )
-            interaction = Interaction(
-                n_in,
-                n_features,
-                l_max,
-                cusp_reg,
-                sensitivity,
-                unit_input=b == 0 and n_species == 1,
-            )
+            unit_input = b == 0 and n_species == 1
+            interaction = Interaction(n_in, n_features, p, Sensitivity(p), unit_input=unit_input)
             layers = [Residual(interaction, n_in, n_features)]
-            for _ in range(n_atom_layers):
+            for _ in range(p.n_atom_layers):
                 layers.append(Residual(_linear(n_features, n_features), n_features, n_features))
             self.blocks.append(nn.ModuleList(layers))
         self.energy_layers = nn.ModuleList(
@@ -301,16 +304,18 @@ class HIPNN(Potential):
     @property
     def taps(self) -> dict[str, TapSpec]:
         """`interaction_b` and `block_b` per block b, and `hierarchical_energies`."""
-        taps = {"hierarchical_energies": TapSpec("node_scalar", self.n_interaction_layers + 1)}
-        for b in range(self.n_interaction_layers):
-            taps[f"interaction_{b}"] = TapSpec("node_scalar", self.n_features)
-            taps[f"block_{b}"] = TapSpec("node_scalar", self.n_features)
+        taps = {
+            "hierarchical_energies": TapSpec("node_scalar", self.hyper.n_interaction_layers + 1)
+        }
+        for b in range(self.hyper.n_interaction_layers):
+            taps[f"interaction_{b}"] = TapSpec("node_scalar", self.hyper.n_features)
+            taps[f"block_{b}"] = TapSpec("node_scalar", self.hyper.n_features)
         return taps
 
     @property
     def default_tap(self) -> str:
         """What the last energy layer reads."""
-        return f"block_{self.n_interaction_layers - 1}"
+        return f"block_{self.hyper.n_interaction_layers - 1}"
 
     def forward(
         self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
@@ -327,7 +332,7 @@ class HIPNN(Potential):
 
     def prepare(self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int) -> Indices:
         """The slots of every atom's neighbors."""
-        if self.n_interaction_layers > 1:
+        if self.hyper.n_interaction_layers > 1:
             refuse_ghosts("HIP-NN", species, n_local)
         pair, used = edges.padded(n_local)
         return Indices(species, pair, edges.neighbor[pair] if edges.n_pairs else pair, used)
@@ -338,7 +343,7 @@ class HIPNN(Potential):
 
     def _evaluate(self, indices: Indices, r_ij: Tensor, taps: Sequence[str] = ()) -> LocalOutput:
         n_local = indices.pair.shape[0]
-        geometry = _Geometry(indices, r_ij.to(self.dtype), self.l_max)
+        geometry = _Geometry(indices, r_ij.to(self.dtype), self.hyper.l_max)
         features = nn.functional.one_hot(indices.species, len(self.species_table)).to(self.dtype)
         tapped: dict[str, Tensor] = {}
         terms = [self.energy_layers[0](features[:n_local])]  # (n_local, 1) each
@@ -358,26 +363,11 @@ class HIPNN(Potential):
     @property
     def n_terms(self) -> int:
         """E0 and one term per block."""
-        return self.n_interaction_layers + 1
+        return self.hyper.n_interaction_layers + 1
 
     def native_kernels(self) -> HipnnKernels:
         """Those of `potstill.core`."""
         return HipnnKernels(self.native_parameters())
-
-    def hyperparameters(self) -> dict[str, Any]:
-        """All arguments but the species table."""
-        return {
-            "n_features": self.n_features,
-            "n_sensitivities": self.n_sensitivities,
-            "dist_soft_min": self.dist_soft_min,
-            "dist_soft_max": self.dist_soft_max,
-            "dist_hard_max": self.cutoff,
-            "n_atom_layers": self.n_atom_layers,
-            "n_interaction_layers": self.n_interaction_layers,
-            "l_max": self.l_max,
-            "cusp_reg": self.cusp_reg,
-            "cutoff_function": self.cutoff_function,
-        }
 
     def native_parameters(self) -> HipnnParameters:
         """Shape and parameters for the kernels of `potstill.core`, in the order of `parameters()`.
@@ -387,17 +377,18 @@ class HIPNN(Potential):
         ModelError
             If the parameters are not on the CPU, in float32 or float64.
         """
+        p = self.hyper
         shape = _interned(
             HipnnShape(
                 n_species=len(self.species_table),
-                n_features=self.n_features,
-                n_sensitivities=self.n_sensitivities,
-                l_max=self.l_max,
-                n_interaction_layers=self.n_interaction_layers,
-                n_atom_layers=self.n_atom_layers,
+                n_features=p.n_features,
+                n_sensitivities=p.n_sensitivities,
+                l_max=p.l_max,
+                n_interaction_layers=p.n_interaction_layers,
+                n_atom_layers=p.n_atom_layers,
                 cutoff=self.cutoff,
-                cusp_reg=self.cusp_reg,
-                cutoff_function=self.cutoff_function,
+                cusp_reg=p.cusp_reg,
+                cutoff_function=p.cutoff_function,
             )
         )
         return HipnnParameters(shape, tuple(self.parameters()))

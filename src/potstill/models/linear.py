@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Annotated, Any, ParamSpec, TypeVar, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from potstill.errors import DataError, ModelError, suggest
 from potstill.models.base import Edges, LocalOutput, Potential, TapSpec
+from potstill.models.hyper import Hyperparameters
 from potstill.species import SpeciesTable
 
 # Atoms are worked on in blocks of similar neighbor number: little padding, short vectors in cache.
@@ -52,6 +54,42 @@ def _constant(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return cast(Callable[_P, _T], wraps(function)(cached))
 
 
+class SNAPHyperparameters(Hyperparameters):
+    """Hyper-parameters of SNAP.
+
+    Parameters
+    ----------
+    twojmax : int
+        Largest doubled angular momentum.
+    rcutfac : float
+        Scales the sum of two species' radii to their cutoff, Å if the radii are pure numbers.
+    radii : sequence of float
+        (n_species,) R_i (LAMMPS' `radelem`), 0.5 each if left out: `rcutfac` is then the cutoff.
+    weights : sequence of float
+        (n_species,) w_k (`welem`), one if left out.
+    rfac0 : float
+        Fraction of the half turn that the cutoff is mapped to.
+    rmin0 : float
+        Å.
+    switch : bool
+        Whether f goes to zero at the cutoff (`switchflag`); without it energies jump there.
+    bzero : bool
+        Whether the components of an isolated atom are taken off (`bzeroflag`).
+    quadratic : bool
+        Whether the energy has quadratic terms.
+    """
+
+    twojmax: int = Field(default=6, ge=0)
+    rcutfac: float = Field(default=5.0, gt=0)
+    radii: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    weights: tuple[float, ...] | None = None
+    rfac0: float = Field(default=0.99363, gt=0, le=1)
+    rmin0: float = Field(default=0.0, ge=0)
+    switch: bool = True
+    bzero: bool = True
+    quadratic: bool = False
+
+
 class SNAP(Potential):
     """Spectral neighbor analysis potential with the conventions of LAMMPS.
 
@@ -71,24 +109,8 @@ class SNAP(Potential):
     ----------
     species_table : SpeciesTable
         The species.
-    twojmax : int
-        Largest doubled angular momentum.
-    rcutfac : float
-        Scales the sum of two species' radii to their cutoff, Å if the radii are pure numbers.
-    radii : sequence of float
-        (n_species,) R_i (LAMMPS' `radelem`), 0.5 each if left out: `rcutfac` is then the cutoff.
-    weights : sequence of float
-        (n_species,) w_k (`welem`), one if left out.
-    rfac0 : float
-        Fraction of the half turn that the cutoff is mapped to.
-    rmin0 : float
-        Å.
-    switch : bool
-        Whether f goes to zero at the cutoff (`switchflag`); without it energies jump there.
-    bzero : bool
-        Whether the components of an isolated atom are taken off (`bzeroflag`).
-    quadratic : bool
-        Whether the energy has quadratic terms.
+    *values, **named
+        Fields of `SNAPHyperparameters`, in their order or by name.
 
     Notes
     -----
@@ -109,40 +131,30 @@ class SNAP(Potential):
     radii: Tensor
     weights: Tensor
 
-    def __init__(
-        self,
-        species_table: SpeciesTable,
-        *,
-        twojmax: int,
-        rcutfac: float,
-        radii: Sequence[float] | None = None,
-        weights: Sequence[float] | None = None,
-        rfac0: float = 0.99363,
-        rmin0: float = 0.0,
-        switch: bool = True,
-        bzero: bool = True,
-        quadratic: bool = False,
-    ) -> None:
+    hyper_class = SNAPHyperparameters
+    hyper: SNAPHyperparameters
+
+    def __init__(self, species_table: SpeciesTable, *values: Any, **named: Any) -> None:
+        p = SNAPHyperparameters.of(*values, **named)
         n_species = len(species_table)
-        radii = [0.5] * n_species if radii is None else [float(x) for x in radii]
-        weights = [1.0] * n_species if weights is None else [float(x) for x in weights]
+        radii = (0.5,) * n_species if p.radii is None else p.radii
+        weights = (1.0,) * n_species if p.weights is None else p.weights
         if len(radii) != n_species or len(weights) != n_species:
             raise ModelError(
                 f"SNAP needs a radius and a weight for each of {n_species} species, not "
                 f"{len(radii)} and {len(weights)}"
             )
-        if twojmax < 0 or min(rcutfac, *radii) <= 0:
-            raise ModelError("SNAP needs twojmax >= 0 and positive rcutfac and radii")
-        if not 0.0 < rfac0 <= 1.0 or not 0.0 <= rmin0 < 2.0 * rcutfac * min(radii):
-            raise ModelError("SNAP needs 0 < rfac0 <= 1, and rmin0 between 0 and the cutoff")
-        super().__init__(species_table, 2.0 * rcutfac * max(radii))
-        self.twojmax, self.rcutfac = int(twojmax), float(rcutfac)
-        self.rfac0, self.rmin0 = float(rfac0), float(rmin0)
-        self.switch, self.bzero, self.quadratic = bool(switch), bool(bzero), bool(quadratic)
-        self._of_species = {"radii": radii, "weights": weights}
-        for name, values in self._of_species.items():
+        if p.rmin0 >= 2.0 * p.rcutfac * min(radii):
+            raise ModelError("SNAP needs an rmin0 below the cutoff")
+        of_species = {"radii": radii, "weights": weights}
+        super().__init__(
+            species_table, 2.0 * p.rcutfac * max(radii), p.model_copy(update=of_species)
+        )
+        self.twojmax, self.quadratic = p.twojmax, p.quadratic
+        self._of_species = of_species
+        for name, row in self._of_species.items():
             # Not in the state dict: they are hyper-parameters.
-            buffer = torch.tensor(values, dtype=torch.float64)
+            buffer = torch.tensor(row, dtype=torch.float64)
             self.register_buffer(name, buffer, persistent=False)
         start = torch.randn(n_species, self.n_coefficients)
         start = start * math.sqrt(2.0 / max(1, self.n_coefficients - 1))
@@ -223,7 +235,7 @@ class SNAP(Potential):
         """
         r_ij = r_ij.to(self.dtype)
         radii = self.radii.to(self.dtype)
-        reach = self.rcutfac * (radii[species[edges.center]] + radii[species[edges.neighbor]])
+        reach = self.hyper.rcutfac * (radii[species[edges.center]] + radii[species[edges.neighbor]])
         near = (r_ij.detach().square().sum(dim=1) < reach.square()).nonzero()[:, 0]
         edges = Edges(edges.center[near], edges.neighbor[near])
         a, b, weight = self._points(species, edges, r_ij[near], reach[near])
@@ -240,7 +252,7 @@ class SNAP(Potential):
             )
             blocks.append(_components(density, self.twojmax))
         components = torch.cat(blocks).index_select(0, order.argsort())
-        if self.bzero:
+        if self.hyper.bzero:
             alone = [j + 1.0 for _, _, j in component_labels(self.twojmax)]
             components = components - components.new_tensor(alone)
         return components
@@ -250,28 +262,15 @@ class SNAP(Potential):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Conjugate Cayley-Klein parameters a and b (complex), and weights, (E,) each."""
         r = torch.linalg.vector_norm(r_ij, dim=1)
-        turn = math.pi * (r - self.rmin0) / (reach - self.rmin0)
-        theta = self.rfac0 * turn
+        turn = math.pi * (r - self.hyper.rmin0) / (reach - self.hyper.rmin0)
+        theta = self.hyper.rfac0 * turn
         direction = r_ij * (theta.sin() / r)[:, None]
         a = torch.complex(theta.cos(), direction[:, 2])
         b = torch.complex(direction[:, 1], direction[:, 0])
         weight = self.weights.to(r.dtype)[species[edges.neighbor]]
-        if self.switch:
-            weight = weight * torch.where(r > self.rmin0, 0.5 + 0.5 * turn.cos(), 1.0)
+        if self.hyper.switch:
+            weight = weight * torch.where(r > self.hyper.rmin0, 0.5 + 0.5 * turn.cos(), 1.0)
         return a, b, weight
-
-    def hyperparameters(self) -> dict[str, Any]:
-        """All keyword arguments."""
-        return {
-            "twojmax": self.twojmax,
-            "rcutfac": self.rcutfac,
-            **self._of_species,
-            "rfac0": self.rfac0,
-            "rmin0": self.rmin0,
-            "switch": self.switch,
-            "bzero": self.bzero,
-            "quadratic": self.quadratic,
-        }
 
     def regularized_weights(self) -> list[Tensor]:
         """All coefficients but the constants."""
@@ -338,7 +337,7 @@ class SNAP(Potential):
         Path(coeff).write_text("\n".join(lines) + "\n", encoding="utf-8")
         lines = ["# SNAP parameters, written by potstill", ""]
         for keyword, (argument, _) in _KEYWORDS.items():
-            lines.append(f"{keyword} {+getattr(self, argument)!r}")  # True is written as 1
+            lines.append(f"{keyword} {+getattr(self.hyper, argument)!r}")  # True is written as 1
         Path(param).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

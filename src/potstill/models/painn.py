@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from potstill.errors import ModelError, suggest
 from potstill.models.base import (
     Edges,
     FeatureRecorder,
@@ -24,12 +24,11 @@ from potstill.models.base import (
     refuse_ghosts,
     xavier_linear,
 )
+from potstill.models.hyper import Hyperparameters
 from potstill.radial import bessel_basis, cosine_envelope, gaussian_basis, polynomial_envelope
 from potstill.species import SpeciesTable
 
 Variant = Literal["original", "ocp"]
-
-VARIANTS: tuple[Variant, ...] = ("original", "ocp")
 
 _TABLE: dict[str, Any] = {
     "num_rbf": 128,
@@ -136,13 +135,11 @@ class GatedEquivariantBlock(nn.Module):
         return self.activation(scalar), gate.unsqueeze(1) * self.for_vectors(vector)
 
 
-class PaiNN(Potential):
-    """Polarizable atom interaction neural network.
+class PaiNNHyperparameters(Hyperparameters):
+    """Hyper-parameters of PaiNN.
 
     Parameters
     ----------
-    species_table : SpeciesTable
-        The species, each with an embedding of its own.
     hidden_channels : int
         Number F of scalar and of vector features of an atom.
     num_layers : int
@@ -158,7 +155,27 @@ class PaiNN(Potential):
         Predict forces from the vectors by two gated equivariant blocks, instead of deriving them
         from the energy: faster, but energy is not conserved and there is no stress.
     variant : {"original", "ocp"}
-        See below.
+        The paper's, or that of the Open Catalyst Project; see `PaiNN`.
+    """
+
+    hidden_channels: int = Field(default=128, ge=2)
+    num_layers: int = Field(default=3, ge=1)
+    num_rbf: int = Field(default=20, ge=2)
+    cutoff: float = Field(default=5.0, gt=0)
+    max_neighbors: int | None = Field(default=None, ge=1)
+    direct_forces: bool = False
+    variant: Variant = "original"
+
+
+class PaiNN(Potential):
+    """Polarizable atom interaction neural network.
+
+    Parameters
+    ----------
+    species_table : SpeciesTable
+        The species, each with an embedding of its own.
+    *values, **named
+        Fields of `PaiNNHyperparameters`, in their order or by name.
 
     Notes
     -----
@@ -187,46 +204,27 @@ class PaiNN(Potential):
 
     kind = "painn"
 
-    def __init__(
-        self,
-        species_table: SpeciesTable,
-        hidden_channels: int = 128,
-        num_layers: int = 3,
-        num_rbf: int = 20,
-        cutoff: float = 5.0,
-        max_neighbors: int | None = None,
-        direct_forces: bool = False,
-        variant: Variant = "original",
-    ) -> None:
-        super().__init__(species_table, cutoff)
-        if variant not in VARIANTS:
-            raise ModelError(f"unknown variant '{variant}' of PaiNN{suggest(variant, VARIANTS)}")
-        if num_layers < 1 or min(hidden_channels, num_rbf) < 2:
-            raise ModelError(
-                "PaiNN needs at least one layer, two hidden channels and two radial functions"
-            )
-        if max_neighbors is not None and max_neighbors < 1:
-            raise ModelError(f"max_neighbors must be positive, not {max_neighbors}")
-        self.hidden_channels = hidden_channels
-        self.num_layers = num_layers
-        self.num_rbf = num_rbf
-        self.max_neighbors = max_neighbors
-        self.direct_forces = direct_forces
-        self.variant = variant
+    hyper_class = PaiNNHyperparameters
+    hyper: PaiNNHyperparameters
 
+    def __init__(self, species_table: SpeciesTable, *values: Any, **named: Any) -> None:
+        p = PaiNNHyperparameters.of(*values, **named)
+        super().__init__(species_table, p.cutoff, p)
+        self.direct_forces = p.direct_forces
+        hidden_channels, num_layers, variant = p.hidden_channels, p.num_layers, p.variant
         half = hidden_channels // 2
         self.embedding = nn.Embedding(len(species_table), hidden_channels)
         if variant == "ocp":
             nn.init.uniform_(self.embedding.weight, -math.sqrt(3.0), math.sqrt(3.0))
         self.messages = nn.ModuleList(
-            Message(hidden_channels, num_rbf, variant) for _ in range(num_layers)
+            Message(hidden_channels, p.num_rbf, variant) for _ in range(num_layers)
         )
         self.updates = nn.ModuleList(Update(hidden_channels, variant) for _ in range(num_layers))
         self.message_scale = 0.5**0.5 if variant == "ocp" else 1.0
         self.hidden = nn.Sequential(xavier_linear(hidden_channels, half), _activation(variant))
         self.energy_layer = xavier_linear(half, 1)
         self.force_blocks: nn.ModuleList | None = None
-        if direct_forces:
+        if p.direct_forces:
             widths = ((hidden_channels, half), (half, 1))
             self.force_blocks = nn.ModuleList(
                 GatedEquivariantBlock(n_in, n_out, variant) for n_in, n_out in widths
@@ -235,15 +233,15 @@ class PaiNN(Potential):
     @property
     def taps(self) -> dict[str, TapSpec]:
         """Scalars and vectors after each block, and what the last layers read."""
-        scalar = TapSpec("node_scalar", self.hidden_channels)
-        vector = TapSpec("node_vector", self.hidden_channels)
+        scalar = TapSpec("node_scalar", self.hyper.hidden_channels)
+        vector = TapSpec("node_vector", self.hyper.hidden_channels)
         taps = {"embedding": scalar}
-        for k in range(1, self.num_layers + 1):
+        for k in range(1, self.hyper.num_layers + 1):
             for block in ("message", "update"):
                 taps |= {f"{block}_{k}": scalar, f"{block}_{k}.vector": vector}
-        taps["last"] = TapSpec("node_scalar", self.hidden_channels // 2)
+        taps["last"] = TapSpec("node_scalar", self.hyper.hidden_channels // 2)
         if self.direct_forces:
-            taps["last.vector"] = TapSpec("node_vector", self.hidden_channels // 2)
+            taps["last.vector"] = TapSpec("node_vector", self.hyper.hidden_channels // 2)
         return taps
 
     def forward(
@@ -256,7 +254,7 @@ class PaiNN(Potential):
         ModelError
             If there are ghost atoms and several layers, or a limited number of neighbors.
         """
-        if self.num_layers > 1 or self.max_neighbors is not None:
+        if self.hyper.num_layers > 1 or self.hyper.max_neighbors is not None:
             refuse_ghosts("PaiNN", species, n_local)
         found = FeatureRecorder(taps)
         graph = self._graph(edges, r_ij, n_local)
@@ -287,34 +285,22 @@ class PaiNN(Potential):
 
     def _graph(self, edges: Edges, r_ij: Tensor, n_local: int) -> _Graph:
         """Geometry that all message blocks share."""
-        if self.max_neighbors is not None:
+        if self.hyper.max_neighbors is not None:
             distance = torch.linalg.vector_norm(r_ij, dim=1)
-            near = edges.among_nearest(distance, n_local, self.max_neighbors).nonzero()[:, 0]
+            near = edges.among_nearest(distance, n_local, self.hyper.max_neighbors).nonzero()[:, 0]
             edges, r_ij = Edges(edges.center[near], edges.neighbor[near]), r_ij[near]
         r_ij = r_ij.to(self.dtype)
         r = torch.linalg.vector_norm(r_ij, dim=1)
-        if self.variant == "ocp":
-            basis = gaussian_basis(r, self.num_rbf, self.cutoff)
+        if self.hyper.variant == "ocp":
+            basis = gaussian_basis(r, self.hyper.num_rbf, self.cutoff)
             envelope = polynomial_envelope(r, self.cutoff)
         else:
-            basis = bessel_basis(r, self.num_rbf, self.cutoff)
+            basis = bessel_basis(r, self.hyper.num_rbf, self.cutoff)
             envelope = cosine_envelope(r, self.cutoff)
         return _Graph(edges, basis, envelope.unsqueeze(1), r_ij / r.unsqueeze(1))
 
     def _layers(self) -> Iterable[tuple[Message, Update]]:
         return cast(Iterable[tuple[Message, Update]], zip(self.messages, self.updates, strict=True))
-
-    def hyperparameters(self) -> dict[str, Any]:
-        """All arguments but the species table."""
-        return {
-            "hidden_channels": self.hidden_channels,
-            "num_layers": self.num_layers,
-            "num_rbf": self.num_rbf,
-            "cutoff": self.cutoff,
-            "max_neighbors": self.max_neighbors,
-            "direct_forces": self.direct_forces,
-            "variant": self.variant,
-        }
 
 
 @dataclass(frozen=True)

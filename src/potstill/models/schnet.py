@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from potstill.errors import ModelError
 from potstill.models.base import (
     Edges,
     FeatureRecorder,
@@ -23,6 +23,7 @@ from potstill.models.base import (
     refuse_ghosts,
     xavier_linear,
 )
+from potstill.models.hyper import Hyperparameters
 from potstill.radial import cosine_envelope, gaussian_basis
 from potstill.species import SpeciesTable
 
@@ -83,13 +84,11 @@ class SchNetInteraction(nn.Module):
         return self.after(edges.sum_to_centers(messages, n_local))
 
 
-class SchNet(Potential):
-    """SchNet with conservative forces.
+class SchNetHyperparameters(Hyperparameters):
+    """Hyper-parameters of SchNet.
 
     Parameters
     ----------
-    species_table : SpeciesTable
-        The species, each with an embedding of its own.
     hidden_channels : int
         Width F of the features of an atom.
     num_filters : int
@@ -100,6 +99,24 @@ class SchNet(Potential):
         Radial functions, from zero to the cutoff.
     cutoff : float
         Å.
+    """
+
+    hidden_channels: int = Field(default=128, ge=2)
+    num_filters: int = Field(default=128, ge=1)
+    num_interactions: int = Field(default=6, ge=1)
+    num_gaussians: int = Field(default=50, ge=2)
+    cutoff: float = Field(default=6.0, gt=0)
+
+
+class SchNet(Potential):
+    """SchNet with conservative forces.
+
+    Parameters
+    ----------
+    species_table : SpeciesTable
+        The species, each with an embedding of its own.
+    *values, **named
+        Fields of `SchNetHyperparameters`, in their order or by name.
 
     Notes
     -----
@@ -113,42 +130,30 @@ class SchNet(Potential):
 
     kind = "schnet"
 
-    def __init__(
-        self,
-        species_table: SpeciesTable,
-        hidden_channels: int = 128,
-        num_filters: int = 128,
-        num_interactions: int = 6,
-        num_gaussians: int = 50,
-        cutoff: float = 6.0,
-    ) -> None:
-        super().__init__(species_table, cutoff)
-        if min(num_filters, num_interactions) < 1 or min(hidden_channels, num_gaussians) < 2:
-            raise ModelError(
-                "SchNet needs at least one filter and interaction, two channels and Gaussians"
-            )
-        self.hidden_channels = hidden_channels
-        self.num_filters = num_filters
-        self.num_interactions = num_interactions
-        self.num_gaussians = num_gaussians
-        self.embedding = nn.Embedding(len(species_table), hidden_channels)
+    hyper_class = SchNetHyperparameters
+    hyper: SchNetHyperparameters
+
+    def __init__(self, species_table: SpeciesTable, *values: Any, **named: Any) -> None:
+        p = SchNetHyperparameters.of(*values, **named)
+        super().__init__(species_table, p.cutoff, p)
+        self.embedding = nn.Embedding(len(species_table), p.hidden_channels)
         self.interactions = nn.ModuleList(
-            SchNetInteraction(hidden_channels, num_filters, num_gaussians)
-            for _ in range(num_interactions)
+            SchNetInteraction(p.hidden_channels, p.num_filters, p.num_gaussians)
+            for _ in range(p.num_interactions)
         )
         self.hidden = nn.Sequential(
-            xavier_linear(hidden_channels, hidden_channels // 2), ShiftedSoftplus()
+            xavier_linear(p.hidden_channels, p.hidden_channels // 2), ShiftedSoftplus()
         )
-        self.energy_layer = xavier_linear(hidden_channels // 2, 1)
+        self.energy_layer = xavier_linear(p.hidden_channels // 2, 1)
 
     @property
     def taps(self) -> dict[str, TapSpec]:
         """Features of atoms after the embedding and each block, filters, and the last layer."""
-        taps = {"embedding": TapSpec("node_scalar", self.hidden_channels)}
-        for k in range(1, self.num_interactions + 1):
-            taps[f"filter_{k}"] = TapSpec("edge_scalar", self.num_filters)
-            taps[f"interaction_{k}"] = TapSpec("node_scalar", self.hidden_channels)
-        return taps | {"last": TapSpec("node_scalar", self.hidden_channels // 2)}
+        taps = {"embedding": TapSpec("node_scalar", self.hyper.hidden_channels)}
+        for k in range(1, self.hyper.num_interactions + 1):
+            taps[f"filter_{k}"] = TapSpec("edge_scalar", self.hyper.num_filters)
+            taps[f"interaction_{k}"] = TapSpec("node_scalar", self.hyper.hidden_channels)
+        return taps | {"last": TapSpec("node_scalar", self.hyper.hidden_channels // 2)}
 
     def forward(
         self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
@@ -160,11 +165,11 @@ class SchNet(Potential):
         ModelError
             If there are ghost atoms and several interaction blocks.
         """
-        if self.num_interactions > 1:
+        if self.hyper.num_interactions > 1:
             refuse_ghosts("SchNet", species, n_local)
         found = FeatureRecorder(taps)
         r = torch.linalg.vector_norm(r_ij.to(self.dtype), dim=1)
-        basis = gaussian_basis(r, self.num_gaussians, self.cutoff)
+        basis = gaussian_basis(r, self.hyper.num_gaussians, self.cutoff)
         envelope = cosine_envelope(r, self.cutoff)
         x = self.embedding(species)
         found.keep("embedding", x[:n_local])
@@ -176,13 +181,3 @@ class SchNet(Potential):
         last = self.hidden(x)
         found.keep("last", last)
         return LocalOutput(self.energy_layer(last)[:, 0], found.features)
-
-    def hyperparameters(self) -> dict[str, Any]:
-        """All arguments but the species table."""
-        return {
-            "hidden_channels": self.hidden_channels,
-            "num_filters": self.num_filters,
-            "num_interactions": self.num_interactions,
-            "num_gaussians": self.num_gaussians,
-            "cutoff": self.cutoff,
-        }

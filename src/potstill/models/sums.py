@@ -168,7 +168,7 @@ class SumPotential(Potential):
         """Kinds and hyper-parameters of the components."""
         return {
             "components": {
-                name: {"kind": c.kind, "hyperparameters": c.hyperparameters()}
+                name: {"kind": c.spec, "hyperparameters": c.hyperparameters()}
                 for name, c in self.components.items()
             }
         }

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from potstill.distill import FeatureTerm, LossTerm, expand
 from potstill.distill.strategies import AnyTerm
 from potstill.distill.terms import Line
+from potstill.errors import ModelError
+from potstill.models import check_hyperparameters
 from potstill.sample.jitter import NormOf
 
 
@@ -42,9 +44,11 @@ class ModelSettings(_Settings):
     Parameters
     ----------
     kind : str
-        One of `potstill.models.MODELS`.
+        One of hipnn, ani, gemnet_oc, schnet, painn, snap; or `module:Class`, a subclass of
+        `potstill.models.Potential` that can be imported.
     hyperparameters : dict
-        Its arguments.
+        What differs from the defaults of the kind; `potstill.models.model_class(kind).hyper_class`
+        documents them.
     initialize : WeightsSettings, optional
         Start from weights of another network in place of random ones.
     """
@@ -52,6 +56,14 @@ class ModelSettings(_Settings):
     kind: str = "hipnn"
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
     initialize: WeightsSettings | None = None
+
+    @model_validator(mode="after")
+    def _that_can_be_built(self) -> ModelSettings:
+        try:
+            check_hyperparameters(self.kind, self.hyperparameters)
+        except ModelError as error:
+            raise ValueError(str(error)) from error
+        return self
 
 
 class EnergySettings(_Settings):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from threading import BrokenBarrierError
 from typing import Any
 
@@ -56,10 +55,12 @@ class GemNetOC(Potential):
 
     kind = "gemnet_oc"
 
+    hyper_class = GemNetOCSettings
+    hyper: GemNetOCSettings
+
     def __init__(self, species_table: SpeciesTable, **hyperparameters: Any) -> None:
-        s = GemNetOCSettings(**hyperparameters)
-        super().__init__(species_table, s.cutoff_aint)
-        self.settings = s
+        s = GemNetOCSettings.of(**hyperparameters)
+        super().__init__(species_table, s.cutoff_aint, s)
         self.direct_forces = s.direct_forces
         self.bases = SharedBases(s)
         self.species_embedding = nn.Embedding(len(species_table), s.emb_size_atom)
@@ -77,7 +78,7 @@ class GemNetOC(Potential):
     @property
     def taps(self) -> dict[str, TapSpec]:
         """Embeddings and outputs of all blocks; see the class."""
-        s = self.settings
+        s = self.hyper
         atom = TapSpec("node_scalar", s.emb_size_atom)
         edge = TapSpec("edge_scalar", s.emb_size_edge)
         taps = {"final": atom, EDGES: TapSpec("edge_scalar", 1)}
@@ -135,7 +136,7 @@ class GemNetOC(Potential):
 
         Arguments and errors are those of `forward`.
         """
-        s = self.settings
+        s = self.hyper
         return build_graphs(
             edges,
             r_ij,
@@ -153,10 +154,6 @@ class GemNetOC(Potential):
         unit = nn.functional.normalize(r_ij[main.pair], dim=1)
         push = -self.force(of_edges) * unit
         return push.new_zeros(main.n_atoms, 3).index_add(0, main.center, push)
-
-    def hyperparameters(self) -> dict[str, Any]:
-        """All arguments but the species table."""
-        return asdict(self.settings) | {"qint_tags": list(self.settings.qint_tags)}
 
     def initialize_from(self, data: StartingData) -> None:
         """Fit the scale factors to the batches."""

@@ -96,7 +96,7 @@ def load_published_weights(model: GemNetOC, state: Mapping[str, Tensor]) -> None
     numbers = model.species_table.atomic_numbers
     if bool((numbers < 1).any()):
         raise ModelError("published GemNet-OC weights are for chemical elements, not for beads")
-    s = model.settings
+    s = model.hyper
     angular = {"quad": s.num_spherical**2}
     found = {}
     for published, value in state.items():

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, Self
 
-from potstill.errors import ModelError
+from pydantic import Field, model_validator
 
-#: What the basis functions may be: those of Gasteiger et al.'s final model.
-_BASES = {"rbf": "gaussian", "cbf": "spherical_harmonics", "sbf": "legendre_outer"}
+from potstill.models.hyper import Hyperparameters, Real
 
 
-@dataclass(frozen=True)
-class GemNetOCSettings:
+class GemNetOCSettings(Hyperparameters):
     """Hyper-parameters, under their names in the original; the defaults are those of OC20.
 
     Parameters
@@ -58,88 +55,64 @@ class GemNetOCSettings:
     dihedral_reg : float
         Added to sin² of the angles of a quadruplet where a dihedral angle is formed: on a line it
         is undefined, and the original is discontinuous.
-
-    Raises
-    ------
-    ModelError
-        If a value is out of range.
     """
 
-    num_spherical: int = 7
-    num_radial: int = 128
-    num_blocks: int = 4
-    emb_size_atom: int = 256
-    emb_size_edge: int = 512
-    emb_size_trip_in: int = 64
-    emb_size_trip_out: int = 64
-    emb_size_quad_in: int = 32
-    emb_size_quad_out: int = 32
-    emb_size_aint_in: int = 64
-    emb_size_aint_out: int = 64
-    emb_size_rbf: int = 16
-    emb_size_cbf: int = 16
-    emb_size_sbf: int = 32
-    num_before_skip: int = 2
-    num_after_skip: int = 2
-    num_concat: int = 1
-    num_atom: int = 3
-    num_output_afteratom: int = 3
-    num_atom_emb_layers: int = 2
-    num_global_out_layers: int = 2
-    cutoff: float = 12.0
-    cutoff_qint: float = 12.0
-    cutoff_aeaint: float = 12.0
-    cutoff_aint: float = 12.0
-    max_neighbors: int | None = 30
-    max_neighbors_qint: int | None = 8
-    max_neighbors_aeaint: int | None = 20
-    max_neighbors_aint: int | None = 1000
-    rbf: str = "gaussian"
-    cbf: str = "spherical_harmonics"
-    sbf: str = "legendre_outer"
-    envelope_exponent: int = 5
+    num_spherical: int = Field(default=7, ge=2)
+    num_radial: int = Field(default=128, ge=2)
+    num_blocks: int = Field(default=4, ge=1)
+    emb_size_atom: int = Field(default=256, ge=2)
+    emb_size_edge: int = Field(default=512, ge=2)
+    emb_size_trip_in: int = Field(default=64, ge=2)
+    emb_size_trip_out: int = Field(default=64, ge=2)
+    emb_size_quad_in: int = Field(default=32, ge=2)
+    emb_size_quad_out: int = Field(default=32, ge=2)
+    emb_size_aint_in: int = Field(default=64, ge=2)
+    emb_size_aint_out: int = Field(default=64, ge=2)
+    emb_size_rbf: int = Field(default=16, ge=2)
+    emb_size_cbf: int = Field(default=16, ge=2)
+    emb_size_sbf: int = Field(default=32, ge=2)
+    num_before_skip: int = Field(default=2, ge=0)
+    num_after_skip: int = Field(default=2, ge=0)
+    num_concat: int = Field(default=1, ge=0)
+    num_atom: int = Field(default=3, ge=0)
+    num_output_afteratom: int = Field(default=3, ge=0)
+    num_atom_emb_layers: int = Field(default=2, ge=0)
+    num_global_out_layers: int = Field(default=2, ge=0)
+    cutoff: Real = Field(default=12.0, gt=0)
+    cutoff_qint: Real = Field(default=12.0, gt=0)
+    cutoff_aeaint: Real = Field(default=12.0, gt=0)
+    cutoff_aint: Real = Field(default=12.0, gt=0)
+    max_neighbors: int | None = Field(default=30, ge=1)
+    max_neighbors_qint: int | None = Field(default=8, ge=1)
+    max_neighbors_aeaint: int | None = Field(default=20, ge=1)
+    max_neighbors_aint: int | None = Field(default=1000, ge=1)
+    rbf: Literal["gaussian"] = "gaussian"
+    cbf: Literal["spherical_harmonics"] = "spherical_harmonics"
+    sbf: Literal["legendre_outer"] = "legendre_outer"
+    envelope_exponent: int = Field(default=5, ge=1)
     quad_interaction: bool = True
     atom_edge_interaction: bool = True
     edge_atom_interaction: bool = True
     atom_interaction: bool = True
     qint_tags: tuple[int, ...] = (1, 2)
     direct_forces: bool = True
-    dihedral_reg: float = 1e-4
+    dihedral_reg: Real = Field(default=1e-4, gt=0)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "qint_tags", tuple(self.qint_tags))
-        for name, basis in _BASES.items():
-            if getattr(self, name) != basis:
-                raise ModelError(f"GemNet-OC's {name} is '{basis}', not '{getattr(self, name)}'")
-        sizes = [f.name for f in fields(self) if f.name.startswith("emb_size_")]
-        for name in (*sizes, "num_spherical", "num_radial"):
-            if getattr(self, name) < 2:
-                raise ModelError(f"GemNet-OC's {name} must be at least 2")
-        for f in fields(self):
-            if f.name.startswith("num_") and getattr(self, f.name) < 0:
-                raise ModelError(f"GemNet-OC's {f.name} must not be negative")
-        if min(self.num_blocks, self.envelope_exponent) < 1 or not self.dihedral_reg > 0:
-            raise ModelError(
-                "GemNet-OC needs a positive dihedral_reg, and num_blocks and envelope_exponent of "
-                "at least 1"
-            )
-        self._check_reach()
-
-    def _check_reach(self) -> None:
+    @model_validator(mode="after")
+    def _the_last_graph_reaches_farthest(self) -> Self:
         most = self.max_neighbors_aint
         for suffix in ("", "_qint", "_aeaint"):
             name = f"cutoff{suffix}"
-            if not 0.0 < getattr(self, name) <= self.cutoff_aint:
-                raise ModelError(f"GemNet-OC's {name} must be positive and at most cutoff_aint")
+            if getattr(self, name) > self.cutoff_aint:
+                raise ValueError(f"GemNet-OC's {name} must be at most cutoff_aint")
             name = f"max_neighbors{suffix}"
             cap = getattr(self, name)
-            if cap is not None and cap < 1:
-                raise ModelError(f"GemNet-OC's {name} must be at least 1, or null for no cap")
             if most is not None and (cap is None or cap > most):
-                raise ModelError(
+                raise ValueError(
                     f"GemNet-OC's {name} ({cap or 'no cap'}) exceeds max_neighbors_aint ({most}): "
                     "raise that, or set it to null"
                 )
+        return self
 
 
 #: Hyper-parameters of Ekström Kelvinius et al., Table 7: OC20, its small student, and COLL.
