@@ -24,9 +24,10 @@ import torch
 
 from potstill.config import load_config
 from potstill.evaluate.base import machine_description
+from potstill.experiments.recipes import SizesStudy
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.settings import ForceGradientSettings
-from potstill.workflows.study import STRATEGIES, StudyConfig, load_set, split_by_groups
+from potstill.workflows.data import load_parts
 
 RESULTS = Path(__file__).parent / "results" / "study_cells.json"
 
@@ -42,19 +43,10 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def settings(config: StudyConfig, size: str, way: str, epochs: int) -> TrainSettings:
+def settings(config: SizesStudy, size: str, way: str, epochs: int) -> TrainSettings:
     """A control's training."""
-    model = config.common.model
-    hyperparameters = {**model.hyperparameters, **config.sizes[size]}
-    loss = STRATEGIES["control_wf10"].loss(source=config.data.source, schedule_factor=1.0)
-    score = config.common.score.model_copy(update={"source": config.data.source})
-    changes = {
-        "model": model.model_copy(update={"hyperparameters": hyperparameters}),
-        "loss": loss,
-        "score": score,
-        "epochs": epochs,
-    }
-    return config.common.model_copy(update=changes | WAYS[way])
+    control = config.variant("control_wf10", size)
+    return control.settings.model_copy(update={"epochs": epochs} | WAYS[way])
 
 
 def one_run(
@@ -80,12 +72,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    config = load_config(args.config, StudyConfig)
-    data = load_set(config.data.train, config.data.source)
-    held_out = split_by_groups(
-        data.structures, config.data.validation_fraction, config.data.validation_seed
-    )
-    training, validation = (data.select(mask.nonzero()[:, 0]) for mask in (~held_out, held_out))
+    config = load_config(args.config, SizesStudy)
+    parts, _ = load_parts(config.data.parts)
+    training, validation = parts["train"], parts["validation"]
     sizes: dict[str, Any] = {}
     for size in args.sizes or config.sizes:
         found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}

@@ -14,7 +14,7 @@ import potstill
 from data import rattled_copper
 from potstill.checkpoint import save_potential
 from potstill.cli import app
-from potstill.config import FeatureStudyConfig, TrainConfig, load_study
+from potstill.config import TrainConfig, load_study
 from potstill.models import HIPNN
 from potstill.species import SpeciesTable
 from potstill.train import TrainSettings
@@ -116,17 +116,15 @@ def test_the_example_of_a_feature_study_is_valid(tmp_path):
     text = (DOCS / "feature-study.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     (tmp_path / "study.yaml").write_text(block)
-    config = load_study(tmp_path / "study.yaml")
-    assert isinstance(config, FeatureStudyConfig)
+    experiment = load_study(tmp_path / "study.yaml")
     # 2 models and 2 strategies with three seeds; 7 taps of the student, 14 of the teacher with one.
-    assert len(config.cells()) == 12 + 7 * 14
+    assert len(experiment.runs()) == 12 + 7 * 14
 
 
 @pytest.mark.parametrize("name", ["3bpa", "3bpa_weights", "oc20"])
 def test_configs_of_feature_studies_are_valid(name):
-    config = load_study(DOCS.parent / f"studies/feature_distillation/{name}.yaml")
-    assert isinstance(config, FeatureStudyConfig)
-    assert config.cells()
+    experiment = load_study(DOCS.parent / f"studies/feature_distillation/{name}.yaml")
+    assert experiment.runs()
 
 
 def shell_commands() -> list[str]:

@@ -22,13 +22,14 @@ from potstill.checkpoint import load_potential
 from potstill.cli.app import app
 from potstill.config import load_study, validate
 from potstill.errors import ConfigError
+from potstill.evaluate.errors import S2EFErrors
+from potstill.experiments.pairs_report import pairs_of, result_table, seed_table, sentences
+from potstill.experiments.recipes import PairsStudy
+from potstill.experiments.report import report_experiment
+from potstill.experiments.rows import RunRow
+from potstill.experiments.run import run_experiment
+from potstill.experiments.spec import Role
 from potstill.metrics import Estimate
-from potstill.report.feature_study import FeatureRow, pairs_of, result_table, seed_table, sentences
-from potstill.workflows.feature_study import (
-    FeatureStudyConfig,
-    report_feature_study,
-    run_feature_study,
-)
 from test_train import emt_set
 
 PAINN = {"hidden_channels": 8, "num_layers": 2, "num_rbf": 8, "cutoff": 4.0}
@@ -121,15 +122,15 @@ def done(plain: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_all_stands_for_the_taps_that_fit(plain: dict[str, Any]) -> None:
     grid = {"line": {"distill": "n2n"}, "over": {"student_tap": "all", "teacher_tap": "all"}}
     pair = {"teacher": "painn", "student": "schnet", "grids": {"taps": grid}}
-    config = validate({**plain, "pairs": {"p": pair}, "seeds": [0]}, FeatureStudyConfig)
-    lines = [cell.line for cell in config.cells() if cell.pair is not None]
+    config = validate({**plain, "pairs": {"p": pair}, "seeds": [0]}, PairsStudy)
+    lines = [v.point.options for v in config.experiment.variants if v.point is not None]
     assert {line["student_tap"] for line in lines} == {"embedding", "interaction_1", "last"}
     of_teacher = {line["teacher_tap"] for line in lines}
     assert of_teacher == {"embedding", "message_1", "update_1", "message_2", "update_2", "last"}
     assert len(lines) == 18
     grid["over"] = {"error": "all"}
     with pytest.raises(ConfigError, match="'all' stands for the taps"):
-        validate({**plain, "pairs": {"p": pair}}, FeatureStudyConfig)
+        validate({**plain, "pairs": {"p": pair}}, PairsStudy)
 
 
 def test_a_teacher_may_come_from_elsewhere(
@@ -139,19 +140,19 @@ def test_a_teacher_may_come_from_elsewhere(
     line = {"n2n": {"distill": "n2n", "share": 0.3}}
     pair = {"teacher": "big", "student": "schnet", "strategies": line}
     study = {**plain, "models": models, "pairs": {"p": pair}, "seeds": [0]}
-    config = validate(study, FeatureStudyConfig)
-    run_feature_study(config, tmp_path)
-    result = report_feature_study(config, tmp_path)
-    assert set(result["cells"]) == {"schnet-0", "p.n2n-0"}
-    assert result["measures"]["cka"].keys() == {"p.n2n-0"}
+    experiment = validate(study, PairsStudy).experiment
+    run_experiment(experiment, tmp_path)
+    result = report_experiment(experiment, tmp_path)
+    assert set(result["runs"]) == {"schnet-0", "p.n2n-0"}
+    assert result["measures"]["similarity"]["cka"].keys() == {"p.n2n-0"}
     table = (tmp_path / "report/table_results.md").read_text()
-    own = json.loads((done / "painn-0/cell.json").read_text())["tests"]["average"]
+    own = json.loads((done / "painn-0/run.json").read_text())["tests"]["average"]
     assert f"teacher (big) | {1e3 * own['energy_mae']['value']:,.0f} |" in table
 
 
 def test_every_run_of_a_study_is_there(done: Path, plain: dict[str, Any]) -> None:
     result = json.loads((done / "results.json").read_text())
-    names = set(result["cells"])
+    names = set(result["runs"])
     runs = ("vanilla1", "vanilla2", "n2n")
     assert names == {
         *(f"{model}-{seed}" for model in ("painn", "schnet") for seed in (0, 1)),
@@ -162,23 +163,22 @@ def test_every_run_of_a_study_is_there(done: Path, plain: dict[str, Any]) -> Non
             for other in ("message_1", "update_2")
         ),
     }
-    assert result["n_finished"] == result["n_cells"] == len(names)
-    assert result["cells"]["painn-0"]["epochs"] == 3
-    cell = result["cells"]["similar.taps[student_tap=last,teacher_tap=message_1]-0"]
-    assert cell["taps"] == {
-        "n2n:teacher[last<-message_1]": {"student": ["last"], "teacher": ["message_1"]}
-    }
-    far = result["cells"]["schnet-0"]["tests"]["splits"]["far"]
+    assert result["n_finished"] == result["n_runs"] == len(names)
+    assert result["runs"]["painn-0"]["epochs"] == 3
+    run = result["runs"]["similar.taps[student_tap=last,teacher_tap=message_1]-0"]
+    taps = {"student": ["last"], "teacher": ["message_1"]}
+    assert run["taps"] == {"n2n:teacher[last<-message_1]": taps}
+    far = result["runs"]["schnet-0"]["tests"]["splits"]["far"]
     assert set(far) == {"free_forces_mae", "free_forces_cosine"}
-    average = result["cells"]["schnet-0"]["tests"]["average"]
-    near = result["cells"]["schnet-0"]["tests"]["splits"]["near"]
+    average = result["runs"]["schnet-0"]["tests"]["average"]
+    near = result["runs"]["schnet-0"]["tests"]["splits"]["near"]
     both = (near["free_forces_mae"]["value"] + far["free_forces_mae"]["value"]) / 2
     assert average["free_forces_mae"]["value"] == pytest.approx(both)
     assert average["energy_mae"]["value"] == near["energy_mae"]["value"]
 
 
 def test_what_is_measured_is_of_the_runs(done: Path) -> None:
-    measures = json.loads((done / "results.json").read_text())["measures"]
+    measures = json.loads((done / "results.json").read_text())["measures"]["similarity"]
     assert set(measures["throughput"]) == {"painn", "schnet"}
     assert all(one["samples_per_second"] > 0 for one in measures["throughput"].values())
     cka = measures["cka"]["similar.n2n-0"]
@@ -221,18 +221,17 @@ def test_the_report_shows_tables_and_figures(done: Path) -> None:
 
 
 def test_a_finished_study_does_nothing_again(done: Path, plain: dict[str, Any]) -> None:
-    config = validate(plain, FeatureStudyConfig)
-    before = {p: p.stat().st_mtime_ns for p in done.glob("*/cell.json")}
+    before = {p: p.stat().st_mtime_ns for p in done.glob("*/run.json")}
     told: list[Any] = []
-    run_feature_study(config, done, on_progress=told.append)
+    run_experiment(validate(plain, PairsStudy).experiment, done, on_progress=told.append)
     assert not told
-    assert before == {p: p.stat().st_mtime_ns for p in done.glob("*/cell.json")}
+    assert before == {p: p.stat().st_mtime_ns for p in done.glob("*/run.json")}
 
 
 def test_a_finished_run_of_other_settings_is_refused(plain: dict[str, Any], done: Path) -> None:
     other = {**plain, "common": {**plain["common"], "batch_size": 2}}
     with pytest.raises(ConfigError, match=r"painn-0 holds a run with other settings"):
-        run_feature_study(validate(other, FeatureStudyConfig), done)
+        run_experiment(validate(other, PairsStudy).experiment, done)
 
 
 def test_stored_and_online_features_give_the_same_student(
@@ -241,7 +240,7 @@ def test_stored_and_online_features_give_the_same_student(
     pair = plain["pairs"]["similar"]
     only = {**pair, "strategies": {"n2n": pair["strategies"]["n2n"]}, "grids": {}}
     online = {**plain, "features": "online", "seeds": [0], "pairs": {"similar": only}}
-    run_feature_study(validate(online, FeatureStudyConfig), tmp_path)
+    run_experiment(validate(online, PairsStudy).experiment, tmp_path)
     for name in ("schnet-0", "similar.n2n-0"):
         one, other = (load_potential(f / name / "best.pt")[0] for f in (done, tmp_path))
         for key, value in one.state_dict().items():
@@ -255,6 +254,7 @@ def test_a_killed_study_leaves_no_run_behind(plain: dict[str, Any], tmp_path: Pa
     config = write_config(tmp_path / "study.yaml", long)
     program = Path(sys.executable).with_name("potstill")
     command = [str(program), "study", str(config), "--out", str(tmp_path / "o")]
+    command += ["--workers", "2"]
     study = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = tmp_path / "o/painn-0/metrics.jsonl"
     deadline = time.monotonic() + 300
@@ -299,17 +299,19 @@ def test_mistakes_are_told_before_anything_runs(
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def row(model: str, run: str, seed: int, energy: float, force: float, **own: Any) -> FeatureRow:
+def row(model: str, run: str, seed: int, energy: float, force: float, pair: str = "") -> RunRow:
     average = {
         "energy_mae": Estimate(energy, 0.01, 50),
         "free_forces_mae": Estimate(force, 0.01, 50),
     }
-    teacher = "big" if own.get("pair") else None
-    pair = own.get("pair")
-    return FeatureRow(f"{model}-{run}-{seed}", model, teacher, pair, run, seed, 10, {}, average)
+    variant, role = (f"{pair}.{run}", Role.STUDENT) if pair else (model, Role.TEACHER)
+    learned: dict[str, Any] = {"against": (model,), "teacher": "big"} if pair else {}
+    tests = S2EFErrors({}, average)
+    name = f"{model}-{run}-{seed}"
+    return RunRow(name, variant, role, run, pair, 10, seed, tests=tests, **learned)
 
 
-def three(model: str, run: str, energy: float, force: float, **own: Any) -> list[FeatureRow]:
+def three(model: str, run: str, energy: float, force: float, **own: Any) -> list[RunRow]:
     return [row(model, run, k, energy + 0.001 * k, force + 0.001 * k, **own) for k in range(3)]
 
 
@@ -339,7 +341,11 @@ def test_each_seed_stands_beside_the_control_of_its_own_seed() -> None:
         *(row("big", "alone", k, 0.05, 0.1) for k in range(2)),
         *(row("small", "n2n", k, 0.11, 0.15, pair="p") for k in range(2)),
     ]
-    rows = [replace(one, splits={"test": one.average}) for one in rows]
+    rows = [
+        replace(one, tests=S2EFErrors({"test": one.tests.average}, one.tests.average))
+        for one in rows
+        if one.tests is not None
+    ]
     table = seed_table(pairs_of(rows), ["test"])
     assert [line[:3] for line in table.rows] == [("p", "n2n", 0), ("p", "n2n", 1)]
     assert [line[3] for line in table.rows] == pytest.approx([10.0, -45.0])

@@ -40,7 +40,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "report.page",
     ),
     ("evaluate.*",),
-    ("report.*",),
+    ("workflows.base", "workflows.data"),  # what workflows and experiments share
+    ("experiments.*",),  # below the workflows: `distill` trains by the same scheduler
     ("workflows.*",),
     ("config.*",),
     ("session",),
@@ -59,6 +60,7 @@ ASSEMBLED = (
     "train",
     "report",
     "evaluate",
+    "experiments",
     "workflows",
     "models.gemnet_oc",
 )

@@ -29,17 +29,18 @@ from potstill.evaluate.nve import NVERun
 from potstill.evaluate.parity import parity_points
 from potstill.evaluate.rdf import RadialDistribution
 from potstill.evaluate.speed import SpeedRow, SpeedTable
+from potstill.experiments.rows import RunRow
+from potstill.experiments.sizes_report import (
+    sizes_figures,
+    sizes_tables,
+    sizes_verdicts,
+    write_sizes_report,
+)
+from potstill.experiments.spec import Role
 from potstill.metrics import METRICS
 from potstill.models import HIPNN, SpeciesOffsets, SumPotential
 from potstill.report.panels import Panel, Series, looks
 from potstill.report.plots import write_figure
-from potstill.report.study import (
-    StudyRow,
-    study_figures,
-    study_tables,
-    study_verdicts,
-    write_study_report,
-)
 from potstill.report.tables import Spread, Table, number
 from potstill.report.verdicts import compare, over_sizes, sentence
 from potstill.species import SpeciesTable
@@ -480,6 +481,16 @@ def curve(value, epochs):
     )
 
 
+def study_row(name, strategy, size, n_parameters, seed=0, **others):
+    roles = {"student": Role.STUDENT, "control_wf10": Role.CONTROL}
+    against = (f"control_wf10-{size}",) if strategy == "student" else ()
+    role = roles.get(strategy, Role.TEACHER)
+    variant = f"{strategy}-{size}"
+    return RunRow(
+        name, variant, role, strategy, size, n_parameters, seed, against=against, **others
+    )
+
+
 def study_rows(control=1.2, seeds=3, sizes=(("small", 3000), ("large", 20000))):
     rows = []
     for size, n in sizes:
@@ -490,11 +501,12 @@ def study_rows(control=1.2, seeds=3, sizes=(("small", 3000), ("large", 20000))):
                            "rdf_error": 3 * value, "time_per_step_atom_us": 5 + n / 2000,
                            "memory_per_atom_kib": 4 + n / 5000}  # fmt: skip
                 rows.append(
-                    StudyRow(f"{strategy}-{size}-{seed}", strategy, size, n, seed, numbers,
-                             curve(value, 30 + seed))
+                    study_row(f"{strategy}-{size}-{seed}", strategy, size, n, seed, metrics=numbers,
+                              curve=curve(value, 30 + seed))
                 )  # fmt: skip
+    errors = {"forces_rmse": 0.15}
     rows.append(
-        StudyRow("teacher", "teacher", "teacher", 90000, 0, {"forces_rmse": 0.15}, curve(0.15, 40))
+        study_row("t", "teacher", "teacher", 90000, 0, metrics=errors, curve=curve(0.15, 40))
     )
     return rows
 
@@ -502,8 +514,8 @@ def study_rows(control=1.2, seeds=3, sizes=(("small", 3000), ("large", 20000))):
 BASELINES = {"SNAP": {"forces_rmse": 0.376}}
 
 
-def test_study_tables_are_means_and_deviations():
-    table, cost, comparisons, runs = study_tables(study_rows(), BASELINES)
+def test_sizes_tables_are_means_and_deviations():
+    table, cost, comparisons, runs = sizes_tables(study_rows(), BASELINES)
     assert table.name == "table_errors"
     row = next(r for r in table.rows if r[:2] == ("control (w_F = 10)", "small"))
     assert row[2:4] == (3000, 3)
@@ -522,32 +534,32 @@ def test_study_tables_are_means_and_deviations():
     assert len(runs.rows) == 13
 
 
-def test_study_verdicts_follow_the_numbers():
-    better = study_verdicts(study_rows(control=1.2))[0]
+def test_sizes_verdicts_follow_the_numbers():
+    better = sizes_verdicts(study_rows(control=1.2))[0]
     assert "better than that of the control (w_F = 10) at 2 of 2 sizes" in better
     assert "beyond the spread over seeds it is better at small, large" in better
-    worse = study_verdicts(study_rows(control=0.8))[0]
+    worse = sizes_verdicts(study_rows(control=0.8))[0]
     assert "at 0 of 2 sizes" in worse
     assert "it is worse at small, large" in worse
-    equal = study_verdicts(study_rows(control=1.003))[0]
+    equal = sizes_verdicts(study_rows(control=1.003))[0]
     assert "none of these differences is beyond the spread over seeds" in equal
     mixed = [r for r in study_rows() if r.strategy != "student" or r.seed == 0]
-    assert "one of them has a single run, so the part" in study_verdicts(mixed)[0]
-    single = study_verdicts(study_rows(seeds=1))[0]
+    assert "one of them has a single run, so the part" in sizes_verdicts(mixed)[0]
+    single = sizes_verdicts(study_rows(seeds=1))[0]
     assert "one run each, so the part of chance is not known" in single
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    path = write_study_report(
+    path = write_sizes_report(
         study_rows(), folder, title="A & B", about={"Command": "potstill study x.yaml"},
         baselines=BASELINES, notes=["A note."],
     )  # fmt: skip
     return path.read_text(), folder / "report"
 
 
-def test_study_figures(study):
+def test_sizes_figures(study):
     folder = study[1]
     names = ["pareto", "capacity", "learning_small", "learning_large", "learning_teacher", "cost",
              "seeds"]  # fmt: skip
@@ -568,7 +580,7 @@ def test_liquids_are_compared_with_the_reference(tmp_path):
         replace(row, rdf=replace(reference, g=reference.g + shifts[row.strategy] + 0.01 * row.seed))
         for row in study_rows()
     ]
-    figures = study_figures(rows, tmp_path, liquid=("ANI-Al", reference))
+    figures = sizes_figures(rows, tmp_path, liquid=("ANI-Al", reference))
     assert "rdf" in [figure.name for figure in figures]
     check_figure(tmp_path, "rdf")
     student = [
@@ -578,7 +590,7 @@ def test_liquids_are_compared_with_the_reference(tmp_path):
     ]
     assert float(student[10]["y"]) == pytest.approx(0.11)  # mean of three seeds
     assert float(student[10]["y spread"]) == pytest.approx(0.01)
-    study_figures(rows, tmp_path / "without")  # the teacher's is what others are compared with
+    sizes_figures(rows, tmp_path / "without")  # the teacher's is what others are compared with
     lines = read_csv(tmp_path / "without" / "rdf.csv")
     differences = [row for row in lines if row["panel"] != "A"]
     assert {row["series"] for row in differences} == {"student", "control_wf10"}
@@ -603,26 +615,26 @@ def test_study_report(study):
     assert (folder / "table_errors.md").is_file()
 
 
-def test_study_figures_without_a_page(tmp_path):
-    rows = [row for row in study_rows() if row.size == "teacher"]
-    figures = study_figures(rows, tmp_path / "made")
+def test_sizes_figures_without_a_page(tmp_path):
+    rows = [row for row in study_rows() if row.group == "teacher"]
+    figures = sizes_figures(rows, tmp_path / "made")
     assert [figure.name for figure in figures] == ["capacity", "learning_teacher", "seeds"]
     assert all(figure.png.is_file() and figure.caption for figure in figures)
 
 
 def test_one_row_of_an_unknown_strategy_is_enough(tmp_path):
-    rows = [StudyRow("x", "novel_idea", "s", 100, 0, {"forces_rmse": 0.1})]
-    text = write_study_report(rows, tmp_path).read_text()
+    rows = [study_row("x", "novel_idea", "s", 100, metrics={"forces_rmse": 0.1})]
+    text = write_sizes_report(rows, tmp_path).read_text()
     assert "There is no pair of strategies to compare." in text
     assert "novel idea" in text
 
 
 def test_bad_studies_are_refused(tmp_path):
     with pytest.raises(DataError, match="at least one run"):
-        study_tables([])
-    row = StudyRow("x", "student", "s", 100, 0)
+        sizes_tables([])
+    row = study_row("x", "student", "s", 100)
     with pytest.raises(DataError, match="two runs of the study are called 'x'"):
-        write_study_report([row, row], tmp_path / "out")
+        write_sizes_report([row, row], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -14,20 +14,15 @@ from pydantic import ValidationError
 from potstill.checkpoint import load_potential
 from potstill.distill import Schedule
 from potstill.errors import ConfigError
-from potstill.workflows.study import (
-    STRATEGIES,
-    Cell,
-    StudyConfig,
-    _training_sets,
-    load_set,
-    report_study,
-    run_study,
-    split_by_groups,
-)
+from potstill.experiments.recipes import STRATEGIES, SizesStudy
+from potstill.experiments.report import report_experiment
+from potstill.experiments.run import _training_data, run_experiment
+from potstill.experiments.spec import Run
+from potstill.workflows.data import load_parts, share_of_groups
 from test_train import emt_set
 
 
-def _config(folder: Path, **changes: object) -> StudyConfig:
+def _config(folder: Path, **changes: object) -> SizesStudy:
     for name, n, seed in (("train", 14, 0), ("test", 4, 9)):
         data = emt_set(n, seed)
         frames = data.structures.to_ase()
@@ -60,18 +55,15 @@ def _config(folder: Path, **changes: object) -> StudyConfig:
         "schedule_factor": 0.005,
         **changes,
     }
-    return StudyConfig(**settings)
+    return SizesStudy(**settings)
 
 
-def test_a_study_trains_every_cell_once_and_reports(tmp_path: Path) -> None:
-    config = _config(tmp_path)
+def test_a_study_trains_every_run_once_and_reports(tmp_path: Path) -> None:
+    experiment = _config(tmp_path).experiment
     done: list[str] = []
     folder = tmp_path / "study"
-    results = run_study(
-        config, folder, on_progress=lambda p: done.append(p.cell.name if p.cell else "")
-    )
-    assert [r["strategy"] for r in results].count("student") == 2
-    assert len(done) == len(config.cells()) == 8
+    run_experiment(experiment, folder, on_progress=lambda p: done.append(p.job.name))
+    assert len(done) == len(experiment.runs()) == 8
     assert all(name.startswith("teacher") for name in done[:2])
     student = load_potential(folder / "student-small-1" / "best.pt")[1]
     terms = {t["property"]: t for t in student["settings"]["loss"]}
@@ -82,14 +74,28 @@ def test_a_study_trains_every_cell_once_and_reports(tmp_path: Path) -> None:
 
     before = (folder / "student-small-1" / "best.pt").stat().st_mtime_ns
     again: list[str] = []
-    run_study(config, folder, on_progress=lambda p: again.append("cell"))
+    run_experiment(experiment, folder, on_progress=lambda p: again.append(p.job.name))
     assert again == []
     assert (folder / "student-small-1" / "best.pt").stat().st_mtime_ns == before
 
-    record = report_study(config, folder, command="a test")
+    record = report_experiment(experiment, folder, command="a test")
     assert record["n_finished"] == 8
     assert json.loads((folder / "results.json").read_text())["command"] == "a test"
     assert "A study of nothing much" in (folder / "report.html").read_text()
+
+    # A run of an earlier version is as good as one of this.
+    new = folder / "student-small-0" / "run.json"
+    old = json.loads(new.read_text())
+    for key in ("variant", "tests", "taps", "teacher_seconds"):
+        del old[key]
+    new.with_name("cell.json").write_text(json.dumps(old | {"size": old.pop("group")}))
+    new.unlink()
+    run_experiment(experiment, folder, on_progress=lambda p: again.append(p.job.name))
+    assert again == []
+    result = report_experiment(experiment, folder)
+    assert result["runs"].keys() == record["runs"].keys()
+    for key in ("variant", "group", "metrics"):
+        assert all(result["runs"][k][key] == record["runs"][k][key] for k in record["runs"])
 
 
 @pytest.mark.filterwarnings("ignore::potstill.calculators.ExtrapolationWarning")
@@ -115,30 +121,25 @@ def test_models_are_measured_beside_a_reference_from_elsewhere(tmp_path: Path) -
         },
     }
     config = _config(tmp_path, measure=measure, seeds=(0,), strategies=("teacher", "student"))
-    folder = tmp_path / "study"
-    run_study(config, folder)
-    record = report_study(config, folder)
-    assert record["reference_liquid"]["n_frames"] == 3
-    teacher, student = (
-        record["cells"][name]["md"] for name in ("teacher-teacher-0", "student-small-0")
-    )
+    experiment, folder = config.experiment, tmp_path / "study"
+    run_experiment(experiment, folder)
+    liquid = report_experiment(experiment, folder)["measures"]["liquid"]
+    assert liquid["reference"]["n_frames"] == 3
+    teacher, student = (liquid["runs"][name] for name in ("teacher-teacher-0", "student-small-0"))
     assert "rdf_error" not in teacher  # it has no teacher
     assert teacher["rdf_error_reference"] > 0
     assert {"rdf_error", "rdf_error_noise", "rdf_error_reference_noise"} <= set(student)
     assert "EMT: standard error from blocks" in (folder / "report.html").read_text()
     measured = {f.name: f.stat().st_mtime_ns for f in (folder / "measures").glob("rdf-*.json")}
     assert len(measured) == 3
-    report_study(config, folder)
+    report_experiment(experiment, folder)
     again = {f.name: f.stat().st_mtime_ns for f in (folder / "measures").glob("rdf-*.json")}
     assert again == measured
 
 
 def test_the_born_again_schedule_ends_where_it_is_told_to() -> None:
-    terms = {
-        t.property: t.weight
-        for t in STRATEGIES["born_again_wf10"].loss(source="reference", schedule_factor=0.25)
-    }
-    forces, energies = terms["forces"], terms["atomic_energies"]
+    weights = STRATEGIES["born_again_wf10"].weights(0.25)
+    forces, energies = weights["forces"], weights["atomic_energies"]
     assert isinstance(forces, Schedule)
     assert isinstance(energies, Schedule)
     assert (forces.at(1), forces.at(100)) == (75.0, 10.0)
@@ -159,23 +160,25 @@ def test_students_learn_from_the_teacher_that_their_strategy_names(tmp_path: Pat
         },
         strategies=("teacher", "other_teacher", "other_student", "control_wf10"),
     )
-    folder = tmp_path / "study"
-    run_study(config, folder)
-    data = load_set(config.data.train, "reference")
-    cell = next(c for c in config.cells() if c.strategy == "other_student")
-    training, _ = _training_sets(config, folder, cell, config.strategy("other_student"))
+    experiment, folder = config.experiment, tmp_path / "study"
+    run_experiment(experiment, folder)
+    parts, _ = load_parts(config.data.parts)
+    run = next(r for r in experiment.runs() if r.variant.strategy == "other_student")
+    training, _, _ = _training_data(experiment, folder, run)
     teacher, _ = load_potential(folder / "other_teacher-teacher-0" / "best.pt")
-    known = training.structures.fingerprints()
-    rows = torch.tensor([data.structures.fingerprints().index(f) for f in known])
-    expected = teacher.predict(data.structures.select(rows), properties=("atomic_energies",))
+    expected = teacher.predict(parts["train"].structures, properties=("atomic_energies",))
     torch.testing.assert_close(
         training.labels["teacher"]["atomic_energies"], expected["atomic_energies"]
     )
     first, _ = load_potential(folder / "teacher-teacher-0" / "best.pt")
     other = first.predict(training.structures, properties=("atomic_energies",))
     assert not torch.allclose(other["atomic_energies"], expected["atomic_energies"])
-    assert config.teacher_of(cell) == Cell("other_teacher", "teacher", 0)
-    assert config.teacher_of(Cell("control_wf10", "small", 0)) == Cell("teacher", "teacher", 0)
+    found = experiment.teacher_of(run)
+    assert found is not None
+    assert found.name == "other_teacher-teacher-0"
+    control = Run(experiment.by_name["control_wf10-small"], 0)
+    # The control of the first student, which learns from the second teacher.
+    assert experiment.teacher_of(control) == found
 
 
 def test_a_student_without_its_teacher_is_refused(tmp_path: Path) -> None:
@@ -185,10 +188,16 @@ def test_a_student_without_its_teacher_is_refused(tmp_path: Path) -> None:
 
 def test_another_study_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     config = _config(tmp_path, strategies=("teacher",), seeds=(0,))
-    run_study(config, tmp_path / "study")
-    other = _config(tmp_path, common={"epochs": 4})
-    with pytest.raises(ConfigError, match="'common"):
-        run_study(other, tmp_path / "study")
+    run_experiment(config.experiment, tmp_path / "study")
+    other = _config(tmp_path, common={"epochs": 4}).experiment
+    with pytest.raises(ConfigError, match="teacher-teacher-0 holds a run with other settings"):
+        run_experiment(other, tmp_path / "study")
+    data = {**config.data.model_dump(), "validation_seed": 5}
+    with pytest.raises(ConfigError, match="holds a study with other data"):
+        run_experiment(_config(tmp_path, data=data).experiment, tmp_path / "study")
+    (tmp_path / "study" / "study.json").write_text('{"kind": "features"}')
+    with pytest.raises(ConfigError, match="a study of another kind"):
+        run_experiment(config.experiment, tmp_path / "study")
 
 
 def test_a_study_without_a_teacher_size_or_with_a_misspelt_strategy_is_refused(
@@ -203,7 +212,7 @@ def test_a_study_without_a_teacher_size_or_with_a_misspelt_strategy_is_refused(
 def test_validation_is_spread_over_groups() -> None:
     structures = emt_set(20).structures
     grouped = replace(structures, group=("a",) * 10 + ("b",) * 10)
-    held_out = split_by_groups(grouped, 0.2, seed=3)
+    held_out = share_of_groups(grouped, 0.2, seed=3)
     assert int(held_out[:10].sum()) == int(held_out[10:].sum()) == 2
-    assert torch.equal(held_out, split_by_groups(grouped, 0.2, seed=3))
-    assert not torch.equal(held_out, split_by_groups(grouped, 0.2, seed=4))
+    assert torch.equal(held_out, share_of_groups(grouped, 0.2, seed=3))
+    assert not torch.equal(held_out, share_of_groups(grouped, 0.2, seed=4))

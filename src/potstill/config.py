@@ -17,19 +17,20 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from potstill.errors import ConfigError, suggest
+from potstill.experiments.recipes import PairsStudy as PairsStudy
+from potstill.experiments.recipes import SizesStudy as SizesStudy
+from potstill.experiments.spec import Experiment
 from potstill.template import template
+from potstill.workflows.base import merged
 from potstill.workflows.base import write_settings as write_settings
 from potstill.workflows.cka import CKAConfig as CKAConfig
 from potstill.workflows.distill import DistillConfig as DistillConfig
 from potstill.workflows.dynamics import MdConfig as MdConfig
 from potstill.workflows.epsilon import EpsilonConfig as EpsilonConfig
 from potstill.workflows.evaluation import EvaluateConfig as EvaluateConfig
-from potstill.workflows.feature_study import FeatureStudyConfig as FeatureStudyConfig
 from potstill.workflows.labeling import LabelConfig as LabelConfig
 from potstill.workflows.sampling import SampleConfig as SampleConfig
-from potstill.workflows.study import StudyConfig as StudyConfig
 from potstill.workflows.training import TrainConfig as TrainConfig
-from potstill.workflows.training import merged
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -89,12 +90,12 @@ def load_config(
     return validate(data, model, where="" if path is None else str(path))
 
 
-def load_study(path: str | Path) -> StudyConfig | FeatureStudyConfig:
-    """Read the config of a study: of sizes, or with `kind: features` of feature distillation."""
+def load_study(path: str | Path) -> Experiment:
+    """Read the config of a study: of sizes, or with `kind: features` of pairs of models."""
     data = read_yaml(path)
     if "kind" in data:
-        return validate(data, FeatureStudyConfig, where=str(path))
-    return validate(data, StudyConfig, where=str(path))
+        return validate(data, PairsStudy, where=str(path)).experiment
+    return validate(data, SizesStudy, where=str(path)).experiment
 
 
 def config_template(command: str) -> str:

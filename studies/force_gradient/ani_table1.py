@@ -32,6 +32,8 @@ from potstill.config import load_config
 from potstill.distill import LossTerm
 from potstill.errors import ConfigError, PotstillError
 from potstill.evaluate.base import machine_description
+from potstill.experiments.run import property_errors
+from potstill.experiments.spec import HeldOutSet
 from potstill.files import write_atomically
 from potstill.models import ANI, Edges, SpeciesOffsets, SumPotential
 from potstill.neighbors import pair_vectors
@@ -41,7 +43,7 @@ from potstill.train.data import epoch_batches, fit_offsets
 from potstill.train.settings import EnergySettings, ModelSettings, ScoreSettings
 from potstill.train.state import versions
 from potstill.units import ENERGY
-from potstill.workflows.study import errors, load_set, split_by_groups
+from potstill.workflows.data import share_of_groups
 
 DESCRIPTOR_ATOMS = 512  # per batch, while descriptors are computed
 
@@ -208,6 +210,11 @@ class Split:
     offsets: SpeciesOffsets
 
 
+def load_set(path: str, source: str) -> TrainingSet:
+    structures, labels = HeldOutSet.at(path).read(source)
+    return TrainingSet(structures, {source: labels})
+
+
 def load_split(config: Table1Config, name: str) -> Split:
     own = config.sets[name]
     data = load_set(own.train, own.source)
@@ -226,7 +233,7 @@ def load_split(config: Table1Config, name: str) -> Split:
     if not len(test):
         raise ConfigError(f"{name} has no configurations left to test on")
     data = data.select(order[: own.n_train].sort().values)
-    held_out = split_by_groups(data.structures, config.validation_fraction, own.split_seed)
+    held_out = share_of_groups(data.structures, config.validation_fraction, own.split_seed)
     training, validation = (data.select(mask.nonzero()[:, 0]) for mask in (~held_out, held_out))
     table = data.structures.species_table
     if own.energy_zero is None:
@@ -331,7 +338,7 @@ def judge(split: Split, network: ANI) -> dict[str, float]:
     """Errors on the test set, by the keys of `potstill.metrics`."""
     potential = SumPotential({"offsets": split.offsets, "network": network})
     (labels,) = split.test.labels.values()
-    return errors(potential, split.test.structures, labels)
+    return property_errors(potential, split.test.structures, labels)
 
 
 def made(folder: Path) -> Path:

@@ -331,33 +331,20 @@ def study(
     """
     from potstill.config import load_study
     from potstill.display import seconds_in_words
-    from potstill.workflows.cells import StudyProgress
-    from potstill.workflows.feature_study import (
-        FeatureStudyConfig,
-        report_feature_study,
-        run_feature_study,
-    )
-    from potstill.workflows.study import report_study, run_study
+    from potstill.experiments.report import report_experiment
+    from potstill.experiments.run import run_experiment
+    from potstill.experiments.scheduler import Progress
 
-    def note(progress: StudyProgress) -> str:
-        cell = progress.cell.name if progress.cell else ""
-        return f"{cell}, about {seconds_in_words(progress.seconds_left)} left"
+    def show(progress: Progress) -> None:
+        left = seconds_in_words(progress.seconds_left)
+        task.update(progress.done, note=f"{progress.job}, about {left} left")
 
-    def show(progress: StudyProgress) -> None:
-        task.update(progress.done, note=note(progress))
-
-    settings = load_study(config)
+    experiment = load_study(config)
     display = RichDisplay(console)
     command = shlex.join(["potstill", *sys.argv[1:]])
-    with display.task(settings.title, len(settings.cells())) as task:
-        if isinstance(settings, FeatureStudyConfig):
-            run_feature_study(settings, out, workers=workers, on_progress=show)
-        else:
-            run_study(settings, out, workers=workers, on_progress=show)
-    if isinstance(settings, FeatureStudyConfig):
-        report_feature_study(settings, out, command=command, on_model=display.say)
-    else:
-        report_study(settings, out, command=command, on_model=display.say)
+    with display.task(experiment.title, len(experiment.runs())) as task:
+        run_experiment(experiment, out, workers=workers, on_progress=show)
+    report_experiment(experiment, out, command=command, on_model=display.say)
     console.print(f"Report: {out / 'report.html'}", highlight=False)
 
 

@@ -39,6 +39,16 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, section by section."""
+    result = dict(base)
+    for key, value in changes.items():
+        own = result.get(key)
+        nested = isinstance(own, Mapping) and isinstance(value, Mapping)
+        result[key] = merged(own, value) if nested else value  # type: ignore[arg-type]
+    return result
+
+
 # -- quantities as people write them ---------------------------------------------------------------
 
 _SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,6 +86,8 @@ class SplitData(Settings):
         Seed of a random split.
     fractions : dict of str to float
         Share of each part; parts other than train, validation and test are not used.
+    of_every_group : bool
+        Take the share of validation of every group of structures; the rest is for training.
     groups : dict of str to tuple of str, optional
         Names or patterns of groups by part; all others are for training.
     file : str, optional
@@ -95,6 +98,7 @@ class SplitData(Settings):
     fractions: dict[str, float] = Field(
         default_factory=lambda: {"train": 0.8, "validation": 0.1, "test": 0.1}
     )
+    of_every_group: bool = False
     groups: dict[str, tuple[str, ...]] | None = None
     file: str | None = None
 
@@ -104,6 +108,9 @@ class SplitData(Settings):
             return split_from_file(self.file, structures.n_systems)
         if self.groups is not None:
             return split_by_group(structures.group or (), self.groups)
+        if self.of_every_group:
+            held_out = share_of_groups(structures, self.fractions["validation"], self.seed)
+            return {"train": (~held_out).nonzero()[:, 0], "validation": held_out.nonzero()[:, 0]}
         return split_by_seed(structures.n_systems, self.fractions, self.seed)
 
 
@@ -179,6 +186,23 @@ class DataSettings(Settings):
         return self
 
 
+def is_store(path: str) -> bool:
+    """Whether a path is that of a labelled store, not of a file with structures."""
+    return Path(path).is_dir() or Path(path).suffix == ".zarr"
+
+
+def share_of_groups(structures: Structures, fraction: float, seed: int) -> Tensor:
+    """(S,) bool: a seeded share of every group's systems, rounded to the nearest number."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = structures.group or ("",) * structures.n_systems
+    chosen = torch.zeros(structures.n_systems, dtype=torch.bool)
+    for group in sorted(set(groups)):
+        members = torch.tensor([k for k, g in enumerate(groups) if g == group])
+        order = members[torch.randperm(len(members), generator=generator)]
+        chosen[order[: round(fraction * len(members))]] = True
+    return chosen
+
+
 def read_files(files: Sequence[FileData]) -> list[tuple[Structures, Properties]]:
     """Read all files."""
     return [file.read() for file in files]
@@ -234,7 +258,10 @@ def _stored_features(
 
 
 def load_parts(
-    settings: DataSettings, terms: Sequence[FeatureTerm] = ()
+    settings: DataSettings,
+    terms: Sequence[FeatureTerm] = (),
+    *,
+    complete: Callable[[TrainingSet], TrainingSet] = lambda data: data,
 ) -> tuple[dict[str, TrainingSet], dict[str, Any]]:
     """Read and split.
 
@@ -244,6 +271,8 @@ def load_parts(
         What, and how.
     terms : sequence of FeatureTerm
         As of `load_store`; the test set gets no features.
+    complete : callable, optional
+        Adds labels to what is split, before it is.
 
     Returns
     -------
@@ -262,6 +291,7 @@ def load_parts(
         data, sources = load_store(settings.store, settings.sources, terms)
     else:
         data = _joined(settings.files)
+    data = complete(data)
     indices = dict(settings.split.split(data.structures))
     apart = {"validation": settings.validation_files, "test": settings.test_files}
     for name, files in apart.items():

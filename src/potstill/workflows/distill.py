@@ -35,7 +35,7 @@ from potstill.workflows.base import (
     read_start,
     write_json,
 )
-from potstill.workflows.distill_run import DistillConfig, Run, student_settings
+from potstill.workflows.distill_run import DistillConfig, Run, student_variant
 from potstill.workflows.distill_run import default_student as default_student
 from potstill.workflows.dynamics import MdConfig, simulate
 from potstill.workflows.evaluation import bench_of, evaluation_class, run_evaluations
@@ -144,9 +144,8 @@ def _draft(run: Run) -> str | None:
     if not run.plan.counts.n_on_policy_frames:
         return "left out"
     epochs = run.plan.counts.draft_epochs or 1
-    settings = student_settings(run.config, run.plan, run.source, epochs)
-    if train_model(run, "draft", settings).status == "interrupted":
-        raise KeyboardInterrupt
+    draft = student_variant(run.config, run.plan, run.source, epochs)
+    train_model(run, "draft", draft)
     return None
 
 

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from potstill.distill import LossTerm
 from potstill.errors import DataError
+from potstill.experiments.spec import Role, Variant
 from potstill.readers import split_from_file
 from potstill.sample import SamplingPlan, smallest_supercell, standard_plan
 from potstill.store import LabelledStore
@@ -232,24 +233,19 @@ class Run:
         return TrainingSet(store.structures(), {self.source: labels}).select(systems)
 
     @property
-    def controls(self) -> dict[str, TrainSettings]:
-        """Settings of the controls by name: the student's without the teacher's atomic energies."""
-        given, source = self.plan.properties, self.source
-        return {
-            f"control_wf{w:g}": self.student.model_copy(
-                update={"loss": loss_terms(self.config.weights, given, source, control=w)}
-            )
-            for w in self.config.controls
-        }
+    def student(self) -> Variant:
+        """The student."""
+        return student_variant(self.config, self.plan, self.source, self.plan.counts.epochs or 1)
 
     @property
-    def student(self) -> TrainSettings:
-        """Settings of the student."""
-        return student_settings(self.config, self.plan, self.source, self.plan.counts.epochs or 1)
+    def controls(self) -> dict[str, Variant]:
+        """By name, the student without the teacher's atomic energies."""
+        names = {f"control_wf{w:g}": w for w in self.config.controls}
+        return {name: self.student.control(name, forces=w) for name, w in names.items()}
 
     @property
-    def models(self) -> dict[str, TrainSettings]:
-        """Settings of the student and its controls, by name."""
+    def models(self) -> dict[str, Variant]:
+        """The student and its controls, by name."""
         return {"student": self.student, **self.controls}
 
     def sampling_plan(self, n_frames: int, md_share: float, **settings: Any) -> SamplingPlan:
@@ -267,11 +263,16 @@ class Run:
         )
 
 
-def student_settings(config: DistillConfig, plan: Plan, source: str, epochs: int) -> TrainSettings:
-    """The student's settings with its loss, its epochs and a learning rate that fits them."""
-    return settings_for(
+def student_variant(config: DistillConfig, plan: Plan, source: str, epochs: int) -> Variant:
+    """The student; the teacher's own are the atomic energies, which controls do not learn."""
+    settings = settings_for(
         config.student, config.weights, plan.properties, source, epochs, config.seed
     )
+    loss = settings.label_terms
+    taught = tuple(term for term in loss if term.property == "atomic_energies")
+    plain = tuple(term for term in loss if term.property != "atomic_energies")
+    settings = settings.model_copy(update={"loss": plain})
+    return Variant("student", Role.STUDENT, "student", "", settings, taught)
 
 
 def settings_for(
@@ -297,16 +298,11 @@ def settings_for(
     )
 
 
-def loss_terms(
-    weights: Weights, properties: Sequence[str], source: str, *, control: float | None = None
-) -> tuple[LossTerm, ...]:
-    """Loss of the student; of a control with force weight `control`, no atomic energies."""
-    values = weights.model_dump()
-    if control is not None:
-        values |= {"forces": control, "atomic_energies": 0.0}
+def loss_terms(weights: Weights, properties: Sequence[str], source: str) -> tuple[LossTerm, ...]:
+    """Loss of the student."""
     return tuple(
         LossTerm(property=name, source=source, weight=weight)
-        for name, weight in values.items()
+        for name, weight in weights.model_dump().items()
         if weight > 0.0 and name in properties
     )
 

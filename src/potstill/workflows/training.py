@@ -35,6 +35,7 @@ from potstill.workflows.base import (
     TeacherSettings,
     claim_folder,
     draw,
+    merged,
     potential_info,
     seconds_in_words,
     write_json,
@@ -127,16 +128,6 @@ class TrainConfig(Settings):
     def settings_of(self, stage: StageConfig) -> TrainSettings:
         """The section `train` with a stage's changes."""
         return TrainSettings.model_validate(merged(self.train.model_dump(), stage.train))
-
-
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`, section by section."""
-    result = dict(base)
-    for key, value in changes.items():
-        own = result.get(key)
-        nested = isinstance(own, Mapping) and isinstance(value, Mapping)
-        result[key] = merged(own, value) if nested else value  # type: ignore[arg-type]
-    return result
 
 
 def train_from_config(config: TrainConfig, display: Display | None = None) -> TrainResult:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from potstill.errors import DataError
-from potstill.evaluate.learning import LearningCurves, learning_panels
+from potstill.evaluate.learning import learning_panels
 from potstill.evaluate.pareto import pareto_front
 from potstill.evaluate.rdf import RadialDistribution
+from potstill.experiments.rows import RunRow
 from potstill.metrics import METRICS, Metric
 from potstill.report.page import Page, Section, write_page
 from potstill.report.panels import LOOKS, Look, Panel, Series, looks, plain_label
@@ -53,68 +54,11 @@ Baselines = Mapping[str, Mapping[str, float]]
 Liquid = tuple[str, RadialDistribution]
 
 
-@dataclass(frozen=True)
-class StudyRow:
-    """One trained model of a study.
-
-    Parameters
-    ----------
-    name : str
-        Unique name of the run.
-    strategy : str
-        "teacher", "student", "control_wf10", "control_wf30", "born_again", "born_again_static" or
-        any other name.
-    size : str
-        Label of the architecture; what has the same label has the same number of parameters.
-    n_parameters : int
-        Trainable numbers.
-    seed : int
-        Of the initial weights and the order of configurations.
-    metrics : mapping
-        By the keys of `potstill.metrics` (test set, against the reference), and where measured
-        `rdf_error` (Å, integral of the absolute difference from the teacher's g(r)),
-        `rdf_error_noise` (what it would be by chance), `time_per_step_atom_us` (µs),
-        `memory_per_atom_kib` (KiB).
-    learning_curve : LearningCurves, optional
-        What `potstill.evaluate.read_learning_curves` reads from the run's folder.
-    rdf : RadialDistribution, optional
-        Of the liquid.
-    """
-
-    name: str
-    strategy: str
-    size: str
-    n_parameters: int
-    seed: int
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    learning_curve: LearningCurves | None = None
-    rdf: RadialDistribution | None = None
-
-    def value(self, key: str) -> float:
-        """One metric; NaN where it was not measured."""
-        number = self.metrics.get(key)
-        return math.nan if number is None else float(number)
-
-
 # -- tables ------------------------------------------------------------------------------------
 
 
-def study_tables(rows: Sequence[StudyRow], baselines: Baselines | None = None) -> tuple[Table, ...]:
-    """Tables of a study: errors, cost, comparisons, and every run by itself.
-
-    Parameters
-    ----------
-    rows : sequence of StudyRow
-        All runs.
-    baselines : mapping, optional
-        Published potentials to set beside them: name to metrics in the same keys.
-
-    Returns
-    -------
-    tuple of Table
-        `table_errors`, `table_cost` and `table_comparisons` where there is something to say, and
-        `table_runs`. Each has
-        `markdown()` and `csv()`.
+def sizes_tables(rows: Sequence[RunRow], baselines: Baselines | None = None) -> tuple[Table, ...]:
+    """`table_errors`, `table_cost` and `table_comparisons`, as far as known, and `table_runs`.
 
     Raises
     ------
@@ -131,11 +75,11 @@ def study_tables(rows: Sequence[StudyRow], baselines: Baselines | None = None) -
     return (*tables, _runs_table(rows))
 
 
-def study_verdicts(rows: Sequence[StudyRow]) -> tuple[str, ...]:
-    """Sentences: student against controls, born again against its teacher.
+def sizes_verdicts(rows: Sequence[RunRow]) -> tuple[str, ...]:
+    """Sentences: each student against its controls, born again against its teacher.
 
-    One sentence for each pair of strategies and each of force error, energy error and RDF error;
-    with several sizes it counts those where the first is ahead.
+    One for each pair of strategies and each of force error, energy error and RDF error; with
+    several sizes it counts those where the first is ahead.
     """
     _check(rows)
     found: dict[tuple[str, str, str], list[tuple[str, Comparison]]] = {}
@@ -150,7 +94,7 @@ def study_verdicts(rows: Sequence[StudyRow]) -> tuple[str, ...]:
 
 
 def _summary(
-    rows: Sequence[StudyRow],
+    rows: Sequence[RunRow],
     keys: Sequence[str],
     name: str,
     title: str,
@@ -174,21 +118,21 @@ def _summary(
     return Table(name, title, columns, tuple(body), note)
 
 
-def _runs_table(rows: Sequence[StudyRow]) -> Table:
+def _runs_table(rows: Sequence[RunRow]) -> Table:
     keys = list(dict.fromkeys(key for row in rows for key in row.metrics))
     body: tuple[tuple[Cell, ...], ...] = tuple(
-        (r.name, r.strategy, r.size, r.n_parameters, r.seed, *(r.value(key) for key in keys))
+        (r.name, r.strategy, r.group, r.n_parameters, r.seed, *(r.value(key) for key in keys))
         for r in sorted(rows, key=_sort_key)
     )
     columns = ("name", "strategy", "size", "n_parameters", "seed", *keys)
     return Table("table_runs", "Every run, in stored units", columns, body)
 
 
-def _short_runs_table(rows: Sequence[StudyRow]) -> Table:
+def _short_runs_table(rows: Sequence[RunRow]) -> Table:
     """What fits on the page; `_runs_table` has everything."""
     metrics = [METRICS[key] for key in _measured(rows, (*_COMPARED, *_COST_COLUMNS))]
     body: tuple[tuple[Cell, ...], ...] = tuple(
-        (plain_label(r.strategy), r.size, r.seed, *(r.value(m.key) * m.scale for m in metrics))
+        (plain_label(r.strategy), r.group, r.seed, *(r.value(m.key) * m.scale for m in metrics))
         for r in sorted(rows, key=_sort_key)
     )
     columns = ("Strategy", "Size", "Seed", *(m.label for m in metrics))
@@ -196,7 +140,7 @@ def _short_runs_table(rows: Sequence[StudyRow]) -> Table:
     return Table("table_runs", "Main numbers of every run", columns, body, note)
 
 
-def _comparison_table(rows: Sequence[StudyRow]) -> Table:
+def _comparison_table(rows: Sequence[RunRow]) -> Table:
     body = []
     for size, ours, theirs, c in _comparisons(rows):
         if c.outcome == "unknown":
@@ -217,25 +161,27 @@ def _comparison_table(rows: Sequence[StudyRow]) -> Table:
     )
 
 
-def _comparisons(rows: Sequence[StudyRow]) -> list[tuple[str, str, str, Comparison]]:
-    """(size, ours, theirs, comparison) for all pairs that make sense."""
-    strategies = {row.strategy for row in rows}
-    pairs = [("student", s) for s in _sorted(strategies) if s.startswith("control")]
-    pairs += [(s, "teacher") for s in _sorted(strategies) if s.startswith("born_again")]
-    if {"born_again", "born_again_static"} <= strategies:
-        pairs.append(("born_again", "born_again_static"))
-    found = []
+def _comparisons(rows: Sequence[RunRow]) -> list[tuple[str, str, str, Comparison]]:
+    """(size, ours, theirs, comparison) of every variant with those that it is judged by."""
+    variants: dict[str, list[RunRow]] = {}
+    for row in sorted(rows, key=_sort_key):
+        variants.setdefault(row.variant, []).append(row)
+    pairs = [
+        (us, variants[name])
+        for us in variants.values()
+        for name in us[0].against
+        if name in variants
+    ]
+    pairs.sort(key=lambda p: (_strategy_key(p[0][0].strategy), _strategy_key(p[1][0].strategy)))
     metrics = [METRICS[key] for key in _measured(rows, _COMPARED)]
-    for ours, theirs in pairs:
-        for size in _sizes(rows):
-            us = [r for r in rows if (r.strategy, r.size) == (ours, size)]
-            them = [r for r in rows if (r.strategy, r.size) == (theirs, size)]
-            if us and them:
-                found += [(size, ours, theirs, _compare_rows(m, us, them)) for m in metrics]
-    return found
+    return [
+        (us[0].group, us[0].strategy, them[0].strategy, _compare_rows(metric, us, them))
+        for us, them in pairs
+        for metric in metrics
+    ]
 
 
-def _compare_rows(metric: Metric, us: Sequence[StudyRow], them: Sequence[StudyRow]) -> Comparison:
+def _compare_rows(metric: Metric, us: Sequence[RunRow], them: Sequence[RunRow]) -> Comparison:
     key = metric.key
     return compare(metric, [r.value(key) for r in us], [r.value(key) for r in them])
 
@@ -243,29 +189,16 @@ def _compare_rows(metric: Metric, us: Sequence[StudyRow], them: Sequence[StudyRo
 # -- figures -----------------------------------------------------------------------------------
 
 
-def study_figures(
-    rows: Sequence[StudyRow],
+def sizes_figures(
+    rows: Sequence[RunRow],
     folder: str | Path,
     baselines: Baselines | None = None,
     liquid: Liquid | None = None,
 ) -> tuple[Figure, ...]:
     """Draw the analogues of Figs. 2 to 5 of the paper and the seeds one by one.
 
-    Parameters
-    ----------
-    rows : sequence of StudyRow
-        All runs. A figure whose numbers nobody measured is left out.
-    folder : path
-        Gets `<name>.png`, `.svg` and `.csv` for `pareto`, `capacity`, `learning_<size>`, `rdf`,
-        `cost`, `seeds`; made if absent.
-    baselines : mapping, optional
-        Published potentials: name to metrics; drawn as horizontal lines.
-    liquid : (str, RadialDistribution), optional
-        Name and g(r) of a potential from elsewhere.
-
-    Returns
-    -------
-    tuple of Figure
+    `folder`, made if absent, gets `<name>.png`, `.svg` and `.csv` for `pareto`, `capacity`,
+    `learning_<size>`, `rdf`, `cost`, `seeds`; a figure whose numbers nobody measured is left out.
 
     Raises
     ------
@@ -285,7 +218,7 @@ def study_figures(
 
 
 def _pareto(
-    rows: Sequence[StudyRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
+    rows: Sequence[RunRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
 ) -> list[Figure]:
     panels = []
     for key in _measured(rows, _COST_COLUMNS):
@@ -317,7 +250,7 @@ def _pareto(
 
 
 def _capacity(
-    rows: Sequence[StudyRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
+    rows: Sequence[RunRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
 ) -> list[Figure]:
     panels = []
     for key in _measured(rows, _JUDGED):
@@ -346,12 +279,12 @@ def _capacity(
 
 
 def _learning(
-    rows: Sequence[StudyRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
+    rows: Sequence[RunRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
 ) -> list[Figure]:
     figures = []
     for size in _sizes(rows):
         curves = {
-            strategy: [r.learning_curve for r in group if r.learning_curve is not None]
+            strategy: [r.curve for r in group if r.curve is not None]
             for group_size, strategy, group in _groups(rows)
             if group_size == size
         }
@@ -371,7 +304,7 @@ def _learning(
 
 
 def _cost(
-    rows: Sequence[StudyRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
+    rows: Sequence[RunRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
 ) -> list[Figure]:
     panels = [
         Panel(
@@ -390,7 +323,7 @@ def _cost(
 
 
 def _seeds(
-    rows: Sequence[StudyRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
+    rows: Sequence[RunRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
 ) -> list[Figure]:
     keys = _measured(rows, ("forces_rmse", "energy_per_atom_rmse"))
     if not keys:
@@ -425,7 +358,7 @@ def _seeds(
 
 
 def _liquids(
-    rows: Sequence[StudyRow], folder: Path, known: Mapping[str, Look], liquid: Liquid | None
+    rows: Sequence[RunRow], folder: Path, known: Mapping[str, Look], liquid: Liquid | None
 ) -> list[Figure]:
     """g(r) of the reference and the teachers, and what the other models differ by, size by size."""
     groups = {
@@ -472,7 +405,7 @@ def _mean_distribution(runs: Sequence[RadialDistribution]) -> RadialDistribution
     return replace(runs[0], g=_line(runs)[1])
 
 
-def _by_strategy(rows: Sequence[StudyRow], x_key: str, y_key: str) -> list[Series]:
+def _by_strategy(rows: Sequence[RunRow], x_key: str, y_key: str) -> list[Series]:
     """One series per strategy, one point per size: means and spreads over seeds."""
     series = []
     for strategy in _sorted({row.strategy for row in rows}):
@@ -487,14 +420,14 @@ def _by_strategy(rows: Sequence[StudyRow], x_key: str, y_key: str) -> list[Serie
     return series
 
 
-def _spread(group: Sequence[StudyRow], key: str) -> Spread:
+def _spread(group: Sequence[RunRow], key: str) -> Spread:
     if key == "n_parameters":
         return Spread.of([float(row.n_parameters) for row in group])
     return Spread.of(row.value(key) for row in group).scaled(METRICS[key].scale)
 
 
 def _size_notes(
-    series: Sequence[Series], rows: Sequence[StudyRow], x_key: str
+    series: Sequence[Series], rows: Sequence[RunRow], x_key: str
 ) -> list[tuple[float, float, str]]:
     """The size beside the highest point of that size, where there are several sizes."""
     notes = []
@@ -502,7 +435,7 @@ def _size_notes(
     for size in sizes if len(sizes) > 1 else ():
         points = []
         for strategy in {row.strategy for row in rows}:
-            group = [r for r in rows if (r.size, r.strategy) == (size, strategy)]
+            group = [r for r in rows if (r.group, r.strategy) == (size, strategy)]
             x, y = _spread(group, x_key), _spread(group, "forces_rmse")
             if x.n and y.n:
                 points.append((y.mean + (0.0 if math.isnan(y.deviation) else y.deviation), x.mean))
@@ -515,8 +448,8 @@ def _size_notes(
 # -- the page ----------------------------------------------------------------------------------
 
 
-def write_study_report(
-    rows: Sequence[StudyRow],
+def write_sizes_report(
+    rows: Sequence[RunRow],
     folder: str | Path,
     *,
     title: str = "Teacher-student study",
@@ -529,35 +462,30 @@ def write_study_report(
 
     Parameters
     ----------
-    rows : sequence of StudyRow
+    rows : sequence of RunRow
         All runs.
     folder : path
-        Gets `report.html` and `report/`; made if absent.
+        Gets `report.html`, whose path is returned, and `report/`; made if absent.
     title : str
         Heading of the page.
     about : mapping, optional
         What, when, command, versions, seeds, data: shown as a list at the top, in this order.
     baselines : mapping, optional
-        Published potentials: name to metrics.
+        Published potentials: name to metrics, drawn as horizontal lines.
     liquid : (str, RadialDistribution), optional
         Name and g(r) of a potential from elsewhere.
     notes : sequence of str
         Paragraphs below the verdicts, in plain text.
-
-    Returns
-    -------
-    Path
-        Of `report.html`.
 
     Raises
     ------
     DataError
         If there are no rows, or two share a name.
     """
-    tables = study_tables(rows, baselines)
+    tables = sizes_tables(rows, baselines)
     folder = Path(folder)
     parts = folder / "report"
-    figures = study_figures(rows, parts, baselines, liquid)
+    figures = sizes_figures(rows, parts, baselines, liquid)
     for table in tables:
         table.write(parts)
     shown = tables[:-1]
@@ -566,7 +494,7 @@ def write_study_report(
         Section("Tables", tables=shown),
         Section("Every run", tables=(_short_runs_table(rows),)),
     ]
-    verdicts = study_verdicts(rows) or ("There is no pair of strategies to compare.",)
+    verdicts = sizes_verdicts(rows) or ("There is no pair of strategies to compare.",)
     page = Page(title, tuple((about or {}).items()), verdicts, (), tuple(notes), tuple(sections))
     return write_page(page, folder / "report.html")
 
@@ -574,7 +502,7 @@ def write_study_report(
 # -- order -------------------------------------------------------------------------------------
 
 
-def _check(rows: Sequence[StudyRow]) -> None:
+def _check(rows: Sequence[RunRow]) -> None:
     if not rows:
         raise DataError("a study report needs at least one run")
     names = [row.name for row in rows]
@@ -583,7 +511,7 @@ def _check(rows: Sequence[StudyRow]) -> None:
             raise DataError(f"two runs of the study are called '{name}': give each its own name")
 
 
-def _measured(rows: Sequence[StudyRow], keys: Iterable[str]) -> list[str]:
+def _measured(rows: Sequence[RunRow], keys: Iterable[str]) -> list[str]:
     """Keys that at least one run has a finite value of."""
     return [key for key in keys if any(math.isfinite(row.value(key)) for row in rows)]
 
@@ -597,20 +525,20 @@ def _strategy_key(strategy: str) -> tuple[int, str]:
     return (_ORDER.index(strategy) if strategy in _ORDER else len(_ORDER), strategy)
 
 
-def _sort_key(row: StudyRow) -> tuple[int, str, int, str, int]:
-    return (row.n_parameters, row.size, *_strategy_key(row.strategy), row.seed)
+def _sort_key(row: RunRow) -> tuple[int, str, int, str, int]:
+    return (row.n_parameters, row.group, *_strategy_key(row.strategy), row.seed)
 
 
-def _sizes(rows: Sequence[StudyRow]) -> list[str]:
+def _sizes(rows: Sequence[RunRow]) -> list[str]:
     """Labels of sizes by increasing number of parameters."""
-    return list(dict.fromkeys(row.size for row in sorted(rows, key=_sort_key)))
+    return list(dict.fromkeys(row.group for row in sorted(rows, key=_sort_key)))
 
 
-def _groups(rows: Sequence[StudyRow]) -> list[tuple[str, str, list[StudyRow]]]:
+def _groups(rows: Sequence[RunRow]) -> list[tuple[str, str, list[RunRow]]]:
     """(size, strategy, runs over seeds), small to large, in the order of strategies."""
-    groups: dict[tuple[str, str], list[StudyRow]] = {}
+    groups: dict[tuple[str, str], list[RunRow]] = {}
     for row in sorted(rows, key=_sort_key):
-        groups.setdefault((row.size, row.strategy), []).append(row)
+        groups.setdefault((row.group, row.strategy), []).append(row)
     order = _sizes(rows)
     return sorted(
         ((size, strategy, group) for (size, strategy), group in groups.items()),

@@ -17,13 +17,15 @@ import numpy as np
 from potstill.errors import DataError
 from potstill.evaluate.cka import CKAMatrix, similarity_gain
 from potstill.evaluate.errors import GapShare, estimate_over_seeds, share_of_gap
-from potstill.evaluate.learning import LearningCurves, progress_panels
+from potstill.evaluate.learning import progress_panels
+from potstill.experiments.rows import RunRow
+from potstill.experiments.spec import GridPoint
 from potstill.metrics import Estimate, Metric
 from potstill.report.heatmaps import Heatmap, write_heatmaps
 from potstill.report.page import Page, Section, write_page
 from potstill.report.plots import Figure, write_figure
 from potstill.report.tables import Cell, Spread, Table
-from potstill.report.verdicts import compare
+from potstill.report.verdicts import Comparison, compare
 
 #: Metrics of the tables, by the keys of `potstill.metrics.S2EF_METRICS`.
 COLUMNS = (
@@ -34,78 +36,37 @@ COLUMNS = (
 )
 _JUDGED = COLUMNS[:2]
 
-_CONTROL, _TEACHER = "control", "teacher"
-
 
 @dataclass(frozen=True)
-class FeatureRow:
-    """One trained model of a study.
-
-    Parameters
-    ----------
-    name : str
-        Unique name of the run.
-    model, teacher : str
-        What was trained, and by whom; `teacher` and `pair` are None where it was trained alone.
-    pair, run : str
-        Pair of models, and strategy. Runs of a grid are called `grid[option=value,...]`.
-    seed, n_parameters : int
-        Of the initial weights, -1 of a teacher from elsewhere; trainable numbers.
-    splits, average : mapping
-        Metrics by test set, and averaged over these.
-    taps : (str, str), optional
-        Tap of the student that learned from one of the teacher's.
-    curve : LearningCurves, optional
-        Of the run.
-    """
+class Pair:
+    """The runs of one pair of models: control, teacher and students by strategy."""
 
     name: str
-    model: str
-    teacher: str | None
-    pair: str | None
-    run: str
-    seed: int
-    n_parameters: int
-    splits: Mapping[str, Mapping[str, Estimate]]
-    average: Mapping[str, Estimate]
-    taps: tuple[str, str] | None = None
-    curve: LearningCurves | None = None
-
-    def metrics(self, split: str | None) -> Mapping[str, Estimate]:
-        """Of a test set, or averaged."""
-        return self.average if split is None else self.splits[split]
-
-
-@dataclass(frozen=True)
-class PairRuns:
-    """The runs of one pair of models, by strategy; `control` and `teacher` among them."""
-
-    name: str
-    student: str
-    teacher: str
-    runs: dict[str, list[FeatureRow]]
+    control: list[RunRow]
+    teacher: list[RunRow]
+    students: dict[str, list[RunRow]]
 
     @property
-    def strategies(self) -> list[str]:
-        """Names of the strategies, without grids."""
-        return [run for run in self.runs if run not in (_CONTROL, _TEACHER) and "[" not in run]
-
-    def grid(self, name: str) -> dict[str, list[FeatureRow]]:
-        """Runs of a grid by their options."""
-        start = f"{name}["
-        return {
-            run.removeprefix(start)[:-1]: rows
-            for run, rows in self.runs.items()
-            if run.startswith(start)
-        }
+    def strategies(self) -> dict[str, list[RunRow]]:
+        """Students by strategy, without grids."""
+        return {key: rows for key, rows in self.students.items() if rows[0].point is None}
 
     @property
-    def grids(self) -> list[str]:
-        """Names of the grids."""
-        return list(dict.fromkeys(run.split("[")[0] for run in self.runs if "[" in run))
+    def grids(self) -> dict[str, dict[GridPoint, list[RunRow]]]:
+        """Students by grid and place in it."""
+        found: dict[str, dict[GridPoint, list[RunRow]]] = {}
+        for rows in self.students.values():
+            if (point := rows[0].point) is not None:
+                found.setdefault(point.grid, {})[point] = rows
+        return found
+
+    @property
+    def rows(self) -> list[RunRow]:
+        """All runs."""
+        return [*self.control, *self.teacher, *(r for rows in self.students.values() for r in rows)]
 
 
-def pairs_of(rows: Sequence[FeatureRow]) -> list[PairRuns]:
+def pairs_of(rows: Sequence[RunRow]) -> list[Pair]:
     """Sort the runs of a study by pair; each has its control and its teacher.
 
     Raises
@@ -115,42 +76,36 @@ def pairs_of(rows: Sequence[FeatureRow]) -> list[PairRuns]:
     """
     if not rows:
         raise DataError("a study report needs at least one run")
-    alone: dict[str, list[FeatureRow]] = {}
-    pairs: dict[str, PairRuns] = {}
+    variants: dict[str, list[RunRow]] = {}
     for row in rows:
-        if row.pair is None:
-            alone.setdefault(row.model, []).append(row)
-            continue
-        assert row.teacher is not None
-        pair = pairs.setdefault(row.pair, PairRuns(row.pair, row.model, row.teacher, {}))
-        pair.runs.setdefault(row.run, []).append(row)
-    for pair in pairs.values():
-        own = {_CONTROL: alone.get(pair.student, []), _TEACHER: alone.get(pair.teacher, [])}
-        found = {role: runs for role, runs in own.items() if runs}
-        pair.runs.update({**found, **{k: v for k, v in pair.runs.items() if k not in found}})
+        variants.setdefault(row.variant, []).append(row)
+    pairs: dict[str, Pair] = {}
+    for found in variants.values():
+        one = found[0]
+        if one.against:
+            control, teacher = variants.get(one.against[0], []), variants.get(one.teacher, [])
+            pair = pairs.setdefault(one.group, Pair(one.group, control, teacher, {}))
+            pair.students[one.strategy] = found
     return list(pairs.values())
 
 
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def result_table(pairs: Sequence[PairRuns], split: str | None = None) -> Table:
+def result_table(pairs: Sequence[Pair], split: str | None = None) -> Table:
     """Errors of control, teacher and every strategy, and shares of the gap (Table 1 of the paper).
 
-    Parameters
-    ----------
-    pairs : sequence of PairRuns
-        All pairs.
-    split : str, optional
-        A test set; the average over all by default.
+    Of a test set, or averaged over all.
     """
     body = []
-    metrics = _shown((row for p in pairs for rows in p.runs.values() for row in rows), split)
+    metrics = _shown((row for pair in pairs for row in pair.rows), split)
     for pair in pairs:
-        named = {_CONTROL: pair.student, _TEACHER: pair.teacher}
-        for run in [r for r in (_CONTROL, _TEACHER) if r in pair.runs] + pair.strategies:
-            words = f"{run} ({_plain(named[run])})" if run in named else run
-            body.append((_plain(pair.name), words, *_cells(pair, pair.runs[run], metrics, split)))
+        for name, rows in (("control", pair.control), ("teacher", pair.teacher)):
+            if rows:
+                words = f"{name} ({_plain(rows[0].variant)})"
+                body.append((_plain(pair.name), words, *_cells(pair, rows, metrics, split)))
+        for name, rows in pair.strategies.items():
+            body.append((_plain(pair.name), name, *_cells(pair, rows, metrics, split)))
     where = "mean over the test sets" if split is None else split
     name = "table_results" if split is None else f"table_results_{_file(split)}"
     columns = ("Pair", "Run", *(metric.label for metric in metrics), "Against the control")
@@ -166,18 +121,18 @@ _NOTE = (
 )
 
 
-def _shown(rows: Iterable[FeatureRow], split: str | None) -> list[Metric]:
+def _shown(rows: Iterable[RunRow], split: str | None) -> list[Metric]:
     """Metrics that say something: EFwT may be zero everywhere."""
     rows = list(rows)
     return [m for m in COLUMNS if any(value != 0.0 for value in _values(rows, m, split))]
 
 
 def _cells(
-    pair: PairRuns, rows: Sequence[FeatureRow], metrics: Sequence[Metric], split: str | None
+    pair: Pair, rows: Sequence[RunRow], metrics: Sequence[Metric], split: str | None
 ) -> list[Cell]:
     """Value and share of the gap for each metric, and the verdict."""
     cells: list[Cell] = []
-    own = rows[0].pair is not None
+    own = bool(rows[0].against)
     for metric in metrics:
         text = str(Spread.of(_values(rows, metric, split)).scaled(metric.scale))
         share = _share(pair, rows, metric, split) if own else None
@@ -188,40 +143,52 @@ def _cells(
     return [*cells, _verdict(pair, rows, split) if own else ""]
 
 
-def _values(rows: Sequence[FeatureRow], metric: Metric, split: str | None) -> list[float]:
-    found = [row.metrics(split).get(metric.key) for row in rows]
+def _metrics(row: RunRow, split: str | None) -> Mapping[str, Estimate]:
+    """Of a test set, or averaged."""
+    assert row.tests is not None
+    return row.tests.average if split is None else row.tests.splits[split]
+
+
+def _values(rows: Sequence[RunRow], metric: Metric, split: str | None) -> list[float]:
+    found = [_metrics(row, split).get(metric.key) for row in rows]
     return [estimate.value for estimate in found if estimate is not None]
 
 
-def _estimate(rows: Sequence[FeatureRow], metric: Metric, split: str | None) -> Estimate | None:
+def _estimate(rows: Sequence[RunRow], metric: Metric, split: str | None) -> Estimate | None:
     """Over seeds; of a single run, over its frames."""
-    found = [e for row in rows if (e := row.metrics(split).get(metric.key)) is not None]
+    found = [e for row in rows if (e := _metrics(row, split).get(metric.key)) is not None]
     if len(found) < 2:
         return found[0] if found else None
     return estimate_over_seeds([estimate.value for estimate in found])
 
 
 def _share(
-    pair: PairRuns, rows: Sequence[FeatureRow], metric: Metric, split: str | None
+    pair: Pair, rows: Sequence[RunRow], metric: Metric, split: str | None
 ) -> GapShare | None:
     seeds = {row.seed for row in rows}
     parts = [
         _estimate(runs, metric, split)
-        for runs in (rows, _at(pair, _CONTROL, seeds), _at(pair, _TEACHER, seeds))
+        for runs in (rows, _at(pair.control, seeds), _at(pair.teacher, seeds))
     ]
     if any(part is None for part in parts):
         return None
     return share_of_gap(*parts)  # type: ignore[arg-type]
 
 
-def _verdict(pair: PairRuns, rows: Sequence[FeatureRow], split: str | None) -> str:
+def _change(
+    pair: Pair, rows: Sequence[RunRow], metric: Metric, split: str | None = None
+) -> Comparison:
+    """Runs against the controls of their seeds."""
+    controls = _at(pair.control, {row.seed for row in rows})
+    return compare(metric, _values(rows, metric, split), _values(controls, metric, split))
+
+
+def _verdict(pair: Pair, rows: Sequence[RunRow], split: str | None) -> str:
     """What a strategy does to energies and forces."""
     words = []
-    controls = _at(pair, _CONTROL, {row.seed for row in rows})
     for metric in _JUDGED:
-        ours, theirs = _values(rows, metric, split), _values(controls, metric, split)
-        if ours and theirs:
-            c = compare(metric, ours, theirs)
+        c = _change(pair, rows, metric, split)
+        if c.outcome != "unknown":
             sign = "+" if c.change > 0 else "−"
             words.append(
                 f"{metric.name.split()[0].lower()} {sign}{abs(100 * c.change):.0f} %"
@@ -230,20 +197,19 @@ def _verdict(pair: PairRuns, rows: Sequence[FeatureRow], split: str | None) -> s
     return ", ".join(words)
 
 
-def _at(pair: PairRuns, run: str, seeds: set[int]) -> list[FeatureRow]:
+def _at(rows: Sequence[RunRow], seeds: set[int]) -> list[RunRow]:
     """Runs of these seeds; a teacher from elsewhere has none (-1) and belongs to all."""
-    return [row for row in pair.runs.get(run, []) if row.seed in seeds or row.seed < 0]
+    return [row for row in rows if row.seed in seeds or row.seed < 0]
 
 
-def seed_table(pairs: Sequence[PairRuns], splits: Sequence[str]) -> Table:
+def seed_table(pairs: Sequence[Pair], splits: Sequence[str]) -> Table:
     """Change of energies and forces of every student against the control of its own seed."""
     body: list[tuple[Cell, ...]] = []
     for pair in pairs:
-        for run in pair.strategies:
-            for row in pair.runs[run]:
-                controls = _at(pair, _CONTROL, {row.seed})
+        for run, rows in pair.strategies.items():
+            for row in rows:
                 changes = [
-                    100.0 * compare(m, _values([row], m, split), _values(controls, m, split)).change
+                    100.0 * _change(pair, [row], m, split).change
                     for split in splits
                     for m in _JUDGED
                 ]
@@ -278,17 +244,17 @@ def model_table(measured: Mapping[str, Any]) -> Table:
     return Table("table_models", "Size and speed of the models", columns, tuple(body), note)
 
 
-def grid_table(pair: PairRuns, grid: str, measured: Mapping[str, Any]) -> Table:
+def grid_table(pair: Pair, grid: str, measured: Mapping[str, Any]) -> Table:
     """Runs of a grid, with the similarity of the tapped features before and after."""
-    runs = pair.grid(grid)
+    runs = pair.grids[grid]
     metrics = _shown((row for rows in runs.values() for row in rows), None)
     body: list[tuple[Cell, ...]] = []
-    if _CONTROL in pair.runs:
-        own = _at(pair, _CONTROL, {row.seed for rows in runs.values() for row in rows})
-        body.append((_CONTROL, *_cells(pair, own, metrics, None), None, None, None, None))
-    for options, rows in runs.items():
+    if pair.control:
+        own = _at(pair.control, {row.seed for rows in runs.values() for row in rows})
+        body.append(("control", *_cells(pair, own, metrics, None), None, None, None, None))
+    for point, rows in runs.items():
         similarity = _similarity(rows[0], measured)
-        body.append((options, *_cells(pair, rows, metrics, None), *similarity))
+        body.append((str(point), *_cells(pair, rows, metrics, None), *similarity))
     columns = (grid, *(metric.label for metric in metrics), "Against the control")
     probes = ("CKA before", "CKA after", "Energy R² of the teacher's tap", "Forces R²")
     title = f"{_plain(pair.name)}: {grid}"
@@ -302,7 +268,7 @@ _GRID_NOTE = (
 )
 
 
-def _similarity(row: FeatureRow, measured: Mapping[str, Any]) -> list[Cell]:
+def _similarity(row: RunRow, measured: Mapping[str, Any]) -> list[Cell]:
     """CKA of the distilled taps before and after, and probes of the teacher's tap."""
     cells: list[Cell] = [None, None, None, None]
     found = measured.get("cka", {}).get(row.name)
@@ -321,14 +287,16 @@ def _similarity(row: FeatureRow, measured: Mapping[str, Any]) -> list[Cell]:
 # -- figures ---------------------------------------------------------------------------------------
 
 
-def progress_figure(pair: PairRuns, folder: Path, grid: str | None = None) -> Figure:
+def progress_figure(pair: Pair, folder: Path, grid: str | None = None) -> Figure:
     """Validation errors against processor time and steps (Figs. 4, 5 and 9 of the paper).
 
     Of the strategies of a pair, or of the runs of a grid; beside the control.
     """
-    found = {run: pair.runs[run] for run in pair.strategies} if grid is None else pair.grid(grid)
+    found = pair.strategies
+    if grid is not None:
+        found = {str(point): rows for point, rows in pair.grids[grid].items()}
     seeds = {row.seed for rows in found.values() for row in rows}
-    found = {_CONTROL: _at(pair, _CONTROL, seeds), **found}
+    found = {"control": _at(pair.control, seeds), **found}
     curves = {run: [r.curve for r in rows if r.curve is not None] for run, rows in found.items()}
     what = "" if grid is None else f"_{_file(grid)}"
     title = _plain(pair.name) if grid is None else f"{_plain(pair.name)}, {grid}"
@@ -347,32 +315,26 @@ def progress_figure(pair: PairRuns, folder: Path, grid: str | None = None) -> Fi
     )
 
 
-def grid_figure(pair: PairRuns, grid: str, folder: Path) -> Figure | None:
+def grid_figure(pair: Pair, grid: str, folder: Path) -> Figure | None:
     """Change of energies and forces by two options, as a field; None for other grids."""
-    found: dict[tuple[str, ...], list[FeatureRow]] = {}
-    for options, rows in pair.grid(grid).items():
-        found[tuple(options.split(","))] = rows
-    first, second = (list(dict.fromkeys(key[k] for key in found if len(key) == 2)) for k in (0, 1))
-    if min(len(first), len(second)) < 2 or _CONTROL not in pair.runs:
+    runs = pair.grids[grid]
+    options = list(next(iter(runs)).options)
+    if len(options) != 2 or not pair.control:
+        return None
+    # Values in the order of the config; those that YAML makes unhashable are compared as text.
+    first, second = (
+        list(dict.fromkeys(str(point.options[key]) for point in runs)) for key in options
+    )
+    if min(len(first), len(second)) < 2:
         return None
     maps = []
     for metric in _JUDGED:
         values = np.full((len(first), len(second)), np.nan)
-        for (one, other), rows in found.items():
-            controls = _at(pair, _CONTROL, {row.seed for row in rows})
-            c = compare(metric, _values(rows, metric, None), _values(controls, metric, None))
-            values[first.index(one), second.index(other)] = c.change
-        maps.append(
-            Heatmap(
-                metric.name,
-                [key.partition("=")[2] for key in first],
-                [key.partition("=")[2] for key in second],
-                values,
-                row_label=_plain(first[0].partition("=")[0]),
-                column_label=_plain(second[0].partition("=")[0]),
-                signed=True,
-            )
-        )
+        for point, rows in runs.items():
+            one, other = (str(point.options[key]) for key in options)
+            values[first.index(one), second.index(other)] = _change(pair, rows, metric).change
+        down, across = map(_plain, options)
+        maps.append(Heatmap(metric.name, first, second, values, down, across, signed=True))
     return write_heatmaps(
         folder,
         f"grid_{_file(pair.name)}_{_file(grid)}",
@@ -382,9 +344,7 @@ def grid_figure(pair: PairRuns, grid: str, folder: Path) -> Figure | None:
     )
 
 
-def cka_figure(
-    pair: PairRuns, row: FeatureRow, measured: Mapping[str, Any], folder: Path
-) -> Figure:
+def cka_figure(pair: Pair, row: RunRow, measured: Mapping[str, Any], folder: Path) -> Figure:
     """Similarity of student and teacher before and after, and the gain (Figs. 6 to 8)."""
     before, after = (
         CKAMatrix.from_json(measured["cka"][row.name][when]) for when in ("before", "after")
@@ -392,8 +352,8 @@ def cka_figure(
     known = row.taps is not None and row.taps[0] in after.first and row.taps[1] in after.second
     gain = similarity_gain(before, after)
     look: dict[str, Any] = {
-        "row_label": _plain(pair.student),
-        "column_label": _plain(pair.teacher),
+        "row_label": _plain(row.against[0]),
+        "column_label": _plain(row.teacher),
         "marked": row.taps if known else None,
     }
     maps = [
@@ -403,8 +363,8 @@ def cka_figure(
     ]
     return write_heatmaps(
         folder,
-        f"cka_{_file(pair.name)}_{_file(row.run)}",
-        f"{_plain(pair.name)}, {row.run}: similarity of student and teacher",
+        f"cka_{_file(pair.name)}_{_file(row.strategy)}",
+        f"{_plain(pair.name)}, {row.strategy}: similarity of student and teacher",
         f"Linear CKA over {after.n_atoms} atoms of the validation set; before: the control. The "
         "framed field is the pair of taps that was distilled.",
         maps,
@@ -414,8 +374,8 @@ def cka_figure(
 # -- the page --------------------------------------------------------------------------------------
 
 
-def write_feature_report(
-    rows: Sequence[FeatureRow],
+def write_pairs_report(
+    rows: Sequence[RunRow],
     measured: Mapping[str, Any],
     folder: Path,
     *,
@@ -426,10 +386,10 @@ def write_feature_report(
 
     Parameters
     ----------
-    rows : sequence of FeatureRow
+    rows : sequence of RunRow
         All runs.
     measured : mapping
-        As of `potstill.workflows.feature_measures.measure_features`.
+        As of `potstill.experiments.measures.SimilaritySettings.measure`.
     folder : Path
         Gets `report.html` and `report/`.
     title : str
@@ -445,7 +405,8 @@ def write_feature_report(
     parts = folder / "report"
     parts.mkdir(parents=True, exist_ok=True)
     pairs = pairs_of(rows)
-    splits = list(rows[0].splits)
+    assert rows[0].tests is not None
+    splits = list(rows[0].tests.splits)
     main = [p for p in pairs if p.strategies]
     models = model_table(measured)
     tables = [result_table(main)] if main else []
@@ -465,8 +426,8 @@ def write_feature_report(
     similar = [
         cka_figure(pair, found[0], measured, parts)
         for pair in pairs
-        for run in pair.strategies
-        if (found := [r for r in pair.runs[run] if r.name in measured.get("cka", {})])
+        for rows in pair.strategies.values()
+        if (found := [r for r in rows if r.name in measured.get("cka", {})])
     ]
     sections = [
         Section("Results", tables=(*tables, models)),
@@ -479,16 +440,14 @@ def write_feature_report(
     return write_page(page, folder / "report.html")
 
 
-def sentences(pairs: Sequence[PairRuns]) -> tuple[str, ...]:
+def sentences(pairs: Sequence[Pair]) -> tuple[str, ...]:
     """For each pair: which strategies help and which do not, energies and forces apart."""
     found = []
     for pair in pairs:
         for metric in _JUDGED:
             outcomes: dict[str, list[str]] = {}
-            for run in pair.strategies:
-                rows = pair.runs[run]
-                controls = _at(pair, _CONTROL, {row.seed for row in rows})
-                c = compare(metric, _values(rows, metric, None), _values(controls, metric, None))
+            for run, rows in pair.strategies.items():
+                c = _change(pair, rows, metric)
                 if c.outcome == "unknown":
                     continue
                 how = c.outcome if c.tested else f"{c.outcome} in one run"

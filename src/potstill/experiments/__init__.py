@@ -1,0 +1,1 @@
+"""Experiments: data, variants and seeds; one scheduler trains the runs, one report judges them."""

@@ -1,0 +1,556 @@
+"""The protocols of two papers: settings of a study, as configs hold them, to an experiment.
+
+`SizesStudy` is that of Matin et al.: sizes of students x strategies, with the weights of Table 1.
+`PairsStudy` is that of Ekström Kelvinius et al.: pairs of models x strategies of feature
+distillation, and grids of their options.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from potstill.distill import LossTerm, Schedule
+from potstill.distill.feature_terms import KINDS
+from potstill.distill.taps import CHOSEN_PAIRS
+from potstill.errors import suggest
+from potstill.experiments.measures import LiquidSettings, SimilaritySettings
+from potstill.experiments.spec import (
+    TEACHER,
+    Errors,
+    Experiment,
+    ExperimentData,
+    GivenTeacher,
+    GridPoint,
+    HeldOutSet,
+    Role,
+    StoredTeacher,
+    TrainedTeacher,
+    Variant,
+)
+from potstill.models import TapSpec, build_model
+from potstill.species import SpeciesTable
+from potstill.train import TrainSettings
+from potstill.train.settings import ModelSettings, ScoreSettings
+from potstill.workflows.base import Settings, TeacherSettings, merged
+from potstill.workflows.data import DataSettings, FileData, SplitData, is_store
+
+#: Table 1 of Matin et al.: first epoch of each stage, and the weights from there on.
+BORN_AGAIN_EPOCHS = (1, 200, 250, 300, 350, 400)
+BORN_AGAIN_WEIGHTS = {
+    "energy": (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+    "forces": (75.0, 63.0, 51.0, 39.0, 27.0, 15.0),
+    "atomic_energies": (200.0, 160.0, 120.0, 80.0, 40.0, 0.0),
+}
+
+
+class _Study(Settings):
+    """What studies of both kinds have."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _zero_of_the_papers(cls, data: Any) -> Any:
+        """Studies take energies as they are unless they say otherwise, as the papers do."""
+        if isinstance(data, Mapping) and isinstance(data.get("common", {}), Mapping):
+            plain = {"energy": {"zero": "none"}}
+            return {**data, "common": merged(plain, data.get("common", {}))}
+        return data
+
+
+# -- Matin et al. ----------------------------------------------------------------------------------
+
+
+class Strategy(Settings):
+    """How one kind of run is trained.
+
+    Parameters
+    ----------
+    role : {"teacher", "student", "control"}
+        Students also learn their teacher's atomic energies; a control is the first student without
+        them.
+    teacher : str
+        With the role `student`: the strategy, of role `teacher`, whose models are its teachers.
+    w_energy, w_forces, w_atomic_energies : float
+        Static weights of Eq. 5.
+    born_again : bool
+        Use Table 1's schedule instead of the static weights.
+    last_w_forces : float, optional
+        With `born_again`, replace the schedule's final force weight: Table 1 ends at 15, where the
+        paper's text says that it ends at the teacher's 10.
+    sizes : tuple of str, optional
+        Train only these sizes with it; all if absent.
+    """
+
+    role: Role
+    teacher: str = "teacher"
+    w_energy: float = 1.0
+    w_forces: float = 10.0
+    w_atomic_energies: float = 0.0
+    born_again: bool = False
+    last_w_forces: float | None = None
+    sizes: tuple[str, ...] | None = None
+
+    def weights(self, schedule_factor: float) -> dict[str, float | Schedule]:
+        """Weights by property, with the epochs of the schedule multiplied by a factor."""
+        if not self.born_again:
+            return {
+                "energy": self.w_energy,
+                "forces": self.w_forces,
+                "atomic_energies": self.w_atomic_energies,
+            }
+        values = dict(BORN_AGAIN_WEIGHTS)
+        if self.last_w_forces is not None:
+            values["forces"] = (*values["forces"][:-1], self.last_w_forces)
+        return {
+            name: Schedule(epochs=BORN_AGAIN_EPOCHS, values=v).compressed(schedule_factor)
+            for name, v in values.items()
+        }
+
+
+#: The strategies of Matin et al. by name; a study may add its own.
+STRATEGIES: dict[str, Strategy] = {
+    "teacher": Strategy(role=Role.TEACHER),
+    "student": Strategy(role=Role.STUDENT, w_forces=30.0, w_atomic_energies=100.0),
+    "control_wf10": Strategy(role=Role.CONTROL, w_forces=10.0),
+    "control_wf30": Strategy(role=Role.CONTROL, w_forces=30.0),
+    "born_again": Strategy(role=Role.STUDENT, born_again=True, sizes=("teacher",)),
+    "born_again_wf10": Strategy(
+        role=Role.STUDENT, born_again=True, last_w_forces=10.0, sizes=("teacher",)
+    ),
+    "born_again_static": Strategy(
+        role=Role.STUDENT, w_forces=30.0, w_atomic_energies=100.0, sizes=("teacher",)
+    ),
+}
+
+
+class SizesData(Settings):
+    """Where a study's structures and labels come from.
+
+    Parameters
+    ----------
+    train : str
+        A structure file or a labelled store.
+    tests : dict of str to str
+        Held-out files or stores by name; the first is the one that tables show.
+    source : str
+        The label set that plays the reference: `reference`, or a teacher's name in the store.
+    validation_fraction : float
+        Share of the training file held out for the score, evenly over its groups.
+    validation_seed : int
+        Seed of that split, the same for all runs.
+    atomic_energies_from : str, optional
+        Take atomic energies from this label set of the store instead of from the study's own
+        teacher models: a published ensemble, say.
+    """
+
+    train: str
+    tests: dict[str, str]
+    source: str = "reference"
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1)
+    validation_seed: int = 0
+    atomic_energies_from: str | None = None
+
+    @property
+    def parts(self) -> DataSettings:
+        """Training and validation set."""
+        fractions = {"validation": self.validation_fraction}
+        split = SplitData(seed=self.validation_seed, fractions=fractions, of_every_group=True)
+        if is_store(self.train):
+            return DataSettings(store=self.train, sources=(self.source,), split=split)
+        file = FileData(path=self.train, require=("energy", "forces"))
+        return DataSettings(files=(file,), split=split)
+
+
+class SizesStudy(_Study):
+    """Sizes of students x strategies x seeds.
+
+    Parameters
+    ----------
+    name, title : str
+        Short name of the study, and one line for the report.
+    data : SizesData
+        Training and test sets.
+    seeds : tuple of int
+        Every variant is trained once for each.
+    sizes : dict of str to dict
+        Hyper-parameters by size; `teacher` must be there and belongs to the teacher.
+    strategies : tuple of str
+        Keys of `STRATEGIES`, or of `extra_strategies`.
+    extra_strategies : dict of str to Strategy
+        Strategies of the study's own, such as a second teacher and its students.
+    common : TrainSettings
+        Everything else, shared by all runs; its model, loss, score and seed are filled in.
+    measure : LiquidSettings, optional
+        Molecular dynamics with the trained models; none if absent.
+    baselines : dict of str to dict
+        Published potentials and their errors on the first test set, by keys of
+        `potstill.metrics`.
+    schedule_factor : float
+        Table 1's epochs are multiplied by it.
+    """
+
+    name: str
+    title: str
+    data: SizesData
+    seeds: tuple[int, ...] = (0, 1, 2)
+    sizes: dict[str, dict[str, Any]]
+    strategies: tuple[str, ...] = tuple(STRATEGIES)
+    extra_strategies: dict[str, Strategy] = Field(default_factory=dict)
+    common: TrainSettings = Field(default_factory=TrainSettings)
+    measure: LiquidSettings | None = None
+    baselines: dict[str, dict[str, float]] = Field(default_factory=dict)
+    schedule_factor: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> SizesStudy:
+        if "teacher" not in self.sizes:
+            raise ValueError("sizes must name the teacher's size as 'teacher'")
+        if not is_store(self.data.train) and self.data.source != "reference":
+            raise ValueError(f"a file has no labels of '{self.data.source}': make it a store")
+        known = {**STRATEGIES, **self.extra_strategies}
+        for name in self.strategies:
+            if name not in known:
+                raise ValueError(f"unknown strategy '{name}'{suggest(name, STRATEGIES)}")
+            own = known[name]
+            for size in own.sizes or ():
+                if size not in self.sizes:
+                    raise ValueError(f"'{name}' names a size '{size}' that there is not")
+            if own.role is not Role.STUDENT or self.data.atomic_energies_from is not None:
+                continue
+            if own.teacher not in self.strategies or known[own.teacher].role is not Role.TEACHER:
+                raise ValueError(
+                    f"the strategy '{name}' learns from '{own.teacher}', which is not among the "
+                    "study's strategies of role 'teacher'"
+                )
+        return self
+
+    @cached_property
+    def experiment(self) -> Experiment:
+        """Its variants: every strategy at every size; teachers at their own."""
+        known = {**STRATEGIES, **self.extra_strategies}
+        strategies = {name: known[name] for name in self.strategies}
+        variants = [
+            self.variant(name, size)
+            for name, own in strategies.items()
+            for size in self._sizes(own)
+        ]
+        variants = [replace(v, against=_judges(v, variants, strategies)) for v in variants]
+        data = ExperimentData(
+            self.data.parts,
+            {name: HeldOutSet.at(path) for name, path in self.data.tests.items()},
+            self.data.source,
+        )
+        measures = {} if self.measure is None else {"liquid": self.measure}
+        return Experiment(
+            self.name,
+            self.title,
+            data,
+            tuple(variants),
+            self.seeds,
+            measures=measures,
+            baselines=self.baselines,
+            config=self,
+        )
+
+    def _sizes(self, own: Strategy) -> Sequence[str]:
+        if own.role is Role.TEACHER:
+            return ("teacher",)
+        return own.sizes or [size for size in self.sizes if size != "teacher"]
+
+    def variant(self, name: str, size: str) -> Variant:
+        """One strategy at one size; a control is the first student without its teacher."""
+        known = {**STRATEGIES, **self.extra_strategies}
+        own = known[name]
+        if own.role is Role.CONTROL:
+            students = (s for s in self.strategies if known[s].role is Role.STUDENT)
+            student = self.variant(next(students, "student"), size)
+            weights = {"energy": own.w_energy, "forces": own.w_forces}
+            return student.control(f"{name}-{size}", strategy=name, **weights)
+        source = self.data.source
+        terms = {
+            key: LossTerm(
+                property=key,
+                source=TEACHER if key == "atomic_energies" else source,
+                weight=weight,
+            )
+            for key, weight in own.weights(self.schedule_factor).items()
+            if weight != 0.0
+        }
+        taught = terms.pop("atomic_energies", None)
+        model = self.common.model
+        hyperparameters = {**model.hyperparameters, **self.sizes[size]}
+        settings = self.common.model_copy(
+            update={
+                "model": model.model_copy(update={"hyperparameters": hyperparameters}),
+                "loss": tuple(terms.values()),
+                "score": ScoreSettings(source=source, weights=self.common.score.weights),
+            }
+        )
+        teacher: StoredTeacher | TrainedTeacher | None = None
+        if own.role is Role.STUDENT:
+            stored = self.data.atomic_energies_from
+            trained = TrainedTeacher(f"{own.teacher}-teacher")
+            teacher = trained if stored is None else StoredTeacher(stored)
+        return Variant(
+            f"{name}-{size}",
+            own.role,
+            strategy=name,
+            group=size,
+            settings=settings,
+            taught=() if taught is None else (taught,),
+            teacher=teacher,
+        )
+
+
+def _judges(
+    variant: Variant, variants: Sequence[Variant], strategies: Mapping[str, Strategy]
+) -> tuple[str, ...]:
+    """Controls of a student of its size; at the teacher's size, the teacher and static weights."""
+    if variant.role is not Role.STUDENT:
+        return ()
+    scheduled = strategies[variant.strategy].born_again
+    found = [
+        other.name
+        for other in variants
+        if other.group == variant.group
+        and (
+            other.role is Role.CONTROL
+            or variant.teacher == TrainedTeacher(other.name)
+            or (
+                (scheduled and other.role is variant.role)
+                and not strategies[other.strategy].born_again
+            )
+        )
+    ]
+    return tuple(found)
+
+
+# -- Ekström Kelvinius et al. ----------------------------------------------------------------------
+
+
+class StudyModel(Settings):
+    """A model of the study.
+
+    Parameters
+    ----------
+    kind, hyperparameters
+        As of `ModelSettings`: the study trains it.
+    checkpoint : TeacherSettings, optional
+        A trained teacher from elsewhere, instead.
+    train : dict
+        Settings of its own, nested as in `common`.
+    """
+
+    kind: str = ""
+    hyperparameters: dict[str, Any] = Field(default_factory=dict)
+    checkpoint: TeacherSettings | None = None
+    train: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> StudyModel:
+        if bool(self.kind) == (self.checkpoint is not None):
+            raise ValueError("give either 'kind' or 'checkpoint'")
+        return self
+
+    @cached_property
+    def taps(self) -> Mapping[str, TapSpec]:
+        """Its features by name; the model or teacher is made once to ask it."""
+        if self.checkpoint is not None:
+            return self.checkpoint.make().taps
+        return build_model(self.kind, SpeciesTable.from_symbols(["H"]), self.hyperparameters).taps
+
+
+class Grid(Settings):
+    """Runs of one pair that differ in options of one line: taps, losses, transformations, weights.
+
+    Parameters
+    ----------
+    line : dict
+        The line of the loss.
+    over : dict of str to tuple
+        Values of its options; every combination is a run. `all` stands for all taps that fit.
+    seeds : tuple of int, optional
+        Those of the study by default.
+    """
+
+    line: dict[str, Any]
+    over: dict[str, tuple[Any, ...] | Literal["all"]]
+    seeds: tuple[int, ...] | None = None
+
+    def points(self, name: str, student: StudyModel, teacher: StudyModel) -> list[GridPoint]:
+        """Every combination of the options."""
+        kinds = KINDS.get(str(self.line.get("distill")))
+        asked = [option for option, values in self.over.items() if values == "all"]
+        if asked and (kinds is None or not set(asked) <= {"student_tap", "teacher_tap"}):
+            raise ValueError(
+                f"'all' stands for the taps of one strategy on features, not for {', '.join(asked)}"
+            )
+        values: dict[str, Sequence[Any]] = {}
+        for option, own in self.over.items():
+            values[option] = own
+            if own == "all":
+                assert kinds is not None
+                of_student = option == "student_tap"
+                taps = (student if of_student else teacher).taps
+                fitting = (kinds.student,) if of_student else kinds.teacher
+                values[option] = [
+                    k for k, t in taps.items() if t.kind in fitting and k != CHOSEN_PAIRS
+                ]
+        return [
+            GridPoint(name, dict(zip(values, combination, strict=True)))
+            for combination in itertools.product(*values.values())
+        ]
+
+
+class StudyPair(Settings):
+    """A teacher and a student.
+
+    Parameters
+    ----------
+    teacher, student : str
+        Names of models.
+    strategies : dict of str to dict
+        Lines of the loss by name, without `source`; a weight may be `preset:PAIR`, one of the
+        paper's (`potstill.distill.strategies.PRESETS`).
+    grids : dict of str to Grid
+        Ablations by name.
+    """
+
+    teacher: str
+    student: str
+    strategies: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    grids: dict[str, Grid] = Field(default_factory=dict)
+
+
+class PairsStudy(_Study):
+    """Pairs of models x strategies of feature distillation x seeds.
+
+    Parameters
+    ----------
+    kind : {"features"}
+        Tells it from a study of sizes.
+    name, title : str
+        Short name, and one line for the report.
+    data : DataSettings
+        Training and validation set.
+    tests : dict of str to HeldOutSet
+        What the tables show, per set and averaged.
+    models : dict of str to StudyModel
+        By name.
+    pairs : dict of str to StudyPair
+        By name.
+    seeds : tuple of int
+        Every variant is trained once for each.
+    common : TrainSettings
+        Everything else, shared by all runs; model and seed are filled in.
+    features : {"stored", "online"}
+        Whether a teacher's features are computed once for a run and kept, or for every batch.
+    measure : SimilaritySettings
+        Throughput and similarity of features.
+    """
+
+    kind: Literal["features"]
+    name: str
+    title: str
+    data: DataSettings
+    tests: dict[str, HeldOutSet]
+    models: dict[str, StudyModel]
+    pairs: dict[str, StudyPair]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    common: TrainSettings = Field(default_factory=TrainSettings)
+    features: Literal["stored", "online"] = "stored"
+    measure: SimilaritySettings = Field(default_factory=SimilaritySettings)
+
+    @model_validator(mode="after")
+    def _check(self) -> PairsStudy:
+        for name, pair in self.pairs.items():
+            for model in (pair.teacher, pair.student):
+                if model not in self.models:
+                    raise ValueError(
+                        f"the pair '{name}' names a model '{model}' that there is not"
+                        f"{suggest(model, self.models)}"
+                    )
+            if self.models[pair.student].checkpoint is not None:
+                raise ValueError(f"the student of '{name}' is trained: give it a 'kind'")
+        _ = self.experiment  # every line of the loss is right
+        return self
+
+    @cached_property
+    def experiment(self) -> Experiment:
+        """Its variants: models alone, and every strategy and point of a grid of every pair."""
+        students = [variant for name in self.pairs for variant in self._students(name)]
+        used = {model for pair in self.pairs.values() for model in (pair.teacher, pair.student)}
+        alone = [
+            self._alone(name, students)
+            for name, model in self.models.items()
+            if name in used and model.checkpoint is None
+        ]
+        return Experiment(
+            self.name,
+            self.title,
+            ExperimentData(self.data, self.tests, features=self.features),
+            (*alone, *students),
+            self.seeds,
+            errors=Errors.S2EF,
+            measures={"similarity": self.measure},
+            config=self,
+        )
+
+    def _students(self, name: str) -> list[Variant]:
+        """The strategies of a pair, then its grids."""
+        pair = self.pairs[name]
+        student, teacher = self.models[pair.student], self.models[pair.teacher]
+        found = [self._student(name, run, line) for run, line in pair.strategies.items()]
+        for key, grid in pair.grids.items():
+            for point in grid.points(key, student, teacher):
+                run = self._student(name, f"{key}[{point}]", {**grid.line, **point.options})
+                found.append(replace(run, point=point, seeds=grid.seeds))
+        return found
+
+    def _student(self, name: str, strategy: str, line: Mapping[str, Any]) -> Variant:
+        pair = self.pairs[name]
+        settings = self._settings(pair.student, line)
+        teacher = self.models[pair.teacher].checkpoint
+        return Variant(
+            f"{name}.{strategy}",
+            Role.STUDENT,
+            strategy=strategy,
+            group=name,
+            settings=_with(settings, lambda source: source != TEACHER),
+            taught=_with(settings, lambda source: source == TEACHER).loss,
+            teacher=TrainedTeacher(pair.teacher)
+            if teacher is None
+            else GivenTeacher(pair.teacher, teacher),
+            against=(pair.student,),
+        )
+
+    def _alone(self, model: str, students: Sequence[Variant]) -> Variant:
+        """A model without a teacher: the control of its pairs, the teacher of others."""
+        own = (s for s in students if self.pairs[s.group].student == model)
+        student = next(own, None)
+        role = Role.CONTROL
+        if any(pair.teacher == model for pair in self.pairs.values()):
+            role = Role.TEACHER
+        if student is not None:
+            return replace(student.control(model), role=role, group="", teacher=None)
+        return Variant(model, role, strategy=model, group="", settings=self._settings(model))
+
+    def _settings(self, name: str, line: Mapping[str, Any] | None = None) -> TrainSettings:
+        """The settings of a model, with a line of the loss."""
+        model = self.models[name]
+        settings = merged(self.common.model_dump(), model.train)
+        settings["model"] = ModelSettings(kind=model.kind, hyperparameters=model.hyperparameters)
+        own = [term for term in settings["loss"] if term.get("source", "reference") != TEACHER]
+        settings["loss"] = own if line is None else [*own, {**line, "source": TEACHER}]
+        return TrainSettings.model_validate(settings)
+
+
+def _with(settings: TrainSettings, wanted: Any) -> TrainSettings:
+    """Settings with the terms whose source is wanted."""
+    loss = tuple(term for term in settings.loss if wanted(term.source))
+    return settings.model_copy(update={"loss": loss})

@@ -1,0 +1,108 @@
+"""The report of an experiment: one row per run, measured values beside it, one page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from potstill.evaluate.errors import S2EFErrors
+from potstill.evaluate.learning import read_learning_curves
+from potstill.experiments.measures import Finished, stored_distribution
+from potstill.experiments.pairs_report import write_pairs_report
+from potstill.experiments.rows import RunRow
+from potstill.experiments.run import RunRecord, finished_runs, write_results
+from potstill.experiments.sizes_report import write_sizes_report
+from potstill.experiments.spec import Errors, Experiment, GivenTeacher, Role, Run, TrainedTeacher
+
+
+def report_experiment(
+    experiment: Experiment,
+    folder: str | Path,
+    *,
+    command: str = "",
+    on_model: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure what has been trained so far and write tables, figures and the report page.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        What was trained.
+    folder : path
+        As given to `run_experiment`; gets `report.html`, `report/` and `results.json`.
+    command : str
+        What was typed, for the record.
+    on_model : callable, optional
+        Told what is measured next.
+
+    Returns
+    -------
+    dict
+        What `results.json` holds: one record per trained run, measures, config, versions and
+        machine.
+    """
+    folder = Path(folder)
+    records = finished_runs(experiment, folder)
+    finished = Finished(experiment, folder, records, on_model)
+    measured = {name: measure.measure(finished) for name, measure in experiment.measures.items()}
+    rows = [row_of(finished, run, measured.get("liquid", {})) for run in records]
+    result, about = write_results(experiment, folder, command, records, measures=measured)
+    page: dict[str, Any] = {"title": experiment.title, "about": about}
+    if experiment.errors is Errors.S2EF:
+        similarity = measured.get("similarity", {})
+        rows += [
+            _given_teacher(name, errors) for name, errors in similarity.get("teachers", {}).items()
+        ]
+        write_pairs_report(rows, similarity, folder, **page)
+    else:
+        liquid = stored_distribution(folder, "reference")
+        settings: Any = experiment.measures.get("liquid")
+        named = (settings.reference.name, liquid) if liquid and settings.reference else None
+        baselines = experiment.baselines or None
+        write_sizes_report(rows, folder, baselines=baselines, liquid=named, **page)
+    return result
+
+
+def row_of(finished: Finished, run: Run, liquid: Mapping[str, Any]) -> RunRow:
+    """The row of a finished run; `liquid` is what was measured of all liquids."""
+    record, variant = finished.records[run], run.variant
+    taps = record.distilled
+    teacher, name = variant.teacher, ""
+    if isinstance(teacher, TrainedTeacher | GivenTeacher):
+        name = teacher.variant if isinstance(teacher, TrainedTeacher) else teacher.name
+    return RunRow(
+        run.name,
+        variant.name,
+        variant.role,
+        variant.strategy,
+        variant.group,
+        record.n_parameters,
+        run.seed,
+        metrics=_metrics(finished.experiment, record) | _numbers(liquid, run),
+        tests=record.tests,
+        against=variant.against,
+        teacher=name,
+        point=variant.point,
+        taps=None if taps is None else ("+".join(taps.student), "+".join(taps.teacher)),
+        curve=read_learning_curves(finished.folder / run.name),
+        rdf=stored_distribution(finished.folder, run.name),
+    )
+
+
+def _metrics(experiment: Experiment, record: RunRecord) -> dict[str, float]:
+    """On the first test set, or averaged."""
+    if record.tests is not None:
+        return {key: estimate.value for key, estimate in record.tests.average.items()}
+    first = next(iter(experiment.data.tests))
+    return dict(record.metrics[f"test:{first}"])
+
+
+def _numbers(liquid: Mapping[str, Any], run: Run) -> dict[str, float]:
+    found = liquid.get("runs", {}).get(run.name, {})
+    return {key: value for key, value in found.items() if isinstance(value, float)}
+
+
+def _given_teacher(name: str, errors: Mapping[str, Any]) -> RunRow:
+    tests = S2EFErrors.from_json(errors)
+    return RunRow(name, name, Role.TEACHER, name, "", 0, -1, tests=tests)

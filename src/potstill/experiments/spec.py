@@ -1,0 +1,341 @@
+"""What an experiment is: data, variants and seeds.
+
+A variant is a model with a loss, and perhaps a teacher whose terms are part of that loss. A control
+is never written by hand: it is its student without the teacher's terms. A run is a variant with a
+seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, model_validator
+
+from potstill.distill import LossTerm
+from potstill.distill.terms import Line
+from potstill.errors import ConfigError
+from potstill.structures import Properties, Structures
+from potstill.train import TrainSettings
+from potstill.workflows.base import Settings, TeacherSettings
+from potstill.workflows.data import DataSettings, FileData, is_store, load_store
+
+#: The source of everything that a student learns from its teacher.
+TEACHER = "teacher"
+
+
+class Role(StrEnum):
+    """What a variant is for."""
+
+    TEACHER = "teacher"
+    STUDENT = "student"
+    CONTROL = "control"
+
+
+@dataclass(frozen=True)
+class TrainedTeacher:
+    """A variant of the experiment; students learn from its run of their own seed."""
+
+    variant: str
+
+
+@dataclass(frozen=True)
+class GivenTeacher:
+    """A teacher from elsewhere, and what the experiment calls it."""
+
+    name: str
+    model: TeacherSettings
+
+
+@dataclass(frozen=True)
+class StoredTeacher:
+    """A label set of the store that holds the training data."""
+
+    source: str
+
+
+@dataclass(frozen=True, eq=False)
+class GridPoint:
+    """Place of a variant in a grid: options of one line of the loss, and their values."""
+
+    grid: str
+    options: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return ",".join(f"{key}={value}" for key, value in self.options.items())
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train a model.
+
+    Parameters
+    ----------
+    name : str
+        Unique; a run's folder is named after it.
+    role : Role
+        What it is for.
+    strategy : str
+        How tables call this way of training.
+    group : str
+        What it is compared within: its size, or its pair of models; "" for none.
+    settings : TrainSettings
+        Of the training; the loss is that without a teacher.
+    taught : tuple of terms
+        What the teacher adds to the loss.
+    teacher : TrainedTeacher, GivenTeacher or StoredTeacher, optional
+        Who gives the values of these terms. A control keeps its student's, to be compared with.
+    against : tuple of str
+        Variants that it is judged by.
+    point : GridPoint, optional
+        Its place in a grid.
+    seeds : tuple of int, optional
+        Those of the experiment by default.
+    """
+
+    name: str
+    role: Role
+    strategy: str
+    group: str
+    settings: TrainSettings
+    taught: tuple[Line, ...] = ()
+    teacher: TrainedTeacher | GivenTeacher | StoredTeacher | None = None
+    against: tuple[str, ...] = ()
+    point: GridPoint | None = None
+    seeds: tuple[int, ...] | None = None
+
+    def control(self, name: str, *, strategy: str = "", **weights: float) -> Variant:
+        """The same without the teacher's terms.
+
+        Parameters
+        ----------
+        name, strategy : str
+            Of the control; `strategy` is the name where it is not given.
+        **weights : float
+            Other weights of terms on labels, by property; zero leaves a term out.
+        """
+        loss = [
+            term.model_copy(update={"weight": weights[term.property]})
+            if isinstance(term, LossTerm) and term.property in weights
+            else term
+            for term in self.settings.loss
+        ]
+        known = {term.property: term.source for term in loss if isinstance(term, LossTerm)}
+        source = next(iter(known.values()), "reference")
+        loss += [
+            LossTerm(property=key, source=source, weight=weight)
+            for key, weight in weights.items()
+            if key not in known
+        ]
+        kept = tuple(
+            term
+            for term in loss
+            if not (isinstance(term, LossTerm) and weights.get(term.property) == 0.0)
+        )
+        return replace(
+            self,
+            name=name,
+            role=Role.CONTROL,
+            strategy=strategy or name,
+            settings=self.settings.model_copy(update={"loss": kept}),
+            taught=(),
+            against=(),
+            point=None,
+            seeds=None,
+        )
+
+    def settings_of(self, seed: int) -> TrainSettings:
+        """All settings of the training with a seed."""
+        loss = (*self.settings.loss, *self.taught)
+        return self.settings.model_copy(update={"loss": loss, "seed": seed})
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One training: a variant with a seed. Runs are equal where their names are."""
+
+    variant: Variant
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Folder name."""
+        return f"{self.variant.name}-{self.seed}"
+
+    @property
+    def settings(self) -> TrainSettings:
+        """All settings of the training."""
+        return self.variant.settings_of(self.seed)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Run) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+class HeldOutSet(Settings):
+    """A test set.
+
+    Parameters
+    ----------
+    file : FileData, optional
+        Structures with labels.
+    store : str, optional
+        A labelled store, instead.
+    forces_only : bool
+        Judge forces alone, where energies cannot be known.
+    """
+
+    file: FileData | None = None
+    store: str | None = None
+    forces_only: bool = False
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> HeldOutSet:
+        if (self.file is None) == (self.store is None):
+            raise ValueError("give either 'file' or 'store'")
+        return self
+
+    @classmethod
+    def at(cls, path: str) -> HeldOutSet:
+        """A store, or a file with energies and forces."""
+        if is_store(path):
+            return cls(store=path)
+        return cls(file=FileData(path=path, require=("energy", "forces")))
+
+    def read(self, source: str) -> tuple[Structures, Properties]:
+        """Structures, and their labels of a source."""
+        if self.file is not None:
+            return self.file.read()
+        data, _ = load_store(str(self.store), [source])
+        return data.structures, data.labels[source]
+
+
+@dataclass(frozen=True)
+class ExperimentData:
+    """What all runs are trained and tested on.
+
+    Parameters
+    ----------
+    parts : DataSettings
+        Training and validation set.
+    tests : dict of str to HeldOutSet
+        By name.
+    source : str
+        The label set that plays the reference.
+    features : {"stored", "online"}
+        Whether a teacher's features are computed once for a run and kept, or for every batch.
+    """
+
+    parts: DataSettings
+    tests: Mapping[str, HeldOutSet]
+    source: str = "reference"
+    features: Literal["stored", "online"] = "stored"
+
+
+class Errors(StrEnum):
+    """How runs are tested: all labels, pooled; or OC20's metrics, per frame and free atom."""
+
+    PROPERTIES = "properties"
+    S2EF = "s2ef"
+
+
+class Measure(Protocol):
+    """What is measured once runs are trained; see `potstill.experiments.measures`."""
+
+    def measure(self, finished: Any) -> dict[str, Any]:
+        """Measure the finished runs; plain values."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Data, variants and seeds.
+
+    Parameters
+    ----------
+    name, title : str
+        Short name, and one line for the report.
+    data : ExperimentData
+        Training, validation and test sets.
+    variants : tuple of Variant
+        In the order of tables.
+    seeds : tuple of int
+        Every variant is trained once for each.
+    errors : Errors
+        How runs are tested.
+    measures : mapping of str to Measure
+        What is measured once runs are trained.
+    baselines : mapping
+        Published potentials and their errors on the first test set.
+    config : BaseModel, optional
+        The settings that the experiment was made from, as they are recorded.
+    """
+
+    name: str
+    title: str
+    data: ExperimentData
+    variants: tuple[Variant, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    errors: Errors = Errors.PROPERTIES
+    measures: Mapping[str, Measure] = field(default_factory=dict)
+    baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    config: BaseModel | None = None
+
+    def __post_init__(self) -> None:
+        names = [variant.name for variant in self.variants]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"two variants of the experiment are called '{name}'")
+        trained = {v.name: v.teacher for v in self.variants if v.taught}
+        for name, teacher in trained.items():
+            if isinstance(teacher, TrainedTeacher) and teacher.variant not in names:
+                raise ConfigError(f"'{name}' learns from '{teacher.variant}', which there is not")
+
+    @cached_property
+    def by_name(self) -> dict[str, Variant]:
+        """Variants by name."""
+        return {variant.name: variant for variant in self.variants}
+
+    def runs(self) -> list[Run]:
+        """All runs: teachers first, grids last, otherwise seed by seed.
+
+        An experiment that is cut short still says something.
+        """
+        own = [v.seeds for v in self.variants if v.seeds]
+        every = sorted({*self.seeds, *(seed for seeds in own for seed in seeds)})
+        runs = []
+        for variant in self.variants:
+            # What grids are judged by has their seeds as well.
+            alone = variant.seeds is None and not variant.taught and bool(own)
+            seeds = variant.seeds or (every if alone else self.seeds)
+            runs += [Run(variant, seed) for seed in seeds]
+        return sorted(runs, key=lambda run: (_rank(run.variant), run.seed))
+
+    def teacher_of(self, run: Run) -> Run | None:
+        """The run that a run learns from, or whose dynamics its own are compared with."""
+        teacher = run.variant.teacher
+        if isinstance(teacher, TrainedTeacher) and teacher.variant in self.by_name:
+            return Run(self.by_name[teacher.variant], run.seed)
+        if run.variant.role is Role.TEACHER:
+            return None
+        first = next((v for v in self.variants if v.role is Role.TEACHER), None)
+        return None if first is None else Run(first, run.seed)
+
+    @property
+    def given_teachers(self) -> dict[str, TeacherSettings]:
+        """Teachers from elsewhere by name."""
+        found = [v.teacher for v in self.variants if isinstance(v.teacher, GivenTeacher)]
+        return {teacher.name: teacher.model for teacher in found}
+
+
+def _rank(variant: Variant) -> int:
+    if variant.role is Role.TEACHER:
+        return 0
+    return 1 if variant.point is None else 2
