@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("neighbors",),  # below the readers, which look for overlapping atoms with it
     ("features", "soundness"),
     ("readers.*", "store.*"),
-    ("core.*", "radial"),
+    ("core.*", "radial", "bispectrum"),
     ("models.*",),
     ("metrics", "distill.*"),
     ("checkpoint",),

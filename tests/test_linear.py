@@ -10,9 +10,9 @@ import torch
 from torch.func import functional_call, jvp
 
 from lammps_engine import potentials_folder, run_lammps
+from potstill.bispectrum import clebsch_gordan, component_labels
 from potstill.errors import DataError, ModelError
 from potstill.models import SNAP, Edges
-from potstill.models.linear import clebsch_gordan, component_labels
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.species import SpeciesTable
 from potstill.structures import Structures
@@ -185,6 +185,28 @@ def small_model():
 
 
 # -- derivatives ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("switch", [True, False])
+@pytest.mark.parametrize("twojmax", [1, 3, 4])
+def test_slopes_of_the_components_are_those_of_backward_passes(twojmax, switch, monkeypatch):
+    monkeypatch.setattr("potstill.models.linear._SLOPE_BLOCK", 5)
+    table = SpeciesTable.from_symbols(["Al", "Ta"])
+    model = SNAP(
+        table, twojmax=twojmax, rcutfac=4.0, radii=[0.45, 0.5], weights=[1.0, 0.7], switch=switch
+    ).double()
+    structures = contract_structures(model)
+    neighbors = build_neighbor_list(structures, model.cutoff)
+    edges = Edges(neighbors.center, neighbors.neighbor)
+    r_ij = pair_vectors(structures, neighbors).requires_grad_(True)
+    expected = model.bispectrum(structures.species, edges, r_ij, structures.n_atoms)
+    components, slopes = model.bispectrum_slopes(
+        structures.species, edges, r_ij.detach(), structures.n_atoms
+    )
+    torch.testing.assert_close(components, expected.detach(), rtol=1e-12, atol=1e-12)
+    for k, column in enumerate(expected.unbind(1)):
+        by_hand = torch.autograd.grad(column.sum(), r_ij, retain_graph=True)[0]
+        torch.testing.assert_close(slopes[:, :, k], by_hand, rtol=1e-10, atol=1e-10)
 
 
 def test_forward_over_reverse_gives_the_gradient_of_a_force_loss():

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar, cast
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from potstill.bispectrum import (
+    component_labels,
+    components_and_slopes,
+    components_of,
+    half_layers,
+    whole_layer,
+)
 from potstill.errors import DataError, ModelError, suggest
 from potstill.models.base import Edges, LocalOutput, Potential, TapSpec
 from potstill.models.hyper import Hyperparameters
 from potstill.species import SpeciesTable
 
 # Atoms are worked on in blocks of similar neighbor number: little padding, short vectors in cache.
-_BLOCK = 512
+_BLOCK, _SLOPE_BLOCK = 512, 64
 
 #: Keywords of a .snapparam file, each with the argument of `SNAP` (which has the same default) and
 #: its type.
@@ -39,19 +44,6 @@ _FIXED_KEYWORDS = {"chemflag": 0, "bnormflag": 0, "wselfallflag": 0, "switchinne
 
 #: Keywords of a .snapparam file that say nothing about the energy.
 _IGNORED_KEYWORDS = {"chunksize", "parallelthresh", "diagonalstyle"}
-
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-
-
-def _constant(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Remember what a function of hashable arguments returns.
-
-    Tensors are made outside of inference mode, whatever the first caller's: they serve training.
-    """
-    cached = lru_cache(maxsize=None)(torch.inference_mode(False)(function))
-    return cast(Callable[_P, _T], wraps(function)(cached))
 
 
 class SNAPHyperparameters(Hyperparameters):
@@ -233,29 +225,77 @@ class SNAP(Potential):
         species, edges, r_ij, n_local
             As in `Potential.forward`.
         """
+        _, edges, reach, r_ij = self._near(species, edges, r_ij)
+        a, b, weight = self._points(species, edges, r_ij, reach)
+        blocks = [r_ij.new_zeros(0, self.n_components)]
+        order, slotted = _blocks(edges, n_local, _BLOCK)
+        for slots, filled in slotted:
+            values = _take(a, slots), _take(b, slots), _take(weight, slots) * filled
+            layers = half_layers(*values, self.twojmax)
+            density = [whole_layer(layer.sum(dim=2), j) for j, layer in enumerate(layers)]
+            blocks.append(components_of(density, self.twojmax))
+        return self._without_lone_atom(torch.cat(blocks).index_select(0, order.argsort()))
+
+    @torch.no_grad()
+    def bispectrum_slopes(
+        self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int
+    ) -> tuple[Tensor, Tensor]:
+        """The bispectrum components, and the derivatives of each by all of its atom's pair vectors.
+
+        What backward passes through `bispectrum` give, one per component, at a small part of their
+        cost: derivatives of the components by the density are taken once per atom, and those of the
+        density by the pair vectors once for all components.
+
+        Returns
+        -------
+        components : Tensor
+            (n_local, n_components).
+        slopes : Tensor
+            (E, 3, n_components), of the components of a pair's center.
+        """
+        slopes = r_ij.new_zeros(*r_ij.shape, self.n_components, dtype=self.dtype)
+        near, edges, reach, r_ij = self._near(species, edges, r_ij)
+
+        def points(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return self._points(species, edges, r, reach)
+
+        along = torch.eye(3, dtype=r_ij.dtype, device=r_ij.device)
+        moved = [torch.func.jvp(points, (r_ij,), (axis.expand_as(r_ij),))[1] for axis in along]
+        # Each with its three derivatives below it: (4, E).
+        a, b, weight = (torch.stack(x) for x in zip(points(r_ij), *moved, strict=True))
+        blocks = [r_ij.new_zeros(0, self.n_components)]
+        order, slotted = _blocks(edges, n_local, _SLOPE_BLOCK)
+        for slots, filled in slotted:
+            values = a[:, slots], b[:, slots], weight[:, slots] * filled
+            layers = list(half_layers(*values, self.twojmax))
+            components, by_density = components_and_slopes(
+                [layer[0].sum(dim=2) for layer in layers], self.twojmax
+            )
+            blocks.append(components)
+            # (3, U, K, n) complex -> (n, 2 U, 3 K)
+            by_vector = torch.view_as_real(torch.cat([x[1:].flatten(1, 2) for x in layers], dim=1))
+            by_vector = by_vector.permute(3, 1, 4, 0, 2).flatten(3, 4).flatten(1, 2)
+            found = (by_density @ by_vector).unflatten(2, (3, -1)).permute(0, 3, 2, 1)
+            slopes[near[slots.T[filled.T]]] = found[filled.T]
+        components = torch.cat(blocks).index_select(0, order.argsort())
+        return self._without_lone_atom(components), slopes
+
+    def _near(
+        self, species: Tensor, edges: Edges, r_ij: Tensor
+    ) -> tuple[Tensor, Edges, Tensor, Tensor]:
+        """Which pairs are within their species' cutoff; these, their cutoffs and vectors."""
         r_ij = r_ij.to(self.dtype)
         radii = self.radii.to(self.dtype)
         reach = self.hyper.rcutfac * (radii[species[edges.center]] + radii[species[edges.neighbor]])
         near = (r_ij.detach().square().sum(dim=1) < reach.square()).nonzero()[:, 0]
-        edges = Edges(edges.center[near], edges.neighbor[near])
-        a, b, weight = self._points(species, edges, r_ij[near], reach[near])
-        pair, used = edges.padded(n_local)
-        n_neighbors = used.sum(dim=1)
-        order = n_neighbors.argsort(descending=True, stable=True)
-        blocks = [r_ij.new_zeros(0, self.n_components)]
-        for start in range(0, n_local, _BLOCK):
-            atoms = order[start : start + _BLOCK]
-            width = int(n_neighbors[atoms[0]])
-            slots, filled = pair[atoms, :width].T, used[atoms, :width].T  # (K, n)
-            density = _density(
-                _take(a, slots), _take(b, slots), _take(weight, slots) * filled, self.twojmax
-            )
-            blocks.append(_components(density, self.twojmax))
-        components = torch.cat(blocks).index_select(0, order.argsort())
-        if self.hyper.bzero:
-            alone = [j + 1.0 for _, _, j in component_labels(self.twojmax)]
-            components = components - components.new_tensor(alone)
-        return components
+        return near, Edges(edges.center[near], edges.neighbor[near]), reach[near], r_ij[near]
+
+    def _without_lone_atom(self, components: Tensor) -> Tensor:
+        """Take off the components of an isolated atom, if they are to be."""
+        if not self.hyper.bzero:
+            return components
+        alone = [j + 1.0 for _, _, j in component_labels(self.twojmax)]
+        return components - components.new_tensor(alone)
 
     def _points(
         self, species: Tensor, edges: Edges, r_ij: Tensor, reach: Tensor
@@ -341,140 +381,25 @@ class SNAP(Potential):
         Path(param).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-# -- the expansion -------------------------------------------------------------------------------
-
-
-@lru_cache
-def component_labels(twojmax: int) -> tuple[tuple[int, int, int], ...]:
-    """Doubled labels (j1, j2, j) of the bispectrum components, in LAMMPS' order."""
-    return tuple(
-        (j1, j2, j)
-        for j1 in range(twojmax + 1)
-        for j2 in range(j1 + 1)
-        for j in range(j1 - j2, min(twojmax, j1 + j2) + 1, 2)
-        if j >= j1
-    )
-
-
 def _take(values: Tensor, slots: Tensor) -> Tensor:
     """Values (E,) laid out as (K, n) slots; without pairs there are no slots."""
     return values.index_select(0, slots.flatten()).view(slots.shape)
 
 
-def _density(a: Tensor, b: Tensor, weight: Tensor, twojmax: int) -> list[Tensor]:
-    """Expansion coefficients of the neighbor density, one (n, j + 1, j + 1) array per layer j.
+def _blocks(
+    edges: Edges, n_local: int, size: int
+) -> tuple[Tensor, Iterator[tuple[Tensor, Tensor]]]:
+    """Atoms by falling number of neighbors, and of each block (K, n) pairs and which are used."""
+    pair, used = edges.padded(n_local)
+    n_neighbors = used.sum(dim=1)
+    order = n_neighbors.argsort(descending=True, stable=True)
 
-    The recursion of Varshalovich et al. (section 4.8.2) runs over the layers of all pairs at once;
-    being linear, it carries the weight along from the first layer. Of each layer only the rows
-    up to the middle are computed, u[j - m', j - m] = (-1)^(m' + m) conj(u[m', m]) gives the rest.
+    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
+        for atoms in order.split(size):
+            width = int(n_neighbors[atoms[0]])
+            yield pair[atoms, :width].T, used[atoms, :width].T
 
-    Parameters
-    ----------
-    a, b : Tensor
-        (K, n) complex, conjugate Cayley-Klein parameters.
-    weight : Tensor
-        (K, n) real, zero for unused slots.
-    twojmax : int
-        Largest j.
-    """
-    layer = weight.to(a.dtype)[None, None]  # (rows, columns, K, n)
-    layers = [_whole_layer(layer.sum(dim=2), 0)]
-    for j in range(1, twojmax + 1):
-        if j % 2 == 0:  # the middle row follows from one beyond the middle of the layer before
-            signs = _signs(j - 1, a.real.dtype, a.device)[j // 2]
-            mirror = layer[-1].flip(0).conj() * signs[:, None, None]
-            layer = torch.cat([layer, mirror[None]])
-        left, right = _recursion_factors(j, a.real.dtype, a.device)
-        left = torch.nn.functional.pad(a * (layer * left), (0, 0, 0, 0, 0, 1))
-        right = torch.nn.functional.pad(b * (layer * right), (0, 0, 0, 0, 1, 0))
-        layer = left - right
-        layers.append(_whole_layer(layer.sum(dim=2), j))
-    return layers
-
-
-def _whole_layer(half: Tensor, j: int) -> Tensor:
-    """(n, j + 1, j + 1) from rows (j // 2 + 1, j + 1, n); the atom itself adds the unit matrix."""
-    half = half.permute(2, 0, 1)
-    signs = _signs(j, half.real.dtype, half.device)
-    rest = half[:, : (j + 1) // 2].flip(1, 2).conj() * signs[j // 2 + 1 :]
-    unit = torch.eye(j + 1, dtype=half.real.dtype, device=half.device)
-    return torch.cat([half, rest], dim=1) + unit
-
-
-def _components(density: list[Tensor], twojmax: int) -> Tensor:
-    """(n, n_components) from the layers of `_density`."""
-    real = density[0].real.dtype
-    device = density[0].device
-    n = density[0].shape[0]
-    components = []
-    for j1, j2, j in component_labels(twojmax):
-        columns, rows = _couplings(j1, j2, j, real, device)
-        first, second, third = density[j1], density[j2], density[j][:, : j // 2 + 1]
-        # Columns first: sum over m2 as a matrix product, over m1 as one per atom, then the rows.
-        inner = (second @ columns).view(n, j2 + 1, j1 + 1, j + 1)
-        inner = inner.transpose(1, 2).reshape(n, j1 + 1, (j2 + 1) * (j + 1))
-        inner = (first @ inner).view(n, (j1 + 1) * (j2 + 1), j + 1)
-        coupled = rows @ inner  # (n, j // 2 + 1, j + 1); the mirrored rows give the same again
-        components.append((coupled * third.conj()).real.sum(dim=(1, 2)))
-    return torch.stack(components, dim=1)
-
-
-@_constant
-def _signs(j: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(j + 1, j + 1) of (-1)^(m' + m)."""
-    sign = (-1.0) ** torch.arange(j + 1, dtype=dtype, device=device)
-    return sign[:, None] * sign
-
-
-@_constant
-def _recursion_factors(j: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """sqrt((j - m) / (j - m')) and sqrt((m + 1) / (j - m')), (j // 2 + 1, j, 1, 1) each."""
-    row = torch.arange(j // 2 + 1, dtype=torch.float64)[:, None]
-    column = torch.arange(j, dtype=torch.float64)
-    factors = ((j - column) / (j - row)).sqrt(), ((column + 1.0) / (j - row)).sqrt()
-    left, right = (x[:, :, None, None].to(device=device, dtype=dtype) for x in factors)
-    return left, right
-
-
-@_constant
-def _couplings(
-    j1: int, j2: int, j: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Clebsch-Gordan coefficients as complex matrices for columns and for rows.
-
-    The first is (j2 + 1, (j1 + 1) (j + 1)); the second (j // 2 + 1, (j1 + 1) (j2 + 1)), with rows
-    before the middle doubled to stand for those after it.
-    """
-    table = clebsch_gordan(j1, j2, j)  # (m1, m2, m)
-    twice = torch.full((j // 2 + 1,), 2.0, dtype=torch.float64)
-    if j % 2 == 0:
-        twice[-1] = 1.0
-    columns = table.permute(1, 0, 2).reshape(j2 + 1, -1)
-    rows = table.reshape(-1, j + 1).T[: j // 2 + 1] * twice[:, None]
-    kind = dtype.to_complex()
-    return columns.to(device=device, dtype=kind), rows.to(device=device, dtype=kind)
-
-
-@_constant
-def clebsch_gordan(j1: int, j2: int, j: int) -> Tensor:
-    """(j1 + 1, j2 + 1, j + 1) float64 coefficients <j1 m1 j2 m2 | j m>, labels j doubled.
-
-    Racah's formula in exact integers; index k along an axis stands for m = k - j / 2.
-    """
-    f = math.factorial
-    table = torch.zeros(j1 + 1, j2 + 1, j + 1, dtype=torch.float64)
-    a, b, c = (j1 + j2 - j) // 2, (j1 - j2 + j) // 2, (j2 - j1 + j) // 2
-    triangle = Fraction((j + 1) * f(a) * f(b) * f(c), f(a + b + c + 1))
-    for p in range(j1 + 1):
-        for q in range(max(0, a - p), min(j2, a + j - p) + 1):
-            m = p + q - a
-            total = Fraction(0)
-            for z in range(max(0, a - p, q - c), min(a, j1 - p, q) + 1):
-                below = f(z) * f(a - z) * f(j1 - p - z) * f(q - z) * f(p - a + z) * f(c - q + z)
-                total += Fraction((-1) ** z, below)
-            square = triangle * f(p) * f(j1 - p) * f(q) * f(j2 - q) * f(m) * f(j - m)
-            table[p, q, m] = float(total) * math.sqrt(square)
-    return table
+    return order, blocks()
 
 
 # -- LAMMPS' files -------------------------------------------------------------------------------

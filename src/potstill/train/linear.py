@@ -177,10 +177,10 @@ def _design(model: SNAP, structures: Structures, names: list[str]) -> dict[str, 
     """By property: how its rows depend on the coefficients, (S or N, rows of each, n)."""
     neighbors = build_neighbor_list(structures, model.cutoff)
     edges = Edges(neighbors.center, neighbors.neighbor)
-    r_ij = pair_vectors(structures, neighbors).requires_grad_(True)
-    components = model.bispectrum(structures.species, edges, r_ij, structures.n_atoms)
+    r = pair_vectors(structures, neighbors)
+    components, slopes = model.bispectrum_slopes(structures.species, edges, r, structures.n_atoms)
     matrices = {}
-    terms = model.terms(components.detach())  # (N, n_coefficients)
+    terms = model.terms(components)  # (N, n_coefficients)
     if "energy" in names:
         atomic = _columns_of_species(model, terms, structures.species)
         total = atomic.new_zeros(structures.n_systems, atomic.shape[1])
@@ -188,16 +188,7 @@ def _design(model: SNAP, structures: Structures, names: list[str]) -> dict[str, 
         n_atoms = structures.n_atoms_per_system.clamp(min=1)
         matrices["energy"] = (total / n_atoms[:, None])[:, None]
     if {"forces", "stress"} & set(names):
-        # A pair belongs to one center, so that one backward pass per component gives the gradient
-        # of that component of every center by all of its pairs.
-        slopes = torch.stack(
-            [
-                torch.autograd.grad(column.sum(), r_ij, retain_graph=True)[0]
-                for column in components.unbind(1)
-            ],
-            dim=2,
-        )  # (E, 3, n_components)
-        change = model.term_derivatives(components.detach()[edges.center][:, None], slopes)
+        change = model.term_derivatives(components[edges.center][:, None], slopes)
         change = _columns_of_species(model, change, structures.species[edges.center])
         if "forces" in names:
             forces = change.new_zeros(structures.n_atoms, *change.shape[1:])
@@ -205,7 +196,6 @@ def _design(model: SNAP, structures: Structures, names: list[str]) -> dict[str, 
             matrices["forces"] = forces.index_add(0, edges.neighbor, -change)
         if "stress" in names:
             a, b = (torch.tensor(axes) for axes in _VOIGT)
-            r = r_ij.detach()
             outer = r[:, a, None] * change[:, b] + r[:, b, None] * change[:, a]  # (E, 6, n)
             virial = outer.new_zeros(structures.n_systems, *outer.shape[1:])
             virial = virial.index_add(0, structures.system_index[edges.center], 0.5 * outer)
