@@ -521,7 +521,7 @@ STORES = {
     "no store": (lambda s: LabelledStore.open(s.path / "x"), "there is no store at"),
     "another folder": (lambda s: LabelledStore.open(s.path.parent), "is not a store"),
     "a damaged record": (damaged, "damaged.store is not a store"),
-    "a newer format": (newer, "format version 99, and this potstill knows 1"),
+    "a newer format": (newer, "format version 99, and this potstill knows 2"),
     "an unknown mode": (lambda s: LabelledStore.open(s.path, "w"), "mode 'r' or 'a', not 'w'"),
     "writing a store opened to read": (
         lambda s: LabelledStore.open(s.path).append(other_structures()),
