@@ -63,7 +63,7 @@ def fill(path: str) -> LabelledStore:
         part = range(start, start + APPENDED_AT_ONCE)
         print("append", flush=True)
         store.append(
-            structures.select(part), reference.select(part, structures), skip_existing=True
+            structures.select(part), reference.select(structures.rows(part)), skip_existing=True
         )
     return store
 

@@ -58,15 +58,15 @@ def fill(store, start: int, stop: int) -> None:
     """Add the frames start..stop-1, their reference labels, and a teacher's of the last but one."""
     whole, part = batch(), range(start, stop)
     structures = whole.select(part)
-    reference = labels_of(whole, 1).select(part, whole)
+    reference = labels_of(whole, 1).select(whole.rows(part))
     store.append(structures, reference if stop > 3 else None)
     info = {"fingerprint": "x", "citation": "nobody"}
     store.begin_labels("t", {**info, "properties": ["energy", "forces"]})
     failed = [{"system": 1, "reason": "did not converge"}]
-    store.write_labels("t", start, labels_of(whole, 2).select(part, whole), structures, failed)
+    store.write_labels("t", start, labels_of(whole, 2).select(whole.rows(part)), structures, failed)
     for tap, feature in features_of(whole).items():
         store.begin_features("t", tap, info)
-        store.write_features("t", tap, start, feature.select(part, whole), structures, [])
+        store.write_features("t", tap, start, feature.select(whole.rows(part)), structures, [])
 
 
 if __name__ == "__main__":

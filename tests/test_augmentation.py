@@ -314,7 +314,7 @@ def two_origins(n_reference: int, n_synthetic: int) -> TrainingSet:
     labels = Properties({"energy": energy.double(), "forces": forces})
     parts = []
     for systems in (torch.arange(n_reference), torch.arange(n_reference, len(frames))):
-        own = labels.select(systems, structures)
+        own = labels.select(structures.rows(systems))
         parts.append(TrainingSet(structures.select(systems), {"reference": own}))
     parts[1] = replace(
         parts[1], labels={**parts[1].labels, "teacher": parts[1].labels["reference"]}

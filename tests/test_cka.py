@@ -451,6 +451,6 @@ def test_probes_find_what_a_feature_holds(geometry):
     labels = Properties({"energy": energy, "forces": spoiled})
     (score,) = linear_probes(geometry, held, labels, taps=["pull"])
     assert score.forces_r2 == pytest.approx(1.0, abs=1e-6)
-    few, few_labels = held.select([0, 1]), labels.select([0, 1], held)
+    few, few_labels = held.select([0, 1]), labels.select(held.rows([0, 1]))
     with pytest.raises(DataError, match="at least four structures"):
         linear_probes(geometry, few, few_labels)

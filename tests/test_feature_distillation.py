@@ -509,7 +509,7 @@ def test_storing_features_goes_on_where_it_was_killed(
         got = again.features("big", tap)
         torch.testing.assert_close(got.values, feature.values, rtol=1e-12, atol=1e-14)
         part = again.features("big", tap, 1, 3)
-        some = feature.select([1, 2], data.structures)
+        some = feature.select(data.structures.rows([1, 2]))
         torch.testing.assert_close(part.values, some.values, rtol=1e-12, atol=1e-14)
         if feature.graph is not None and got.graph is not None:
             for name in ("center", "neighbor", "shifts", "n_pairs_per_system"):
@@ -534,7 +534,7 @@ def test_frames_without_features_are_left_out(data: TrainingSet, teacher: Potent
     holes = {}
     for tap, feature in features.items():
         parts = [data.structures.select([s]) for s in range(4)]
-        pieces = [feature.select([s], data.structures) for s in range(4)]
+        pieces = [feature.select(data.structures.rows([s])) for s in range(4)]
         pieces[1] = pieces[1].absent(parts[1])
         holes[tap] = Feature.concatenate(pieces, parts)
     for error in ("mse", "lsp", "gsp", "cka"):

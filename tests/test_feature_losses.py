@@ -221,10 +221,10 @@ def test_pairs_are_matched_by_identity(structures: Structures) -> None:
 def test_features_follow_their_systems(structures: Structures, of_pairs: Feature) -> None:
     for feature in (of_pairs, Feature("node_vector", normal(structures.n_atoms, 3, 2))):
         parts = [structures.select([s]) for s in range(4)]
-        pieces = [feature.select([s], structures) for s in range(4)]
+        pieces = [feature.select(structures.rows([s])) for s in range(4)]
         joined = Feature.concatenate(pieces, parts)
         assert torch.equal(joined.values, feature.values)
-        swapped = feature.select([3, 1], structures)
+        swapped = feature.select(structures.rows([3, 1]))
         two = structures.select([3, 1])
         again = Feature.concatenate([pieces[3], pieces[1]], [parts[3], parts[1]])
         assert torch.equal(swapped.values, again.values)

@@ -40,7 +40,7 @@ def write_frames(path: Path, n: int, seed: int) -> str:
     data = emt_set(n, seed=seed)
     frames = []
     for k, atoms in enumerate(data.structures.to_ase()):
-        labels = data.labels["reference"].select([k], data.structures)
+        labels = data.labels["reference"].select(data.structures.rows([k]))
         own = Atoms(atoms)
         own.calc = SinglePointCalculator(
             own, energy=float(labels["energy"][0]), forces=labels["forces"].numpy()

@@ -59,7 +59,7 @@ def test_a_frame_that_ends_the_calculator_is_listed_and_the_others_are_done(how)
     # What comes after a failure is what an undisturbed calculator gives.
     plain = AseTeacher(LennardJones(sigma=2.3, epsilon=0.2, rc=5.0), TeacherInfo("lj", "x"))
     expected, _ = plain.label(structures.select([0, 2, 4]), ["energy", "forces", "stress"])
-    found = labels.select([0, 2, 4], structures)
+    found = labels.select(structures.rows([0, 2, 4]))
     for name in ("energy", "forces", "stress"):
         assert torch.equal(found[name], expected[name])
     assert os.getcwd() == home

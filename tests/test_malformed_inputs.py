@@ -564,7 +564,7 @@ STORES = {
         "no labels 'techer'; did you mean 'teacher'",
     ),
     "labels for fewer frames": (
-        lambda s: s.append(other_structures(), two_energies().select([0], other_structures())),
+        lambda s: s.append(other_structures(), two_energies().select(other_structures().rows([0]))),
         "'energy' has 1 rows for 2 systems",
     ),
     "NaN labels that claim to be there": (

@@ -74,7 +74,9 @@ def test_batches_and_merged_halves_give_the_whole(batch):
     for systems in ([0, 1], [2, 3, 4, 5]):
         part = ErrorAccumulator()
         part.update(
-            prediction.select(systems, batch), label.select(systems, batch), batch.select(systems)
+            prediction.select(batch.rows(systems)),
+            label.select(batch.rows(systems)),
+            batch.select(systems),
         )
         halves.append(part)
     reduced = ErrorAccumulator()
@@ -105,7 +107,9 @@ def test_absent_systems_do_not_count(batch):
     values["stress"] = torch.where(mask[:, None, None], label["stress"], torch.nan)
     partial = Properties(values, {"forces": mask, "stress": mask})
     result = full(prediction, partial, batch)
-    some = full(prediction.select(here, batch), label.select(here, batch), batch.select(here))
+    some = full(
+        prediction.select(batch.rows(here)), label.select(batch.rows(here)), batch.select(here)
+    )
     everything = full(prediction, label, batch)
     for key in ("forces_rmse", "forces_cosine", "forces_relative_rmse", "stress_mae", "efwt_n"):
         assert result[key] == pytest.approx(some[key], rel=1e-14)

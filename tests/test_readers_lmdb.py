@@ -247,7 +247,7 @@ def test_a_real_relaxation_survives_the_way_through_lmdb(tmp_path, graph):
     structures, labels = read(path, index="::400", require=("energy", "forces"))
     graphs = []
     for k, atoms in enumerate(structures.to_ase()):
-        one = labels.select([k], structures)
+        one = labels.select(structures.rows([k]))
         values = {"sid": 1, "fid": k, "natoms": len(atoms), "y": float(one["energy"])}
         values |= {"pos": torch.tensor(atoms.positions), "force": one["forces"]}
         values |= {"atomic_numbers": torch.tensor(atoms.numbers, dtype=torch.uint8)}

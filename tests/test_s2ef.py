@@ -89,7 +89,7 @@ def open_catalyst(structures, label, prediction) -> dict[str, float]:
 def accumulated(structures, label, prediction, batches) -> S2EFAccumulator:
     metrics = S2EFAccumulator()
     for systems in batches:
-        part = (x.select(systems, structures) for x in (prediction, label))
+        part = (x.select(structures.rows(systems)) for x in (prediction, label))
         metrics.update(*part, structures.select(systems))
     return metrics
 
@@ -161,7 +161,7 @@ def test_frames_without_labels_are_left_out_and_nan_predictions_are_not():
     partly = Properties(label.values, {"energy": present, "forces": present})
     found = accumulated(structures, partly, prediction, [torch.arange(10)]).compute()
     kept = present.nonzero().flatten()
-    rest = [x.select(kept, structures) for x in (label, prediction)]
+    rest = [x.select(structures.rows(kept)) for x in (label, prediction)]
     expected = open_catalyst(structures.select(kept), *rest)
     for name, value in expected.items():
         assert found[name].value == pytest.approx(value)

@@ -79,7 +79,7 @@ def test_round_trip(tmp_path, batch):
         assert info["units"] == {"energy": "eV", "forces": "eV/Å", "stress": "eV/Å³"}
         again.verify()
     assert_same_structures(store.structures(2, 5), batch.select([2, 3, 4]))
-    part = labels.select([2, 3, 4], batch)
+    part = labels.select(batch.rows([2, 3, 4]))
     assert_same_labels(store.labels("reference", 2, 5), part, batch.select([2, 3, 4]))
 
 
@@ -126,7 +126,7 @@ def test_the_fingerprint_does_not_depend_on_the_pieces(tmp_path, batch, chunks):
     start = 0
     for size in chunks:
         part = range(start, start + size)
-        pieces.append(batch.select(part), labels.select(part, batch))
+        pieces.append(batch.select(part), labels.select(batch.rows(part)))
         start += size
     for store in (whole, pieces):
         store.begin_labels("t", {"fingerprint": "x"})
@@ -135,7 +135,7 @@ def test_the_fingerprint_does_not_depend_on_the_pieces(tmp_path, batch, chunks):
     for size in chunks:
         part = range(start, start + size)
         failed = [{"system": 2 - start, "reason": "no"}] if 2 in part else []
-        pieces.write_labels("t", start, labels.select(part, batch), batch.select(part), failed)
+        pieces.write_labels("t", start, labels.select(batch.rows(part)), batch.select(part), failed)
         start += size
     assert whole.fingerprint() == pieces.fingerprint()
     assert_same_structures(whole.structures(), pieces.structures())
@@ -206,12 +206,14 @@ def test_a_fixed_species_table(tmp_path, batch):
 def test_skip_existing(tmp_path, batch):
     labels = random_labels(batch)
     store = LabelledStore.create(tmp_path / "s")
-    store.append(batch.select([0, 1, 4]), labels.select([0, 1, 4], batch))
+    store.append(batch.select([0, 1, 4]), labels.select(batch.rows([0, 1, 4])))
     assert store.append(batch, labels, skip_existing=True) == 3
     assert store.append(batch, labels, skip_existing=True) == 0
     order = [0, 1, 4, 2, 3, 5]
     assert_same_structures(store.structures(), batch.select(order))
-    assert_same_labels(store.labels("reference"), labels.select(order, batch), batch.select(order))
+    assert_same_labels(
+        store.labels("reference"), labels.select(batch.rows(order)), batch.select(order)
+    )
     assert store.append(batch, labels) == 6, "without skipping, twice is twice"
 
 
@@ -224,7 +226,11 @@ def test_labels_of_a_teacher(tmp_path, batch):
     labels = random_labels(batch)
     first = batch.select([0, 1, 2, 3])
     store.write_labels(
-        "t", 0, labels.select([0, 1, 2, 3], batch), first, [{"system": 1, "reason": "diverged"}]
+        "t",
+        0,
+        labels.select(batch.rows([0, 1, 2, 3])),
+        first,
+        [{"system": 1, "reason": "diverged"}],
     )
     assert (store.n_labelled("t"), store.n_labelled("u")) == (4, 0)
     assert store.sources == ("t", "u")
@@ -236,10 +242,10 @@ def test_labels_of_a_teacher(tmp_path, batch):
     assert store.failures("t") == [{"system": 1, "frame_id": "a.xyz:1", "reason": "diverged"}]
     # Again, and overlapping: what is done stays, the rest is added.
     store.write_labels("t", 0, random_labels(first, 7), first)
-    store.write_labels("t", 2, labels.select([2, 3, 4, 5], batch), batch.select([2, 3, 4, 5]))
+    store.write_labels("t", 2, labels.select(batch.rows([2, 3, 4, 5])), batch.select([2, 3, 4, 5]))
     assert store.n_labelled("t") == 6
-    done = store.labels("t").select([0, 2, 3, 4, 5], batch)
-    expected = labels.select([0, 2, 3, 4, 5], batch)
+    done = store.labels("t").select(batch.rows([0, 2, 3, 4, 5]))
+    expected = labels.select(batch.rows([0, 2, 3, 4, 5]))
     assert_same_labels(done, expected, batch.select([0, 2, 3, 4, 5]))
     assert len(store.failures("t")) == 1
     # Structures that come later are not labelled yet.
@@ -292,10 +298,10 @@ def test_a_crash_at_any_write_loses_and_repeats_nothing(tmp_path, batch, monkeyp
 
     def append(store):
         part = batch.select(second)
-        store.append(part, labels.select(second, batch), skip_existing=True)
+        store.append(part, labels.select(batch.rows(second)), skip_existing=True)
 
     def label(store):
-        store.write_labels("t", 3, labels.select(second, batch), batch.select(second))
+        store.write_labels("t", 3, labels.select(batch.rows(second)), batch.select(second))
 
     action = append if what == "append" else label
     store = LabelledStore.create(tmp_path / "start")
@@ -304,7 +310,7 @@ def test_a_crash_at_any_write_loses_and_repeats_nothing(tmp_path, batch, monkeyp
     else:
         store.append(batch)
         store.begin_labels("t", {"fingerprint": "x"})
-        store.write_labels("t", 0, labels.select(first, batch), batch.select(first))
+        store.write_labels("t", 0, labels.select(batch.rows(first)), batch.select(first))
     before = store.fingerprint()
     shutil.copytree(tmp_path / "start", tmp_path / "undisturbed")
     action(LabelledStore.open(tmp_path / "undisturbed", "a"))

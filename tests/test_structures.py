@@ -219,10 +219,10 @@ def labelled(weight=None):
 
 def test_properties_select_follows_structures():
     batch, labels = labelled()
-    part = labels.select([3, 1], batch)
+    part = labels.select(batch.rows([3, 1]))
     assert part["energy"].tolist() == [3.0, 1.0]
     assert torch.equal(part["forces"], torch.cat([labels["forces"][23:], labels["forces"][8:20]]))
-    assert labels.select([2], batch).presence("energy", 1).tolist() == [False]
+    assert labels.select(batch.rows([2])).presence("energy", 1).tolist() == [False]
     assert part.presence("stress", 2).tolist() == [False, False]
 
 
@@ -245,7 +245,8 @@ def test_weights_per_system_and_per_atom_mix(rows):
     assert torch.equal(joined.weights["forces"][:24], expected)
     assert torch.equal(joined.weights["forces"][24:], torch.ones(24, dtype=torch.float64))
     assert torch.equal(
-        labels.select([1, 2], batch).row_weights("forces", batch.select([1, 2])), expected[8:23]
+        labels.select(batch.rows([1, 2])).row_weights("forces", batch.select([1, 2])),
+        expected[8:23],
     )
 
 
@@ -261,7 +262,7 @@ def test_neighbor_lists_select_with_their_structures():
     whole = build_neighbor_list(batch, 4.0)
     order = [2, 0, 3]
     part, own = batch.select(order), build_neighbor_list(batch.select(order), 4.0)
-    picked = whole.select(order, batch)
+    picked = whole.select(batch.rows(order))
     assert picked.n_pairs_per_system.tolist() == own.n_pairs_per_system.tolist()
     for system in range(len(part)):
         mine = part.system_index[picked.center] == system

@@ -13,8 +13,8 @@ from potstill.errors import DataError
 from potstill.neighbors import pair_vectors
 from potstill.structures import (
     NeighborList,
+    Rows,
     Structures,
-    as_indices,
     expand_ranges,
     offsets_from_counts,
 )
@@ -74,16 +74,14 @@ class Feature:
             return self.present
         return torch.ones(n_systems, dtype=torch.bool, device=self.values.device)
 
-    def select(self, systems: Sequence[int] | Tensor, structures: Structures) -> Feature:
-        """Rows of the given systems of `structures`, the batch that this belongs to."""
-        systems = as_indices(systems, structures.n_systems)
-        present = None if self.present is None else self.present[systems]
+    def select(self, rows: Rows) -> Feature:
+        """Rows of some systems of the batch that this belongs to."""
+        present = None if self.present is None else self.present[rows.systems]
         if self.graph is None:
-            rows = expand_ranges(structures.atom_offsets, systems)
-            return replace(self, values=self.values[rows], present=present)
-        rows = expand_ranges(offsets_from_counts(self.graph.n_pairs_per_system), systems)
-        graph = self.graph.select(systems, structures)
-        return replace(self, values=self.values[rows], graph=graph, present=present)
+            return replace(self, values=self.values[rows.atoms], present=present)
+        pairs = expand_ranges(offsets_from_counts(self.graph.n_pairs_per_system), rows.systems)
+        graph = self.graph.select(rows)
+        return replace(self, values=self.values[pairs], graph=graph, present=present)
 
     def to(self, device: torch.device | str) -> Feature:
         """Move all tensors to a device."""

@@ -176,13 +176,28 @@ class Structures:
 
     # -- selecting and joining ---------------------------------------------------------------
 
-    def select(self, systems: Sequence[int] | Tensor) -> Structures:
-        """Return the given systems (indices or an (S,) mask), in that order, as a new batch."""
+    def rows(self, systems: Sequence[int] | Tensor) -> Rows:
+        """Which rows of this batch, and of all that belongs to it, the given systems have.
+
+        Labels, features and neighbor lists are selected by them: `labels.select(batch.rows([0]))`.
+
+        Parameters
+        ----------
+        systems : sequence of int or Tensor
+            Indices, of which negative ones count from the end, or an (S,) mask.
+        """
         systems = as_indices(systems, self.n_systems)
-        atoms = expand_ranges(self.atom_offsets, systems)
-        counts = self.n_atoms_per_system[systems]
+        offsets = self.atom_offsets
+        starts = offsets[systems]
+        counts = offsets[systems + 1] - starts
+        return Rows(systems, expand_ranges(offsets, systems), starts, counts, self.n_atoms)
+
+    def select(self, systems: Rows | Sequence[int] | Tensor) -> Structures:
+        """Return the given systems (rows, indices or an (S,) mask), in that order, as a batch."""
+        rows = systems if isinstance(systems, Rows) else self.rows(systems)
+        systems, atoms = rows.systems, rows.atoms
         changes: dict = {
-            "system_index": torch.repeat_interleave(torch.arange(len(systems)), counts),
+            "system_index": torch.repeat_interleave(torch.arange(len(systems)), rows.counts),
         }
         for name in ("positions", "species", *ATOM_FIELDS):
             value = getattr(self, name)
@@ -362,6 +377,33 @@ def neutral_field(name: str, rows: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Some systems of a batch and the rows that are theirs; made by `Structures.rows`.
+
+    Parameters
+    ----------
+    systems : Tensor
+        (n,) int64, positions of the systems in the batch.
+    atoms : Tensor
+        (m,) int64, positions of all their atoms.
+    starts, counts : Tensor
+        (n,) int64, position of the first atom of each system, and its number of atoms.
+    n_atoms : int
+        Atoms of the whole batch.
+    """
+
+    systems: Tensor
+    atoms: Tensor
+    starts: Tensor
+    counts: Tensor
+    n_atoms: int
+
+    def of(self, name: str) -> Tensor:
+        """Positions of the values of a property."""
+        return self.systems if property_spec(name).level == "system" else self.atoms
+
+
+@dataclass(frozen=True)
 class NeighborList:
     """A full neighbor list of a batch, sorted by center.
 
@@ -395,13 +437,12 @@ class NeighborList:
         """(2, E): centers over neighbors."""
         return torch.stack([self.center, self.neighbor])
 
-    def select(self, systems: Sequence[int] | Tensor, structures: Structures) -> NeighborList:
-        """Pairs of the given systems of `structures`, re-indexed as `structures.select` does."""
-        systems = as_indices(systems, structures.n_systems)
-        pairs = expand_ranges(offsets_from_counts(self.n_pairs_per_system), systems)
-        counts = self.n_pairs_per_system[systems]
-        atoms_before = offsets_from_counts(structures.n_atoms_per_system[systems])[:-1]
-        move = torch.repeat_interleave(atoms_before - structures.atom_offsets[systems], counts)
+    def select(self, rows: Rows) -> NeighborList:
+        """Pairs of some systems, re-indexed as `Structures.select` does."""
+        pairs = expand_ranges(offsets_from_counts(self.n_pairs_per_system), rows.systems)
+        counts = self.n_pairs_per_system[rows.systems]
+        before = offsets_from_counts(rows.counts)[:-1]
+        move = torch.repeat_interleave(before - rows.starts, counts)
         return replace(
             self,
             center=self.center[pairs] + move,
@@ -497,22 +538,17 @@ class Properties:
             own[name] = rows * (weights[structures.system_index] if per_atom else weights)
         return Properties(self.values, self.present, own)
 
-    def select(self, systems: Sequence[int] | Tensor, structures: Structures) -> Properties:
-        """Values of the given systems of `structures`, the batch that this belongs to."""
-        systems = as_indices(systems, structures.n_systems)
-        atoms = expand_ranges(structures.atom_offsets, systems)
-        values = {
-            name: value[systems if property_spec(name).level == "system" else atoms]
-            for name, value in self.values.items()
-        }
-        weights = {
-            name: w[systems if w.shape[0] == structures.n_systems else atoms]
-            if property_spec(name).level == "atom" and w.shape[0] != structures.n_atoms
-            else w[systems if property_spec(name).level == "system" else atoms]
-            for name, w in self.weights.items()
-        }
-        present = {name: mask[systems] for name, mask in self.present.items()}
-        return Properties(values, present, weights)
+    def select(self, rows: Rows) -> Properties:
+        """Values of some systems of the batch that this belongs to."""
+        weights = {}
+        for name, weight in self.weights.items():
+            per_atom = property_spec(name).level == "atom" and weight.shape[0] == rows.n_atoms
+            weights[name] = weight[rows.atoms if per_atom else rows.systems]
+        return Properties(
+            {name: value[rows.of(name)] for name, value in self.values.items()},
+            {name: mask[rows.systems] for name, mask in self.present.items()},
+            weights,
+        )
 
     def to(self, device: torch.device | str) -> Properties:
         """Move all tensors to a device."""

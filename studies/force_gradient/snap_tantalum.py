@@ -258,7 +258,7 @@ def load(folder: Path, step: int) -> tuple[Structures, Properties, dict[str, Any
         raise DataError(f"{folder}: groups without weights or configurations: {missing}")
     check = compare(structures, labels, original, original_labels)
     kept = list(range(0, structures.n_systems, step))
-    return structures.select(kept), labels.select(kept, structures), check
+    return structures.select(kept), labels.select(structures.rows(kept)), check
 
 
 def compare(
@@ -278,7 +278,7 @@ def compare(
         if not same:
             raise DataError(f"{other.name_of(k)} is not among the configurations")
         found = min(same, key=lambda s: _distance(structures[s], other[k]))
-        ours, theirs = labels.select([found], structures), other_labels.select([k], other)
+        ours, theirs = labels.select(structures.rows([found])), other_labels.select(other.rows([k]))
         for name in NAMES:
             difference = float((ours[name] - theirs[name]).abs().max())
             worst[name] = max(worst[name], difference)

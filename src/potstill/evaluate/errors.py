@@ -142,8 +142,8 @@ def compare(
 ) -> dict[str, float]:
     """Metrics of one set of values against another, over all or some systems."""
     if systems is not None:
-        prediction = prediction.select(systems, structures)
-        label = label.select(systems, structures)
+        prediction = prediction.select(structures.rows(systems))
+        label = label.select(structures.rows(systems))
         structures = structures.select(systems)
     metrics = ErrorAccumulator()
     metrics.update(prediction, label, structures)
@@ -265,7 +265,7 @@ def evaluate_s2ef(
         for systems in structures.batches(max_atoms)[rank::n_ranks]:
             batch = structures.select(systems)
             prediction = predict_all(predictor, batch, ("energy", "forces"), max_atoms=max_atoms)
-            metrics.update(prediction, labels.select(systems, structures), batch)
+            metrics.update(prediction, labels.select(structures.rows(systems)), batch)
         if fabric is not None:
             state = metrics.state().to(fabric.device)
             metrics.load_state(cast(Tensor, fabric.all_reduce(state, reduce_op="sum")))

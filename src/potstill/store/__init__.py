@@ -286,7 +286,7 @@ class LabelledStore:
                 known = self._known_fingerprints()
                 prints = structures.fingerprints()
                 keep = [s for s, print_ in enumerate(prints) if print_ not in known]
-                reference = reference.select(keep, structures)
+                reference = reference.select(structures.rows(keep))
                 structures = structures.select(keep)
             if structures.n_systems:
                 start = record["n_systems"]
@@ -371,7 +371,7 @@ class LabelledStore:
             fresh = list(range(done - start, n))
             part = structures.select(fresh) if start < done else structures
             if start < done:
-                properties = properties.select(fresh, structures)
+                properties = properties.select(structures.rows(fresh))
             put_labels(self._columns, record, source, done, properties, part)
             entries = _failures(start, structures, failures, after=done - start)
             own = record["sources"][source]

@@ -283,7 +283,7 @@ class Teacher(ABC):
                 yield first, result
                 continue
             for k in range(part.n_systems):
-                yield first + k, result.select([k], part)
+                yield first + k, result.select(part.rows([k]))
 
     def _batched(
         self,

@@ -22,7 +22,7 @@ from potstill.models.base import Pairs
 from potstill.neighbors import build_neighbor_list
 from potstill.properties import LEARNABLE, PROPERTIES
 from potstill.species import SpeciesTable
-from potstill.structures import NeighborList, Properties, Structures
+from potstill.structures import NeighborList, Properties, Rows, Structures
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,13 @@ class TrainingSet:
 
     def select(self, systems: Tensor) -> TrainingSet:
         """Some of the configurations."""
+        rows = self.structures.rows(systems)
         return TrainingSet(
-            self.structures.select(systems),
-            {name: p.select(systems, self.structures) for name, p in self.labels.items()},
-            self._select_neighbors(systems),
+            self.structures.select(rows),
+            {name: labels.select(rows) for name, labels in self.labels.items()},
+            self._select_neighbors(rows),
             {
-                source: {tap: f.select(systems, self.structures) for tap, f in taps.items()}
+                source: {tap: feature.select(rows) for tap, feature in taps.items()}
                 for source, taps in self.features.items()
             },
             synthetic=None if self.synthetic is None else self.synthetic[systems],
@@ -116,11 +117,11 @@ class TrainingSet:
         marks = torch.cat([torch.full((len(part),), part is others) for part in parts])
         return TrainingSet(Structures.concatenate(sizes), labels, None, features, marks)
 
-    def _select_neighbors(self, systems: Tensor) -> Pairs | None:
+    def _select_neighbors(self, rows: Rows) -> Pairs | None:
         if isinstance(self.neighbors, CompactNeighbors):
             offsets = self.structures.atom_offsets
-            return select_neighbors(self.neighbors, systems.tolist(), offsets)
-        return None if self.neighbors is None else self.neighbors.select(systems, self.structures)
+            return select_neighbors(self.neighbors, rows.systems.tolist(), offsets)
+        return None if self.neighbors is None else self.neighbors.select(rows)
 
     def batch(self, systems: Tensor, weights: Tensor | None = None) -> Batch:
         """The given configurations as one batch, each with its weight if there are (n,) weights."""

@@ -111,7 +111,7 @@ def fit_linear(
     n_rows = 0
     for systems in _batches(structures, batch_atoms):
         part = structures.select(systems)
-        labels = _labels(part, properties.select(systems, structures), list(scale), baseline)
+        labels = _labels(part, properties.select(structures.rows(systems)), list(scale), baseline)
         for name, matrix in _design(work, part, list(scale)).items():
             weight = scale[name][systems]
             weight = weight[part.system_index] if name == "forces" else weight

@@ -186,7 +186,7 @@ def _drawn(config: CKAConfig) -> tuple[Structures, Properties]:
     else:
         structures, labels = FileData(path=config.data, allow_partial=True).read()
     drawn = draw(len(structures), config.n_structures, config.seed)
-    return structures.select(drawn), labels.select(drawn, structures)
+    return structures.select(drawn), labels.select(structures.rows(drawn))
 
 
 def _probes(
