@@ -483,6 +483,10 @@ def md(
         bool | None,
         typer.Option("--force-nonconservative", help="Allow NVE with direct forces."),
     ] = None,
+    allow_dissociation: Annotated[
+        bool | None,
+        typer.Option("--allow-dissociation", help="Continue where the structure comes apart."),
+    ] = None,
     config: Config = None,
 ) -> None:
     """Run molecular dynamics with a student; writes trajectory.extxyz and thermo.csv.
@@ -512,9 +516,12 @@ def md(
         "out": out,
         "seed": seed,
         "force_nonconservative": force_nonconservative,
+        "allow_dissociation": allow_dissociation,
     }
     result = run_dynamics(load_config(config, MdConfig, overrides), RichDisplay(console))
     console.print(f"{len(result.frames)} frames in {result.trajectory}", highlight=False)
+    if result.closest:
+        console.print(result.closest, highlight=False)
     console.print(f"Temperature and energies in {result.thermo}", highlight=False)
 
 

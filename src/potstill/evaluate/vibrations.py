@@ -23,7 +23,7 @@ from potstill.report.panels import Drawing, Panel, Series
 from potstill.report.tables import Row, number
 from potstill.report.verdicts import Verdict
 from potstill.structures import Structures
-from potstill.units import OMEGA_IN_WAVE_NUMBERS
+from potstill.units import FS_IN_ASE_TIME, OMEGA_IN_WAVE_NUMBERS
 
 #: Frequencies below minus this, 1/cm, mean that the structure is no minimum.
 _IMAGINARY = 20.0
@@ -107,6 +107,37 @@ def vibrations(
     squares = np.linalg.eigvalsh(hessian)
     frequencies = np.sign(squares) * np.sqrt(np.abs(squares)) * OMEGA_IN_WAVE_NUMBERS
     return Vibrations(frequencies, displacement)
+
+
+def fastest_period(
+    atoms: ase.Atoms, calculator: BaseCalculator, *, n_iterations: int = 12, seed: int = 0
+) -> float:
+    """Period in fs of the fastest harmonic vibration of the free atoms, where they are.
+
+    Power iteration on the mass-weighted Hessian, each product by a central difference of forces;
+    from below, to some percent.
+    """
+    moving = with_calculator(atoms, calculator)
+    fixed = Structures.from_ase(atoms).fixed
+    free = np.ones(len(atoms), bool) if fixed is None else ~fixed.numpy()
+    origin, roots = moving.get_positions(), np.sqrt(moving.get_masses())[:, None]
+    moving.set_constraint()
+    mode = np.random.default_rng(seed).normal(size=origin.shape) * free[:, None]
+    square = 0.0
+    for _ in range(n_iterations if free.any() else 0):
+        mode /= np.linalg.norm(mode)
+        step = mode / roots
+        scale = 0.01 / np.abs(step).max()
+        forces = []
+        for sign in (1.0, -1.0):
+            moving.set_positions(origin + sign * scale * step)
+            forces.append(moving.get_forces())
+        product = (forces[1] - forces[0]) / (2.0 * scale) / roots * free[:, None]
+        square = max(square, float((mode * product).sum()))
+        if not np.isfinite(product).all() or not np.any(product):
+            break
+        mode = product
+    return 2.0 * np.pi / np.sqrt(square) / FS_IN_ASE_TIME if square > 0.0 else np.inf
 
 
 def _rigid_motions(atoms: ase.Atoms, roots: np.ndarray) -> np.ndarray:

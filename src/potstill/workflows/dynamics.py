@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,14 +13,16 @@ from typing import Literal
 import torch
 from ase.calculators.calculator import BaseCalculator
 from ase.io import write
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from potstill.errors import ConfigError, DivergenceError
 from potstill.evaluate.base import make_calculator
+from potstill.evaluate.vibrations import fastest_period
 from potstill.files import write_atomically
 from potstill.sample import MDJob, SampledFrames, SamplingPlan, run_plan, smallest_supercell
 from potstill.sample.base import Progress
 from potstill.sample.plan import scratch_folder
+from potstill.soundness import closest_approach, closest_pairs, degrees_of_freedom, fused
 from potstill.structures import Structures
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3, BOLTZMANN, FS_IN_ASE_TIME
 from potstill.workflows.base import (
@@ -46,8 +50,8 @@ class MdConfig(Settings):
         Constant energy; constant temperature; constant temperature and pressure.
     temperature : float or (first, last)
         K; two numbers make a ramp (not with `nve`).
-    pressure : float
-        GPa, with `npt`.
+    pressure : float, optional
+        GPa, only with `npt`, where zero is the default.
     duration, equilibration : float
         ps; equilibration is at constant temperature and is not written.
     stride : float
@@ -62,6 +66,8 @@ class MdConfig(Settings):
         Of velocities and thermostat.
     force_nonconservative : bool
         Allow `nve` for a model with direct forces, which conserve no energy.
+    allow_dissociation : bool
+        Go on where the structure comes apart; else the run ends there, as where it explodes.
     """
 
     model: TeacherSettings
@@ -69,7 +75,7 @@ class MdConfig(Settings):
     out: str
     ensemble: Literal["nve", "langevin", "npt"] = "langevin"
     temperature: Range = (300.0, 300.0)
-    pressure: float = 0.0
+    pressure: float | None = None
     duration: float = Field(default=10.0, gt=0)
     equilibration: float = Field(default=1.0, ge=0)
     stride: float = Field(default=50.0, gt=0)
@@ -78,15 +84,36 @@ class MdConfig(Settings):
     n_atoms: int = Field(default=1, ge=1)
     seed: int = Field(default=0, ge=0)
     force_nonconservative: bool = False
+    allow_dissociation: bool = False
+
+    @model_validator(mode="after")
+    def _pressure_needs_a_barostat(self) -> MdConfig:
+        if self.pressure is not None and self.ensemble != "npt":
+            raise ValueError(
+                f"a pressure of {self.pressure:g} GPa needs the ensemble npt, and this one is "
+                f"{self.ensemble}: give --ensemble npt, or leave out the pressure"
+            )
+        return self
 
 
 @dataclass(frozen=True)
 class MdResult:
-    """The frames of a run and the files they are in."""
+    """The frames of a run and the files they are in.
+
+    Parameters
+    ----------
+    frames : SampledFrames
+        What was written.
+    trajectory, thermo : Path
+        The files.
+    closest : str
+        Closest approach in a sentence, beside the shortest distance in training where it is known.
+    """
 
     frames: SampledFrames
     trajectory: Path
     thermo: Path
+    closest: str
 
 
 def run_dynamics(config: MdConfig, display: Display | None = None) -> MdResult:
@@ -100,9 +127,33 @@ def run_dynamics(config: MdConfig, display: Display | None = None) -> MdResult:
     start = smallest_supercell(structures, min_atoms=config.n_atoms)
     calculator = make_calculator(config.model.spec, config.model.args)
     production(config).check(start, calculator)  # before a folder is made
-    folder = Path(config.out)
+    folder, display = Path(config.out), display or Display()
     claim_folder(folder, config)
-    return simulate(config, start, calculator, folder, display or Display())
+    if warning := timestep_warning(config.timestep, start, calculator):
+        display.say(warning)
+    return simulate(config, start, calculator, folder, display)
+
+
+def timestep_warning(timestep: float, start: Structures, calculator: BaseCalculator) -> str:
+    """One sentence where a timestep (fs) is too long for one system; empty if it is not.
+
+    The rule: at most a tenth of the period of the fastest vibration at the start. Its frequency is
+    the largest of the mass-weighted Hessian of the free atoms, by power iteration with finite
+    differences of forces (some 25 force evaluations).
+    """
+    period = fastest_period(start.to_ase()[0], calculator)
+    if not timestep > period / _STEPS_PER_PERIOD:
+        return ""
+    lightest = start.species_table.names[int(start.species[int(start.masses.argmin())])]
+    return (
+        f"Warning: a timestep of {timestep:g} fs is more than a tenth of the period of the fastest "
+        f"vibration ({period:.3g} fs; the lightest atom is {lightest}): expect heating or an "
+        f"explosion, and choose {period / _STEPS_PER_PERIOD:.2g} fs or less"
+    )
+
+
+#: Timesteps that the period of the fastest vibration should hold.
+_STEPS_PER_PERIOD = 10.0
 
 
 def simulate(
@@ -127,9 +178,9 @@ def simulate(
             # What led to an explosion is what one wants to see.
             so_far = job.frames_so_far(start, scratch_folder(folder / "frames", 0))
             if so_far is not None:
-                _write(folder, so_far)
+                _write(folder, so_far, calculator)
             raise
-    return _write(folder, frames)
+    return _write(folder, frames, calculator)
 
 
 def production(config: MdConfig) -> MDJob:
@@ -141,12 +192,13 @@ def production(config: MdConfig) -> MDJob:
     return MDJob(
         n_frames=max(1, round(1000.0 * config.duration / config.stride)),
         temperature=config.temperature,
-        pressure=config.pressure if config.ensemble == "npt" else None,
+        pressure=(config.pressure or 0.0) if config.ensemble == "npt" else None,
         stride=config.stride,
         equilibration=0.0 if constant_energy else 1000.0 * config.equilibration,
         timestep=config.timestep,
         thermostat_time=None if constant_energy else config.thermostat_time,
         force_nonconservative=config.force_nonconservative,
+        allow_dissociation=config.allow_dissociation,
     )
 
 
@@ -159,6 +211,7 @@ def _thermalization(config: MdConfig) -> MDJob:
         equilibration=max(0.0, 1000.0 * config.equilibration - config.stride),
         timestep=config.timestep,
         thermostat_time=config.thermostat_time,
+        allow_dissociation=config.allow_dissociation,
     )
 
 
@@ -174,11 +227,28 @@ def _run(
     return run_plan(plan, calculator, folder, progress, driver=config.model.spec)
 
 
-def _write(folder: Path, frames: SampledFrames) -> MdResult:
+def _write(folder: Path, frames: SampledFrames, calculator: BaseCalculator) -> MdResult:
     trajectory, thermo = folder / "trajectory.extxyz", folder / "thermo.csv"
     write_trajectory(trajectory, frames)
     write_thermo(thermo, frames)
-    return MdResult(frames, trajectory, thermo)
+    info = getattr(calculator, "info", None) or {}
+    trained = (info.get("trained_on") or {}).get("shortest_distances")
+    return MdResult(frames, trajectory, thermo, _closest(frames.structures, trained))
+
+
+def _closest(structures: Structures, trained: Mapping[str, float] | None) -> str:
+    distances = closest_pairs(structures)
+    if symptom := fused(distances, trained):
+        return f"Unsound: {symptom}"
+    if closest := closest_approach(distances, trained):
+        pair, distance, ratio = closest
+        return (
+            f"Closest pair: {pair} at {distance:.2f} Å, {ratio:.2f} times the shortest in training"
+        )
+    if not distances:
+        return ""
+    pair = min(distances, key=distances.__getitem__)
+    return f"Closest pair: {pair} at {distances[pair]:.2f} Å"
 
 
 def write_trajectory(path: Path, frames: SampledFrames) -> None:
@@ -196,11 +266,17 @@ THERMO = ("time_fs", "temperature_K", "potential_eV", "kinetic_eV", "total_eV", 
 
 
 def write_thermo(path: Path, frames: SampledFrames) -> None:
-    """Write time, temperature, energies and density of every frame as CSV."""
+    """Write time, temperature, energies and density of every frame as CSV.
+
+    The temperature is that of the free atoms, and what is not periodic along all three axes has no
+    density: its cells are empty.
+    """
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(THERMO)
-    table.writerows([f"{x:.10g}" for x in row] for row in thermo_rows(frames))
+    table.writerows(
+        ["" if math.isnan(x) else f"{x:.10g}" for x in row] for row in thermo_rows(frames)
+    )
     write_atomically(path, text.getvalue())
 
 
@@ -212,10 +288,11 @@ def thermo_rows(frames: SampledFrames) -> list[list[float]]:
     twice = masses * structures.velocities.square().sum(1) / FS_IN_ASE_TIME**2
     kinetic = torch.zeros(len(frames), dtype=torch.float64)
     kinetic = kinetic.index_add(0, structures.system_index, 0.5 * twice)
-    n_atoms = structures.n_atoms_per_system
-    temperature = 2.0 * kinetic / (3.0 * n_atoms * BOLTZMANN)
+    degrees = degrees_of_freedom(structures).clamp(min=1.0)
+    temperature = 2.0 * kinetic / (degrees * BOLTZMANN)
     mass = structures.composition() @ structures.species_table.masses
     density = AMU_PER_A3_IN_G_PER_CM3 * mass / structures.volume
+    density = torch.where(structures.pbc.all(dim=1), density, torch.nan)
     columns = (
         frames.time,
         temperature,

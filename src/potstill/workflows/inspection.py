@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from potstill.checkpoint import load_potential
 from potstill.errors import DataError
+from potstill.evaluate.cka import CKAMatrix
+from potstill.evaluate.table import EVALUATIONS
+from potstill.metrics import force_key
 from potstill.readers import read
 from potstill.store import LabelledStore
 from potstill.structures import Properties, Structures
 from potstill.workflows.base import Stages, read_json, seconds_in_words, trained_on
-from potstill.workflows.summary import summarize, summary_rows
+from potstill.workflows.evaluation import read_findings
+from potstill.workflows.report import verdicts
+from potstill.workflows.summary import result_rows, summarize, summary_rows
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Card:
 
 
 def inspect(path: str | Path) -> list[Card]:
-    """Describe a labelled store, a checkpoint, a run folder or a structure file.
+    """Describe a label store, a checkpoint, a structure file, or the folder of any command.
 
     Raises
     ------
@@ -37,13 +43,10 @@ def inspect(path: str | Path) -> list[Card]:
     if not path.exists():
         raise DataError(f"{path} does not exist")
     if path.is_dir():
-        if (path / "stages.json").is_file() or (path / "plan.json").is_file():
-            return _run(path)
-        if (path / "settings.json").is_file():
-            return _training(path)
-        if (path / "zarr.json").is_file():
-            return _store(path)
-        raise DataError(f"{path} is neither a labelled store nor a run folder")
+        for marker, describe in FOLDERS:
+            if next(path.glob(marker), None) is not None:
+                return describe(path)
+        raise DataError(f"{path} is neither a label store nor a run folder")
     if path.suffix == ".pt":
         return _potential(path)
     structures, labels = read(path, allow_partial=True)
@@ -88,7 +91,7 @@ def _store(path: Path) -> list[Card]:
     store = LabelledStore.open(path)
     rows = [["fingerprint", store.fingerprint()]]
     rows += [[key, _text(value)] for key, value in store.info.items()]
-    cards = [Card(f"labelled store {path}", rows)]
+    cards = [Card(f"label store {path}", rows)]
     if not store.n_systems:
         return cards
     cards.append(Card("structures", _structures(store.structures())))
@@ -139,19 +142,114 @@ def _training(path: Path) -> list[Card]:
     return cards
 
 
-def _run(path: Path) -> list[Card]:
+def _trainings(path: Path) -> list[Card]:
+    """A study, or a training in stages: one line per training."""
+    rows = []
+    for file in sorted(path.glob("*/settings.json")):
+        done = file.with_name("result.json")
+        result = read_json(done) if done.is_file() else {}
+        status = str(result.get("status", "not finished"))
+        rows.append([file.parent.name, status, _text(result.get("best_score", "–"))])
+    return [Card(f"trainings in {path}", rows, ("run", "status", "best score"))]
+
+
+def _study(path: Path) -> list[Card]:
+    stored = read_json(path / "results.json")
+    records = stored.get("runs") or stored.get("cells") or {}
+    about = [[key, _text(stored[key])] for key in ("study", "title", "date") if key in stored]
+    rows = []
+    for name, record in records.items():
+        metrics = record.get("metrics", {})
+        test: dict[str, float] = next((m for k, m in metrics.items() if "test" in k), {})
+        error = test.get(force_key(test))
+        rows.append([name, _text(record.get("n_parameters", "–")), _text(error or "–")])
+    columns = ("run", "parameters", "test force RMSE (eV/Å)")
+    return [Card(f"study {path}", about), Card("finished runs", rows, columns)]
+
+
+def _dynamics(path: Path) -> list[Card]:
+    with (path / "thermo.csv").open(encoding="utf-8") as file:
+        thermo = list(csv.DictReader(file))
+    rows = [["frames", str(len(thermo))]]
+    for name in thermo[0] if thermo else ():
+        values = [float(row[name]) for row in thermo if row[name]]
+        if values:
+            spread = f"{min(values):.4g} to {max(values):.4g}, mean {sum(values) / len(values):.4g}"
+            rows.append([name, spread])
+    structures, _ = read(path / "trajectory.extxyz", allow_partial=True)
+    return [Card(f"molecular dynamics {path}", rows), Card("frames", _structures(structures))]
+
+
+def _sampling(path: Path) -> list[Card]:
+    structures, _ = read(path / "structures.extxyz", allow_partial=True)
+    return [Card(f"sampled structures {path}", _structures(structures))]
+
+
+def _unfinished_sampling(path: Path) -> list[Card]:
+    folder = path / "jobs" if (path / "jobs").is_dir() else path
+    jobs = read_json(folder / "plan.json")["jobs"]
+    done = len(list(folder.glob("job_*.npz")))
+    rows = [["finished jobs", f"{done} of {len(jobs)}"]]
+    rows += [[job.get("name") or job["kind"], f"{job['n_frames']} frames"] for job in jobs]
+    return [Card(f"sampling {path}: the same command continues", rows)]
+
+
+def _evaluation(path: Path) -> list[Card]:
+    found, problems = read_findings(path)
+    cards = [Card(f"evaluation {path}", result_rows(found), ("", "model", "value"))]
+    lines = [[line] for line in (*verdicts(found), *problems)]
+    return [*cards, Card("what it says", lines, ("",))] if lines else cards
+
+
+def _features(path: Path) -> list[Card]:
+    matrix = CKAMatrix.from_json(read_json(path / "cka.json")["student_teacher"])
+    rows = [
+        [tap, *(f"{x:.3f}" for x in row)]
+        for tap, row in zip(matrix.first, matrix.values, strict=True)
+    ]
+    return [Card(f"CKA {path} ({matrix.n_atoms} atoms)", rows, ("student", *matrix.second))]
+
+
+def _epsilon(path: Path) -> list[Card]:
+    stored = read_json(path / "epsilon.json")
+    rows = [[key, _text(value)] for key, value in stored.items() if not isinstance(value, list)]
+    return [Card(f"epsilon scan {path}", rows)]
+
+
+def _distillation(path: Path) -> list[Card]:
     cards = []
     if (path / "plan.json").is_file():
         plan = read_json(path / "plan.json")
+        if "jobs" in plan:
+            return _unfinished_sampling(path)
         rows = [[key, _text(value)] for key, value in plan["counts"].items()]
         cards.append(Card(f"distillation {path}: plan", rows))
     stages = Stages(path).seconds
     rows = [[name, seconds_in_words(seconds)] for name, seconds in stages.items()]
     cards.append(Card("finished stages", rows))
     if (path / "evaluation").is_dir() and (path / "student.pt").is_file():
-        rows = summary_rows(summarize(path))
-        cards.append(Card("results", rows, ("", "model", "value")))
+        summary = summarize(path)
+        lines = [[line] for line in (*summary.get("verdicts", ()), *summary.get("problems", ()))]
+        cards.append(Card("what the evaluation says", lines, ("",)))
+        cards.append(Card("results", summary_rows(summary), ("", "model", "value")))
     return cards
+
+
+#: What a folder is known by, the first that fits, and how it is described.
+FOLDERS: tuple[tuple[str, Callable[[Path], list[Card]]], ...] = (
+    ("stages.json", _distillation),
+    ("plan.json", _distillation),
+    ("zarr.json", _store),
+    ("settings.json", _training),
+    ("results.json", _study),
+    ("thermo.csv", _dynamics),
+    ("structures.extxyz", _sampling),
+    ("jobs/plan.json", _unfinished_sampling),
+    ("cka.json", _features),
+    ("epsilon.json", _epsilon),
+    ("*/settings.json", _trainings),
+    *((f"{name}.json", _evaluation) for name in EVALUATIONS),
+)
 
 
 def _text(value: Any) -> str:
