@@ -32,13 +32,14 @@ from potstill.evaluate.speed import SpeedRow, SpeedTable
 from potstill.experiments.rows import RunRow
 from potstill.experiments.sizes_report import (
     sizes_figures,
+    sizes_sections,
     sizes_tables,
     sizes_verdicts,
-    write_sizes_report,
 )
 from potstill.experiments.spec import Role
 from potstill.metrics import METRICS
 from potstill.models import HIPNN, SpeciesOffsets, SumPotential
+from potstill.report.page import Page, write_page
 from potstill.report.panels import Panel, Series, looks
 from potstill.report.plots import write_figure
 from potstill.report.tables import Spread, Table, number
@@ -552,11 +553,10 @@ def test_sizes_verdicts_follow_the_numbers():
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    path = write_sizes_report(
-        study_rows(), folder, title="A & B", about={"Command": "potstill study x.yaml"},
-        baselines=BASELINES, notes=["A note."],
-    )  # fmt: skip
-    return path.read_text(), folder / "report"
+    verdicts, sections = sizes_sections(study_rows(), folder / "report", BASELINES)
+    about = (("Command", "potstill study x.yaml"),)
+    page = Page("A & B", about, verdicts, (), ("A note.",), tuple(sections))
+    return write_page(page, folder / "report.html").read_text(), folder / "report"
 
 
 def test_sizes_figures(study):
@@ -624,9 +624,9 @@ def test_sizes_figures_without_a_page(tmp_path):
 
 def test_one_row_of_an_unknown_strategy_is_enough(tmp_path):
     rows = [study_row("x", "novel_idea", "s", 100, metrics={"forces_rmse": 0.1})]
-    text = write_sizes_report(rows, tmp_path).read_text()
-    assert "There is no pair of strategies to compare." in text
-    assert "novel idea" in text
+    verdicts, sections = sizes_sections(rows, tmp_path)
+    assert verdicts == ("There is no pair of strategies to compare.",)
+    assert "novel idea" in sections[1].tables[0].markdown()
 
 
 def test_bad_studies_are_refused(tmp_path):
@@ -634,7 +634,7 @@ def test_bad_studies_are_refused(tmp_path):
         sizes_tables([])
     row = study_row("x", "student", "s", 100)
     with pytest.raises(DataError, match="two runs of the study are called 'x'"):
-        write_sizes_report([row, row], tmp_path / "out")
+        sizes_sections([row, row], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ase.build import bulk
 from ase.io import write as ase_write
 from pydantic import ValidationError
 
@@ -120,16 +122,34 @@ def test_models_are_measured_beside_a_reference_from_elsewhere(tmp_path: Path) -
             "production": 120,
         },
     }
-    config = _config(tmp_path, measure=measure, seeds=(0,), strategies=("teacher", "student"))
+    evaluations = {
+        "structure": str(tmp_path / "cell.xyz"),
+        "tests": {"errors": {}, "eos": {}},
+    }
+    ase_write(tmp_path / "cell.xyz", bulk("Cu", cubic=True), format="extxyz")
+    config = _config(
+        tmp_path,
+        measure=measure,
+        evaluations=evaluations,
+        seeds=(0,),
+        strategies=("teacher", "student"),
+    )
     experiment, folder = config.experiment, tmp_path / "study"
     run_experiment(experiment, folder)
-    liquid = report_experiment(experiment, folder)["measures"]["liquid"]
+    result = report_experiment(experiment, folder)
+    liquid, evaluated = (result["measures"][key] for key in ("liquid", "evaluations"))
     assert liquid["reference"]["n_frames"] == 3
     teacher, student = (liquid["runs"][name] for name in ("teacher-teacher-0", "student-small-0"))
     assert "rdf_error" not in teacher  # it has no teacher
     assert teacher["rdf_error_reference"] > 0
     assert {"rdf_error", "rdf_error_noise", "rdf_error_reference_noise"} <= set(student)
     assert "EMT: standard error from blocks" in (folder / "report.html").read_text()
+    # Evaluations of the table, asked for by name alone.
+    own = result["runs"]["student-small-0"]["metrics"]["test:held out"]
+    numbers = evaluated["runs"]["student-small-0"]
+    assert numbers["forces_rmse"] == pytest.approx(own["forces_rmse"], rel=1e-6)
+    assert set(evaluated["results"]) == {"errors", "eos"}
+    assert "| student | small |" in (folder / "report" / "table_evaluations.md").read_text()
     measured = {f.name: f.stat().st_mtime_ns for f in (folder / "measures").glob("rdf-*.json")}
     assert len(measured) == 3
     report_experiment(experiment, folder)
@@ -207,6 +227,22 @@ def test_a_study_without_a_teacher_size_or_with_a_misspelt_strategy_is_refused(
         _config(tmp_path, sizes={"small": {}})
     with pytest.raises(ValidationError, match="did you mean 'born_again'"):
         _config(tmp_path, strategies=("born_agian",))
+
+
+@pytest.mark.parametrize(
+    ("tests", "words"),
+    [
+        ({"eso": {}}, "there is no evaluation 'eso'; did you mean 'eos'"),
+        ({"eos": {}}, "the evaluation 'eos' needs a 'structure'"),
+        ({"rdf": {}}, "the evaluation 'rdf' needs trajectories"),
+        ({"errors": {"bins": 3}}, "bins"),
+    ],
+)
+def test_evaluations_that_cannot_be_done_are_refused_before_training(
+    tmp_path: Path, tests: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValidationError, match=words):
+        _config(tmp_path, evaluations={"tests": tests})
 
 
 def test_validation_is_spread_over_groups() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from potstill.evaluate.base import Evaluation
+import json
+from typing import Any
+
+from potstill.errors import PotstillError, suggest
+from potstill.evaluate.base import Bench, Candidate, Evaluation
 from potstill.evaluate.elastic import Elastic
 from potstill.evaluate.eos import Eos
 from potstill.evaluate.errors import S2EF, Errors
@@ -30,3 +34,25 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
         NVE,
     )
 }
+
+
+def evaluation_class(name: str) -> type[Evaluation]:
+    """Look up an evaluation by name.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name.
+    """
+    if name not in EVALUATIONS:
+        raise ValueError(f"there is no evaluation '{name}'{suggest(name, EVALUATIONS)}")
+    return EVALUATIONS[name]
+
+
+def attempt(evaluation: Evaluation, bench: Bench, candidate: Candidate) -> Any:
+    """Plain JSON of a result, or `{"error": ...}`: what fails does not end the others."""
+    try:
+        result = evaluation.run(bench, candidate)
+    except PotstillError as error:
+        return {"error": str(error)}
+    return json.loads(json.dumps(result.to_json()))

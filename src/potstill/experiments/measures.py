@@ -16,16 +16,18 @@ import ase
 import torch
 from ase.build import bulk
 from ase.calculators.calculator import BaseCalculator
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential
 from potstill.distill.taps import CHOSEN_PAIRS, TapPair
-from potstill.errors import PotstillError
+from potstill.errors import ConfigError, PotstillError
+from potstill.evaluate.base import Bench, BenchSettings, Candidate
 from potstill.evaluate.cka import cka_matrix, linear_probes
 from potstill.evaluate.memory import memory_per_atom
 from potstill.evaluate.rdf import RadialDistribution, compare_radial, radial_distribution
 from potstill.evaluate.speed import inference_throughput, md_speed
+from potstill.evaluate.table import EVALUATIONS, attempt, evaluation_class
 from potstill.experiments.run import RunRecord, best_of, held_out_errors
 from potstill.experiments.spec import Experiment, GivenTeacher, Run, TrainedTeacher
 from potstill.models import Potential
@@ -33,7 +35,13 @@ from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.sample.md import run_md
 from potstill.structures import Structures
 from potstill.teachers.base import TeacherCalculator
-from potstill.workflows.base import Settings, TeacherSettings, read_json, write_json
+from potstill.workflows.base import (
+    Settings,
+    TeacherSettings,
+    read_json,
+    read_start,
+    write_json,
+)
 from potstill.workflows.data import load_parts
 
 #: Timesteps between two frames of a distribution.
@@ -318,6 +326,79 @@ def _closest(frames: Structures) -> float:
     if neighbors.n_pairs == 0:
         return _NEAR
     return float(torch.linalg.vector_norm(pair_vectors(frames, neighbors), dim=1).min())
+
+
+# -- any evaluation --------------------------------------------------------------------------------
+
+
+class EvaluationsSettings(Settings):
+    """Evaluations of `potstill.evaluate.table` with every trained model.
+
+    Parameters
+    ----------
+    tests : dict of str to dict
+        Which, and settings of theirs: `{eos: {}, nve: {duration: 5}}`.
+    structure : str, optional
+        Where properties and dynamics start from.
+    settings : BenchSettings
+        What they share.
+    """
+
+    tests: dict[str, dict[str, Any]] = Field(min_length=1)
+    structure: str | None = None
+    settings: BenchSettings = Field(default_factory=BenchSettings)
+
+    @field_validator("tests")
+    @classmethod
+    def _known(cls, tests: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, own in tests.items():
+            evaluation_class(name).model_validate(own)
+        return tests
+
+    @model_validator(mode="after")
+    def _applicable(self) -> EvaluationsSettings:
+        for name in self.tests:
+            needs = EVALUATIONS[name].needs
+            if needs == "frames" or (needs in ("structure", "crystal") and not self.structure):
+                what = "trajectories" if needs == "frames" else "a 'structure'"
+                raise ValueError(f"the evaluation '{name}' needs {what}")
+        return self
+
+    def measure(self, finished: Finished) -> dict[str, Any]:
+        """Evaluate every run, on the first test set where labels are needed.
+
+        Returns
+        -------
+        dict
+            `runs`: numbers by run, with the keys of `potstill.metrics.METRICS`; `results`: all
+            that was found, by evaluation and run.
+        """
+        data = finished.experiment.data
+        sets = {name: test.read(data.source) for name, test in data.tests.items()}
+        structures, labels = next(iter(sets.values()), (None, None))
+        bench = Bench(
+            settings=self.settings,
+            structure=read_start(self.structure)[0] if self.structure else None,
+            structures=structures,
+            labels=labels,
+            splits=sets,
+        )
+        results: dict[str, dict[str, Any]] = {name: {} for name in self.tests}
+        numbers: dict[str, dict[str, float]] = {run.name: {} for run in finished.records}
+        for name, own in self.tests.items():
+            evaluation = EVALUATIONS[name].model_validate(own)
+            if lacking := evaluation.lacks(bench):
+                raise ConfigError(f"the evaluation '{name}' needs {lacking}")
+            for run in finished.records:
+                candidate = Candidate(run.name, str(finished.best(run)))
+                found = finished.cached(
+                    f"{name}-{run.name}", partial(attempt, evaluation, bench, candidate)
+                )
+                results[name][run.name] = found
+                if set(found) != {"error"}:
+                    result = evaluation.result.from_json(found)
+                    numbers[run.name] |= evaluation.metrics(result)
+        return {"runs": numbers, "results": results}
 
 
 # -- throughput, and the similarity of features ----------------------------------------------------

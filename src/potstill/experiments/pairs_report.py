@@ -22,7 +22,7 @@ from potstill.experiments.rows import RunRow
 from potstill.experiments.spec import GridPoint
 from potstill.metrics import Estimate, Metric
 from potstill.report.heatmaps import Heatmap, write_heatmaps
-from potstill.report.page import Page, Section, write_page
+from potstill.report.page import Section
 from potstill.report.plots import Figure, write_figure
 from potstill.report.tables import Cell, Spread, Table
 from potstill.report.verdicts import Comparison, compare
@@ -374,36 +374,13 @@ def cka_figure(pair: Pair, row: RunRow, measured: Mapping[str, Any], folder: Pat
 # -- the page --------------------------------------------------------------------------------------
 
 
-def write_pairs_report(
-    rows: Sequence[RunRow],
-    measured: Mapping[str, Any],
-    folder: Path,
-    *,
-    title: str,
-    about: Mapping[str, str],
-) -> Path:
-    """Write `report.html` and, in `report/`, its tables (CSV, Markdown) and figures.
+def pairs_sections(
+    rows: Sequence[RunRow], measured: Mapping[str, Any], folder: Path
+) -> tuple[tuple[str, ...], list[Section]]:
+    """Sentences and sections of a report; tables and figures are written into the folder.
 
-    Parameters
-    ----------
-    rows : sequence of RunRow
-        All runs.
-    measured : mapping
-        As of `potstill.experiments.measures.SimilaritySettings.measure`.
-    folder : Path
-        Gets `report.html` and `report/`.
-    title : str
-        Heading of the page.
-    about : mapping
-        What, when, command, versions: shown as a list at the top.
-
-    Returns
-    -------
-    Path
-        Of `report.html`.
+    `measured` is what `potstill.experiments.measures.SimilaritySettings.measure` returns.
     """
-    parts = folder / "report"
-    parts.mkdir(parents=True, exist_ok=True)
     pairs = pairs_of(rows)
     assert rows[0].tests is not None
     splits = list(rows[0].tests.splits)
@@ -414,17 +391,17 @@ def write_pairs_report(
     by_split += [seed_table(main, splits)] if main else []
     grids = [grid_table(pair, grid, measured) for pair in pairs for grid in pair.grids]
     for table in (*tables, models, *by_split, *grids):
-        table.write(parts)
-    progress = [progress_figure(pair, parts) for pair in main]
+        table.write(folder)
+    progress = [progress_figure(pair, folder) for pair in main]
     ablations = [
         figure
         for pair in pairs
         for grid in pair.grids
-        for figure in (progress_figure(pair, parts, grid), grid_figure(pair, grid, parts))
+        for figure in (progress_figure(pair, folder, grid), grid_figure(pair, grid, folder))
         if figure is not None
     ]
     similar = [
-        cka_figure(pair, found[0], measured, parts)
+        cka_figure(pair, found[0], measured, folder)
         for pair in pairs
         for rows in pair.strategies.values()
         if (found := [r for r in rows if r.name in measured.get("cka", {})])
@@ -436,8 +413,7 @@ def write_pairs_report(
         Section("Ablations", figures=tuple(ablations), tables=tuple(grids)),
         Section("By test set", tables=tuple(by_split)),
     ]
-    page = Page(title, tuple(about.items()), sentences(main), (), (), tuple(sections))
-    return write_page(page, folder / "report.html")
+    return sentences(main), sections
 
 
 def sentences(pairs: Sequence[Pair]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from potstill.distill import LossTerm, Schedule
 from potstill.distill.feature_terms import KINDS
 from potstill.distill.taps import CHOSEN_PAIRS
 from potstill.errors import suggest
-from potstill.experiments.measures import LiquidSettings, SimilaritySettings
+from potstill.experiments.measures import EvaluationsSettings, LiquidSettings, SimilaritySettings
 from potstill.experiments.spec import (
     TEACHER,
     Errors,
@@ -50,7 +50,25 @@ BORN_AGAIN_WEIGHTS = {
 
 
 class _Study(Settings):
-    """What studies of both kinds have."""
+    """What studies of both kinds have.
+
+    Parameters
+    ----------
+    name, title : str
+        Short name, and one line for the report.
+    seeds : tuple of int
+        Every variant is trained once for each.
+    common : TrainSettings
+        What all runs share; model, loss, score and seed are filled in as far as they differ.
+    evaluations : EvaluationsSettings, optional
+        What every trained model is put through.
+    """
+
+    name: str
+    title: str
+    seeds: tuple[int, ...] = (0, 1, 2)
+    common: TrainSettings = Field(default_factory=TrainSettings)
+    evaluations: EvaluationsSettings | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -171,20 +189,14 @@ class SizesStudy(_Study):
 
     Parameters
     ----------
-    name, title : str
-        Short name of the study, and one line for the report.
     data : SizesData
         Training and test sets.
-    seeds : tuple of int
-        Every variant is trained once for each.
     sizes : dict of str to dict
         Hyper-parameters by size; `teacher` must be there and belongs to the teacher.
     strategies : tuple of str
         Keys of `STRATEGIES`, or of `extra_strategies`.
     extra_strategies : dict of str to Strategy
         Strategies of the study's own, such as a second teacher and its students.
-    common : TrainSettings
-        Everything else, shared by all runs; its model, loss, score and seed are filled in.
     measure : LiquidSettings, optional
         Molecular dynamics with the trained models; none if absent.
     baselines : dict of str to dict
@@ -194,14 +206,10 @@ class SizesStudy(_Study):
         Table 1's epochs are multiplied by it.
     """
 
-    name: str
-    title: str
     data: SizesData
-    seeds: tuple[int, ...] = (0, 1, 2)
     sizes: dict[str, dict[str, Any]]
     strategies: tuple[str, ...] = tuple(STRATEGIES)
     extra_strategies: dict[str, Strategy] = Field(default_factory=dict)
-    common: TrainSettings = Field(default_factory=TrainSettings)
     measure: LiquidSettings | None = None
     baselines: dict[str, dict[str, float]] = Field(default_factory=dict)
     schedule_factor: float = Field(default=1.0, gt=0)
@@ -245,14 +253,14 @@ class SizesStudy(_Study):
             {name: HeldOutSet.at(path) for name, path in self.data.tests.items()},
             self.data.source,
         )
-        measures = {} if self.measure is None else {"liquid": self.measure}
+        measures = {"liquid": self.measure, "evaluations": self.evaluations}
         return Experiment(
             self.name,
             self.title,
             data,
             tuple(variants),
             self.seeds,
-            measures=measures,
+            measures={name: own for name, own in measures.items() if own is not None},
             baselines=self.baselines,
             config=self,
         )
@@ -434,8 +442,6 @@ class PairsStudy(_Study):
     ----------
     kind : {"features"}
         Tells it from a study of sizes.
-    name, title : str
-        Short name, and one line for the report.
     data : DataSettings
         Training and validation set.
     tests : dict of str to HeldOutSet
@@ -444,10 +450,6 @@ class PairsStudy(_Study):
         By name.
     pairs : dict of str to StudyPair
         By name.
-    seeds : tuple of int
-        Every variant is trained once for each.
-    common : TrainSettings
-        Everything else, shared by all runs; model and seed are filled in.
     features : {"stored", "online"}
         Whether a teacher's features are computed once for a run and kept, or for every batch.
     measure : SimilaritySettings
@@ -455,14 +457,10 @@ class PairsStudy(_Study):
     """
 
     kind: Literal["features"]
-    name: str
-    title: str
     data: DataSettings
     tests: dict[str, HeldOutSet]
     models: dict[str, StudyModel]
     pairs: dict[str, StudyPair]
-    seeds: tuple[int, ...] = (0, 1, 2)
-    common: TrainSettings = Field(default_factory=TrainSettings)
     features: Literal["stored", "online"] = "stored"
     measure: SimilaritySettings = Field(default_factory=SimilaritySettings)
 
@@ -497,7 +495,10 @@ class PairsStudy(_Study):
             (*alone, *students),
             self.seeds,
             errors=Errors.S2EF,
-            measures={"similarity": self.measure},
+            measures={
+                "similarity": self.measure,
+                **({"evaluations": self.evaluations} if self.evaluations is not None else {}),
+            },
             config=self,
         )
 

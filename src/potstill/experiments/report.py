@@ -9,11 +9,12 @@ from typing import Any
 from potstill.evaluate.errors import S2EFErrors
 from potstill.evaluate.learning import read_learning_curves
 from potstill.experiments.measures import Finished, stored_distribution
-from potstill.experiments.pairs_report import write_pairs_report
+from potstill.experiments.pairs_report import pairs_sections
 from potstill.experiments.rows import RunRow
 from potstill.experiments.run import RunRecord, finished_runs, write_results
-from potstill.experiments.sizes_report import write_sizes_report
+from potstill.experiments.sizes_report import sizes_sections, summary_table
 from potstill.experiments.spec import Errors, Experiment, GivenTeacher, Role, Run, TrainedTeacher
+from potstill.report.page import Page, Section, write_page
 
 
 def report_experiment(
@@ -46,26 +47,31 @@ def report_experiment(
     records = finished_runs(experiment, folder)
     finished = Finished(experiment, folder, records, on_model)
     measured = {name: measure.measure(finished) for name, measure in experiment.measures.items()}
-    rows = [row_of(finished, run, measured.get("liquid", {})) for run in records]
+    rows = [row_of(finished, run, measured) for run in records]
     result, about = write_results(experiment, folder, command, records, measures=measured)
-    page: dict[str, Any] = {"title": experiment.title, "about": about}
+    parts = folder / "report"
     if experiment.errors is Errors.S2EF:
         similarity = measured.get("similarity", {})
-        rows += [
-            _given_teacher(name, errors) for name, errors in similarity.get("teachers", {}).items()
-        ]
-        write_pairs_report(rows, similarity, folder, **page)
+        given = similarity.get("teachers", {})
+        rows += [_given_teacher(name, errors) for name, errors in given.items()]
+        verdicts, sections = pairs_sections(rows, similarity, parts)
     else:
         liquid = stored_distribution(folder, "reference")
         settings: Any = experiment.measures.get("liquid")
         named = (settings.reference.name, liquid) if liquid and settings.reference else None
-        baselines = experiment.baselines or None
-        write_sizes_report(rows, folder, baselines=baselines, liquid=named, **page)
+        verdicts, sections = sizes_sections(rows, parts, experiment.baselines, named)
+    evaluated = measured.get("evaluations", {}).get("runs", {})
+    if keys := dict.fromkeys(key for numbers in evaluated.values() for key in numbers):
+        table = summary_table(rows, keys, "table_evaluations", "Evaluations")
+        table.write(parts)
+        sections.append(Section("Evaluations", tables=(table,)))
+    page = Page(experiment.title, tuple(about.items()), verdicts, (), (), tuple(sections))
+    write_page(page, folder / "report.html")
     return result
 
 
-def row_of(finished: Finished, run: Run, liquid: Mapping[str, Any]) -> RunRow:
-    """The row of a finished run; `liquid` is what was measured of all liquids."""
+def row_of(finished: Finished, run: Run, measured: Mapping[str, Any]) -> RunRow:
+    """The row of a finished run; some of what was `measured` are numbers by run."""
     record, variant = finished.records[run], run.variant
     taps = record.distilled
     teacher, name = variant.teacher, ""
@@ -79,7 +85,7 @@ def row_of(finished: Finished, run: Run, liquid: Mapping[str, Any]) -> RunRow:
         variant.group,
         record.n_parameters,
         run.seed,
-        metrics=_metrics(finished.experiment, record) | _numbers(liquid, run),
+        metrics=_metrics(finished.experiment, record) | _numbers(measured, run),
         tests=record.tests,
         against=variant.against,
         teacher=name,
@@ -98,9 +104,9 @@ def _metrics(experiment: Experiment, record: RunRecord) -> dict[str, float]:
     return dict(record.metrics[f"test:{first}"])
 
 
-def _numbers(liquid: Mapping[str, Any], run: Run) -> dict[str, float]:
-    found = liquid.get("runs", {}).get(run.name, {})
-    return {key: value for key, value in found.items() if isinstance(value, float)}
+def _numbers(measured: Mapping[str, Any], run: Run) -> dict[str, float]:
+    parts = [found.get("runs", {}).get(run.name, {}) for found in measured.values()]
+    return {k: v for part in parts for k, v in part.items() if isinstance(v, float)}
 
 
 def _given_teacher(name: str, errors: Mapping[str, Any]) -> RunRow:

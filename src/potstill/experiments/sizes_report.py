@@ -18,8 +18,8 @@ from potstill.evaluate.learning import learning_panels
 from potstill.evaluate.pareto import pareto_front
 from potstill.evaluate.rdf import RadialDistribution
 from potstill.experiments.rows import RunRow
-from potstill.metrics import METRICS, Metric
-from potstill.report.page import Page, Section, write_page
+from potstill.metrics import METRICS, Metric, metric_of
+from potstill.report.page import Section
 from potstill.report.panels import LOOKS, Look, Panel, Series, looks, plain_label
 from potstill.report.plots import Figure, write_figure
 from potstill.report.tables import Cell, Spread, Table
@@ -66,9 +66,13 @@ def sizes_tables(rows: Sequence[RunRow], baselines: Baselines | None = None) -> 
         If there are no rows, or two share a name.
     """
     _check(rows)
-    tables = [_summary(rows, _ERROR_COLUMNS, "table_errors", "Errors on the test set", baselines)]
+    tables = [
+        summary_table(rows, _ERROR_COLUMNS, "table_errors", "Errors on the test set", baselines)
+    ]
     if _measured(rows, _COST_COLUMNS):
-        tables.append(_summary(rows, _COST_COLUMNS, "table_cost", "Cost of molecular dynamics"))
+        tables.append(
+            summary_table(rows, _COST_COLUMNS, "table_cost", "Cost of molecular dynamics")
+        )
     comparisons = _comparison_table(rows)
     if comparisons.rows:
         tables.append(comparisons)
@@ -93,19 +97,19 @@ def sizes_verdicts(rows: Sequence[RunRow]) -> tuple[str, ...]:
     )
 
 
-def _summary(
+def summary_table(
     rows: Sequence[RunRow],
-    keys: Sequence[str],
+    keys: Iterable[str],
     name: str,
     title: str,
     baselines: Baselines | None = None,
 ) -> Table:
-    metrics = [METRICS[key] for key in _measured(rows, keys)]
+    """Means and deviations over seeds of what was measured, by size and strategy."""
+    metrics = [metric_of(key) for key in _measured(rows, keys)]
     body: list[tuple[Cell, ...]] = []
     for size, strategy, group in _groups(rows):
         numbers = [Spread.of(r.value(m.key) for r in group).scaled(m.scale) for m in metrics]
-        parameters = Spread.of(r.n_parameters for r in group)
-        head = (plain_label(strategy), size, round(parameters.mean), len(group))
+        head = (plain_label(strategy), size, group[0].n_parameters, len(group))
         body.append((*head, *(s if s.n else None for s in numbers)))
     for label, values in (baselines or {}).items():
         known = [values.get(m.key) for m in metrics]
@@ -114,8 +118,7 @@ def _summary(
         ]
         body.append((label, "published", None, None, *shown))
     columns = ("Strategy", "Size", "Parameters", "Seeds", *(m.label for m in metrics))
-    note = "Mean ± standard deviation over seeds."
-    return Table(name, title, columns, tuple(body), note)
+    return Table(name, title, columns, tuple(body), "Mean ± standard deviation over seeds.")
 
 
 def _runs_table(rows: Sequence[RunRow]) -> Table:
@@ -448,34 +451,24 @@ def _size_notes(
 # -- the page ----------------------------------------------------------------------------------
 
 
-def write_sizes_report(
+def sizes_sections(
     rows: Sequence[RunRow],
-    folder: str | Path,
-    *,
-    title: str = "Teacher-student study",
-    about: Mapping[str, str] | None = None,
+    folder: Path,
     baselines: Baselines | None = None,
     liquid: Liquid | None = None,
-    notes: Sequence[str] = (),
-) -> Path:
-    """Write `report.html` and, in `report/`, its tables (CSV, Markdown) and figures.
+) -> tuple[tuple[str, ...], list[Section]]:
+    """Sentences and sections of a report; tables and figures are written into the folder.
 
     Parameters
     ----------
     rows : sequence of RunRow
         All runs.
     folder : path
-        Gets `report.html`, whose path is returned, and `report/`; made if absent.
-    title : str
-        Heading of the page.
-    about : mapping, optional
-        What, when, command, versions, seeds, data: shown as a list at the top, in this order.
+        Made if absent.
     baselines : mapping, optional
         Published potentials: name to metrics, drawn as horizontal lines.
     liquid : (str, RadialDistribution), optional
         Name and g(r) of a potential from elsewhere.
-    notes : sequence of str
-        Paragraphs below the verdicts, in plain text.
 
     Raises
     ------
@@ -483,20 +476,15 @@ def write_sizes_report(
         If there are no rows, or two share a name.
     """
     tables = sizes_tables(rows, baselines)
-    folder = Path(folder)
-    parts = folder / "report"
-    figures = sizes_figures(rows, parts, baselines, liquid)
+    figures = sizes_figures(rows, folder, baselines, liquid)
     for table in tables:
-        table.write(parts)
-    shown = tables[:-1]
-    sections = [
+        table.write(folder)
+    verdicts = sizes_verdicts(rows) or ("There is no pair of strategies to compare.",)
+    return verdicts, [
         Section("Figures", figures=figures),
-        Section("Tables", tables=shown),
+        Section("Tables", tables=tables[:-1]),
         Section("Every run", tables=(_short_runs_table(rows),)),
     ]
-    verdicts = sizes_verdicts(rows) or ("There is no pair of strategies to compare.",)
-    page = Page(title, tuple((about or {}).items()), verdicts, (), tuple(notes), tuple(sections))
-    return write_page(page, folder / "report.html")
 
 
 # -- order -------------------------------------------------------------------------------------

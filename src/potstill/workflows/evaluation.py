@@ -7,16 +7,15 @@ apply to the data at hand, and what they need.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from potstill.errors import ConfigError, DataError, PotstillError, suggest
+from potstill.errors import ConfigError, DataError
 from potstill.evaluate.base import Bench, BenchSettings, Candidate, Evaluation, Findings, Result
-from potstill.evaluate.table import EVALUATIONS
+from potstill.evaluate.table import EVALUATIONS, attempt, evaluation_class
 from potstill.structures import Properties, Structures
 from potstill.train import TrainingSet
 from potstill.workflows.base import (
@@ -117,19 +116,6 @@ class EvaluateConfig(Settings):
         return options
 
 
-def evaluation_class(name: str) -> type[Evaluation]:
-    """Look up an evaluation by name.
-
-    Raises
-    ------
-    ValueError
-        If there is none of that name.
-    """
-    if name not in EVALUATIONS:
-        raise ValueError(f"there is no evaluation '{name}'{suggest(name, EVALUATIONS)}")
-    return EVALUATIONS[name]
-
-
 def run_evaluations(
     bench: Bench,
     chosen: Iterable[tuple[Evaluation, Sequence[Candidate]]],
@@ -162,20 +148,9 @@ def run_evaluations(
             file = folder / f"{evaluation.name}.json"
             results = read_json(file) if file.is_file() else {}
             if candidate.name not in results:
-                write_json(
-                    file, {**results, candidate.name: _attempt(evaluation, bench, candidate)}
-                )
+                write_json(file, {**results, candidate.name: attempt(evaluation, bench, candidate)})
         task.update(len(work))
     return read_findings(folder)[0]
-
-
-def _attempt(evaluation: Evaluation, bench: Bench, candidate: Candidate) -> Any:
-    """Evaluate; what cannot be done is a result, not the end of the others."""
-    try:
-        result = evaluation.run(bench, candidate)
-    except PotstillError as error:
-        return {"error": str(error)}
-    return json.loads(json.dumps(result.to_json()))
 
 
 def read_findings(folder: Path) -> tuple[Findings, list[str]]:
