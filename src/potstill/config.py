@@ -20,6 +20,7 @@ from potstill.errors import ConfigError, suggest
 from potstill.experiments.recipes import PairsStudy as PairsStudy
 from potstill.experiments.recipes import SizesStudy as SizesStudy
 from potstill.experiments.spec import Experiment
+from potstill.models.hipnn import HIPNNHyperparameters
 from potstill.template import template
 from potstill.workflows.base import merged
 from potstill.workflows.base import write_settings as write_settings
@@ -36,7 +37,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 _STUDENT, _TRAINING = {"spec": "run/student.pt"}, {"files": [{"path": "train.extxyz"}]}
 
-#: Settings by command, with values of the keys that have no default, for templates.
+#: Settings by command (or kind of study), with values of the keys that have no default.
 SETTINGS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "distill": (DistillConfig, {}),
     "sample": (
@@ -63,6 +64,36 @@ SETTINGS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
         {"student": "run/student.pt", "teacher": "teacher.pt", "data": "labels.zarr", "out": "cka"},
     ),
     "md": (MdConfig, {"model": _STUDENT, "structure": "silicon", "out": "md"}),
+    "study": (
+        SizesStudy,
+        {
+            "name": "copper",
+            "title": "Copper: teachers, students and controls of two sizes",
+            "data": {"train": "train.extxyz", "tests": {"test": "test.extxyz"}},
+            "sizes": {
+                "teacher": {"n_features": 64, "n_sensitivities": 20, "n_atom_layers": 3},
+                "small": {"n_features": 16, "n_sensitivities": 12, "n_atom_layers": 2},
+            },
+        },
+    ),
+    "feature-study": (
+        PairsStudy,
+        {
+            "kind": "features",
+            "name": "molecules",
+            "title": "Molecules: PaiNN into a smaller one",
+            "data": _TRAINING,
+            "tests": {"test": {"file": {"path": "test.extxyz"}}},
+            "models": {"large": {"kind": "painn"}, "small": {"kind": "painn"}},
+            "pairs": {
+                "large_small": {
+                    "teacher": "large",
+                    "student": "small",
+                    "strategies": {"n2n": {"distill": "n2n", "source": "teacher"}},
+                }
+            },
+        },
+    ),
 }
 
 
@@ -112,7 +143,7 @@ def config_template(command: str) -> str:
             f"choose one of {', '.join(SETTINGS)}"
         )
     model, example = SETTINGS[command]
-    return template(model.model_validate(example))
+    return template(model.model_validate(example), {"hyperparameters": HIPNNHyperparameters})
 
 
 def validate(data: Mapping[str, Any], model: type[Model], *, where: str = "") -> Model:

@@ -17,14 +17,21 @@ from ruamel.yaml import YAML
 _WIDTH = 96
 
 
-def template(settings: BaseModel) -> str:
+def template(settings: BaseModel, free: Mapping[str, type[BaseModel]] | None = None) -> str:
     """Write settings as commented YAML that reads back as the same settings.
 
     What a section could hold that is absent by default stands there as a comment.
+
+    Parameters
+    ----------
+    settings : BaseModel
+        All values.
+    free : mapping of str to type, optional
+        By name, what keys that take any mapping usually hold.
     """
     head = [f"# {line}" for line in _wrapped(_words(type(settings)), "")]
     head.append("# Keys that you delete keep their defaults.")
-    return "\n".join([*head, "", *_section(settings, 0, set())]).rstrip() + "\n"
+    return "\n".join([*head, "", *_section(settings, 0, set(), free or {})]).rstrip() + "\n"
 
 
 def field_docs(model: type[BaseModel]) -> dict[str, str]:
@@ -43,18 +50,20 @@ def field_docs(model: type[BaseModel]) -> dict[str, str]:
     return docs
 
 
-def _section(settings: BaseModel, depth: int, seen: set[type]) -> Iterator[str]:
+def _section(
+    settings: BaseModel, depth: int, seen: set[type], free: Mapping[str, type[BaseModel]]
+) -> Iterator[str]:
     """Lines of all keys of a section; `seen` are those that have been spelled out."""
     pad, docs = "  " * depth, field_docs(type(settings))
     for name, field in type(settings).model_fields.items():
-        value, inner = getattr(settings, name), _model_of(field.annotation)
+        value, inner = getattr(settings, name), _model_of(field.annotation) or free.get(name)
         about = docs.get(name) or (_words(inner) if inner else "")
         yield from (
             f"{pad}# {line}" for line in _wrapped(f"{about} {_choices(field)}".strip(), pad)
         )
         if isinstance(value, BaseModel):
             yield f"{pad}{name}:"
-            yield from _section(value, depth + 1, seen)
+            yield from _section(value, depth + 1, seen, free)
         else:
             yield from _value(name, value, pad)
             if inner is not None and inner not in seen:
@@ -66,12 +75,15 @@ def _section(settings: BaseModel, depth: int, seen: set[type]) -> Iterator[str]:
 
 def _value(name: str, value: Any, pad: str) -> Iterator[str]:
     """A key with plain values or a list of sections, on more lines where one is too short."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", exclude_defaults=True)
     if isinstance(value, list | tuple) and any(isinstance(v, BaseModel | dict) for v in value):
         yield f"{pad}{name}:"
         yield from (f"{pad}  - {_flow(entry)}" for entry in value)
-    elif isinstance(value, Mapping) and len(_flow(value)) > _WIDTH - 20:
+    elif isinstance(value, Mapping) and len(_flow(value)) > _WIDTH - 20 - len(pad):
         yield f"{pad}{name}:"
-        yield from (f"{pad}  {key}: {_flow(entry)}" for key, entry in value.items())
+        for key, entry in value.items():
+            yield from _value(str(key), entry, f"{pad}  ")
     else:
         yield f"{pad}{name}: {_flow(value)}"
 

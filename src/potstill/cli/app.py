@@ -313,7 +313,7 @@ def epsilon(
 
 @_command("Train")
 def study(
-    config: Annotated[Path, typer.Argument(help="YAML file of a study.")],
+    config: Annotated[Path, typer.Argument(help="YAML file of a study; see `potstill config`.")],
     out: Annotated[Path, typer.Option(help="Folder of the study.")],
     workers: Annotated[int, typer.Option(help="Trainings to run at a time.", min=1)] = 1,
 ) -> None:
@@ -529,7 +529,9 @@ def md(
 def config(
     command: Annotated[
         str,
-        typer.Argument(help="distill, sample, label, train, epsilon, evaluate, cka or md."),
+        typer.Argument(
+            help="distill, sample, label, train, epsilon, evaluate, cka, md, study, feature-study."
+        ),
     ],
 ) -> None:
     """Print a commented YAML file with all settings of a command and their defaults.

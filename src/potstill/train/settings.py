@@ -89,7 +89,21 @@ class EnergySettings(_Settings):
 
 
 class OptimizerSettings(_Settings):
-    """Adam or AdamW (with AMSGrad), gradient clipping and the moving average of weights."""
+    """Adam or AdamW (with AMSGrad), gradient clipping and the moving average of weights.
+
+    Parameters
+    ----------
+    name : {"adam", "adamw", "amsgrad_adamw"}
+        The optimizer.
+    learning_rate : float
+        At the start.
+    weight_decay : float
+        As of the optimizer: decoupled from the gradient with AdamW.
+    clip_norm : float, optional
+        Largest norm of the gradient of all parameters together.
+    ema_decay : float, optional
+        Per step, of an exponential moving average of the weights, which is validated and saved.
+    """
 
     name: Literal["adam", "adamw", "amsgrad_adamw"] = "adam"
     learning_rate: float = Field(default=1e-3, gt=0)
@@ -101,8 +115,21 @@ class OptimizerSettings(_Settings):
 class LearningRateSettings(_Settings):
     """How the learning rate changes with the epochs.
 
-    `plateau` multiplies it by `factor` after `patience` epochs without a better score; `step`
-    every `step_epochs`; `exponential` by `factor` each epoch. `warmup_epochs` come before.
+    Parameters
+    ----------
+    schedule : {"plateau", "step", "exponential", "constant"}
+        When it is multiplied by `factor`: after `patience` epochs without a better score, every
+        `step_epochs`, every epoch, or never.
+    factor : float
+        What it is multiplied by.
+    patience : int
+        Epochs, of `plateau`.
+    step_epochs : int
+        Epochs, of `step`.
+    warmup_epochs : int
+        Epochs before the schedule, in which it grows from almost nothing.
+    minimum : float
+        It does not fall below.
     """
 
     schedule: Literal["plateau", "step", "exponential", "constant"] = "plateau"
@@ -116,7 +143,12 @@ class LearningRateSettings(_Settings):
 class RegularizationSettings(_Settings):
     """Weights of the L2 term and of what models want of their energies, by its name.
 
-    HIP-NN's hierarchicality is that of Eq. 2 of Matin et al.; see `Potential.regularizers`.
+    Parameters
+    ----------
+    l2 : float
+        Weight of the sum of all squared weights.
+    hierarchicality : float
+        Of HIP-NN's energies, Eq. 2 of Matin et al.; see `Potential.regularizers`.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -153,6 +185,13 @@ class ScoreSettings(_Settings):
 
     It is a weighted sum of metrics (keys of `potstill.metrics`) against one source. It knows no
     schedule, so that it stays comparable over a run and between student and control.
+
+    Parameters
+    ----------
+    source : str
+        The label set that is compared with.
+    weights : dict of str to float
+        By metric.
     """
 
     source: str = "reference"
@@ -226,8 +265,6 @@ class TrainSettings(_Settings):
 
     Parameters
     ----------
-    model, energy, force_gradient, regularization, optimizer, learning_rate, score
-        See the classes.
     mixing : MixingSettings, optional
         Sampling and weighting ratio of synthetic data.
     augment : AugmentSettings, optional

@@ -53,7 +53,13 @@ Candidates = Literal["student", "control", "teacher"]
 
 
 class Weights(Settings):
-    """Weights of the student's loss; zero leaves a term out."""
+    """Weights of the student's loss; zero leaves a term out.
+
+    Parameters
+    ----------
+    energy, forces, stress, atomic_energies : float
+        Of the errors in eV, eV/Å, eV/Å³ and eV.
+    """
 
     energy: float = Field(default=1.0, ge=0)
     forces: float = Field(default=30.0, ge=0)
