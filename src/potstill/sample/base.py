@@ -270,6 +270,42 @@ class Job(ABC):
         return {"kind": self.kind, **asdict(self)}
 
 
+#: From the number of a frame and its generator to the frame, and a few words about it.
+Maker = Callable[[int, np.random.Generator], tuple[Structures, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndependentJob(Job):
+    """Frames that owe nothing to one another, each from a generator of its own."""
+
+    @abstractmethod
+    def maker(self, start: Structures, calculator: BaseCalculator | None) -> Maker:
+        """Get ready to make frames."""
+
+    def run(
+        self,
+        start: Structures,
+        calculator: BaseCalculator | None = None,
+        *,
+        seed: int,
+        number: int = 0,
+        folder: Path | None = None,
+        progress: Progress | None = None,
+    ) -> SampledFrames:
+        """Make the frames one by one."""
+        self.check(one_system(start), calculator)
+        make = self.maker(start, calculator)
+        frames = []
+        for k in range(self.n_frames):
+            frame, words = make(k, make_generator(seed, number, k))
+            frames.append(as_frame(frame, self.name, f"{self.name}: frame {k}{words}"))
+        return SampledFrames.independent(Structures.concatenate(frames))
+
+    def spread(self, value: float | Sequence[float]) -> list[float]:
+        """`n_frames` evenly spaced numbers of a range."""
+        return np.linspace(*as_pair(value), self.n_frames).tolist()
+
+
 def one_system(start: Structures) -> Structures:
     """Return `start` if it holds exactly one system with atoms, or raise `ConfigError`."""
     if start.n_systems != 1 or start.n_atoms == 0:

@@ -7,9 +7,8 @@ between student and teacher at δ = 0, a single step of gradient ascent; its nor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -21,13 +20,9 @@ from potstill.checkpoint import load_potential
 from potstill.errors import ConfigError
 from potstill.models import Potential
 from potstill.sample.base import (
-    Job,
-    Progress,
-    SampledFrames,
-    as_frame,
+    IndependentJob,
+    Maker,
     as_pair,
-    make_generator,
-    one_system,
     span,
 )
 from potstill.structures import Structures
@@ -60,8 +55,7 @@ def random_jitter(
     norm_of : {"structure", "atom"}
         Whether δ is the displacement of all atoms together, as the paper writes it, or of each.
     """
-    direction = torch.from_numpy(generator.normal(size=tuple(structures.positions.shape)))
-    return displaced(structures, direction, norm, norm_of=norm_of)
+    return _along(structures, None, norm, generator, norm_of)
 
 
 def ascent_jitter(
@@ -92,19 +86,21 @@ def ascent_jitter(
     """
     weights = {"energy_weight": energy_weight, "forces_weight": forces_weight}
     gradient = discrepancy_gradient(student, teacher, structures, **weights)
-    return _along_gradient(structures, gradient, norm, generator, norm_of)
+    return _along(structures, gradient, norm, generator, norm_of)
 
 
-def _along_gradient(
+def _along(
     structures: Structures,
-    gradient: Tensor,
+    direction: Tensor | None,
     norm: float,
     generator: np.random.Generator,
     norm_of: NormOf,
 ) -> Structures:
-    """Displaced along a gradient, at random where it vanishes."""
-    spare = torch.from_numpy(generator.normal(size=tuple(gradient.shape)))
-    return displaced(structures, gradient, norm, norm_of=norm_of, spare=spare)
+    """Displaced along a direction, at random where there is none or it vanishes."""
+    drawn = torch.from_numpy(generator.normal(size=tuple(structures.positions.shape)))
+    if direction is None:
+        return displaced(structures, drawn, norm, norm_of=norm_of)
+    return displaced(structures, direction, norm, norm_of=norm_of, spare=drawn)
 
 
 def displaced(
@@ -257,7 +253,7 @@ def _difference(
 
 
 @dataclass(frozen=True, kw_only=True)
-class JitterJob(Job):
+class JitterJob(IndependentJob):
     """Frames displaced at random by a fixed norm.
 
     Parameters
@@ -285,30 +281,19 @@ class JitterJob(Job):
         """Say how far atoms are displaced."""
         return f"{self.kind} {span(self.norm)} Å"
 
-    def run(
-        self,
-        start: Structures,
-        calculator: BaseCalculator | None = None,
-        *,
-        seed: int,
-        number: int = 0,
-        folder: Path | None = None,
-        progress: Progress | None = None,
-    ) -> SampledFrames:
-        """Displace the atoms `n_frames` times."""
-        self.check(one_system(start), calculator)
-        move = self._mover(start, calculator)
-        frames = []
-        for k, norm in enumerate(np.linspace(*as_pair(self.norm), self.n_frames)):
-            moved = move(float(norm), make_generator(seed, number, k))
-            frames.append(as_frame(moved, self.name, f"{self.name}: frame {k}, {norm:.3f} Å"))
-        return SampledFrames.independent(Structures.concatenate(frames))
+    def maker(self, start: Structures, calculator: BaseCalculator | None) -> Maker:
+        """Displace the atoms by norms that grow from frame to frame."""
+        norms, direction = self.spread(self.norm), self._direction(start, calculator)
 
-    def _mover(
-        self, start: Structures, calculator: BaseCalculator | None
-    ) -> Callable[[float, np.random.Generator], Structures]:
-        """From a norm and a generator to the displaced structure."""
-        return lambda norm, generator: random_jitter(start, norm, generator, norm_of=self.norm_of)
+        def make(k: int, generator: np.random.Generator) -> tuple[Structures, str]:
+            moved = _along(start, direction, norms[k], generator, self.norm_of)
+            return moved, f", {norms[k]:.3f} Å"
+
+        return make
+
+    def _direction(self, start: Structures, calculator: BaseCalculator | None) -> Tensor | None:
+        """(N, 3) where to; at random if None."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,17 +330,8 @@ class AscentJob(JitterJob):
         """Calls of the calculator: where it is, and to both sides."""
         return 3
 
-    def _mover(
-        self, start: Structures, calculator: BaseCalculator | None
-    ) -> Callable[[float, np.random.Generator], Structures]:
+    def _direction(self, start: Structures, calculator: BaseCalculator | None) -> Tensor | None:
         assert calculator is not None
-        gradient = discrepancy_gradient(
-            load_potential(self.student)[0],
-            calculator,
-            start,
-            energy_weight=self.energy_weight,
-            forces_weight=self.forces_weight,
-        )
-        return lambda norm, generator: _along_gradient(
-            start, gradient, norm, generator, self.norm_of
-        )
+        student, _ = load_potential(self.student)
+        weights = {"energy_weight": self.energy_weight, "forces_weight": self.forces_weight}
+        return discrepancy_gradient(student, calculator, start, **weights)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -13,13 +12,10 @@ from ase.calculators.calculator import BaseCalculator
 from potstill.errors import ConfigError
 from potstill.neighbors import build_neighbor_list, shortest_distances
 from potstill.sample.base import (
-    Job,
-    Progress,
-    SampledFrames,
-    as_frame,
+    IndependentJob,
+    Maker,
     as_pair,
     gaussian_step,
-    make_generator,
     one_system,
     span,
 )
@@ -78,7 +74,7 @@ def shortest_distance(structures: Structures) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RattleJob(Job):
+class RattleJob(IndependentJob):
     """Frames with Gaussian displacements.
 
     Parameters
@@ -104,25 +100,11 @@ class RattleJob(Job):
         """Say how far atoms are displaced."""
         return f"rattle {span(self.displacement)} Å"
 
-    def run(
-        self,
-        start: Structures,
-        calculator: BaseCalculator | None = None,
-        *,
-        seed: int,
-        number: int = 0,
-        folder: Path | None = None,
-        progress: Progress | None = None,
-    ) -> SampledFrames:
-        """Displace the atoms `n_frames` times."""
-        closest = self.closest * shortest_distance(one_system(start))
-        frames = []
-        for k, width in enumerate(np.linspace(*as_pair(self.displacement), self.n_frames)):
-            moved = rattle(
-                start,
-                float(width),
-                make_generator(seed, number, k),
-                closest=closest if np.isfinite(closest) else None,
-            )
-            frames.append(as_frame(moved, self.name, f"{self.name}: frame {k}, {width:.3f} Å"))
-        return SampledFrames.independent(Structures.concatenate(frames))
+    def maker(self, start: Structures, calculator: BaseCalculator | None) -> Maker:
+        """Displace the atoms by widths that grow from frame to frame."""
+        closest = self.closest * shortest_distance(start)
+        limit, widths = closest if np.isfinite(closest) else None, self.spread(self.displacement)
+        return lambda k, generator: (
+            rattle(start, widths[k], generator, closest=limit),
+            f", {widths[k]:.3f} Å",
+        )

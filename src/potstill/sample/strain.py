@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -15,14 +14,10 @@ from torch import Tensor
 
 from potstill.errors import ConfigError
 from potstill.sample.base import (
-    Job,
-    Progress,
-    SampledFrames,
-    as_frame,
+    IndependentJob,
+    Maker,
     as_pair,
     gaussian_step,
-    make_generator,
-    one_system,
     span,
 )
 from potstill.structures import Structures
@@ -62,7 +57,7 @@ def scale_volume(structure: Structures, ratio: float) -> Structures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _DeformationJob(Job):
+class _DeformationJob(IndependentJob):
     """What strains and volume scans share: a small rattle on top.
 
     Parameters
@@ -80,30 +75,19 @@ class _DeformationJob(Job):
                 f"the job '{self.name}' deforms a cell, and {start.name_of(0)} is not periodic"
             )
 
+    def maker(self, start: Structures, calculator: BaseCalculator | None) -> Maker:
+        """Deform the cell, then displace the atoms."""
+
+        def make(k: int, generator: np.random.Generator) -> tuple[Structures, str]:
+            moved = self._deform(start, k, generator)
+            step = gaussian_step(start, self.displacement, generator)
+            return replace(moved, positions=moved.positions + step), ""
+
+        return make
+
     @abstractmethod
     def _deform(self, start: Structures, k: int, generator: np.random.Generator) -> Structures:
         """Deform the k-th frame."""
-
-    def run(
-        self,
-        start: Structures,
-        calculator: BaseCalculator | None = None,
-        *,
-        seed: int,
-        number: int = 0,
-        folder: Path | None = None,
-        progress: Progress | None = None,
-    ) -> SampledFrames:
-        """Deform the cell `n_frames` times."""
-        one_system(start)
-        frames = []
-        for k in range(self.n_frames):
-            generator = make_generator(seed, number, k)
-            moved = self._deform(start, k, generator)
-            step = gaussian_step(start, self.displacement, generator)
-            moved = replace(moved, positions=moved.positions + step)
-            frames.append(as_frame(moved, self.name, f"{self.name}: frame {k}"))
-        return SampledFrames.independent(Structures.concatenate(frames))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,4 +146,4 @@ class VolumeJob(_DeformationJob):
         return f"volume {span(self.volume)}"
 
     def _deform(self, start: Structures, k: int, generator: np.random.Generator) -> Structures:
-        return scale_volume(start, float(np.linspace(*as_pair(self.volume), self.n_frames)[k]))
+        return scale_volume(start, self.spread(self.volume)[k])
