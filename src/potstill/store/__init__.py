@@ -171,8 +171,7 @@ class LabelledStore:
         state = self._source(source)
         units = {name: PROPERTIES[name].unit for name in state["properties"]}
         info = self._record["info"] if source == REFERENCE else state["info"]
-        result = {"fingerprint": state["digest"], **copy.deepcopy(info), "units": units}
-        return result
+        return {"fingerprint": state["digest"], **copy.deepcopy(info), "units": units}
 
     def n_labelled(self, source: str) -> int:
         """Frames that a label set has gone through, failed ones included."""
@@ -315,8 +314,6 @@ class LabelledStore:
             raise StoreError("'reference' is the name of the reference labels, not of a teacher")
         if not _SOURCE_NAME.fullmatch(source):
             raise StoreError(f"'{source}' cannot name a label set: use letters, digits and ._+-")
-        if not info.get("fingerprint"):
-            raise StoreError(f"the label set '{source}' needs the teacher's fingerprint")
         plain = plain_json(info, source)
         with self._writing() as record:
             self._check_teacher(record, source, plain)
@@ -433,8 +430,6 @@ class LabelledStore:
         for name in (source, tap):
             if not _SOURCE_NAME.fullmatch(name) or "+" in tap:
                 raise StoreError(f"'{name}' cannot name features: use letters, digits and ._-")
-        if not info.get("fingerprint"):
-            raise StoreError(f"the features of '{source}' need the teacher's fingerprint")
         plain = plain_json(info, source)
         default = bool(plain.pop("default", False))
         with self._writing() as record:
@@ -513,9 +508,9 @@ class LabelledStore:
     def _check_teacher(self, record: Record, source: str, info: Mapping[str, Any]) -> None:
         """Refuse a name under which another teacher has labels or features."""
         if not info.get("fingerprint"):
-            raise StoreError(f"the label set '{source}' needs the teacher's fingerprint")
+            raise StoreError(f"what '{source}' gives needs the teacher's fingerprint")
         for kind in ("sources", "features"):
-            known = record[kind].get(source, {"info": info})["info"]["fingerprint"]
+            known = record[kind].get(source, {"info": info})["info"].get("fingerprint")
             if known != info["fingerprint"]:
                 raise StoreError(
                     f"{self.path} holds '{source}' of a different teacher (fingerprint {known}, "
