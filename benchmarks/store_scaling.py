@@ -1,13 +1,14 @@
 """Time per frame of labeling a store with a teacher that costs nothing, by the number of frames.
 
-One store is filled with frames of 8 atoms and labeled in chunks of 8 frames, each of which is
-committed before the next begins. The time between marks on the way is the time per frame at that
-size: it stays the same where labeling is linear, and grows where work is repeated.
+One store is filled with frames of 8 atoms and labeled in chunks of 8 frames. The time between marks
+on the way is the time per frame at that size: it stays the same where labeling is linear, and grows
+where work is repeated. Processor time is what other jobs on the machine change little.
 
     python benchmarks/store_scaling.py --frames 10000 30000 100000 --out \
         benchmarks/results/store_scaling.json
 
-`--labels-hash` adds a hash over all labels and structures that are read back, to compare versions.
+`--labels-hash` adds a hash over all labels and structures that are read back, to compare versions,
+and `--commit-seconds 0` commits every chunk on its own, as format 1 did.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def frames(start: int, stop: int, table) -> Structures:
     )
 
 
-def measure(marks: list[int], folder: Path, *, hashed: bool) -> dict:
+def measure(marks: list[int], folder: Path, options: dict, *, hashed: bool) -> dict:
     """Fill and label a store of as many frames as the last mark."""
     store_class = getattr(potstill.store, "LabeledStore", None) or potstill.store.LabelledStore
     table = Structures.from_ase(__import__("ase").Atoms("Al")).species_table
@@ -85,7 +86,7 @@ def measure(marks: list[int], folder: Path, *, hashed: bool) -> dict:
     def note(done: int, total: int) -> None:
         reached[done] = (time.perf_counter(), time.process_time())
 
-    report = label_store(store, Trivial(), NAMES, progress=note)
+    report = label_store(store, Trivial(), NAMES, progress=note, **options)
     assert report.n_labelled == marks[-1], report
     rows, before = [], 0
     for mark in marks:
@@ -121,11 +122,14 @@ def main() -> None:
     parser.add_argument("--frames", type=int, nargs="+", default=[10_000, 30_000, 100_000])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--labels-hash", action="store_true")
+    parser.add_argument("--commit-seconds", type=float)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="store_scaling_"))
     try:
-        result = measure(sorted(arguments.frames), folder, hashed=arguments.labels_hash)
+        wait = arguments.commit_seconds
+        options = {} if wait is None else {"commit_seconds": wait}
+        result = measure(sorted(arguments.frames), folder, options, hashed=arguments.labels_hash)
     finally:
         shutil.rmtree(folder)
     result["command"] = "python " + " ".join(sys.argv)
