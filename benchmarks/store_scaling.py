@@ -74,7 +74,7 @@ def frames(start: int, stop: int, table) -> Structures:
 
 def measure(marks: list[int], folder: Path, options: dict, *, hashed: bool) -> dict:
     """Fill and label a store of as many frames as the last mark."""
-    store_class = getattr(potstill.store, "LabeledStore", None) or potstill.store.LabelledStore
+    store_class = getattr(potstill.store, "LabeledStore", None) or potstill.store.LabeledStore
     table = Structures.from_ase(__import__("ase").Atoms("Al")).species_table
     store = store_class.create(folder / "store")
     begun = time.perf_counter()
@@ -87,7 +87,7 @@ def measure(marks: list[int], folder: Path, options: dict, *, hashed: bool) -> d
         reached[done] = (time.perf_counter(), time.process_time())
 
     report = label_store(store, Trivial(), NAMES, progress=note, **options)
-    assert report.n_labelled == marks[-1], report
+    assert report.n_labeled == marks[-1], report
     rows, before = [], 0
     for mark in marks:
         (wall0, cpu0), (wall, cpu) = reached[before], reached[mark]

@@ -15,7 +15,7 @@ import torch
 from ase.calculators.lj import LennardJones
 
 from potstill.label import label_store
-from potstill.store import LabelledStore
+from potstill.store import LabeledStore
 from potstill.structures import Properties, Structures
 from potstill.teachers.ase import ask_ase_calculator
 from potstill.teachers.base import Teacher, TeacherInfo
@@ -52,12 +52,12 @@ def argon() -> tuple[Structures, Properties]:
     return Structures.from_ase(frames), Properties({"energy": energy})
 
 
-def fill(path: str) -> LabelledStore:
+def fill(path: str) -> LabeledStore:
     """Append the structures in parts, going on where a killed run stopped."""
     try:
-        store = LabelledStore.open(path, "a")
+        store = LabeledStore.open(path, "a")
     except Exception:
-        store = LabelledStore.create(path, info={"licence": "none", "seed": 0})
+        store = LabeledStore.create(path, info={"licence": "none", "seed": 0})
     structures, reference = argon()
     for start in range(0, N_FRAMES, APPENDED_AT_ONCE):
         part = range(start, start + APPENDED_AT_ONCE)
@@ -68,7 +68,7 @@ def fill(path: str) -> LabelledStore:
     return store
 
 
-def run(path: str, seconds: float) -> LabelledStore:
+def run(path: str, seconds: float) -> LabeledStore:
     """Fill a store and label it."""
     store = fill(path)
     teacher, names = SlowLennardJones(seconds), ("energy", "forces", "stress", "atomic_energies")

@@ -72,7 +72,7 @@ def fill(store, start: int, stop: int) -> None:
 if __name__ == "__main__":
     here = Path(__file__).with_name("golden")
     with tempfile.TemporaryDirectory() as folder:
-        store = potstill.store.LabelledStore.create(Path(folder) / "store", info={"seed": 1})
+        store = potstill.store.LabeledStore.create(Path(folder) / "store", info={"seed": 1})
         fill(store, 0, 2)
         fill(store, 2, 4)
         version = json.loads((store.path / "commit.json").read_text())["version"]

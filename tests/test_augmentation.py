@@ -431,13 +431,13 @@ def test_configs_name_synthetic_data(tmp_path):
 
 
 def test_synthetic_labels_of_a_store_count_as_reference(tmp_path):
-    from potstill.store import LabelledStore
+    from potstill.store import LabeledStore
 
     frames = rattled_copper(3, 0.2)
     structures = Structures.from_ase(frames)
     energy = torch.tensor([a.get_potential_energy() for a in frames]).double()
     path: Path = tmp_path / "made.zarr"
-    store = LabelledStore.create(path)
+    store = LabeledStore.create(path)
     store.append(structures, Properties({}))
     ase.io.write(tmp_path / "dft.extxyz", rattled_copper(10, 0.1))
     from potstill.label import label_store

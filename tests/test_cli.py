@@ -21,7 +21,7 @@ from potstill.cli import app, base, main
 from potstill.config import DistillConfig, load_config
 from potstill.models import HIPNN, SpeciesOffsets, SumPotential
 from potstill.species import SpeciesTable
-from potstill.store import LabelledStore
+from potstill.store import LabeledStore
 
 TRAIN = """
 out: FOLDER/run
@@ -127,7 +127,7 @@ def test_label_and_inspect_a_store(copper):
     )
     # Once more: nothing is added, nothing is done again.
     call("label", store, copper / "frames.xyz", *emt)
-    assert LabelledStore.open(store).n_systems == 8
+    assert LabeledStore.open(store).n_systems == 8
     text = call("inspect", store).output
     assert "labels of 'emt'" in text
     assert "labels of 'reference'" in text

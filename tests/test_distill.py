@@ -11,7 +11,7 @@ from potstill.checkpoint import load_potential
 from potstill.config import DistillConfig, validate
 from potstill.errors import ConfigError
 from potstill.sample import smallest_supercell
-from potstill.store import LabelledStore
+from potstill.store import LabeledStore
 from potstill.workflows import distill as job
 from potstill.workflows import planning
 from potstill.workflows.base import parse_duration, read_start
@@ -89,7 +89,7 @@ def test_a_run_killed_at_every_stage_ends_like_one_that_was_not(settings, tmp_pa
         monkeypatch.setitem(job.STAGES, name, stage)
     again = run(settings, tmp_path / "killed")
 
-    first, second = (LabelledStore.open(r.folder / "labels.zarr") for r in (whole, again))
+    first, second = (LabeledStore.open(r.folder / "labels.zarr") for r in (whole, again))
     assert first.n_systems == 50
     assert first.fingerprint() == second.fingerprint()
     for name in ("student", "control_wf10"):

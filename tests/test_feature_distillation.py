@@ -31,7 +31,7 @@ from potstill.features import Feature, pairs_within
 from potstill.label import label_features
 from potstill.models import HIPNN
 from potstill.neighbors import build_neighbor_list
-from potstill.store import LabelledStore
+from potstill.store import LabeledStore
 from potstill.structures import Properties, Structures
 from potstill.teachers import PotentialTeacher, make_teacher
 from potstill.teachers.base import TeacherInfo
@@ -461,18 +461,18 @@ def train_for_ranks(folder: str | Path) -> None:
 
 
 @pytest.fixture
-def store(data: TrainingSet, tmp_path: Path) -> LabelledStore:
-    store = LabelledStore.create(tmp_path / "labels.zarr")
+def store(data: TrainingSet, tmp_path: Path) -> LabeledStore:
+    store = LabeledStore.create(tmp_path / "labels.zarr")
     store.append(data.structures, data.labels["reference"])
     return store
 
 
-def stored_features(store: LabelledStore) -> dict[str, dict[str, Feature]]:
+def stored_features(store: LabeledStore) -> dict[str, dict[str, Feature]]:
     return {"big": {tap: store.features("big", tap) for tap in store.taps("big")}}
 
 
 def test_stored_and_online_features_give_the_same_numbers(
-    data: TrainingSet, teacher: PotentialTeacher, store: LabelledStore, tmp_path: Path
+    data: TrainingSet, teacher: PotentialTeacher, store: LabeledStore, tmp_path: Path
 ) -> None:
     label_features(store, teacher, ["pair", "message.vector", "default"], chunk=3)
     with_features = replace(data, features=stored_features(store))
@@ -487,7 +487,7 @@ def test_stored_and_online_features_give_the_same_numbers(
 
 
 def test_storing_features_goes_on_where_it_was_killed(
-    data: TrainingSet, teacher: PotentialTeacher, store: LabelledStore
+    data: TrainingSet, teacher: PotentialTeacher, store: LabeledStore
 ) -> None:
     class Killed(BaseException):
         pass
@@ -501,8 +501,8 @@ def test_storing_features_goes_on_where_it_was_killed(
     assert store.taps("big")["pair"]["n_done"] == 2
     assert store.features("big", "pair").presence(4).tolist() == [True, True, False, False]
     report = label_features(store, teacher, ["update", "pair"], chunk=3)
-    assert (report.n_labelled, report.n_failed) == (4, 0)
-    again = LabelledStore.open(store.path)
+    assert (report.n_labeled, report.n_failed) == (4, 0)
+    again = LabeledStore.open(store.path)
     again.verify()
     expected, _ = teacher.features(data.structures, ["update", "pair"])
     for tap, feature in expected.items():
@@ -521,7 +521,7 @@ def test_storing_features_goes_on_where_it_was_killed(
 
 
 def test_a_store_changes_its_fingerprint_with_features(
-    teacher: PotentialTeacher, store: LabelledStore
+    teacher: PotentialTeacher, store: LabeledStore
 ) -> None:
     before = store.fingerprint()
     label_features(store, teacher, ["update"])
@@ -561,7 +561,7 @@ class Failing(PotentialTeacher):
 
 
 def test_frames_that_a_teacher_fails_on_are_listed(
-    data: TrainingSet, teacher: PotentialTeacher, store: LabelledStore, tmp_path: Path
+    data: TrainingSet, teacher: PotentialTeacher, store: LabeledStore, tmp_path: Path
 ) -> None:
     failing = Failing(teacher.potential, teacher.info)
     report = label_features(store, failing, ["update", "pair"], chunk=2)
@@ -645,7 +645,7 @@ def test_what_is_read_off_features_is_evaluated_where_there_are_labels(tmp_path:
 
 
 def test_parts_of_a_store_keep_their_features(
-    teacher: PotentialTeacher, store: LabelledStore
+    teacher: PotentialTeacher, store: LabeledStore
 ) -> None:
     label_features(store, teacher, ["update"])
     split = {"fractions": {"train": 0.5, "validation": 0.25, "test": 0.25}}
@@ -767,7 +767,7 @@ def test_absent_features_and_teachers_are_told(
 
 
 def test_features_of_pairs_without_a_recipe_are_for_the_moment_only(
-    data: TrainingSet, teacher: PotentialTeacher, store: LabelledStore
+    data: TrainingSet, teacher: PotentialTeacher, store: LabeledStore
 ) -> None:
     class Silent(PotentialTeacher):
         def compute_features(self, structures, taps):  # type: ignore[no-untyped-def]
@@ -786,7 +786,7 @@ def test_features_of_pairs_without_a_recipe_are_for_the_moment_only(
 
 
 def test_another_teacher_cannot_add_features_under_the_same_name(
-    data: TrainingSet, teacher: PotentialTeacher, store: LabelledStore
+    data: TrainingSet, teacher: PotentialTeacher, store: LabeledStore
 ) -> None:
     label_features(store, teacher, ["update"])
     other = PotentialTeacher(teacher.potential, TeacherInfo("big", "another"))
@@ -922,7 +922,7 @@ def test_chgnet_is_distilled_into_hipnn_from_one_config(tmp_path: Path) -> None:
             done = CliRunner().invoke(app, [*call, "--properties", "none", "--taps", "default"])
             assert done.exit_code == 0, done.output
             assert "5 structures labeled" in done.output
-            assert LabelledStore.open(store).taps("chgnet")["mlp.layers.6"]["width"] == 64
+            assert LabeledStore.open(store).taps("chgnet")["mlp.layers.6"]["width"] == 64
             changes["data"] = {"store": str(store), "split": changes["data"]["split"]}
             changes["data"]["files"] = []
         overrides = {**changes, "out": str(tmp_path / name)}

@@ -13,7 +13,7 @@ import torch
 from label_worker import N_FRAMES, SlowLennardJones, argon, fill, run
 from potstill.errors import ConfigError, StoreError, TeacherError
 from potstill.label import label_store
-from potstill.store import LabelledStore
+from potstill.store import LabeledStore
 from potstill.structures import Properties
 from potstill.teachers.base import TeacherInfo
 
@@ -35,7 +35,7 @@ def test_labels_failures_and_progress(store):
         chunk=9,
         progress=lambda done, total: calls.append((done, total)),
     )
-    assert (report.n_labelled, report.n_failed, report.n_new) == (34, 6, 40)
+    assert (report.n_labeled, report.n_failed, report.n_new) == (34, 6, 40)
     assert calls == [(0, 40), (9, 40), (18, 40), (27, 40), (36, 40), (40, 40)]
     assert [failure["system"] for failure in report.failures] == FAILING
     assert report.failures[0] == {"system": 3, "frame_id": "argon:3", "reason": "did not converge"}
@@ -55,7 +55,7 @@ def test_labels_failures_and_progress(store):
     assert info["units"]["stress"] == "eV/Å³"
     # Nothing is left to do.
     again = label_store(store, SlowLennardJones(), ALL)
-    assert (again.n_labelled, again.n_failed, again.n_new) == (34, 6, 0)
+    assert (again.n_labeled, again.n_failed, again.n_new) == (34, 6, 0)
     assert again.failures == report.failures
 
 
@@ -67,13 +67,13 @@ def test_the_reference_stays_beside_the_teacher(store):
 
 def test_structures_that_come_later_are_labelled_later(tmp_path):
     structures, _ = argon()
-    store = LabelledStore.create(tmp_path / "s")
+    store = LabeledStore.create(tmp_path / "s")
     store.append(structures.select(range(10)))
     label_store(store, SlowLennardJones(), ALL)
     store.append(structures.select(range(10, N_FRAMES)))
     report = label_store(store, SlowLennardJones(), ALL)
-    assert (report.n_new, report.n_labelled) == (30, 34)
-    whole = LabelledStore.create(tmp_path / "whole")
+    assert (report.n_new, report.n_labeled) == (30, 34)
+    whole = LabeledStore.create(tmp_path / "whole")
     whole.append(structures)
     label_store(whole, SlowLennardJones(), ALL)
     assert store.fingerprint() == whole.fingerprint()
@@ -90,7 +90,7 @@ def test_what_the_teacher_cannot_give_is_refused_first(store):
     with pytest.raises(TeacherError, match="at least one frame, not 0"):
         label_store(store, SlowLennardJones(), ALL, chunk=0)
     with pytest.raises(StoreError, match="opened for reading"):
-        label_store(LabelledStore.open(store.path), SlowLennardJones(), ALL)
+        label_store(LabeledStore.open(store.path), SlowLennardJones(), ALL)
     assert store.fingerprint() == before
     assert store.sources == ("reference",)
 
@@ -124,12 +124,12 @@ def test_atomic_energies_that_do_not_sum_are_refused(store):
 
     with pytest.raises(TeacherError, match=r"do not sum to its energy in argon:0: .* 2e-06"):
         label_store(store, Faulty(spoil), ALL)
-    assert store.n_labelled("lj") == 0
+    assert store.n_labeled("lj") == 0
 
     def spoil_less(values, structures):
         values["energy"] += 2e-7 * structures.n_atoms_per_system
 
-    assert label_store(store, Faulty(spoil_less), ALL).n_labelled == 34
+    assert label_store(store, Faulty(spoil_less), ALL).n_labeled == 34
 
 
 def test_labels_that_are_not_finite_are_failures(store):
@@ -158,21 +158,21 @@ def work_and_be_killed(path, random, longest):
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_kill_dash_nine(tmp_path, kills):
-    """Filling and labelling, killed at random moments, ends as if nothing had happened."""
+    """Filling and labeling, killed at random moments, ends as if nothing had happened."""
     killed, random = tmp_path / "killed", np.random.default_rng(kills)
     reached = []
     for _ in range(kills):
         work_and_be_killed(killed, random, longest=9 + 2 * N_FRAMES // kills)
         if killed.exists():
-            store = LabelledStore.open(killed)
+            store = LabeledStore.open(killed)
             store.verify()
-            done = store.n_labelled("lj") if "lj" in store.sources else 0
+            done = store.n_labeled("lj") if "lj" in store.sources else 0
             reached.append((store.n_systems, done))
     assert reached == sorted(reached), "nothing that was committed is lost"
-    assert any(0 < done < N_FRAMES for _, done in reached), "some kill met the labelling"
+    assert any(0 < done < N_FRAMES for _, done in reached), "some kill met the labeling"
     run(str(killed), 0.0)
     undisturbed = run(str(tmp_path / "undisturbed"), 0.0)
-    store = LabelledStore.open(killed)
+    store = LabeledStore.open(killed)
     store.verify()
     assert store.fingerprint() == undisturbed.fingerprint()
     assert store.structures().fingerprints() == undisturbed.structures().fingerprints()
@@ -181,7 +181,7 @@ def test_kill_dash_nine(tmp_path, kills):
         found, expected = store.labels(source), undisturbed.labels(source)
         assert_equal(found, expected)
         assert store.failures(source) == undisturbed.failures(source)
-        assert store.n_labelled(source) == N_FRAMES
+        assert store.n_labeled(source) == N_FRAMES
     assert [failure["system"] for failure in store.failures("lj")] == FAILING
 
 

@@ -19,7 +19,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from potstill.errors import PotstillError
 from potstill.readers import KeyMap, Units, read
-from potstill.store import LabelledStore
+from potstill.store import LabeledStore
 from potstill.structures import Properties, Structures
 
 
@@ -209,8 +209,8 @@ FILES = {
         EF,
         "frame 0 has no 'energy'; it holds no labels at all",
     ),
-    "partly labelled, not meant": (lambda f: extxyz(f, drop_label), EF, LABELS_ON_ONE),
-    "partly labelled, nothing asked": (lambda f: extxyz(f, drop_label), {}, LABELS_ON_ONE),
+    "partly labeled, not meant": (lambda f: extxyz(f, drop_label), EF, LABELS_ON_ONE),
+    "partly labeled, nothing asked": (lambda f: extxyz(f, drop_label), {}, LABELS_ON_ONE),
     "forces under another name": (
         lambda f: extxyz(f, edit=force_column),
         EF,
@@ -456,7 +456,7 @@ def store(tmp_path_factory):
     """
     frames = [good_frame(k) for k in range(4)]
     structures = Structures.from_ase(frames)
-    store = LabelledStore.create(
+    store = LabeledStore.create(
         tmp_path_factory.mktemp("out") / "kept.store", info={"licence": "CC0"}
     )
     energy = torch.arange(4, dtype=torch.float64)
@@ -505,26 +505,26 @@ def newer(store):
     other = store.path.parent / "newer.store"
     other.mkdir()
     (other / "commit.json").write_text(json.dumps({**record, "version": 99}))
-    return LabelledStore.open(other, "a")
+    return LabeledStore.open(other, "a")
 
 
 def damaged(store):
     other = store.path.parent / "damaged.store"
     other.mkdir()
     (other / "commit.json").write_text((store.path / "commit.json").read_text()[:50])
-    return LabelledStore.open(other)
+    return LabeledStore.open(other)
 
 
 #: name: (what is done with the store, what the sentence must say)
 STORES = {
-    "a store that exists": (lambda s: LabelledStore.create(s.path), "kept.store exists already"),
-    "no store": (lambda s: LabelledStore.open(s.path / "x"), "there is no store at"),
-    "another folder": (lambda s: LabelledStore.open(s.path.parent), "is not a store"),
+    "a store that exists": (lambda s: LabeledStore.create(s.path), "kept.store exists already"),
+    "no store": (lambda s: LabeledStore.open(s.path / "x"), "there is no store at"),
+    "another folder": (lambda s: LabeledStore.open(s.path.parent), "is not a store"),
     "a damaged record": (damaged, "damaged.store is not a store"),
     "a newer format": (newer, "format version 99, and this potstill knows 2"),
-    "an unknown mode": (lambda s: LabelledStore.open(s.path, "w"), "mode 'r' or 'a', not 'w'"),
+    "an unknown mode": (lambda s: LabeledStore.open(s.path, "w"), "mode 'r' or 'a', not 'w'"),
     "writing a store opened to read": (
-        lambda s: LabelledStore.open(s.path).append(other_structures()),
+        lambda s: LabeledStore.open(s.path).append(other_structures()),
         "was opened for reading",
     ),
     "another teacher under the same name": (

@@ -1,4 +1,4 @@
-"""The labelled store: what goes in comes out, whenever and in whatever pieces it was written."""
+"""The labeled store: what goes in comes out, whenever and in whatever pieces it was written."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import torch
 import potstill.store
 from potstill.errors import DataError, StoreError
 from potstill.species import Species, SpeciesTable
-from potstill.store import LabelledStore, record
+from potstill.store import LabeledStore, record
 from potstill.structures import Properties, Structures
 from store_maker import fill
 
@@ -67,9 +67,9 @@ def assert_same_labels(one, other, structures):
 
 def test_round_trip(tmp_path, batch):
     labels = random_labels(batch)
-    store = LabelledStore.create(tmp_path / "s", info={"licence": "CC0", "seed": 3})
+    store = LabeledStore.create(tmp_path / "s", info={"licence": "CC0", "seed": 3})
     assert store.append(batch, labels) == 6
-    for again in (store, LabelledStore.open(tmp_path / "s")):
+    for again in (store, LabeledStore.open(tmp_path / "s")):
         assert (again.n_systems, again.n_atoms) == (6, 15)
         assert_same_structures(again.structures(), batch)
         assert_same_labels(again.labels("reference"), labels, batch)
@@ -90,14 +90,14 @@ def test_all_optional_fields(tmp_path):
     water.set_velocities(np.ones((3, 3)))
     water.set_constraint(ase.constraints.FixAtoms([1]))
     batch = Structures.from_ase(water)
-    store = LabelledStore.create(tmp_path / "s")
+    store = LabeledStore.create(tmp_path / "s")
     store.append(batch)
     assert_same_structures(store.structures(), batch)
     assert store.sources == ()
     assert store.labels("reference").names == ()
     # Frames that lack the fields, before and after, get the neutral values.
     plain = Structures.from_ase(ase.build.molecule("O2"))
-    other = LabelledStore.create(tmp_path / "t")
+    other = LabeledStore.create(tmp_path / "t")
     for part in (plain, batch, plain):
         other.append(part)
     assert_same_structures(other.structures(), Structures.concatenate([plain, batch, plain]))
@@ -106,23 +106,23 @@ def test_all_optional_fields(tmp_path):
 
 def test_an_empty_store(tmp_path):
     table = SpeciesTable.from_symbols(["Si", "O"])
-    store = LabelledStore.create(tmp_path / "s", table)
+    store = LabeledStore.create(tmp_path / "s", table)
     assert store.structures().n_systems == 0
     assert store.structures().species_table == table
     assert store.labels("reference").names == ()
     assert store.append(Structures.from_ase([], table=table)) == 0
     store.verify()
     store.begin_labels("t", {"fingerprint": "x"})
-    assert store.n_labelled("t") == 0
+    assert store.n_labeled("t") == 0
     assert store.labels("t").names == ()
 
 
 @pytest.mark.parametrize("chunks", [[6], [1] * 6, [2, 3, 1]])
 def test_the_fingerprint_does_not_depend_on_the_pieces(tmp_path, batch, chunks):
     labels = random_labels(batch)
-    whole = LabelledStore.create(tmp_path / "whole")
+    whole = LabeledStore.create(tmp_path / "whole")
     whole.append(batch, labels)
-    pieces = LabelledStore.create(tmp_path / "pieces")
+    pieces = LabeledStore.create(tmp_path / "pieces")
     start = 0
     for size in chunks:
         part = range(start, start + size)
@@ -143,7 +143,7 @@ def test_the_fingerprint_does_not_depend_on_the_pieces(tmp_path, batch, chunks):
         assert_same_labels(whole.labels(source), pieces.labels(source), batch)
     assert whole.failures("t") == pieces.failures("t")
     changed = Properties({**labels.values, "energy": labels["energy"] + 1e-9})
-    other = LabelledStore.create(tmp_path / "other")
+    other = LabeledStore.create(tmp_path / "other")
     other.append(batch, changed)
     assert other.fingerprint() != whole.fingerprint()
 
@@ -154,7 +154,7 @@ def test_partial_labels_and_weights(tmp_path, batch):
     present = {"stress": torch.tensor([True, False, True, True, True, True])}
     weights = {"energy": torch.arange(6.0).double(), "forces": torch.arange(15.0).double()}
     labels = Properties(labels.values, present, weights)
-    store = LabelledStore.create(tmp_path / "s")
+    store = LabeledStore.create(tmp_path / "s")
     plain = random_labels(batch, 1, ("energy",))
     store.append(batch, plain)
     store.append(batch, labels)
@@ -182,7 +182,7 @@ def _with_all(labels, batch):
 
 
 def test_species_grow_without_renumbering_what_is_on_disk(tmp_path):
-    store = LabelledStore.create(tmp_path / "s")
+    store = LabeledStore.create(tmp_path / "s")
     parts = [Structures.from_ase(ase.build.bulk(symbol)) for symbol in ("W", "Al", "Cu")]
     for part in parts:
         store.append(part)
@@ -191,7 +191,7 @@ def test_species_grow_without_renumbering_what_is_on_disk(tmp_path):
 
 
 def test_a_fixed_species_table(tmp_path, batch):
-    store = LabelledStore.create(tmp_path / "s", SpeciesTable.from_symbols(["Al", "Li"]))
+    store = LabeledStore.create(tmp_path / "s", SpeciesTable.from_symbols(["Al", "Li"]))
     store.append(batch)
     assert store.structures().species_table.names == ("Li", "Al")
     with pytest.raises(DataError, match="holds Cu, which is not among the species Li, Al"):
@@ -205,7 +205,7 @@ def test_a_fixed_species_table(tmp_path, batch):
 
 def test_skip_existing(tmp_path, batch):
     labels = random_labels(batch)
-    store = LabelledStore.create(tmp_path / "s")
+    store = LabeledStore.create(tmp_path / "s")
     store.append(batch.select([0, 1, 4]), labels.select(batch.rows([0, 1, 4])))
     assert store.append(batch, labels, skip_existing=True) == 3
     assert store.append(batch, labels, skip_existing=True) == 0
@@ -218,7 +218,7 @@ def test_skip_existing(tmp_path, batch):
 
 
 def test_labels_of_a_teacher(tmp_path, batch):
-    store = LabelledStore.create(tmp_path / "s")
+    store = LabeledStore.create(tmp_path / "s")
     store.append(batch)
     info = {"fingerprint": "x", "licence": "MIT", "citation": "a paper", "versions": {"b": "1"}}
     store.begin_labels("t", info)
@@ -232,7 +232,7 @@ def test_labels_of_a_teacher(tmp_path, batch):
         first,
         [{"system": 1, "reason": "diverged"}],
     )
-    assert (store.n_labelled("t"), store.n_labelled("u")) == (4, 0)
+    assert (store.n_labeled("t"), store.n_labeled("u")) == (4, 0)
     assert store.sources == ("t", "u")
     assert store.source_info("t")["citation"] == "a paper"
     assert store.source_info("t")["fingerprint"] == "x"
@@ -243,14 +243,14 @@ def test_labels_of_a_teacher(tmp_path, batch):
     # Again, and overlapping: what is done stays, the rest is added.
     store.write_labels("t", 0, random_labels(first, 7), first)
     store.write_labels("t", 2, labels.select(batch.rows([2, 3, 4, 5])), batch.select([2, 3, 4, 5]))
-    assert store.n_labelled("t") == 6
+    assert store.n_labeled("t") == 6
     done = store.labels("t").select(batch.rows([0, 2, 3, 4, 5]))
     expected = labels.select(batch.rows([0, 2, 3, 4, 5]))
     assert_same_labels(done, expected, batch.select([0, 2, 3, 4, 5]))
     assert len(store.failures("t")) == 1
-    # Structures that come later are not labelled yet.
+    # Structures that come later are not labeled yet.
     store.append(batch.select([0]))
-    assert store.n_labelled("t") == 6
+    assert store.n_labeled("t") == 6
     assert not store.labels("t").presence("energy", 7)[6]
     assert store.labels("t")["forces"].shape == (19, 3)
     store.verify()
@@ -281,7 +281,7 @@ def crash_points(monkeypatch, path, action, nth):
         patch.setattr(record.zarr.Group, "create_array", counted(_create_array))
         patch.setattr(os, "replace", counted(os.replace))
         try:
-            action(LabelledStore.open(path, "a"))
+            action(LabeledStore.open(path, "a"))
         except Killed:
             return True
     return False
@@ -304,7 +304,7 @@ def test_a_crash_at_any_write_loses_and_repeats_nothing(tmp_path, batch, monkeyp
         store.write_labels("t", 3, labels.select(batch.rows(second)), batch.select(second))
 
     action = append if what == "append" else label
-    store = LabelledStore.create(tmp_path / "start")
+    store = LabeledStore.create(tmp_path / "start")
     if what == "append":
         store.append(batch.select(first), random_labels(batch.select(first), 1, ("energy",)))
     else:
@@ -313,19 +313,19 @@ def test_a_crash_at_any_write_loses_and_repeats_nothing(tmp_path, batch, monkeyp
         store.write_labels("t", 0, labels.select(batch.rows(first)), batch.select(first))
     before = store.fingerprint()
     shutil.copytree(tmp_path / "start", tmp_path / "undisturbed")
-    action(LabelledStore.open(tmp_path / "undisturbed", "a"))
-    undisturbed = LabelledStore.open(tmp_path / "undisturbed")
+    action(LabeledStore.open(tmp_path / "undisturbed", "a"))
+    undisturbed = LabeledStore.open(tmp_path / "undisturbed")
     nth = -1
     while True:
         nth += 2  # every other write, to save time
         path = tmp_path / str(nth)
         shutil.copytree(tmp_path / "start", path)
         crashed = crash_points(monkeypatch, path, action, nth)
-        store = LabelledStore.open(path)
+        store = LabeledStore.open(path)
         store.verify()
         assert store.fingerprint() == (before if crashed else undisturbed.fingerprint())
-        action(LabelledStore.open(path, "a"))
-        resumed = LabelledStore.open(path)
+        action(LabeledStore.open(path, "a"))
+        resumed = LabeledStore.open(path)
         resumed.verify()
         assert resumed.fingerprint() == undisturbed.fingerprint()
         assert _files(path) == _files(tmp_path / "undisturbed")
@@ -336,14 +336,14 @@ def test_a_crash_at_any_write_loses_and_repeats_nothing(tmp_path, batch, monkeyp
 
 def test_rows_that_a_crash_left_are_never_read(tmp_path, batch, monkeypatch):
     """The next write need not have the columns that the killed one had."""
-    store = LabelledStore.create(tmp_path / "s")
+    store = LabeledStore.create(tmp_path / "s")
     part = batch.select([0, 1])
     store.append(part, random_labels(part))
     with monkeypatch.context() as patch:
         patch.setattr(potstill.store, "write_record", _killed)
         with pytest.raises(Killed):
             store.append(part, random_labels(part))
-    store = LabelledStore.open(tmp_path / "s", "a")
+    store = LabeledStore.open(tmp_path / "s", "a")
     nobody = Structures(**{**vars(part), "frame_id": None, "group": None})
     store.append(nobody)
     assert store.labels("reference").presence("energy", 4).tolist() == [True, True, False, False]
@@ -362,7 +362,7 @@ def _killed(*arguments):
 def test_the_cost_of_a_chunk_does_not_grow_with_the_store(tmp_path, monkeypatch):
     """Rows read and bytes written per chunk of labels, of which every frame fails."""
     batch = Structures.from_ase(frames(8))
-    store = LabelledStore.create(tmp_path / "s")
+    store = LabeledStore.create(tmp_path / "s")
     for _ in range(25):
         store.append(batch, skip_existing=False)
     store.begin_labels("t", {"fingerprint": "x"})
@@ -396,9 +396,9 @@ def test_the_cost_of_a_chunk_does_not_grow_with_the_store(tmp_path, monkeypatch)
 def test_a_store_of_format_1_is_read_and_added_to(tmp_path, mode):
     shutil.unpack_archive(Path(__file__).with_name("golden") / "store_v1.zip", tmp_path)
     before = _files(tmp_path / "store")
-    store = LabelledStore.open(tmp_path / "store", mode)
+    store = LabeledStore.open(tmp_path / "store", mode)
     store.verify()
-    new = LabelledStore.create(tmp_path / "new", info={"seed": 1})
+    new = LabeledStore.create(tmp_path / "new", info={"seed": 1})
     fill(new, 0, 2)
     fill(new, 2, 4)
     assert_same_store(store, new)
@@ -408,7 +408,7 @@ def test_a_store_of_format_1_is_read_and_added_to(tmp_path, mode):
     for other in (store, new):
         fill(other, 4, 6)
     assert_same_store(store, new)
-    assert_same_store(LabelledStore.open(tmp_path / "store"), new)
+    assert_same_store(LabeledStore.open(tmp_path / "store"), new)
     assert not (tmp_path / "store" / "structures" / "n_atoms").exists()
 
 
@@ -439,7 +439,7 @@ def _files(path):
 
 
 def test_an_error_within_a_write_leaves_the_handle_usable(tmp_path, batch, monkeypatch):
-    store = LabelledStore.create(tmp_path / "s")
+    store = LabeledStore.create(tmp_path / "s")
     store.append(batch.select([0, 1]))
 
     def broken(*arguments):
@@ -456,45 +456,45 @@ def test_an_error_within_a_write_leaves_the_handle_usable(tmp_path, batch, monke
 
 
 def test_handles_see_what_others_wrote_before_they_write(tmp_path, batch):
-    one = LabelledStore.create(tmp_path / "s")
-    two = LabelledStore.open(tmp_path / "s", "a")
+    one = LabeledStore.create(tmp_path / "s")
+    two = LabeledStore.open(tmp_path / "s", "a")
     one.append(batch.select([0, 1]))
     assert two.append(batch.select([0, 1, 2]), skip_existing=True) == 1
     one.append(batch.select([3]))
     assert_same_structures(one.structures(), batch.select([0, 1, 2, 3]))
-    assert LabelledStore.open(tmp_path / "s").fingerprint() == one.fingerprint()
+    assert LabeledStore.open(tmp_path / "s").fingerprint() == one.fingerprint()
 
 
 def test_concurrent_writers_take_turns(tmp_path, batch):
-    LabelledStore.create(tmp_path / "s")
+    LabeledStore.create(tmp_path / "s")
 
     def append(k):
         for _ in range(3):
-            LabelledStore.open(tmp_path / "s", "a").append(batch.select([k]))
+            LabeledStore.open(tmp_path / "s", "a").append(batch.select([k]))
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(append, range(3)))
-    store = LabelledStore.open(tmp_path / "s")
+    store = LabeledStore.open(tmp_path / "s")
     assert sorted(store.structures().frame_id) == [f"a.xyz:{k}" for k in range(3) for _ in range(3)]
     store.verify()
 
 
 def test_damage_is_found(tmp_path, batch):
-    store = LabelledStore.create(tmp_path / "s")
+    store = LabeledStore.create(tmp_path / "s")
     store.append(batch, random_labels(batch))
     (chunk,) = (tmp_path / "s" / "labels/reference/values/energy/c").glob("*")
     good = chunk.read_bytes()
-    other = LabelledStore.create(tmp_path / "t")
+    other = LabeledStore.create(tmp_path / "t")
     other.append(batch, random_labels(batch, 5))
     chunk.write_bytes((tmp_path / "t/labels/reference/values/energy/c/0").read_bytes())
     with pytest.raises(StoreError, match="the labels 'reference' are not those written"):
-        LabelledStore.open(tmp_path / "s").verify()
+        LabeledStore.open(tmp_path / "s").verify()
     chunk.write_bytes(good)
-    LabelledStore.open(tmp_path / "s").verify()
+    LabeledStore.open(tmp_path / "s").verify()
 
 
 def test_the_record_is_small_and_says_what_it_is(tmp_path, batch):
-    store = LabelledStore.create(tmp_path / "s")
+    store = LabeledStore.create(tmp_path / "s")
     for _ in range(5):
         store.append(batch, random_labels(batch))
     written = json.loads((tmp_path / "s" / "commit.json").read_text())

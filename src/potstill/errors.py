@@ -25,7 +25,7 @@ class MissingLabelError(DataError):
 
 
 class StoreError(PotstillError):
-    """A labelled store cannot be opened, or must not be written as asked."""
+    """A labeled store cannot be opened, or must not be written as asked."""
 
 
 class ConfigError(PotstillError):

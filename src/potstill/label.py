@@ -9,7 +9,7 @@ from typing import Any
 
 from potstill.errors import TeacherError
 from potstill.features import Feature
-from potstill.store import LabelledStore
+from potstill.store import LabeledStore
 from potstill.structures import Properties, Structures
 from potstill.teachers.base import Failure, Teacher
 
@@ -19,11 +19,11 @@ _READ_FRAMES = 256
 
 @dataclass(frozen=True)
 class LabelReport:
-    """What labelling a store came to.
+    """What labeling a store came to.
 
     Parameters
     ----------
-    n_labelled : int
+    n_labeled : int
         Frames that have labels now, also from earlier runs.
     n_failed : int
         Frames that the teacher could not label.
@@ -35,7 +35,7 @@ class LabelReport:
         Frames that this run went through.
     """
 
-    n_labelled: int
+    n_labeled: int
     n_failed: int
     failures: list[dict[str, Any]]
     seconds: float
@@ -43,7 +43,7 @@ class LabelReport:
 
 
 def label_store(
-    store: LabelledStore,
+    store: LabeledStore,
     teacher: Teacher,
     properties: Sequence[str],
     *,
@@ -51,11 +51,11 @@ def label_store(
     commit_seconds: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> LabelReport:
-    """Label all frames of a store with a teacher, going on where an earlier run stopped.
+    """Label all frames of a store with a teacher, resuming where an earlier run stopped.
 
     Parameters
     ----------
-    store : LabelledStore
+    store : LabeledStore
         Opened for writing. Labels go into the set named after the teacher.
     teacher : Teacher
         Who labels.
@@ -84,13 +84,13 @@ def label_store(
     start_time = time.perf_counter()
     names = tuple(dict.fromkeys(properties))
     if not names:
-        raise TeacherError("labelling needs at least one property to ask the teacher for")
+        raise TeacherError("labeling needs at least one property to ask the teacher for")
     if chunk < 1:
         raise TeacherError(f"a chunk must have at least one frame, not {chunk}")
     teacher.require(names)
     source = teacher.info.name
     store.begin_labels(source, {**asdict(teacher.info), "properties": sorted(names)})
-    total, first = store.n_systems, store.n_labelled(source)
+    total, first = store.n_systems, store.n_labeled(source)
     if progress is not None:
         progress(first, total)
     pending = _Pending(store, source, first, commit_seconds)
@@ -103,9 +103,9 @@ def label_store(
     finally:
         pending.write()
     failed = store.failures(source)
-    done = store.n_labelled(source)
+    done = store.n_labeled(source)
     return LabelReport(
-        n_labelled=done - len(failed),
+        n_labeled=done - len(failed),
         n_failed=len(failed),
         failures=failed,
         seconds=time.perf_counter() - start_time,
@@ -114,7 +114,7 @@ def label_store(
 
 
 def _chunks(
-    store: LabelledStore, first: int, total: int, chunk: int
+    store: LabeledStore, first: int, total: int, chunk: int
 ) -> Iterator[tuple[int, Structures]]:
     """Read the frames first..total-1, many at a time; yield chunks with where they start."""
     block = chunk * max(1, _READ_FRAMES // chunk)
@@ -127,7 +127,7 @@ def _chunks(
 class _Pending:
     """Labels that are not in the store yet, of the frames from `start` on."""
 
-    def __init__(self, store: LabelledStore, source: str, start: int, seconds: float) -> None:
+    def __init__(self, store: LabeledStore, source: str, start: int, seconds: float) -> None:
         self.store, self.source, self.start, self.seconds = store, source, start, seconds
         self.parts: list[tuple[Properties, Structures]] = []
         self.failed: list[dict[str, Any]] = []
@@ -154,14 +154,14 @@ class _Pending:
 
 
 def label_features(
-    store: LabelledStore,
+    store: LabeledStore,
     teacher: Teacher,
     taps: Sequence[str],
     *,
     chunk: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> LabelReport:
-    """Store a teacher's internal features of all frames, going on where an earlier run stopped.
+    """Store a teacher's internal features of all frames, resuming where an earlier run stopped.
 
     Parameters
     ----------
@@ -213,7 +213,7 @@ def label_features(
         progress(total, total)
     failed = store.failures(source, names[0])
     return LabelReport(
-        n_labelled=total - len(failed),
+        n_labeled=total - len(failed),
         n_failed=len(failed),
         failures=failed,
         seconds=time.perf_counter() - start_time,

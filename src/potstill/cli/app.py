@@ -231,7 +231,7 @@ def label(
         "taps": _listed(taps),
     }
     report = work(load_config(config, LabelConfig, overrides), RichDisplay(console))
-    console.print(f"{report.n_labelled} structures labeled, {report.n_failed} failed")
+    console.print(f"{report.n_labeled} structures labeled, {report.n_failed} failed")
 
 
 @_command("Train")

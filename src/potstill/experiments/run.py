@@ -39,7 +39,7 @@ from potstill.experiments.spec import (
 from potstill.metrics import S2EF_METRICS, Estimate
 from potstill.models import Potential
 from potstill.properties import LEARNABLE
-from potstill.store import LabelledStore
+from potstill.store import LabeledStore
 from potstill.structures import Properties, Structures
 from potstill.teachers import Teacher
 from potstill.teachers.potential import PotentialTeacher
@@ -355,7 +355,7 @@ def _training_data(
         if not asked:
             return part
         if isinstance(given, StoredTeacher):
-            own = LabelledStore.open(str(data.parts.store)).labels(given.source)
+            own = LabeledStore.open(str(data.parts.store)).labels(given.source)
         else:
             assert teacher is not None
             own, failures = teacher.label(part.structures, asked)

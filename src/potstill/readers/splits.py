@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from potstill.errors import ConfigError, DataError, suggest
+from potstill.files import write_atomically
 
 
 def split_by_seed(n: int, fractions: Mapping[str, float], seed: int) -> dict[str, Tensor]:
@@ -119,7 +120,7 @@ def split_from_file(path: str | Path, n: int) -> dict[str, Tensor]:
 def write_split(path: str | Path, parts: Mapping[str, Tensor]) -> None:
     """Write a split so that `split_from_file` reads it back."""
     text = json.dumps({name: part.tolist() for name, part in parts.items()})
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    write_atomically(path, text + "\n")
 
 
 def _sizes(n: int, fractions: Sequence[float]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The labelled store: structures, reference labels and teachers' labels side by side, on disk.
+"""The labeled store: structures, reference labels and teachers' labels side by side, on disk.
 
 A store is a folder: a Zarr group (format 3) with the arrays, and `commit.json`, the only record of
 what counts (`store.record`). Reading some frames and adding some cost the same whatever the number
@@ -66,7 +66,7 @@ REFERENCE = "reference"
 _SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
-class LabelledStore:
+class LabeledStore:
     """Structures with any number of named label sets; made by `create` or `open`.
 
     Several processes may read while one writes. Writers lock the folder for the length of one
@@ -92,7 +92,7 @@ class LabelledStore:
         path: str | Path,
         species_table: SpeciesTable | None = None,
         info: Mapping[str, Any] | None = None,
-    ) -> LabelledStore:
+    ) -> LabeledStore:
         """Make an empty store and open it for writing.
 
         Parameters
@@ -126,7 +126,7 @@ class LabelledStore:
         return cls(path, writable=True)
 
     @classmethod
-    def open(cls, path: str | Path, mode: Literal["r", "a"] = "r") -> LabelledStore:
+    def open(cls, path: str | Path, mode: Literal["r", "a"] = "r") -> LabeledStore:
         """Open a store to read ("r") or to read and add ("a").
 
         Raises
@@ -173,7 +173,7 @@ class LabelledStore:
         info = self._record["info"] if source == REFERENCE else state["info"]
         return {"fingerprint": state["digest"], **copy.deepcopy(info), "units": units}
 
-    def n_labelled(self, source: str) -> int:
+    def n_labeled(self, source: str) -> int:
         """Frames that a label set has gone through, failed ones included."""
         return self._source(source)["n_done"]
 
@@ -294,7 +294,7 @@ class LabelledStore:
         return structures.n_systems
 
     def begin_labels(self, source: str, info: Mapping[str, Any]) -> None:
-        """Open a label set, a new one or one to go on with.
+        """Open a label set, a new one or one to be continued.
 
         Parameters
         ----------
@@ -350,7 +350,7 @@ class LabelledStore:
         Raises
         ------
         StoreError
-            If frames before `start` are not labelled yet, or the structures are not the store's.
+            If frames before `start` are not labeled yet, or the structures are not the store's.
         DataError
             If the labels do not fit the structures or are not finite.
         """
@@ -406,7 +406,7 @@ class LabelledStore:
         return get_feature(self._columns, self._record, base, own, start, stop)
 
     def begin_features(self, source: str, tap: str, info: Mapping[str, Any]) -> int:
-        """Open a tap of a teacher, a new one or one to go on with.
+        """Open a tap of a teacher, a new one or one to be continued.
 
         Parameters
         ----------

@@ -15,7 +15,7 @@ from potstill.distill import FeatureTerm
 from potstill.errors import DataError, suggest
 from potstill.features import Feature
 from potstill.readers import KeyMap, Units, read, split_by_group, split_by_seed, split_from_file
-from potstill.store import LabelledStore
+from potstill.store import LabeledStore
 from potstill.structures import Properties, Structures
 from potstill.train import TrainingSet
 from potstill.workflows.base import Settings
@@ -227,7 +227,7 @@ def load_store(
     DataError
         If the store lacks a source that is asked for, or has none.
     """
-    store = LabelledStore.open(path)
+    store = LabeledStore.open(path)
     for name in sources or ():
         if name not in store.sources:
             raise DataError(
@@ -246,7 +246,7 @@ def load_store(
 
 
 def _stored_features(
-    store: LabelledStore, source: str, terms: Sequence[FeatureTerm]
+    store: LabeledStore, source: str, terms: Sequence[FeatureTerm]
 ) -> dict[str, Feature]:
     """Features of a source by tap, the teacher's default last; only those that terms may take."""
     own = [term.teacher_tap for term in terms if term.source == source]

@@ -15,7 +15,7 @@ from potstill.errors import DataError
 from potstill.experiments.spec import Role, Variant
 from potstill.readers import split_from_file
 from potstill.sample import SamplingPlan, smallest_supercell, standard_plan
-from potstill.store import LabelledStore
+from potstill.store import LabeledStore
 from potstill.structures import Structures
 from potstill.teachers import Teacher
 from potstill.train import TrainingSet, TrainSettings
@@ -209,12 +209,12 @@ class Run:
         return self.config.teacher.make()
 
     @property
-    def store(self) -> LabelledStore:
+    def store(self) -> LabeledStore:
         """The labelled store, to read and add."""
         path = self.folder / "labels.zarr"
         if not path.exists():
-            return LabelledStore.create(path, info={"seed": self.config.seed})
-        return LabelledStore.open(path, "a")
+            return LabeledStore.create(path, info={"seed": self.config.seed})
+        return LabeledStore.open(path, "a")
 
     @property
     def source(self) -> str:

@@ -14,7 +14,7 @@ from potstill.evaluate.cka import CKAMatrix
 from potstill.evaluate.table import EVALUATIONS
 from potstill.metrics import force_key
 from potstill.readers import read
-from potstill.store import LabelledStore
+from potstill.store import LabeledStore
 from potstill.structures import Properties, Structures
 from potstill.workflows.base import Stages, read_json, seconds_in_words, trained_on
 from potstill.workflows.evaluation import read_findings
@@ -88,7 +88,7 @@ def _labels(title: str, labels: Properties) -> Card:
 
 
 def _store(path: Path) -> list[Card]:
-    store = LabelledStore.open(path)
+    store = LabeledStore.open(path)
     rows = [["fingerprint", store.fingerprint()]]
     rows += [[key, _text(value)] for key, value in store.info.items()]
     cards = [Card(f"label store {path}", rows)]
@@ -100,7 +100,7 @@ def _store(path: Path) -> list[Card]:
         cards.append(_labels(f"labels of '{source}'", store.labels(source)))
         about = [[key, _text(value)] for key, value in info.items() if key != "units"]
         failed = store.failures(source)
-        about.append(["labelled", f"{store.n_labelled(source)} of {store.n_systems}"])
+        about.append(["labelled", f"{store.n_labeled(source)} of {store.n_systems}"])
         about.append(["failed", str(len(failed))])
         about += [[f"  {f.get('frame_id') or f['system']}", f["reason"]] for f in failed[:5]]
         cards.append(Card(f"who gave '{source}'", about))

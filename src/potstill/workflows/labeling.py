@@ -9,7 +9,7 @@ from pydantic import Field
 from potstill.errors import ConfigError
 from potstill.label import LabelReport, label_features, label_store
 from potstill.properties import LEARNABLE
-from potstill.store import LabelledStore
+from potstill.store import LabeledStore
 from potstill.structures import Structures
 from potstill.teachers import Teacher
 from potstill.workflows.base import Display, Settings, TeacherSettings
@@ -70,7 +70,7 @@ def label(config: LabelConfig, display: Display | None = None) -> LabelReport:
 
 
 def _store_features(
-    store: LabelledStore, teacher: Teacher, config: LabelConfig, display: Display
+    store: LabeledStore, teacher: Teacher, config: LabelConfig, display: Display
 ) -> LabelReport:
     """`label_features` with a display."""
     with display.task(f"features of {teacher.name}", store.n_systems) as task:
@@ -81,7 +81,7 @@ def _store_features(
             chunk=config.chunk,
             progress=lambda done, total: task.update(done, total),
         )
-    display.say(f"features {', '.join(config.taps)} of {report.n_labelled} structures are stored")
+    display.say(f"features {', '.join(config.taps)} of {report.n_labeled} structures are stored")
     return report
 
 
@@ -94,7 +94,7 @@ def learnable(teacher: Teacher, example: Structures) -> tuple[str, ...]:
 
 
 def label_with_progress(
-    store: LabelledStore,
+    store: LabeledStore,
     teacher: Teacher,
     properties: tuple[str, ...],
     display: Display,
@@ -119,15 +119,15 @@ def label_with_progress(
     return report
 
 
-def _open_store(config: LabelConfig) -> LabelledStore:
+def _open_store(config: LabelConfig) -> LabeledStore:
     path = Path(config.store)
     if path.exists():
-        store = LabelledStore.open(path, "a")
+        store = LabeledStore.open(path, "a")
     elif not config.files:
         raise ConfigError(f"{path}: no such store, and no files to make it of")
     else:
         parts = read_files(config.files)  # before the store is made: a bad file leaves nothing
-        store = LabelledStore.create(path)
+        store = LabeledStore.create(path)
         for structures, labels in parts:
             store.append(structures, labels)
         return store

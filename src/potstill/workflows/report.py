@@ -40,7 +40,7 @@ from potstill.report.panels import Drawing, Look, Panel, Series, looks, plain_la
 from potstill.report.plots import write_figure
 from potstill.report.tables import Table, number, rows_table, signed
 from potstill.report.verdicts import ordered_verdicts
-from potstill.store import LabelledStore
+from potstill.store import LabeledStore
 from potstill.workflows.base import read_json
 from potstill.workflows.evaluation import read_findings
 
@@ -351,7 +351,7 @@ def _labels(path: Path) -> str:
     if not path.is_dir():
         return ""
     try:
-        store = LabelledStore.open(path)
+        store = LabeledStore.open(path)
     except PotstillError:
         return ""
     return f"{store.n_systems:,} structures, fingerprint {store.fingerprint()}"
