@@ -28,8 +28,9 @@ from potstill.experiments.recipes import PairsStudy
 from potstill.experiments.report import report_experiment
 from potstill.experiments.rows import RunRow
 from potstill.experiments.run import run_experiment
-from potstill.experiments.spec import Role
+from potstill.experiments.spec import Role, Run, TrainedTeacher, Variant
 from potstill.metrics import Estimate
+from potstill.train import TrainSettings
 from test_train import emt_set
 
 PAINN = {"hidden_channels": 8, "num_layers": 2, "num_rbf": 8, "cutoff": 4.0}
@@ -304,11 +305,11 @@ def row(model: str, run: str, seed: int, energy: float, force: float, pair: str 
         "energy_mae": Estimate(energy, 0.01, 50),
         "free_forces_mae": Estimate(force, 0.01, 50),
     }
-    variant, role = (f"{pair}.{run}", Role.STUDENT) if pair else (model, Role.TEACHER)
-    learned: dict[str, Any] = {"against": (model,), "teacher": "big"} if pair else {}
-    tests = S2EFErrors({}, average)
-    name = f"{model}-{run}-{seed}"
-    return RunRow(name, variant, role, run, pair, 10, seed, tests=tests, **learned)
+    learned: dict[str, Any] = {"against": (model,), "teacher": TrainedTeacher("big")}
+    variant = Variant(model, Role.TEACHER, run, "", TrainSettings())
+    if pair:
+        variant = replace(variant, name=f"{pair}.{run}", role=Role.STUDENT, group=pair, **learned)
+    return RunRow(Run(variant, seed), 10, tests=S2EFErrors({}, average))
 
 
 def three(model: str, run: str, energy: float, force: float, **own: Any) -> list[RunRow]:

@@ -36,7 +36,7 @@ from potstill.experiments.sizes_report import (
     sizes_tables,
     sizes_verdicts,
 )
-from potstill.experiments.spec import Role
+from potstill.experiments.spec import Role, Run, Variant
 from potstill.metrics import METRICS
 from potstill.models import HIPNN, SpeciesOffsets, SumPotential
 from potstill.report.page import Page, write_page
@@ -46,6 +46,7 @@ from potstill.report.tables import Spread, Table, number
 from potstill.report.verdicts import compare, over_sizes, sentence
 from potstill.species import SpeciesTable
 from potstill.structures import Properties, Structures
+from potstill.train import TrainSettings
 from potstill.workflows.report import collect, verdicts, write_report
 
 MODELS = ("student", "control_wf10", "teacher")
@@ -482,14 +483,18 @@ def curve(value, epochs):
     )
 
 
-def study_row(name, strategy, size, n_parameters, seed=0, **others):
+def study_row(strategy, size, n_parameters, seed=0, **others):
     roles = {"student": Role.STUDENT, "control_wf10": Role.CONTROL}
     against = (f"control_wf10-{size}",) if strategy == "student" else ()
-    role = roles.get(strategy, Role.TEACHER)
-    variant = f"{strategy}-{size}"
-    return RunRow(
-        name, variant, role, strategy, size, n_parameters, seed, against=against, **others
+    variant = Variant(
+        f"{strategy}-{size}",
+        roles.get(strategy, Role.TEACHER),
+        strategy,
+        size,
+        TrainSettings(),
+        against=against,
     )
+    return RunRow(Run(variant, seed), n_parameters, **others)
 
 
 def study_rows(control=1.2, seeds=3, sizes=(("small", 3000), ("large", 20000))):
@@ -502,13 +507,11 @@ def study_rows(control=1.2, seeds=3, sizes=(("small", 3000), ("large", 20000))):
                            "rdf_error": 3 * value, "time_per_step_atom_us": 5 + n / 2000,
                            "memory_per_atom_kib": 4 + n / 5000}  # fmt: skip
                 rows.append(
-                    study_row(f"{strategy}-{size}-{seed}", strategy, size, n, seed, metrics=numbers,
+                    study_row(strategy, size, n, seed, metrics=numbers,
                               curve=curve(value, 30 + seed))
                 )  # fmt: skip
     errors = {"forces_rmse": 0.15}
-    rows.append(
-        study_row("t", "teacher", "teacher", 90000, 0, metrics=errors, curve=curve(0.15, 40))
-    )
+    rows.append(study_row("teacher", "teacher", 90000, 0, metrics=errors, curve=curve(0.15, 40)))
     return rows
 
 
@@ -544,7 +547,7 @@ def test_sizes_verdicts_follow_the_numbers():
     assert "it is worse at small, large" in worse
     equal = sizes_verdicts(study_rows(control=1.003))[0]
     assert "none of these differences is beyond the spread over seeds" in equal
-    mixed = [r for r in study_rows() if r.strategy != "student" or r.seed == 0]
+    mixed = [r for r in study_rows() if r.strategy != "student" or r.run.seed == 0]
     assert "one of them has a single run, so the part" in sizes_verdicts(mixed)[0]
     single = sizes_verdicts(study_rows(seeds=1))[0]
     assert "one run each, so the part of chance is not known" in single
@@ -577,7 +580,9 @@ def test_liquids_are_compared_with_the_reference(tmp_path):
     reference = RadialDistribution.from_json(rdf("teacher").to_json())
     shifts = {"teacher": 0.0, "student": 0.1, "control_wf10": 0.2}
     rows = [
-        replace(row, rdf=replace(reference, g=reference.g + shifts[row.strategy] + 0.01 * row.seed))
+        replace(
+            row, rdf=replace(reference, g=reference.g + shifts[row.strategy] + 0.01 * row.run.seed)
+        )
         for row in study_rows()
     ]
     figures = sizes_figures(rows, tmp_path, liquid=("ANI-Al", reference))
@@ -623,7 +628,7 @@ def test_sizes_figures_without_a_page(tmp_path):
 
 
 def test_one_row_of_an_unknown_strategy_is_enough(tmp_path):
-    rows = [study_row("x", "novel_idea", "s", 100, metrics={"forces_rmse": 0.1})]
+    rows = [study_row("novel_idea", "s", 100, metrics={"forces_rmse": 0.1})]
     verdicts, sections = sizes_sections(rows, tmp_path)
     assert verdicts == ("There is no pair of strategies to compare.",)
     assert "novel idea" in sections[1].tables[0].markdown()
@@ -632,8 +637,8 @@ def test_one_row_of_an_unknown_strategy_is_enough(tmp_path):
 def test_bad_studies_are_refused(tmp_path):
     with pytest.raises(DataError, match="at least one run"):
         sizes_tables([])
-    row = study_row("x", "student", "s", 100)
-    with pytest.raises(DataError, match="two runs of the study are called 'x'"):
+    row = study_row("student", "s", 100)
+    with pytest.raises(DataError, match="two runs of the study are called 'student-s-0'"):
         sizes_sections([row, row], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -49,14 +49,14 @@ class Pair:
     @property
     def strategies(self) -> dict[str, list[RunRow]]:
         """Students by strategy, without grids."""
-        return {key: rows for key, rows in self.students.items() if rows[0].point is None}
+        return {key: rows for key, rows in self.students.items() if rows[0].variant.point is None}
 
     @property
     def grids(self) -> dict[str, dict[GridPoint, list[RunRow]]]:
         """Students by grid and place in it."""
         found: dict[str, dict[GridPoint, list[RunRow]]] = {}
         for rows in self.students.values():
-            if (point := rows[0].point) is not None:
+            if (point := rows[0].variant.point) is not None:
                 found.setdefault(point.grid, {})[point] = rows
         return found
 
@@ -78,12 +78,13 @@ def pairs_of(rows: Sequence[RunRow]) -> list[Pair]:
         raise DataError("a study report needs at least one run")
     variants: dict[str, list[RunRow]] = {}
     for row in rows:
-        variants.setdefault(row.variant, []).append(row)
+        variants.setdefault(row.variant.name, []).append(row)
     pairs: dict[str, Pair] = {}
     for found in variants.values():
         one = found[0]
-        if one.against:
-            control, teacher = variants.get(one.against[0], []), variants.get(one.teacher, [])
+        if one.variant.against:
+            control = variants.get(one.variant.against[0], [])
+            teacher = variants.get(one.variant.teacher_name, [])
             pair = pairs.setdefault(one.group, Pair(one.group, control, teacher, {}))
             pair.students[one.strategy] = found
     return list(pairs.values())
@@ -102,7 +103,7 @@ def result_table(pairs: Sequence[Pair], split: str | None = None) -> Table:
     for pair in pairs:
         for name, rows in (("control", pair.control), ("teacher", pair.teacher)):
             if rows:
-                words = f"{name} ({_plain(rows[0].variant)})"
+                words = f"{name} ({_plain(rows[0].variant.name)})"
                 body.append((_plain(pair.name), words, *_cells(pair, rows, metrics, split)))
         for name, rows in pair.strategies.items():
             body.append((_plain(pair.name), name, *_cells(pair, rows, metrics, split)))
@@ -132,7 +133,7 @@ def _cells(
 ) -> list[Cell]:
     """Value and share of the gap for each metric, and the verdict."""
     cells: list[Cell] = []
-    own = bool(rows[0].against)
+    own = bool(rows[0].variant.against)
     for metric in metrics:
         text = str(Spread.of(_values(rows, metric, split)).scaled(metric.scale))
         share = _share(pair, rows, metric, split) if own else None
@@ -165,7 +166,7 @@ def _estimate(rows: Sequence[RunRow], metric: Metric, split: str | None) -> Esti
 def _share(
     pair: Pair, rows: Sequence[RunRow], metric: Metric, split: str | None
 ) -> GapShare | None:
-    seeds = {row.seed for row in rows}
+    seeds = {row.run.seed for row in rows}
     parts = [
         _estimate(runs, metric, split)
         for runs in (rows, _at(pair.control, seeds), _at(pair.teacher, seeds))
@@ -179,7 +180,7 @@ def _change(
     pair: Pair, rows: Sequence[RunRow], metric: Metric, split: str | None = None
 ) -> Comparison:
     """Runs against the controls of their seeds."""
-    controls = _at(pair.control, {row.seed for row in rows})
+    controls = _at(pair.control, {row.run.seed for row in rows})
     return compare(metric, _values(rows, metric, split), _values(controls, metric, split))
 
 
@@ -199,7 +200,7 @@ def _verdict(pair: Pair, rows: Sequence[RunRow], split: str | None) -> str:
 
 def _at(rows: Sequence[RunRow], seeds: set[int]) -> list[RunRow]:
     """Runs of these seeds; a teacher from elsewhere has none (-1) and belongs to all."""
-    return [row for row in rows if row.seed in seeds or row.seed < 0]
+    return [row for row in rows if row.run.seed in seeds or row.run.seed < 0]
 
 
 def seed_table(pairs: Sequence[Pair], splits: Sequence[str]) -> Table:
@@ -213,7 +214,7 @@ def seed_table(pairs: Sequence[Pair], splits: Sequence[str]) -> Table:
                     for split in splits
                     for m in _JUDGED
                 ]
-                body.append((_plain(pair.name), run, row.seed, *changes))
+                body.append((_plain(pair.name), run, row.run.seed, *changes))
     columns = [f"{m.name.split()[0]}, {split} (%)" for split in splits for m in _JUDGED]
     title = "Seed by seed: change against the control of the same seed"
     return Table("table_seeds", title, ("Pair", "Run", "Seed", *columns), tuple(body), digits=2)
@@ -250,7 +251,7 @@ def grid_table(pair: Pair, grid: str, measured: Mapping[str, Any]) -> Table:
     metrics = _shown((row for rows in runs.values() for row in rows), None)
     body: list[tuple[Cell, ...]] = []
     if pair.control:
-        own = _at(pair.control, {row.seed for rows in runs.values() for row in rows})
+        own = _at(pair.control, {row.run.seed for rows in runs.values() for row in rows})
         body.append(("control", *_cells(pair, own, metrics, None), None, None, None, None))
     for point, rows in runs.items():
         similarity = _similarity(rows[0], measured)
@@ -271,14 +272,14 @@ _GRID_NOTE = (
 def _similarity(row: RunRow, measured: Mapping[str, Any]) -> list[Cell]:
     """CKA of the distilled taps before and after, and probes of the teacher's tap."""
     cells: list[Cell] = [None, None, None, None]
-    found = measured.get("cka", {}).get(row.name)
+    found = measured.get("cka", {}).get(row.run.name)
     if found is None or row.taps is None:
         return cells
     for k, when in enumerate(("before", "after")):
         matrix = CKAMatrix.from_json(found[when])
         if row.taps[0] in matrix.first and row.taps[1] in matrix.second:
             cells[k] = matrix[row.taps]
-    for score in measured.get("probes", {}).get(row.teacher, []):
+    for score in measured.get("probes", {}).get(row.variant.teacher_name, []):
         if score["tap"] == row.taps[1]:
             cells[2:] = [score["energy_r2"], score["forces_r2"]]
     return cells
@@ -295,7 +296,7 @@ def progress_figure(pair: Pair, folder: Path, grid: str | None = None) -> Figure
     found = pair.strategies
     if grid is not None:
         found = {str(point): rows for point, rows in pair.grids[grid].items()}
-    seeds = {row.seed for rows in found.values() for row in rows}
+    seeds = {row.run.seed for rows in found.values() for row in rows}
     found = {"control": _at(pair.control, seeds), **found}
     curves = {run: [r.curve for r in rows if r.curve is not None] for run, rows in found.items()}
     what = "" if grid is None else f"_{_file(grid)}"
@@ -347,13 +348,13 @@ def grid_figure(pair: Pair, grid: str, folder: Path) -> Figure | None:
 def cka_figure(pair: Pair, row: RunRow, measured: Mapping[str, Any], folder: Path) -> Figure:
     """Similarity of student and teacher before and after, and the gain (Figs. 6 to 8)."""
     before, after = (
-        CKAMatrix.from_json(measured["cka"][row.name][when]) for when in ("before", "after")
+        CKAMatrix.from_json(measured["cka"][row.run.name][when]) for when in ("before", "after")
     )
     known = row.taps is not None and row.taps[0] in after.first and row.taps[1] in after.second
     gain = similarity_gain(before, after)
     look: dict[str, Any] = {
-        "row_label": _plain(row.against[0]),
-        "column_label": _plain(row.teacher),
+        "row_label": _plain(row.variant.against[0]),
+        "column_label": _plain(row.variant.teacher_name),
         "marked": row.taps if known else None,
     }
     maps = [
@@ -404,7 +405,7 @@ def pairs_sections(
         cka_figure(pair, found[0], measured, folder)
         for pair in pairs
         for rows in pair.strategies.values()
-        if (found := [r for r in rows if r.name in measured.get("cka", {})])
+        if (found := [r for r in rows if r.run.name in measured.get("cka", {})])
     ]
     sections = [
         Section("Results", tables=(*tables, models)),

@@ -11,10 +11,11 @@ from potstill.evaluate.learning import read_learning_curves
 from potstill.experiments.measures import Finished, stored_distribution
 from potstill.experiments.pairs_report import pairs_sections
 from potstill.experiments.rows import RunRow
-from potstill.experiments.run import RunRecord, finished_runs, write_results
+from potstill.experiments.run import finished_runs, write_results
 from potstill.experiments.sizes_report import sizes_sections, summary_table
-from potstill.experiments.spec import Errors, Experiment, GivenTeacher, Role, Run, TrainedTeacher
+from potstill.experiments.spec import Errors, Experiment, Role, Run, Variant
 from potstill.report.page import Page, Section, write_page
+from potstill.train import TrainSettings
 
 
 def report_experiment(
@@ -72,43 +73,26 @@ def report_experiment(
 
 def row_of(finished: Finished, run: Run, measured: Mapping[str, Any]) -> RunRow:
     """The row of a finished run; some of what was `measured` are numbers by run."""
-    record, variant = finished.records[run], run.variant
+    record = finished.records[run]
+    if record.tests is None:  # on the first test set
+        metrics = dict(record.metrics[f"test:{next(iter(finished.experiment.data.tests))}"])
+    else:
+        metrics = {key: estimate.value for key, estimate in record.tests.average.items()}
+    for found in measured.values():
+        numbers = found.get("runs", {}).get(run.name, {})
+        metrics |= {key: value for key, value in numbers.items() if isinstance(value, float)}
     taps = record.distilled
-    teacher, name = variant.teacher, ""
-    if isinstance(teacher, TrainedTeacher | GivenTeacher):
-        name = teacher.variant if isinstance(teacher, TrainedTeacher) else teacher.name
     return RunRow(
-        run.name,
-        variant.name,
-        variant.role,
-        variant.strategy,
-        variant.group,
+        run,
         record.n_parameters,
-        run.seed,
-        metrics=_metrics(finished.experiment, record) | _numbers(measured, run),
-        tests=record.tests,
-        against=variant.against,
-        teacher=name,
-        point=variant.point,
+        metrics,
+        record.tests,
         taps=None if taps is None else ("+".join(taps.student), "+".join(taps.teacher)),
         curve=read_learning_curves(finished.folder / run.name),
         rdf=stored_distribution(finished.folder, run.name),
     )
 
 
-def _metrics(experiment: Experiment, record: RunRecord) -> dict[str, float]:
-    """On the first test set, or averaged."""
-    if record.tests is not None:
-        return {key: estimate.value for key, estimate in record.tests.average.items()}
-    first = next(iter(experiment.data.tests))
-    return dict(record.metrics[f"test:{first}"])
-
-
-def _numbers(measured: Mapping[str, Any], run: Run) -> dict[str, float]:
-    parts = [found.get("runs", {}).get(run.name, {}) for found in measured.values()]
-    return {k: v for part in parts for k, v in part.items() if isinstance(v, float)}
-
-
 def _given_teacher(name: str, errors: Mapping[str, Any]) -> RunRow:
-    tests = S2EFErrors.from_json(errors)
-    return RunRow(name, name, Role.TEACHER, name, "", 0, -1, tests=tests)
+    teacher = Variant(name, Role.TEACHER, name, "", TrainSettings())
+    return RunRow(Run(teacher, -1), 0, tests=S2EFErrors.from_json(errors))

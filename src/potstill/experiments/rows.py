@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from potstill.evaluate.errors import S2EFErrors
 from potstill.evaluate.learning import LearningCurves
 from potstill.evaluate.rdf import RadialDistribution
-from potstill.experiments.spec import GridPoint, Role
+from potstill.experiments.spec import Run, Variant
 
 
 @dataclass(frozen=True)
@@ -18,24 +18,14 @@ class RunRow:
 
     Parameters
     ----------
-    name, variant : str
-        Unique name of the run; of all runs that differ in their seed alone.
-    role : Role
-        What it is for.
-    strategy, group : str
-        How it was trained, and what it is compared within: its size or its pair of models.
-    n_parameters, seed : int
-        Trainable numbers; -1 for the seed of a teacher from elsewhere.
+    run : Run
+        Variant and seed; a teacher from elsewhere has the seed -1.
+    n_parameters : int
+        Trainable numbers.
     metrics : mapping
         By the keys of `potstill.metrics.METRICS`: on the first test set, and what was measured.
     tests : S2EFErrors, optional
         By test set and averaged.
-    against : tuple of str
-        Variants that it is judged by.
-    teacher : str
-        The variant, or teacher from elsewhere, that it has learned from.
-    point : GridPoint, optional
-        Its place in a grid.
     taps : (str, str), optional
         Tap of the student that learned from one of the teacher's.
     curve : LearningCurves, optional
@@ -44,21 +34,28 @@ class RunRow:
         Of the liquid.
     """
 
-    name: str
-    variant: str
-    role: Role
-    strategy: str
-    group: str
+    run: Run
     n_parameters: int
-    seed: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     tests: S2EFErrors | None = None
-    against: tuple[str, ...] = ()
-    teacher: str = ""
-    point: GridPoint | None = None
     taps: tuple[str, str] | None = None
     curve: LearningCurves | None = None
     rdf: RadialDistribution | None = None
+
+    @property
+    def variant(self) -> Variant:
+        """How it was trained."""
+        return self.run.variant
+
+    @property
+    def strategy(self) -> str:
+        """What tables call that."""
+        return self.variant.strategy
+
+    @property
+    def group(self) -> str:
+        """Size or pair of models."""
+        return self.variant.group
 
     def value(self, key: str) -> float:
         """One metric; NaN where it was not measured."""

@@ -123,19 +123,19 @@ def summary_table(
 
 def _runs_table(rows: Sequence[RunRow]) -> Table:
     keys = list(dict.fromkeys(key for row in rows for key in row.metrics))
-    body: tuple[tuple[Cell, ...], ...] = tuple(
-        (r.name, r.strategy, r.group, r.n_parameters, r.seed, *(r.value(key) for key in keys))
-        for r in sorted(rows, key=_sort_key)
-    )
+    body: list[tuple[Cell, ...]] = []
+    for row in sorted(rows, key=_sort_key):
+        head = (row.run.name, row.strategy, row.group, row.n_parameters, row.run.seed)
+        body.append((*head, *(row.value(key) for key in keys)))
     columns = ("name", "strategy", "size", "n_parameters", "seed", *keys)
-    return Table("table_runs", "Every run, in stored units", columns, body)
+    return Table("table_runs", "Every run, in stored units", columns, tuple(body))
 
 
 def _short_runs_table(rows: Sequence[RunRow]) -> Table:
     """What fits on the page; `_runs_table` has everything."""
     metrics = [METRICS[key] for key in _measured(rows, (*_COMPARED, *_COST_COLUMNS))]
     body: tuple[tuple[Cell, ...], ...] = tuple(
-        (plain_label(r.strategy), r.group, r.seed, *(r.value(m.key) * m.scale for m in metrics))
+        (plain_label(r.strategy), r.group, r.run.seed, *(r.value(m.key) * m.scale for m in metrics))
         for r in sorted(rows, key=_sort_key)
     )
     columns = ("Strategy", "Size", "Seed", *(m.label for m in metrics))
@@ -168,11 +168,11 @@ def _comparisons(rows: Sequence[RunRow]) -> list[tuple[str, str, str, Comparison
     """(size, ours, theirs, comparison) of every variant with those that it is judged by."""
     variants: dict[str, list[RunRow]] = {}
     for row in sorted(rows, key=_sort_key):
-        variants.setdefault(row.variant, []).append(row)
+        variants.setdefault(row.variant.name, []).append(row)
     pairs = [
         (us, variants[name])
         for us in variants.values()
-        for name in us[0].against
+        for name in us[0].variant.against
         if name in variants
     ]
     pairs.sort(key=lambda p: (_strategy_key(p[0][0].strategy), _strategy_key(p[1][0].strategy)))
@@ -493,7 +493,7 @@ def sizes_sections(
 def _check(rows: Sequence[RunRow]) -> None:
     if not rows:
         raise DataError("a study report needs at least one run")
-    names = [row.name for row in rows]
+    names = [row.run.name for row in rows]
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"two runs of the study are called '{name}': give each its own name")
@@ -514,7 +514,7 @@ def _strategy_key(strategy: str) -> tuple[int, str]:
 
 
 def _sort_key(row: RunRow) -> tuple[int, str, int, str, int]:
-    return (row.n_parameters, row.group, *_strategy_key(row.strategy), row.seed)
+    return (row.n_parameters, row.group, *_strategy_key(row.strategy), row.run.seed)
 
 
 def _sizes(rows: Sequence[RunRow]) -> list[str]:

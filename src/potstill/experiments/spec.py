@@ -117,24 +117,15 @@ class Variant:
         **weights : float
             Other weights of terms on labels, by property; zero leaves a term out.
         """
-        loss = [
-            term.model_copy(update={"weight": weights[term.property]})
-            if isinstance(term, LossTerm) and term.property in weights
-            else term
-            for term in self.settings.loss
-        ]
-        known = {term.property: term.source for term in loss if isinstance(term, LossTerm)}
-        source = next(iter(known.values()), "reference")
-        loss += [
-            LossTerm(property=key, source=source, weight=weight)
-            for key, weight in weights.items()
-            if key not in known
-        ]
-        kept = tuple(
-            term
-            for term in loss
-            if not (isinstance(term, LossTerm) and weights.get(term.property) == 0.0)
-        )
+        loss = {term.name: term for term in self.settings.loss}
+        known = {t.property: t for t in loss.values() if isinstance(t, LossTerm)}
+        source = next(iter(known.values())).source if known else "reference"
+        for key, weight in weights.items():
+            term = known.get(key) or LossTerm(property=key, source=source)
+            loss[term.name] = term.model_copy(update={"weight": weight})
+            if weight == 0.0:
+                del loss[term.name]
+        kept = tuple(loss.values())
         return replace(
             self,
             name=name,
@@ -146,6 +137,13 @@ class Variant:
             point=None,
             seeds=None,
         )
+
+    @property
+    def teacher_name(self) -> str:
+        """The variant, or teacher from elsewhere, that it learns from."""
+        if isinstance(self.teacher, TrainedTeacher):
+            return self.teacher.variant
+        return self.teacher.name if isinstance(self.teacher, GivenTeacher) else ""
 
     def settings_of(self, seed: int) -> TrainSettings:
         """All settings of the training with a seed."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
+from potstill.evaluate.learning import read_learning_curves
 from potstill.experiments.scheduler import run_jobs
 from potstill.experiments.spec import Variant
 from potstill.workflows.base import Display, potential_info, threads
@@ -76,20 +75,9 @@ def _train_apart(config: DistillConfig, name: str, n_threads: int) -> None:
 
 def _progress(run: Run, names: Sequence[str]) -> tuple[float, None, str]:
     """Epochs done by all, and their force errors in words."""
-    epochs = [_latest(run.folder / name / "metrics.jsonl") for name in names]
-    words = [f"{force:.3f}" for _, force in epochs if force is not None]
-    note = f"forces {' and '.join(words)} eV/Å" if words else ""
-    return sum(epoch for epoch, _ in epochs), None, note
-
-
-def _latest(path: Path) -> tuple[int, float | None]:
-    """Epoch and force error of the last whole line of a training's record."""
-    if not path.is_file():
-        return 0, None
-    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # under way
-            continue
-        return int(record["epoch"]), record["validation"].get("forces_rmse")
-    return 0, None
+    files = [run.folder / name / "metrics.jsonl" for name in names]
+    curves = [read_learning_curves(file) for file in files if file.is_file()]
+    key = "validation/forces_rmse"
+    errors = [c[key][-1] for c in curves if key in c.series]
+    note = f"forces {' and '.join(f'{e:.3f}' for e in errors)} eV/Å" if errors else ""
+    return sum(len(c.epochs) for c in curves), None, note
