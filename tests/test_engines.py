@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from potstill import core
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import save_potential
-from potstill.core import CompactNeighbors, MdResult, ZblParameters
+from potstill.core import CompactNeighbors, MdResult, PassResult, ZblParameters
 from potstill.errors import DataError, ModelError
 from potstill.models import (
     HIPNN,
@@ -32,6 +31,7 @@ from potstill.models import (
     SpeciesOffsets,
     SumPotential,
 )
+from potstill.models.engines import NativeKernels
 from potstill.species import SpeciesTable
 from potstill.structures import Structures
 from potstill.teachers import PotentialTeacher
@@ -44,20 +44,13 @@ CUTOFF = 4.0
 # -- a second native model, outside of the package -----------------------------------------------
 
 
-@dataclass(frozen=True)
 class NumpyKernels:
     """E_i = k Σ_j (1 - r²/R²)³, computed by numpy in place of C++."""
 
-    strength: Tensor
-    calls: list[str]
+    def __init__(self, strength: Tensor, calls: list[str]) -> None:
+        self.strength, self.calls = strength, calls
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.strength.dtype
-
-    def first_order(
-        self, species: Tensor, neighbors: CompactNeighbors, r_ij: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def first_order(self, species: Tensor, neighbors: CompactNeighbors, r_ij: Tensor) -> PassResult:
         self.calls.append("first_order")
         center = np.repeat(np.arange(neighbors.n_local), np.diff(neighbors.row_ptr.numpy()))
         r = r_ij.double().numpy()
@@ -66,30 +59,45 @@ class NumpyKernels:
         terms = np.zeros((neighbors.n_local, 1))
         np.add.at(terms[:, 0], center, k * inside**3)
         gradient = -6.0 * k / CUTOFF**2 * inside[:, None] ** 2 * r
-        return torch.from_numpy(terms), torch.from_numpy(gradient).to(self.dtype)
+        return PassResult(torch.from_numpy(terms), torch.from_numpy(gradient), None)
 
     def weighted_energy(
         self, species: Tensor, neighbors: CompactNeighbors, r_ij: Tensor, weights: Tensor
     ) -> Tensor:
-        terms, _ = self.first_order(species, neighbors, r_ij)
+        terms = self.first_order(species, neighbors, r_ij).terms
         self.calls.append("weighted_energy")
         per_unit = (weights * terms).sum() / self.strength.detach()
         return per_unit * self.strength
 
-    def at_positions(
+    def dynamics(
         self,
-        structures: Structures,
+        species: Tensor,
         neighbors: CompactNeighbors,
+        positions: Tensor,
+        cell: Tensor,
         *,
         zbl: ZblParameters | None,
         virial: bool,
     ) -> MdResult:
         assert zbl is None
-        r_ij = core.compact_pair_vectors(structures, neighbors, self.dtype)
-        terms, gradient = self.first_order(structures.species, neighbors, r_ij)
-        self.calls.append("at_positions")
-        forces, total = core.compact_forces(structures, neighbors, r_ij, gradient)
-        return MdResult(terms[:, 0], forces, total[0] if virial else None)
+        system = structure_of(species, positions, cell)
+        r_ij = core.compact_pair_vectors(system, neighbors, torch.float64)
+        found = self.first_order(species, neighbors, r_ij)
+        self.calls.append("dynamics")
+        assert found.gradient is not None
+        forces, total = core.compact_forces(system, neighbors, r_ij, found.gradient)
+        return MdResult(found.terms[:, 0], forces, total[0] if virial else None)
+
+
+def structure_of(species: Tensor, positions: Tensor, cell: Tensor) -> Structures:
+    return Structures(
+        positions=positions,
+        species=species,
+        system_index=torch.zeros_like(species),
+        cell=cell[None],
+        pbc=torch.ones(1, 3, dtype=torch.bool),
+        species_table=AL,
+    )
 
 
 class Springs(Potential):
@@ -113,8 +121,9 @@ class Springs(Potential):
         inside = (1.0 - r_ij.to(self.dtype).square().sum(dim=1) / CUTOFF**2).clamp(min=0.0)
         return LocalOutput(edges.sum_to_centers(self.strength * inside**3, n_local))
 
-    def native_kernels(self) -> NumpyKernels:
-        return NumpyKernels(self.strength, self.calls)
+    def native_kernels(self) -> NativeKernels:
+        own = NumpyKernels(self.strength, self.calls)
+        return NativeKernels(self.dtype, own.first_order, own.weighted_energy, own.dynamics)
 
 
 def shaken_crystal() -> Atoms:
@@ -146,7 +155,7 @@ def test_kernels_of_a_model_outside_the_package_serve_it_everywhere() -> None:
     atoms.calc = PotstillCalculator(whole)
     assert atoms.get_potential_energy() == pytest.approx(float(expected["energy"]) - 24.0)
     np.testing.assert_allclose(atoms.get_forces(), expected["forces"], atol=1e-12)
-    assert springs.calls == ["first_order", "at_positions"]
+    assert springs.calls == ["first_order", "dynamics"]
 
 
 def test_parts_without_a_network_are_no_native_call() -> None:

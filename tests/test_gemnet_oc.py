@@ -25,12 +25,13 @@ from potstill.models.gemnet_oc import (
     fit_scale_factors,
     load_published_weights,
 )
-from potstill.models.gemnet_oc.bases import Angular, circular_basis, envelope, radial_basis
+from potstill.models.gemnet_oc.bases import Angular, circular_basis, radial_basis
 from potstill.models.gemnet_oc.graphs import TIE, Graphs, Groups, reverse_pairs
 from potstill.models.gemnet_oc.interactions import Bilinear
 from potstill.models.gemnet_oc.layers import ScaleFactor, he_orthogonal_
 from potstill.models.graph import forces_from_pairs
 from potstill.neighbors import build_neighbor_list, pair_vectors
+from potstill.radial import polynomial_envelope
 from potstill.species import Species, SpeciesTable
 from potstill.structures import Properties, Structures
 from potstill.testing import (
@@ -134,7 +135,7 @@ def test_circular_basis_is_spherical_harmonics_of_order_zero() -> None:
 @pytest.mark.parametrize("exponent", [5, 6])
 def test_envelope_ends_with_two_derivatives(exponent: int) -> None:
     x = torch.tensor([0.0, 0.5, 1.0 - 1e-9, 1.2], dtype=torch.float64, requires_grad=True)
-    value = envelope(x, exponent)
+    value = polynomial_envelope(x, 1.0, exponent)
     assert 0.0 < value[1].item() < 1.0
     (first,) = torch.autograd.grad(value.sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
@@ -149,7 +150,9 @@ def test_radial_basis_is_gaussians_of_scaled_distance() -> None:
     basis = radial_basis(r, 6.0, settings)
     width = 0.25  # between the centers 0, 1/4, ..., 1
     for k in range(5):
-        gauss = torch.exp(-0.5 * ((r / 6.0 - k * width) / width) ** 2) * envelope(r / 6.0, 5)
+        gauss = torch.exp(-0.5 * ((r / 6.0 - k * width) / width) ** 2) * polynomial_envelope(
+            r / 6.0, 1.0, 5
+        )
         assert torch.allclose(basis[:, k], gauss, atol=1e-14)
     assert float(basis[2].abs().max()) == 0.0
 

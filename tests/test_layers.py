@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("core.*", "radial", "bispectrum"),
     ("models.*",),
     ("metrics", "distill.*"),
-    ("checkpoint",),
+    ("checkpoint", "contract"),
     ("teachers.*",),
     ("calculators", "testing"),
     ("sample.*",),

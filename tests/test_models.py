@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from potstill.contract import contract_structures
 from potstill.errors import ModelError
 from potstill.models import (
     ANI,
@@ -25,7 +26,7 @@ from potstill.models import (
     TapSpec,
 )
 from potstill.species import Species, SpeciesTable
-from potstill.testing import CONTRACT, contract_structures
+from potstill.testing import CONTRACT
 
 ONE = SpeciesTable.from_symbols(["Al"])
 TWO = SpeciesTable.from_symbols(["Mg", "O"])

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,18 +27,26 @@ import torch
 from torch import Tensor
 
 from potstill.checkpoint import load_potential, save_potential
+from potstill.contract import (
+    close,
+    crystals,
+    derivative,
+    fourth_differences,
+    normal,
+    predictable,
+    predicted,
+    refused,
+    same,
+    structure,
+    supercell,
+    zero,
+)
+from potstill.contract import contract_structures as contract_structures
 from potstill.errors import ModelError
-from potstill.models.base import Edges, Potential, Prediction
+from potstill.models.base import Edges, Potential
 from potstill.models.graph import forces_from_pairs, virial_from_pairs
 from potstill.neighbors import build_neighbor_list, pair_vectors
-from potstill.properties import LEARNABLE
-from potstill.species import SpeciesTable
 from potstill.structures import Structures
-
-# Step of finite differences, Å (or strain), and the fourth-order stencil: offset -> weight.
-_STEP = 5e-4
-_STENCIL = {-2: 1.0 / 12.0, -1: -8.0 / 12.0, 1: 8.0 / 12.0, 2: -1.0 / 12.0}
-
 
 # -- symmetry ----------------------------------------------------------------------------------
 
@@ -46,41 +54,41 @@ _STENCIL = {-2: 1.0 / 12.0, -1: -8.0 / 12.0, 1: 8.0 / 12.0, 2: -1.0 / 12.0}
 def check_rotation_and_reflection(potential: Potential) -> None:
     """Energies are invariant; forces, stress and vector taps turn with the structure."""
     structures = contract_structures(potential)
-    before = _predict(potential, structures)
+    before = predicted(potential, structures)
     generator = torch.Generator().manual_seed(1)
     for determinant in (1.0, -1.0):
-        q, _ = torch.linalg.qr(_normal((3, 3), generator))
+        q, _ = torch.linalg.qr(normal((3, 3), generator))
         q = q * determinant * torch.linalg.det(q)  # in three dimensions, -q flips the sign
         turned = replace(
             structures, positions=structures.positions @ q.T, cell=structures.cell @ q.T
         )
-        after = _predict(potential, turned)
-        _same(after, before, names=("energy", "atomic_energies"), tolerance=1e-9)
-        _close(after["forces"], before["forces"] @ q.T, 1e-8, "forces")
+        after = predicted(potential, turned)
+        same(after, before, names=("energy", "atomic_energies"), tolerance=1e-9)
+        close(after["forces"], before["forces"] @ q.T, 1e-8, "forces")
         if not potential.direct_forces:
             periodic = structures.pbc.all(dim=1)
             expected = q @ before["stress"][periodic] @ q.T
-            _close(after["stress"][periodic], expected, 1e-8, "stress")
+            close(after["stress"][periodic], expected, 1e-8, "stress")
         for name, spec in potential.taps.items():
             feature = before.features[name]
             if spec.kind == "node_vector":
                 feature = torch.einsum("ab,nbf->naf", q.to(feature.dtype), feature)
             if spec.kind != "edge_scalar":  # the order of pairs may change
-                _close(after.features[name], feature, 1e-8, f"tap {name}")
+                close(after.features[name], feature, 1e-8, f"tap {name}")
 
 
 def check_translation(potential: Potential) -> None:
     """Nothing changes when systems move, or single atoms move by lattice vectors."""
     structures = contract_structures(potential)
     generator = torch.Generator().manual_seed(2)
-    shift = potential.cutoff * _normal((structures.n_systems, 3), generator)
+    shift = potential.cutoff * normal((structures.n_systems, 3), generator)
     images = torch.randint(-1, 2, (structures.n_atoms, 3), generator=generator)
     images = images * structures.pbc[structures.system_index]
     positions = structures.positions + shift[structures.system_index]
     cells = structures.cell[structures.system_index]
     positions = positions + torch.einsum("nk,nkd->nd", images.to(torch.float64), cells)
     moved = replace(structures, positions=positions)
-    _same(_predict(potential, moved), _predict(potential, structures), tolerance=1e-8)
+    same(predicted(potential, moved), predicted(potential, structures), tolerance=1e-8)
 
 
 def check_permutation(potential: Potential) -> None:
@@ -92,40 +100,40 @@ def check_permutation(potential: Potential) -> None:
     permuted = replace(
         structures, positions=structures.positions[order], species=structures.species[order]
     )
-    before, after = _predict(potential, structures), _predict(potential, permuted)
-    _same(after, before, names=("energy", "stress"), tolerance=1e-9)
+    before, after = predicted(potential, structures), predicted(potential, permuted)
+    same(after, before, names=("energy", "stress"), tolerance=1e-9)
     for name in ("forces", "atomic_energies"):
-        _close(after[name], before[name][order], 1e-9, name)
+        close(after[name], before[name][order], 1e-9, name)
 
 
 def check_extensivity(potential: Potential) -> None:
     """A supercell has as many times the energy; atoms and stress do not notice."""
     small = contract_structures(potential)[0]
-    before = _predict(potential, small)
+    before = predicted(potential, small)
     for repeats in ((2, 1, 1), (1, 3, 2)):
         n = repeats[0] * repeats[1] * repeats[2]
-        after = _predict(potential, _supercell(small, repeats))
-        _close(after["energy"], n * before["energy"], 1e-9, "energy")
-        _same(after, before, names=("stress",), tolerance=1e-9)
-        _close(after["forces"], before["forces"].repeat(n, 1), 1e-9, "forces")
+        after = predicted(potential, supercell(small, repeats))
+        close(after["energy"], n * before["energy"], 1e-9, "energy")
+        same(after, before, names=("stress",), tolerance=1e-9)
+        close(after["forces"], before["forces"].repeat(n, 1), 1e-9, "forces")
         expected = before["atomic_energies"].repeat(n)
-        _close(after["atomic_energies"], expected, 1e-9, "atomic energies")
+        close(after["atomic_energies"], expected, 1e-9, "atomic energies")
 
 
 def check_atomic_energies_sum_to_the_energy(potential: Potential) -> None:
     """The energy is the sum of the atomic energies, and these of their terms, in float64."""
     structures = contract_structures(potential)
-    prediction = _predict(potential, structures)
+    prediction = predicted(potential, structures)
     assert prediction.terms.shape == (structures.n_atoms, potential.n_terms)
     atomic = prediction.terms.sum(dim=1)
-    _close(atomic, prediction["atomic_energies"], 1e-12, "sum of the terms")
+    close(atomic, prediction["atomic_energies"], 1e-12, "sum of the terms")
     for name, penalty in potential.regularizers().items():
         values = penalty(prediction.terms)
         assert values.shape == (structures.n_atoms,), f"{name} gives {tuple(values.shape)}"
         assert bool(torch.isfinite(values).all()), f"{name} is not finite"
     total = torch.zeros(structures.n_systems, dtype=torch.float64)
     total = total.index_add(0, structures.system_index, prediction["atomic_energies"])
-    _close(prediction["energy"], total, 1e-12, "energy")
+    close(prediction["energy"], total, 1e-12, "energy")
 
 
 # -- derivatives -------------------------------------------------------------------------------
@@ -136,10 +144,10 @@ def check_forces_are_the_gradient(potential: Potential) -> None:
     if potential.direct_forces:
         return
     structures = contract_structures(potential)
-    forces = _predict(potential, structures)["forces"]
+    forces = predicted(potential, structures)["forces"]
     generator = torch.Generator().manual_seed(4)
     for _ in range(3):
-        direction = _normal((structures.n_atoms, 3), generator)
+        direction = normal((structures.n_atoms, 3), generator)
 
         def energy(t: float, direction: Tensor = direction) -> Tensor:
             moved = replace(structures, positions=structures.positions + t * direction)
@@ -147,19 +155,19 @@ def check_forces_are_the_gradient(potential: Potential) -> None:
 
         slope = torch.zeros(structures.n_systems, dtype=torch.float64)
         slope = slope.index_add(0, structures.system_index, (forces * direction).sum(dim=1))
-        _close(-slope, _derivative(energy), 1e-6, "force along a direction")
+        close(-slope, derivative(energy), 1e-6, "force along a direction")
 
 
 def check_stress_is_the_strain_derivative(potential: Potential) -> None:
     """Finite differences of the energy for the six strains; positive in tension."""
     if potential.direct_forces:
-        _refused(
+        refused(
             lambda: potential.predict(contract_structures(potential), properties=["stress"]),
             "a model with direct forces gave a stress",
         )
         return
     structures = contract_structures(potential).select([0, 3])
-    stress = _predict(potential, structures)["stress"]
+    stress = predicted(potential, structures)["stress"]
     for a, b in ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1)):
         strain = torch.zeros(3, 3, dtype=torch.float64)
         strain[a, b] += 0.5
@@ -172,16 +180,16 @@ def check_stress_is_the_strain_derivative(potential: Potential) -> None:
             )
             return potential.predict(strained, properties=["energy"])["energy"]
 
-        _close(stress[:, a, b], _derivative(energy) / structures.volume, 1e-6, f"stress {a}{b}")
+        close(stress[:, a, b], derivative(energy) / structures.volume, 1e-6, f"stress {a}{b}")
 
 
 def check_hessian_vector_product(potential: Potential) -> None:
     """Finite differences of the forces, and the Hessian's symmetry."""
     structures = contract_structures(potential)
     generator = torch.Generator().manual_seed(5)
-    u, v = _normal((2, structures.n_atoms, 3), generator)
+    u, v = normal((2, structures.n_atoms, 3), generator)
     if potential.direct_forces:
-        _refused(
+        refused(
             lambda: potential.hessian_vector_product(structures, v),
             "a model with direct forces gave a Hessian",
         )
@@ -192,9 +200,9 @@ def check_hessian_vector_product(potential: Potential) -> None:
         return potential.predict(moved, properties=["forces"])["forces"]
 
     product = potential.hessian_vector_product(structures, v)
-    _close(product, -_derivative(forces), 1e-5, "Hessian times a vector")
+    close(product, -derivative(forces), 1e-5, "Hessian times a vector")
     other = potential.hessian_vector_product(structures, u)
-    _close((u * product).sum(), (v * other).sum(), 1e-9, "u H v and v H u")
+    close((u * product).sum(), (v * other).sum(), 1e-9, "u H v and v H u")
 
 
 def check_force_losses_can_be_trained(potential: Potential) -> None:
@@ -213,7 +221,7 @@ def check_force_losses_can_be_trained(potential: Potential) -> None:
     value = loss(create_graph=True)
     gradients = torch.autograd.grad(value, weights, allow_unused=True)
     generator = torch.Generator().manual_seed(6)
-    directions = [_normal(tuple(w.shape), generator).to(w) for w in weights]
+    directions = [normal(tuple(w.shape), generator).to(w) for w in weights]
     start = [w.detach().clone() for w in weights]
 
     def along(t: float) -> Tensor:
@@ -226,7 +234,7 @@ def check_force_losses_can_be_trained(potential: Potential) -> None:
         (0.1 * (g * d).sum() for g, d in zip(gradients, directions, strict=True) if g is not None),
         start=torch.zeros((), dtype=torch.float64),
     )
-    _close(slope, _derivative(along), 1e-5, "derivative of the loss by the weights")
+    close(slope, derivative(along), 1e-5, "derivative of the loss by the weights")
 
 
 def check_first_order_passes(potential: Potential) -> None:
@@ -244,18 +252,18 @@ def check_first_order_passes(potential: Potential) -> None:
     variable = r_ij.clone().requires_grad_(True)
     output = potential(structures.species, edges, variable, n)
     atomic = output.atomic_energies
-    _close(partial.sum(dim=1), atomic.detach(), 1e-10, "energies of evaluate")
+    close(partial.sum(dim=1), atomic.detach(), 1e-10, "energies of evaluate")
     if output.forces is not None:
-        _close(found.forces, output.forces.detach(), 1e-10, "forces of evaluate")
+        close(found.forces, output.forces.detach(), 1e-10, "forces of evaluate")
         assert bool(found.virial.isnan().all()), "a model with direct forces gave a virial"
     elif atomic.requires_grad:
         (gradient,) = torch.autograd.grad(atomic.sum(), variable, materialize_grads=True)
-        _close(found.forces, forces_from_pairs(gradient, edges, n), 1e-10, "forces of evaluate")
+        close(found.forces, forces_from_pairs(gradient, edges, n), 1e-10, "forces of evaluate")
         virial = virial_from_pairs(gradient, r_ij, edges, structures)
-        _close(found.virial, virial, 1e-10, "virial of evaluate")
-    weights = _normal(tuple(partial.shape), torch.Generator().manual_seed(8))
+        close(found.virial, virial, 1e-10, "virial of evaluate")
+    weights = normal(tuple(partial.shape), torch.Generator().manual_seed(8))
     energy = potential.weighted_energy([(structures, weights)], neighbors)
-    _close(energy.detach(), (weights * partial).sum(), 1e-10, "weighted energy")
+    close(energy.detach(), (weights * partial).sum(), 1e-10, "weighted energy")
     parameters = [p for p in potential.parameters() if p.requires_grad]
     if not parameters:
         return
@@ -265,7 +273,7 @@ def check_first_order_passes(potential: Potential) -> None:
     )
     by_parameter = torch.autograd.grad(energy, parameters, materialize_grads=True)
     for one, other in zip(by_parameter, expected_by_parameter, strict=True):
-        _close(one, other, 1e-9, "derivative of the weighted energy")
+        close(one, other, 1e-9, "derivative of the weighted energy")
 
 
 # -- limits ------------------------------------------------------------------------------------
@@ -283,7 +291,7 @@ def check_prepared_terms(potential: Potential) -> None:
     with torch.no_grad():
         found = potential.prepared_terms(prepared, arguments[2])
         expected = potential.partial_energies(*arguments, structures.n_atoms)
-    _close(found, expected, 1e-12, "prepared terms")
+    close(found, expected, 1e-12, "prepared terms")
 
 
 def check_one_atom(potential: Potential) -> None:
@@ -291,23 +299,23 @@ def check_one_atom(potential: Potential) -> None:
     edge = 4.0 * potential.cutoff
     for periodic in (False, True):
         for species in range(len(potential.species_table)):
-            atom = _structure(
+            atom = structure(
                 potential.species_table,
                 torch.full((1, 3), 0.3, dtype=torch.float64),
                 [species],
                 edge * torch.eye(3, dtype=torch.float64),
                 (periodic,) * 3,
             )
-            prediction = _predict(potential, atom)
+            prediction = predicted(potential, atom)
             assert bool(torch.isfinite(prediction["energy"]).all()), "energy of one atom"
-            _zero(prediction["forces"], "forces on one atom")
+            zero(prediction["forces"], "forces on one atom")
             if periodic and not potential.direct_forces:
-                _zero(prediction["stress"], "stress of one atom")
+                zero(prediction["stress"], "stress of one atom")
             for name, feature in prediction.features.items():
                 assert bool(torch.isfinite(feature).all()), f"tap {name} of one atom"
             if not potential.direct_forces:
                 ones = torch.ones(1, 3, dtype=torch.float64)
-                _zero(potential.hessian_vector_product(atom, ones), "Hessian of one atom")
+                zero(potential.hessian_vector_product(atom, ones), "Hessian of one atom")
 
 
 def check_isolated_atoms(potential: Potential) -> None:
@@ -317,40 +325,40 @@ def check_isolated_atoms(potential: Potential) -> None:
     distance = 2.5 * potential.cutoff
     positions = torch.zeros(len(kinds), 3, dtype=torch.float64)
     positions[:, 0] = distance * torch.arange(len(kinds))
-    together = _structure(table, positions, kinds)
+    together = structure(table, positions, kinds)
     alone = Structures.concatenate(
-        [_structure(table, torch.zeros(1, 3, dtype=torch.float64), [s]) for s in kinds]
+        [structure(table, torch.zeros(1, 3, dtype=torch.float64), [s]) for s in kinds]
     )
-    prediction = _predict(potential, together)
-    expected = _predict(potential, alone)["energy"]
-    _close(prediction["atomic_energies"], expected, 1e-12, "energies of isolated atoms")
-    _zero(prediction["forces"], "forces on isolated atoms")
+    prediction = predicted(potential, together)
+    expected = predicted(potential, alone)["energy"]
+    close(prediction["atomic_energies"], expected, 1e-12, "energies of isolated atoms")
+    zero(prediction["forces"], "forces on isolated atoms")
 
 
 def check_no_atoms(potential: Potential) -> None:
     """An empty system inside a batch, and an empty batch."""
     structures = contract_structures(potential)
-    nothing = _structure(
+    nothing = structure(
         potential.species_table, torch.zeros(0, 3, dtype=torch.float64), [], structures.cell[0]
     )
     some = structures.select([1])
     batch = Structures.concatenate([nothing, some, nothing])
-    prediction = _predict(potential, batch)
-    _close(prediction["energy"][1:2], _predict(potential, some)["energy"], 1e-12, "energy")
-    _zero(prediction["energy"][[0, 2]], "energy of nothing")
+    prediction = predicted(potential, batch)
+    close(prediction["energy"][1:2], predicted(potential, some)["energy"], 1e-12, "energy")
+    zero(prediction["energy"][[0, 2]], "energy of nothing")
     for empty in (nothing, structures.select([])):
-        prediction = _predict(potential, empty)
+        prediction = predicted(potential, empty)
         assert prediction["energy"].shape == (empty.n_systems,)
         assert prediction["forces"].shape == (0, 3)
         if not potential.direct_forces:
             assert prediction["stress"].shape == (empty.n_systems, 3, 3)
 
 
-def check_perfect_crystals_have_no_forces(potential: Potential) -> None:
+def check_perfectcrystals_have_no_forces(potential: Potential) -> None:
     """Simple cubic, bcc, fcc, diamond, and two-species crystals where there are two species."""
-    scale = float(_predict(potential, contract_structures(potential))["forces"].abs().max())
-    for name, crystal in _crystals(potential):
-        forces = _predict(potential, crystal)["forces"]
+    scale = float(predicted(potential, contract_structures(potential))["forces"].abs().max())
+    for name, crystal in crystals(potential):
+        forces = predicted(potential, crystal)["forces"]
         worst = float(forces.abs().max())
         assert worst <= 1e-9 * max(scale, 1.0), f"force of {worst:.2e} eV/Å in perfect {name}"
 
@@ -364,14 +372,14 @@ def check_continuity(potential: Potential) -> None:
     frames = []
     for r in (*distance.tolist(), cutoff * (1.0 - 1e-6)):
         positions = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.45 * cutoff, 0.0], [r, 0.0, 0.0]])
-        frames.append(_structure(table, positions.to(torch.float64), [0, last, last]))
+        frames.append(structure(table, positions.to(torch.float64), [0, last, last]))
     batch = Structures.concatenate(frames)
-    prediction = _predict(potential, batch)
+    prediction = predicted(potential, batch)
     energy = prediction["energy"]
     force = prediction["forces"].view(-1, 3, 3)[:, 2, 0]  # on the leaving atom, along its path
     scale = max(float(force.abs().max()), 1.0)
     if potential.direct_forces:
-        jumps = torch.maximum(_jumps(energy[:-1]), _jumps(force[:-1]))
+        jumps = torch.maximum(fourth_differences(energy[:-1]), fourth_differences(force[:-1]))
         tolerance, what = 1e-2 * scale, "the energy or force jumps"
     else:
         # The trapezoid's own error is of third order in the step and far below the tolerance.
@@ -383,10 +391,10 @@ def check_continuity(potential: Potential) -> None:
         f"{what} by {float(jumps[worst]):.2e} near {float(distance[worst]):.3f} Å"
     )
     # Out of reach of the first atom; the second, farther away still, is so, too.
-    _close(energy[-1], energy[-2], 1e-6 * scale, "energy at the cutoff", scaled=False)
-    _zero(force[-1], "force at the cutoff", 1e-4 * scale)
+    close(energy[-1], energy[-2], 1e-6 * scale, "energy at the cutoff", scaled=False)
+    zero(force[-1], "force at the cutoff", 1e-4 * scale)
     beyond = distance > cutoff
-    _zero(force[:-1][beyond], "force beyond the cutoff")
+    zero(force[:-1][beyond], "force beyond the cutoff")
 
 
 # -- bookkeeping -------------------------------------------------------------------------------
@@ -395,30 +403,30 @@ def check_continuity(potential: Potential) -> None:
 def check_batched_equals_single(potential: Potential) -> None:
     """Systems of a batch do not notice one another."""
     structures = contract_structures(potential)
-    together = _predict(potential, structures)
+    together = predicted(potential, structures)
     offsets = structures.atom_offsets.tolist()
     for s in range(structures.n_systems):
-        alone = _predict(potential, structures[s])
+        alone = predicted(potential, structures[s])
         for name in ("energy", "stress"):
             if name in alone.properties and (name == "energy" or bool(structures.pbc[s].all())):
-                _close(together[name][s], alone[name][0], 1e-10, f"{name} of system {s}")
+                close(together[name][s], alone[name][0], 1e-10, f"{name} of system {s}")
         for name in ("forces", "atomic_energies"):
             rows = together[name][offsets[s] : offsets[s + 1]]
-            _close(rows, alone[name], 1e-10, f"{name} of system {s}")
+            close(rows, alone[name], 1e-10, f"{name} of system {s}")
 
 
 def check_longer_lists_change_nothing(potential: Potential) -> None:
     """Pairs beyond the cutoff are ignored, and a list that is too short is refused."""
     structures = contract_structures(potential)
-    expected = _predict(potential, structures)
+    expected = predicted(potential, structures)
     longer = build_neighbor_list(structures, 1.4 * potential.cutoff)
     taps = [name for name, spec in potential.taps.items() if spec.kind != "edge_scalar"]
-    after = potential.predict(structures, longer, _names(potential), taps=taps)
-    _same(after, expected, tolerance=1e-10)
+    after = potential.predict(structures, longer, predictable(potential), taps=taps)
+    same(after, expected, tolerance=1e-10)
     for name in taps:
-        _close(after.features[name], expected.features[name], 1e-10, f"tap {name}")
+        close(after.features[name], expected.features[name], 1e-10, f"tap {name}")
     shorter = build_neighbor_list(structures, 0.9 * potential.cutoff)
-    _refused(
+    refused(
         lambda: potential.predict(structures, shorter),
         "a neighbor list shorter than the cutoff was accepted",
     )
@@ -431,7 +439,7 @@ def check_ghosts(potential: Potential) -> None:
     it must not be wrong.
     """
     structures = contract_structures(potential).select([0])
-    expected = _predict(potential, structures)
+    expected = predicted(potential, structures)
     neighbors = build_neighbor_list(structures, potential.cutoff)
     n = structures.n_atoms
     images = torch.cat([neighbors.neighbor[:, None], neighbors.shifts], dim=1)
@@ -449,9 +457,9 @@ def check_ghosts(potential: Potential) -> None:
         return
     energies = output.atomic_energies
     assert energies.shape == (n,), f"{tuple(energies.shape)} energies for {n} local atoms"
-    _close(energies.detach(), expected["atomic_energies"], 1e-10, "atomic energies")
+    close(energies.detach(), expected["atomic_energies"], 1e-10, "atomic energies")
     if output.forces is not None:
-        _close(output.forces.detach(), expected["forces"], 1e-10, "forces on local atoms")
+        close(output.forces.detach(), expected["forces"], 1e-10, "forces on local atoms")
         return
     if not energies.requires_grad:
         return
@@ -460,19 +468,19 @@ def check_ghosts(potential: Potential) -> None:
     forces = torch.zeros(len(species), 3, dtype=torch.float64)
     forces.index_add_(0, edges.center, gradient).index_add_(0, edges.neighbor, -gradient)
     folded = torch.zeros(n, 3, dtype=torch.float64).index_add(0, owner, forces)
-    _close(folded, expected["forces"], 1e-10, "forces, those on ghosts given to their owners")
+    close(folded, expected["forces"], 1e-10, "forces, those on ghosts given to their owners")
 
 
 def check_single_precision(potential: Potential) -> None:
     """Cast to float32, results are float64 tensors that agree to single precision."""
     structures = contract_structures(potential)
-    expected = _predict(potential, structures)
+    expected = predicted(potential, structures)
     single = copy.deepcopy(potential).to(torch.float32)
-    after = _predict(single, structures)
-    for name in _names(potential):
+    after = predicted(single, structures)
+    for name in predictable(potential):
         assert after[name].dtype == torch.float64, f"{name} is {after[name].dtype}"
     # Sums over neighbors and layers lose a few digits of the seven.
-    _same(after, expected, tolerance=2e-4)
+    same(after, expected, tolerance=2e-4)
 
 
 def check_save_and_load(potential: Potential) -> None:
@@ -487,7 +495,7 @@ def check_save_and_load(potential: Potential) -> None:
         assert info == {"seed": 7}
         assert loaded.dtype == saved.dtype
         assert loaded.direct_forces == saved.direct_forces
-        _same(_predict(loaded, structures), _predict(saved, structures), tolerance=0.0)
+        same(predicted(loaded, structures), predicted(saved, structures), tolerance=0.0)
 
 
 def check_taps(potential: Potential) -> None:
@@ -497,7 +505,7 @@ def check_taps(potential: Potential) -> None:
     """
     structures = contract_structures(potential)
     n_pairs = build_neighbor_list(structures, potential.cutoff).n_pairs
-    prediction = _predict(potential, structures)
+    prediction = predicted(potential, structures)
     features = prediction.features
     default = potential.default_tap
     assert default is None or default in potential.taps, f"there is no default tap {default}"
@@ -513,10 +521,10 @@ def check_taps(potential: Potential) -> None:
     for name in list(features)[-1:]:
         alone = potential.predict(structures, taps=[name]).features
         assert set(alone) == {name}, f"asked for {name} alone: {set(alone)}"
-        _close(alone[name], features[name], 1e-12, f"tap {name} alone")
-    without = potential.predict(structures, properties=_names(potential))
-    _same(without, prediction, tolerance=1e-12)
-    _refused(
+        close(alone[name], features[name], 1e-12, f"tap {name} alone")
+    without = potential.predict(structures, properties=predictable(potential))
+    same(without, prediction, tolerance=1e-12)
+    refused(
         lambda: potential.predict(structures, taps=["no such tap"]), "an unknown tap was accepted"
     )
 
@@ -526,13 +534,13 @@ def check_nothing_is_touched(potential: Potential) -> None:
     structures = contract_structures(potential)
     positions, cell = structures.positions.clone(), structures.cell.clone()
     state = {name: value.clone() for name, value in potential.state_dict().items()}
-    prediction = _predict(potential, structures)
+    prediction = predicted(potential, structures)
     assert torch.equal(positions, structures.positions)
     assert torch.equal(cell, structures.cell)
     for name, value in potential.state_dict().items():
         assert torch.equal(state[name], value), f"{name} has changed"
     assert all(p.grad is None for p in potential.parameters()), "gradients were accumulated"
-    for name in _names(potential):
+    for name in predictable(potential):
         assert not prediction[name].requires_grad, f"{name} carries a graph"
 
 
@@ -554,7 +562,7 @@ CONTRACT: dict[str, Callable[[Potential], None]] = {
         check_one_atom,
         check_isolated_atoms,
         check_no_atoms,
-        check_perfect_crystals_have_no_forces,
+        check_perfectcrystals_have_no_forces,
         check_continuity,
         check_batched_equals_single,
         check_longer_lists_change_nothing,
@@ -565,169 +573,3 @@ CONTRACT: dict[str, Callable[[Potential], None]] = {
         check_nothing_is_touched,
     )
 }
-
-
-# -- structures --------------------------------------------------------------------------------
-
-
-def contract_structures(potential: Potential, seed: int = 0) -> Structures:
-    """Four disordered systems in units of the cutoff, with all species.
-
-    A triclinic cell with many images of its 12 atoms within reach, an open cluster, a slab, and one
-    atom in a small cell.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    spacing = 0.55 * potential.cutoff
-    n_species = len(potential.species_table)
-    parts = []
-    for grid, pbc in (
-        ((2, 2, 3), (True, True, True)),
-        ((2, 2, 2), (False, False, False)),
-        ((2, 2, 2), (True, True, False)),
-        ((1, 1, 1), (True, True, True)),
-    ):
-        axes = [torch.arange(k, dtype=torch.float64) for k in grid]
-        corners = torch.cartesian_prod(*axes)  # (n, 3)
-        shear = torch.eye(3, dtype=torch.float64) + 0.12 * _normal((3, 3), generator)
-        positions = spacing * (corners @ shear)
-        positions = positions + 0.1 * spacing * _normal((len(corners), 3), generator)
-        cell = spacing * torch.diag(torch.tensor(grid, dtype=torch.float64)) @ shear
-        cell = torch.where(torch.tensor(pbc)[:, None], cell, 0.0)
-        species = (torch.arange(len(corners)) % n_species).tolist()
-        parts.append(_structure(potential.species_table, positions, species, cell, pbc))
-    return Structures.concatenate(parts)
-
-
-def _crystals(potential: Potential) -> list[tuple[str, Structures]]:
-    """Crystals whose neighbor shells avoid the cutoff."""
-    nearest = 0.47 * potential.cutoff
-    half, quarter = 0.5, 0.25
-    fcc = [(0, 0, 0), (0, half, half), (half, 0, half), (half, half, 0)]
-    diamond = fcc + [(x + quarter, y + quarter, z + quarter) for x, y, z in fcc]
-    rock_salt = fcc + [(x + half, y, z) for x, y, z in fcc]
-    bcc = [(0, 0, 0), (half, half, half)]
-    edge = {"sc": 1.0, "bcc": 2 / 3**0.5, "fcc": 2**0.5, "diamond": 4 / 3**0.5}
-    sites: dict[str, list[tuple[float, float, float]]] = {
-        "sc": [(0, 0, 0)],
-        "bcc": bcc,
-        "fcc": fcc,
-        "diamond": diamond,
-    }
-    table = potential.species_table
-    plans = [
-        (f"{name} {table.names[s]}", sites[name], edge[name], [s] * len(sites[name]))
-        for name in sites
-        for s in range(len(table))
-    ]
-    if len(table) > 1:
-        plans.append(("CsCl", bcc, edge["bcc"], [0, 1]))
-        plans.append(("NaCl", rock_salt, 2.0, [0] * 4 + [1] * 4))
-    result = []
-    for name, fractional, ratio, species in plans:
-        cell = nearest * ratio * torch.eye(3, dtype=torch.float64)
-        positions = torch.tensor(fractional, dtype=torch.float64) @ cell
-        result.append((name, _structure(table, positions, species, cell, (True,) * 3)))
-    return result
-
-
-def _structure(
-    table: SpeciesTable,
-    positions: Tensor,
-    species: Sequence[int],
-    cell: Tensor | None = None,
-    pbc: tuple[bool, ...] = (False, False, False),
-) -> Structures:
-    """One system."""
-    cell = torch.zeros(3, 3, dtype=torch.float64) if cell is None else cell
-    return Structures(
-        positions=positions,
-        species=torch.tensor(list(species), dtype=torch.int64),
-        system_index=torch.zeros(len(species), dtype=torch.int64),
-        cell=cell[None],
-        pbc=torch.tensor([pbc]),
-        species_table=table,
-    )
-
-
-def _supercell(structures: Structures, repeats: tuple[int, int, int]) -> Structures:
-    """Repeat one periodic system; copies follow one another."""
-    axes = [torch.arange(k, dtype=torch.float64) for k in repeats]
-    shifts = torch.cartesian_prod(*axes) @ structures.cell[0]  # (n, 3)
-    positions = (shifts[:, None] + structures.positions).flatten(0, 1)
-    scale = torch.tensor(repeats, dtype=torch.float64)[:, None]
-    return _structure(
-        structures.species_table,
-        positions,
-        structures.species.repeat(len(shifts)).tolist(),
-        structures.cell[0] * scale,
-        (True, True, True),
-    )
-
-
-# -- comparing ---------------------------------------------------------------------------------
-
-
-def _names(potential: Potential) -> tuple[str, ...]:
-    """What a potential predicts."""
-    return tuple(name for name in LEARNABLE if name != "stress" or not potential.direct_forces)
-
-
-def _predict(potential: Potential, structures: Structures) -> Prediction:
-    return potential.predict(structures, properties=_names(potential), taps=list(potential.taps))
-
-
-def _refused(call: Callable[[], object], otherwise: str) -> None:
-    try:
-        call()
-    except ModelError:
-        return
-    raise AssertionError(otherwise)
-
-
-def _jumps(values: Tensor) -> Tensor:
-    """Fourth differences: steps of a series stand out, and what is smooth cancels."""
-    return values.diff(n=4).abs()
-
-
-def _derivative(function: Callable[[float], Tensor]) -> Tensor:
-    """Fourth-order central difference at zero."""
-    terms = [weight * function(k * _STEP) for k, weight in _STENCIL.items()]
-    return torch.stack(terms).sum(dim=0) / _STEP
-
-
-def _same(
-    after: Prediction,
-    before: Prediction,
-    *,
-    names: Sequence[str] = LEARNABLE,
-    tolerance: float,
-) -> None:
-    for name in names:
-        if name in before.properties:
-            _close(after[name], before[name], tolerance, name)
-
-
-def _close(
-    actual: Tensor, expected: Tensor, tolerance: float, what: str, *, scaled: bool = True
-) -> None:
-    """Compare, relative to the largest expected value or one; NaN must meet NaN."""
-    assert actual.shape == expected.shape, (
-        f"{what}: shape {tuple(actual.shape)} where {tuple(expected.shape)} was expected"
-    )
-    missing = torch.isnan(expected)
-    assert torch.equal(torch.isnan(actual), missing), f"{what}: NaN in other places"
-    actual, expected = actual[~missing], expected[~missing]
-    if not actual.numel():
-        return
-    scale = max(1.0, float(expected.abs().max())) if scaled else 1.0
-    worst = float((actual - expected).abs().max())
-    assert worst <= tolerance * scale, f"{what} differs by {worst:.2e}, tolerance {tolerance:.0e}"
-
-
-def _zero(value: Tensor, what: str, tolerance: float = 1e-12) -> None:
-    worst = float(value.abs().max()) if value.numel() else 0.0
-    assert worst <= tolerance, f"{what}: {worst:.2e} where zero was expected"
-
-
-def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -92,7 +92,8 @@ class ANI(Potential):
     kind = "ani"
     compilable = True
 
-    # Always float64; cast where they are used.
+    # Cast where they are used.
+    exact_buffers = ("shifts_r", "shifts_a", "shifts_z")
     shifts_r: Tensor
     shifts_a: Tensor
     shifts_z: Tensor
@@ -107,10 +108,9 @@ class ANI(Potential):
         super().__init__(species_table, max(p.radial_cutoff, p.angular_cutoff), p)
         self.hidden_widths = widths_of
         self.n_members = p.n_members
-        self._shifts = {name: getattr(p, name) for name in ("shifts_r", "shifts_a", "shifts_z")}
-        for name, centers in self._shifts.items():
+        for name in self.exact_buffers:
             # Not in the state dict: they are hyper-parameters.
-            buffer = torch.tensor(centers, dtype=torch.float64)
+            buffer = torch.tensor(getattr(p, name), dtype=torch.float64)
             self.register_buffer(name, buffer, persistent=False)
         self.networks = nn.ModuleList(
             EnsembleMLP((self.aev_width, *widths, 1), p.celu_alpha, p.n_members)
@@ -120,8 +120,8 @@ class ANI(Potential):
     @property
     def aev_width(self) -> int:
         """Length of the atomic environment vector."""
-        n = len(self.species_table)
-        n_r, n_a, n_z = (len(values) for values in self._shifts.values())
+        n, p = len(self.species_table), self.hyper
+        n_r, n_a, n_z = len(p.shifts_r), len(p.shifts_a), len(p.shifts_z)
         return n * n_r + n * (n + 1) // 2 * n_a * n_z
 
     @property
@@ -250,13 +250,6 @@ class ANI(Potential):
         state = {name: value[index : index + 1] for name, value in self.state_dict().items()}
         member.load_state_dict(state)
         return member
-
-    def _apply(self, fn: Any, recurse: bool = True) -> ANI:
-        super()._apply(fn, recurse)
-        for name, values in self._shifts.items():
-            device = getattr(self, name).device
-            setattr(self, name, torch.tensor(values, dtype=torch.float64, device=device))
-        return self
 
 
 class EnsembleMLP(nn.Module):

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from potstill.core import CompactNeighbors, available, why_unavailable
 from potstill.errors import ModelError, suggest
 from potstill.models.engines import Core as Core
+from potstill.models.engines import FirstOrder as FirstOrder
 from potstill.models.engines import (
-    Engine,
     NativeEngine,
     NativeKernels,
     NativeParts,
     TorchEngine,
     spelled_out,
 )
-from potstill.models.engines import FirstOrder as FirstOrder
 from potstill.models.engines import Pairs as Pairs
 from potstill.models.graph import Edges as Edges
 from potstill.models.graph import LocalOutput as LocalOutput
@@ -148,6 +147,9 @@ class Potential(nn.Module, ABC):
     #: Models that implement `prepare` and `prepared_terms`, so that training can compile them.
     compilable: bool = False
 
+    #: Names of buffers that stay in float64 whatever the model is cast to.
+    exact_buffers: tuple[str, ...] = ()
+
     #: Models that implement `native_kernels`.
     has_native_kernels: bool = False
 
@@ -235,6 +237,13 @@ class Potential(nn.Module, ABC):
         for tensor in chain(self.parameters(), self.buffers()):
             return tensor.device
         return torch.device("cpu")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        exact = {name: getattr(self, name) for name in self.exact_buffers}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            setattr(self, name, before.to(getattr(self, name).device))
+        return self
 
     @property
     def n_parameters(self) -> int:
@@ -367,7 +376,7 @@ class Potential(nn.Module, ABC):
         return NativeParts(network=self.native_kernels()) if self.uses_native else None
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> NativeEngine | TorchEngine:
         """What computes energies and first derivatives of the model as it is now."""
         return NativeEngine(self.native_kernels()) if self.uses_native else TorchEngine(self)
 

@@ -1,13 +1,13 @@
 """How a potential is computed: in torch operations, or by native kernels.
 
 What a model is stands in `potstill.models.base`, and knows its engines; an engine knows of a model
-no more than the protocols below. Whoever brings kernels for another model implements
-`NativeKernels` and returns it from `Potential.native_kernels`.
+no more than is written here. Whoever brings kernels for another model returns `NativeKernels` from
+`Potential.native_kernels`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol, TypeVar
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from potstill.core import (
     CompactNeighbors,
     MdResult,
+    PassResult,
     ZblParameters,
     compact_forces,
     compact_neighbors,
@@ -58,18 +59,6 @@ class FirstOrder:
     terms: Tensor
     forces: Tensor
     virial: Tensor
-
-
-class Engine(Protocol):
-    """Energies and first derivatives of a potential; what training and dynamics need."""
-
-    def evaluate(self, structures: Structures, neighbors: Pairs) -> FirstOrder:
-        """As of `Potential.evaluate`."""
-        ...
-
-    def weighted_energy(self, copies: Sequence[WeightedCopy], neighbors: Pairs) -> Tensor:
-        """As of `Potential.weighted_energy`."""
-        ...
 
 
 # -- torch -------------------------------------------------------------------------------------
@@ -249,36 +238,28 @@ def _pair_gradient(scalar: Tensor, r_ij: Tensor, create_graph: bool) -> Tensor:
 # -- native kernels ----------------------------------------------------------------------------
 
 
-class NativeKernels(Protocol):
-    """Kernels of one network with its present parameters, on the CPU."""
+@dataclass(frozen=True)
+class NativeKernels:
+    """Kernels of one network with its present parameters, on the CPU.
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What they compute in: float32 or float64."""
-        ...
+    Parameters
+    ----------
+    dtype : torch.dtype
+        What they compute in: float32 or float64.
+    first_order : callable
+        (species, neighbors, r_ij) to a `PassResult`: terms, and dE/dr_ij in their dtype.
+    weighted_energy : callable
+        (species, neighbors, r_ij, weights) to the sum of (N, T) weights times terms, a scalar that
+        is differentiable once by the parameters.
+    dynamics : callable
+        (species, neighbors, positions, cell, *, zbl, virial) to the `MdResult` of one system, with
+        the ZBL repulsion `zbl` added unless it is None.
+    """
 
-    def first_order(
-        self, species: Tensor, neighbors: CompactNeighbors, r_ij: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(N, T) float64 terms of the atomic energies, and (E, 3) dE/dr_ij in their dtype."""
-        ...
-
-    def weighted_energy(
-        self, species: Tensor, neighbors: CompactNeighbors, r_ij: Tensor, weights: Tensor
-    ) -> Tensor:
-        """Sum of (N, T) weights times terms; differentiable once by the parameters."""
-        ...
-
-    def at_positions(
-        self,
-        structures: Structures,
-        neighbors: CompactNeighbors,
-        *,
-        zbl: ZblParameters | None,
-        virial: bool,
-    ) -> MdResult:
-        """Energies, forces and virial of one system, with the ZBL repulsion added if given."""
-        ...
+    dtype: torch.dtype
+    first_order: Callable[..., PassResult]
+    weighted_energy: Callable[..., Tensor]
+    dynamics: Callable[..., MdResult]
 
 
 class NativeEngine:
@@ -297,8 +278,9 @@ class NativeEngine:
         """Terms, forces and virial."""
         pairs = _packed(neighbors, structures)
         r_ij = compact_pair_vectors(structures, pairs, self.kernels.dtype)
-        terms, gradient = self.kernels.first_order(structures.species, pairs, r_ij)
-        return FirstOrder(terms, *compact_forces(structures, pairs, r_ij, gradient))
+        found = self.kernels.first_order(structures.species, pairs, r_ij)
+        assert found.gradient is not None
+        return FirstOrder(found.terms, *compact_forces(structures, pairs, r_ij, found.gradient))
 
     def weighted_energy(self, copies: Sequence[WeightedCopy], neighbors: Pairs) -> Tensor:
         """One call for all copies."""
@@ -365,7 +347,14 @@ class NativeParts:
         """
         if self.network is None:
             raise ModelError("there is no network for native kernels to evaluate")
-        result = self.network.at_positions(structures, neighbors, zbl=self.prior, virial=virial)
+        result = self.network.dynamics(
+            structures.species,
+            neighbors,
+            structures.positions,
+            structures.cell[0],
+            zbl=self.prior,
+            virial=virial,
+        )
         if self.offsets is None:
             return result
         return replace(result, energies=result.energies + self.offsets[structures.species])

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -18,11 +17,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from potstill.core import (
-    CompactNeighbors,
     HipnnParameters,
     HipnnShape,
-    MdResult,
-    ZblParameters,
     hipnn_md,
     hipnn_pass,
     weighted_energy,
@@ -37,9 +33,9 @@ from potstill.models.base import (
     TapSpec,
     refuse_ghosts,
 )
+from potstill.models.engines import NativeKernels
 from potstill.models.hyper import Hyperparameters, Real
 from potstill.species import SpeciesTable
-from potstill.structures import Structures
 
 #: Independent components of the tensors of rank 0, 1 and 2 (traceless and symmetric).
 _N_COMPONENTS = (1, 3, 5)
@@ -322,11 +318,8 @@ class HIPNN(Potential):
     ) -> LocalOutput:
         """(n_local,) atomic energies in float64, summed over the hierarchy.
 
-        Raises
-        ------
-        ModelError
-            If there are ghost atoms and several interaction layers: features of ghosts would have
-            to come from their owners between the layers.
+        Ghosts are refused where there are several interaction layers, between which their features
+        would have to come from their owners.
         """
         return self._evaluate(self.prepare(species, edges, r_ij, n_local), r_ij, taps)
 
@@ -365,9 +358,12 @@ class HIPNN(Potential):
         """E0 and one term per block."""
         return self.hyper.n_interaction_layers + 1
 
-    def native_kernels(self) -> HipnnKernels:
+    def native_kernels(self) -> NativeKernels:
         """Those of `potstill.core`."""
-        return HipnnKernels(self.native_parameters())
+        p = self.native_parameters()
+        return NativeKernels(
+            p.dtype, partial(hipnn_pass, p), partial(weighted_energy, p), partial(hipnn_md, p)
+        )
 
     def native_parameters(self) -> HipnnParameters:
         """Shape and parameters for the kernels of `potstill.core`, in the order of `parameters()`.
@@ -443,51 +439,6 @@ def hierarchicality(terms: Tensor) -> Tensor:
     later, earlier = square[:, 1:], square[:, :-1]
     total = later + earlier
     return (later / torch.where(total > 0, total, 1.0)).sum(dim=1)
-
-
-@dataclass(frozen=True)
-class HipnnKernels:
-    """The kernels of `potstill.core` as `potstill.models.engines.NativeKernels`."""
-
-    parameters: HipnnParameters
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the parameters."""
-        return self.parameters.dtype
-
-    def first_order(
-        self, species: Tensor, neighbors: CompactNeighbors, r_ij: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Energies of the hierarchy, and dE/dr_ij."""
-        found = hipnn_pass(self.parameters, species, neighbors, r_ij)
-        assert found.gradient is not None
-        return found.terms, found.gradient
-
-    def weighted_energy(
-        self, species: Tensor, neighbors: CompactNeighbors, r_ij: Tensor, weights: Tensor
-    ) -> Tensor:
-        """Weighted sum of the energies of the hierarchy."""
-        return weighted_energy(self.parameters, species, neighbors, r_ij, weights)
-
-    def at_positions(
-        self,
-        structures: Structures,
-        neighbors: CompactNeighbors,
-        *,
-        zbl: ZblParameters | None,
-        virial: bool,
-    ) -> MdResult:
-        """Network and repulsion in one call."""
-        return hipnn_md(
-            self.parameters,
-            structures.species,
-            neighbors,
-            structures.positions,
-            structures.cell[0],
-            zbl=zbl,
-            virial=virial,
-        )
 
 
 class Indices(NamedTuple):

@@ -119,7 +119,8 @@ class SNAP(Potential):
 
     kind = "snap"
 
-    # Always float64; cast where they are used.
+    # Cast where they are used.
+    exact_buffers = ("radii", "weights")
     radii: Tensor
     weights: Tensor
 
@@ -143,8 +144,7 @@ class SNAP(Potential):
             species_table, 2.0 * p.rcutfac * max(radii), p.model_copy(update=of_species)
         )
         self.twojmax, self.quadratic = p.twojmax, p.quadratic
-        self._of_species = of_species
-        for name, row in self._of_species.items():
+        for name, row in of_species.items():
             # Not in the state dict: they are hyper-parameters.
             buffer = torch.tensor(row, dtype=torch.float64)
             self.register_buffer(name, buffer, persistent=False)
@@ -316,13 +316,6 @@ class SNAP(Potential):
         """All coefficients but the constants."""
         return [self.coefficients[:, 1:]]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> SNAP:
-        super()._apply(fn, recurse)
-        for name, values in self._of_species.items():
-            device = getattr(self, name).device
-            setattr(self, name, torch.tensor(values, dtype=torch.float64, device=device))
-        return self
-
     # -- LAMMPS' files ---------------------------------------------------------------------------
 
     @classmethod
@@ -371,7 +364,7 @@ class SNAP(Potential):
         lines = ["# SNAP coefficients, written by potstill", ""]
         lines.append(f"{len(self.species_table)} {self.n_coefficients}")
         for s, row in enumerate(self.coefficients.detach().double().tolist()):
-            radius, weight = (values[s] for values in self._of_species.values())
+            radius, weight = float(self.radii[s]), float(self.weights[s])
             lines.append(f"{self.species_table.names[s]} {radius!r} {weight!r}")
             lines.extend(map(repr, row))
         Path(coeff).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -249,10 +249,7 @@ class PaiNN(Potential):
     ) -> LocalOutput:
         """(n_local,) atomic energies, and (n_local, 3) forces where they are direct.
 
-        Raises
-        ------
-        ModelError
-            If there are ghost atoms and several layers, or a limited number of neighbors.
+        Ghosts are refused where there are several layers or a limited number of neighbors.
         """
         if self.hyper.num_layers > 1 or self.hyper.max_neighbors is not None:
             refuse_ghosts("PaiNN", species, n_local)

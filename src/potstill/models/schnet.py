@@ -158,13 +158,7 @@ class SchNet(Potential):
     def forward(
         self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
     ) -> LocalOutput:
-        """(n_local,) atomic energies.
-
-        Raises
-        ------
-        ModelError
-            If there are ghost atoms and several interaction blocks.
-        """
+        """(n_local,) atomic energies; ghosts are refused where there are several blocks."""
         if self.hyper.num_interactions > 1:
             refuse_ghosts("SchNet", species, n_local)
         found = FeatureRecorder(taps)

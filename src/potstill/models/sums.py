@@ -25,6 +25,8 @@ from potstill.structures import Structures
 class SpeciesOffsets(Potential):
     """A constant energy per atom of each species, in float64; not trained.
 
+    In float32, offsets of hundreds or thousands of eV would lose meV.
+
     Parameters
     ----------
     species_table : SpeciesTable
@@ -34,6 +36,7 @@ class SpeciesOffsets(Potential):
     """
 
     kind = "offsets"
+    exact_buffers = ("offsets",)
     offsets: Tensor
 
     def __init__(self, species_table: SpeciesTable, offsets: Sequence[float] | Tensor) -> None:
@@ -56,15 +59,6 @@ class SpeciesOffsets(Potential):
     def hyperparameters(self) -> dict[str, Any]:
         """The offsets themselves."""
         return {"offsets": self.offsets.tolist()}
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SpeciesOffsets:
-        # Offsets stay in float64 whatever dtype the network is cast to: they are hundreds or
-        # thousands of eV, and float32 would lose meV.
-        before = self.offsets
-        super()._apply(fn, recurse)
-        if self.offsets.dtype != torch.float64:
-            self.offsets = before.to(self.offsets.device)
-        return self
 
 
 class SumPotential(Potential):

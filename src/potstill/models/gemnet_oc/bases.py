@@ -15,16 +15,7 @@ from torch import Tensor, nn
 from potstill.models.gemnet_oc.graphs import Graphs, Groups, Quadruplets
 from potstill.models.gemnet_oc.layers import Dense, he_orthogonal_
 from potstill.models.gemnet_oc.settings import GemNetOCSettings
-
-
-def envelope(x: Tensor, exponent: int) -> Tensor:
-    """1 at x = 0; zero with two derivatives at x = 1, and beyond.
-
-    1 - (p+1)(p+2)/2 x^p + p(p+2) x^(p+1) - p(p+1)/2 x^(p+2).
-    """
-    p = exponent
-    x = x.clamp(max=1.0)
-    return 1.0 - x**p * (0.5 * (p + 1) * (p + 2) - p * (p + 2) * x + 0.5 * p * (p + 1) * x**2)
+from potstill.radial import polynomial_envelope
 
 
 def radial_basis(distance: Tensor, cutoff: float, settings: GemNetOCSettings) -> Tensor:
@@ -33,7 +24,8 @@ def radial_basis(distance: Tensor, cutoff: float, settings: GemNetOCSettings) ->
     x = distance / cutoff
     offsets = torch.linspace(0.0, 1.0, n, dtype=x.dtype, device=x.device)
     gaussians = torch.exp(-0.5 * ((n - 1) * (x.unsqueeze(1) - offsets)).square())
-    return gaussians * envelope(x, settings.envelope_exponent).unsqueeze(1)
+    envelope = polynomial_envelope(distance, cutoff, settings.envelope_exponent)
+    return gaussians * envelope.unsqueeze(1)
 
 
 def circular_basis(cosine: Tensor, n: int) -> Tensor:

@@ -11,8 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.errors import ModelError
-from potstill.models.base import Edges, LocalOutput, Potential, StartingData, TapSpec
+from potstill.models.base import (
+    Edges,
+    LocalOutput,
+    Potential,
+    StartingData,
+    TapSpec,
+    refuse_ghosts,
+)
 from potstill.models.gemnet_oc.bases import SharedBases
 from potstill.models.gemnet_oc.graphs import Graphs, Reach, build_graphs
 from potstill.models.gemnet_oc.interactions import EdgeEmbedding, InteractionBlock, OutputBlock
@@ -98,14 +104,9 @@ class GemNetOC(Potential):
     ) -> LocalOutput:
         """(n_local,) atomic energies, and forces where they are direct.
 
-        Raises
-        ------
-        ModelError
-            If there are ghost atoms, whose embeddings would have to come from their owners between
-            the blocks, or a pair is given in one direction only.
+        Ghosts are refused, and pairs that are given in one direction only.
         """
-        if n_local < species.shape[0]:
-            raise ModelError("GemNet-OC needs its atoms without ghosts")
+        refuse_ghosts("GemNet-OC", species, n_local)
         graphs = self.graphs(edges, r_ij, n_local)
         r_ij = r_ij.to(self.dtype)
         bases = self.bases(graphs, r_ij)
