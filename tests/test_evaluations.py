@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ase
 import numpy as np
@@ -34,7 +34,7 @@ from potstill.evaluate.nve import run_nve
 from potstill.evaluate.parity import ParityPoints
 from potstill.evaluate.speed import SpeedRow, SpeedTable, Throughput
 from potstill.evaluate.table import EVALUATIONS
-from potstill.evaluate.vibrations import Vibrations, vibrations
+from potstill.evaluate.vibrations import Vibrations, VibrationsEvaluation, vibrations
 from potstill.metrics import METRICS, Estimate
 from potstill.report.tables import number
 from potstill.report.verdicts import ordered_verdicts
@@ -47,6 +47,7 @@ from potstill.workflows.evaluation import (
     read_findings,
     run_evaluations,
 )
+from potstill.workflows.planning import Counts, Order
 from potstill.workflows.report import write_report
 from potstill.workflows.summary import result_rows, summarize, summary_rows
 from test_soundness import Bond, carbon_monoxide
@@ -112,7 +113,7 @@ def test_born_criteria_are_named(constants, broken):
     if broken:
         assert "mechanically unstable" in lines[1]
         assert "(strain 0.003)" in lines[1]
-        assert lines[0].startswith(f"Missed 1 of 1 bars: mechanical stability ({broken[0]}")
+        assert lines[0].startswith(f"Bars missed (1 of 1): mechanical stability ({broken[0]}")
 
 
 def test_instability_that_no_cubic_criterion_sees_is_found():
@@ -142,6 +143,23 @@ def test_rigid_motions_are_left_out():
     assert len(held.frequencies) == 6
     assert held.n_imaginary == 0
     assert (held.frequencies > 10.0).all()
+
+
+def test_plans_count_the_calls_of_vibrations():
+    class Counting(EMT):
+        n_calls = 0
+
+        def calculate(self, *args, **kwargs):
+            self.n_calls += 1
+            super().calculate(*args, **kwargs)
+
+    calculator = Counting()
+    vibrations(bulk("Cu", cubic=True), calculator)
+    start = Structures.from_ase(bulk("Cu", cubic=True))
+    order = Order(start, 4, 600.0, 0, 0, 1, False, Counts(), 4, ("vibrations",))
+    assert 24 < calculator.n_calls <= order.teacher_calls(lean=False) <= 40
+    large = replace(order, unit_cell_atoms=VibrationsEvaluation().max_atoms + 1)
+    assert large.teacher_calls(lean=False) == 0
 
 
 def test_crystal_vibrations_against_forces_along_the_mode():

@@ -359,7 +359,9 @@ def test_wrong_elastic_constants_are_said(tmp_path):
     write_only(tmp_path, eos={m: as_json(eos(m)) for m in MODELS}, elastic=both)
     lines = verdicts(collect(tmp_path).found)
     assert "C12 −90.0 (60.0) GPa, C44 −4.00 (75.0) GPa; far from the teacher's" in " ".join(lines)
-    assert lines[0].startswith("Missed 2 of 2 bars: mechanical stability (C11 + 2 C12 = −29.0 GPa")
+    assert lines[0].startswith(
+        "Bars missed (2 of 2): mechanical stability (C11 + 2 C12 = −29.0 GPa"
+    )
     assert "C44 = −4.00 GPa" in lines[0]
     assert "elastic constants (C12 −90.0 GPa, teacher 60.0 GPa)" in lines[0]
 

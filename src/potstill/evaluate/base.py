@@ -412,8 +412,8 @@ def model_order(name: str) -> tuple[int, str]:
 SECTIONS: dict[str, tuple[str, str, str]] = {
     "Accuracy": (
         "table_errors",
-        "Errors by channel",
-        "A channel names whose prediction is compared with whose label. EFwT: share of structures "
+        "Errors",
+        "Each column is a model, and whose labels it is compared with. EFwT: share of structures "
         "with an energy error below 0.02 eV and no force error above 0.03 eV/Å. The relative error "
         "is the RMSE over the standard deviation of the labels.",
     ),
@@ -423,7 +423,12 @@ SECTIONS: dict[str, tuple[str, str, str]] = {
         "Median time of ASE dynamics. Memory: slope of the peak of fresh processes against the "
         "number of atoms. Molecules are set side by side to reach a size.",
     ),
-    "Properties": ("table_properties", "Properties at 0 K", ""),
+    "Properties": (
+        "table_properties",
+        "Properties at 0 K",
+        "E(V): Birch-Murnaghan fit; the lattice constant is that of the conventional cell. Elastic "
+        "constants: averages over the cubic axes, at the strain stated.",
+    ),
     "Dynamics": (
         "table_dynamics",
         "Molecular dynamics",

@@ -279,7 +279,8 @@ class Elastic(Evaluation):
         yield from super().rows(found)
         results = found.of(cls.name, ElasticConstants)
         if results:
-            yield Row("Strain of elastic constants", {m: r.strain for m, r in results.items()})
+            strains = {m: f"{r.strain:g}" for m, r in results.items()}
+            yield Row("Strain of elastic constants", strains)
             stable = {m: "yes" if r.stable else "no" for m, r in results.items()}
             yield Row("Mechanically stable (Born)", stable)
 

@@ -166,7 +166,7 @@ class VibrationsEvaluation(Evaluation):
     section = "Properties"
     needs = "structure"
 
-    max_atoms: int = 60
+    max_atoms: int = 40
 
     def lacks(self, bench: Bench) -> str:
         """Also a structure that is small enough."""

@@ -44,7 +44,7 @@ def ordered_verdicts(verdicts: Sequence[Verdict]) -> tuple[str, ...]:
     lines = [v.text for v in (*missed, *(v for v in verdicts if v.met))]
     if missed:
         names = "; ".join(v.bar for v in missed)
-        lines.insert(0, f"Missed {len(missed)} of {len(bars)} bars: {names}.")
+        lines.insert(0, f"Bars missed ({len(missed)} of {len(bars)}): {names}.")
     elif bars:
         lines.insert(0, f"All bars met: {'; '.join(v.bar for v in bars)}.")
     return tuple(lines)

@@ -103,6 +103,7 @@ def default_tests() -> dict[str, tuple[Candidates, ...]]:
         "parity": ("student", "control"),
         "eos": ("student", "control", "teacher"),
         "elastic": ("student", "control", "teacher"),
+        "vibrations": ("student", "teacher"),
         "rdf": ("student", "teacher"),
         "speed": ("student", "teacher"),
         "memory": ("student",),

@@ -22,6 +22,7 @@ from pydantic import Field
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential
 from potstill.errors import ConfigError, TeacherError
+from potstill.evaluate.vibrations import VibrationsEvaluation
 from potstill.sample import RattleJob
 from potstill.structures import Structures
 from potstill.teachers import Teacher
@@ -53,8 +54,9 @@ TOLERANCE = 1.1
 #: What a slow teacher gets: multiples of the smallest numbers of frames, and the largest share of
 #: the budget for all but training.
 SCALES, BEFORE_TRAINING = (8.0, 4.0, 2.0, 1.4, 1.0), 0.6
-#: Teacher calls for E(V) and elastic constants of the unit cell, and MD steps per size timed.
-EOS_CALLS, ELASTIC_CALLS, TIMED_STEPS = 40, 100, 6
+#: Teacher calls for E(V), elastic constants and a relaxation of the unit cell, and MD steps per
+#: size timed.
+EOS_CALLS, ELASTIC_CALLS, RELAXATION_CALLS, TIMED_STEPS = 40, 100, 10, 6
 #: Numbers of atoms that speed is measured for.
 SPEED_SIZES = (64, 512)
 #: Periodic cells are not made smaller than this for a slow teacher.
@@ -262,6 +264,10 @@ class Order:
             "eos": EOS_CALLS * self.unit_cell_atoms,
             "elastic": ELASTIC_CALLS * self.unit_cell_atoms,
         }
+        if self.unit_cell_atoms <= VibrationsEvaluation().max_atoms:
+            calls["vibrations"] = (RELAXATION_CALLS + 6 * self.unit_cell_atoms) * (
+                self.unit_cell_atoms
+            )
         calls["speed"] = TIMED_STEPS * sum([self.n_atoms] if lean else SPEED_SIZES)
         return sum(calls.get(test, 0) for test in self.teacher_tests) / self.n_atoms
 
