@@ -8,7 +8,8 @@ where work is repeated. Processor time is what other jobs on the machine change 
         benchmarks/results/store_scaling.json
 
 `--labels-hash` adds a hash over all labels and structures that are read back, to compare versions,
-and `--commit-seconds 0` commits every chunk on its own, as format 1 did.
+`--commit-seconds 0` commits every chunk on its own, as format 1 did, and `--resume-at 99000` labels
+the frames before at once, so that the cost at the end of a large store is seen without the rest.
 """
 
 from __future__ import annotations
@@ -81,6 +82,12 @@ def measure(marks: list[int], folder: Path, options: dict, *, hashed: bool) -> d
     for start in range(0, marks[-1], 10_000):
         store.append(frames(start, min(start + 10_000, marks[-1]), table))
     result: dict = {"append_ms_per_frame": 1e3 * (time.perf_counter() - begun) / marks[-1]}
+    begin = options.pop("resume_at", 0)
+    if begin:  # everything before is written at once, which takes no time to speak of
+        teacher, structures = Trivial(), store.structures(0, begin)
+        facts = {"fingerprint": teacher.info.fingerprint, "properties": sorted(NAMES)}
+        store.begin_labels(teacher.info.name, facts)
+        store.write_labels(teacher.info.name, 0, teacher.label(structures, NAMES)[0], structures)
     reached: dict[int, tuple[float, float]] = {}
 
     def note(done: int, total: int) -> None:
@@ -88,7 +95,7 @@ def measure(marks: list[int], folder: Path, options: dict, *, hashed: bool) -> d
 
     report = label_store(store, Trivial(), NAMES, progress=note, **options)
     assert report.n_labeled == marks[-1], report
-    rows, before = [], 0
+    rows, before = [], begin
     for mark in marks:
         (wall0, cpu0), (wall, cpu) = reached[before], reached[mark]
         rows.append(
@@ -123,12 +130,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--labels-hash", action="store_true")
     parser.add_argument("--commit-seconds", type=float)
+    parser.add_argument("--resume-at", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="store_scaling_"))
     try:
         wait = arguments.commit_seconds
-        options = {} if wait is None else {"commit_seconds": wait}
+        options: dict = {} if wait is None else {"commit_seconds": wait}
+        options["resume_at"] = arguments.resume_at
         result = measure(sorted(arguments.frames), folder, options, hashed=arguments.labels_hash)
     finally:
         shutil.rmtree(folder)

@@ -16,7 +16,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "potstill"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "display", "process", "template", "worker"),
     ("properties", "units", "species", "isolation"),
-    ("ase_bridge",),
+    ("ase_bridge", "ragged"),
     ("structures",),
     ("neighbors",),  # below the readers, which look for overlapping atoms with it
     ("features", "soundness"),
@@ -54,6 +54,7 @@ BELOW_BASE = ("models.engines", "models.graph", "models.hyper")
 #: Packages whose modules are parts of one thing rather than alternatives: these may import one
 #: another, but never in a circle. Everywhere else only `x.*` -> `x.base` is legal.
 ASSEMBLED = (
+    "readers",
     "store",
     "core",
     "distill",

@@ -11,13 +11,8 @@ from torch import Tensor
 
 from potstill.errors import DataError
 from potstill.neighbors import pair_vectors
-from potstill.structures import (
-    NeighborList,
-    Rows,
-    Structures,
-    expand_ranges,
-    offsets_from_counts,
-)
+from potstill.ragged import Rows, expand_ranges, offsets_from_counts
+from potstill.structures import NeighborList, Structures
 
 FeatureKind = Literal["node_scalar", "node_vector", "edge_scalar"]
 

@@ -16,11 +16,12 @@ from potstill.readers.base import Checks as Checks
 from potstill.readers.base import DataWarning as DataWarning
 from potstill.readers.base import Frame as Frame
 from potstill.readers.base import KeyMap as KeyMap
-from potstill.readers.base import Shard, gather
 from potstill.readers.base import Units as Units
+from potstill.readers.base import gather
 from potstill.readers.fitsnap import StressCheck as StressCheck
 from potstill.readers.fitsnap import check_stress_unit as check_stress_unit
 from potstill.readers.fitsnap import read_fitsnap
+from potstill.readers.lmdb import Shard
 from potstill.readers.npz import read_npz
 from potstill.readers.oc20 import read_oc20
 from potstill.readers.splits import split_by_group as split_by_group

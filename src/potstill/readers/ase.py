@@ -23,16 +23,8 @@ from ase.io.formats import UnknownFileTypeError, filetype
 
 from potstill.ase_bridge import fixed_atoms, velocities_of
 from potstill.errors import DataError
-from potstill.readers.base import (
-    ASE_UNITS,
-    Frame,
-    KeyMap,
-    Shard,
-    Units,
-    atomic_numbers_of,
-    open_shards,
-    pick_label,
-)
+from potstill.readers.base import ASE_UNITS, Frame, KeyMap, Units, atomic_numbers_of, pick_label
+from potstill.readers.lmdb import Shard, open_shards
 
 #: Names that ASE's own calculators use; a key map overrides them.
 _USUAL = {

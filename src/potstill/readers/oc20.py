@@ -36,7 +36,8 @@ import torch
 from torch import Tensor
 
 from potstill.errors import DataError
-from potstill.readers.base import ASE_UNITS, Frame, KeyMap, Shard, Units, open_shards, pick_label
+from potstill.readers.base import ASE_UNITS, Frame, KeyMap, Units, pick_label
+from potstill.readers.lmdb import Shard, open_shards
 
 _USUAL = {
     "energy": ("y", "energy"),

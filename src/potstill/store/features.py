@@ -11,8 +11,9 @@ import torch
 
 from potstill.errors import DataError, StoreError
 from potstill.features import Feature
+from potstill.ragged import offsets_from_counts
 from potstill.store.record import Columns, Record, atom_offsets, chain
-from potstill.structures import NeighborList, Structures, offsets_from_counts
+from potstill.structures import NeighborList, Structures
 
 
 def new_tap(*, default: bool) -> Record:

@@ -21,8 +21,9 @@ from potstill.models import Potential
 from potstill.models.base import Pairs
 from potstill.neighbors import build_neighbor_list
 from potstill.properties import LEARNABLE, PROPERTIES
+from potstill.ragged import Rows
 from potstill.species import SpeciesTable
-from potstill.structures import NeighborList, Properties, Rows, Structures
+from potstill.structures import NeighborList, Properties, Structures
 
 
 @dataclass(frozen=True)

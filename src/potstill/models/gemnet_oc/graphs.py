@@ -16,7 +16,7 @@ from torch import Tensor
 
 from potstill.errors import ModelError
 from potstill.models.base import Edges
-from potstill.structures import offsets_from_counts
+from potstill.ragged import offsets_from_counts
 
 #: Å. Pairs that are farther than the last one that a cap allows by less than this are kept, too.
 TIE = 1e-4
