@@ -44,6 +44,17 @@ class Misbehaving(LennardJones):
         raise RuntimeError("not\nconverged")
 
 
+class InGPa(LennardJones):
+    """Lennard-Jones with its stress in GPa."""
+
+    def __init__(self):
+        super().__init__(sigma=2.3, epsilon=0.2, rc=5.0)
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        self.results["stress"] = 160.21766 * self.results["stress"]
+
+
 def deadly():
     """Die before there is a calculator."""
     os._exit(7)

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import ase.build
+import ase.io
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,8 @@ from potstill.label import label_store
 from potstill.store import LabeledStore
 from potstill.structures import Properties
 from potstill.teachers.base import TeacherInfo
+from potstill.workflows.base import Display
+from potstill.workflows.labeling import LabelConfig, label
 
 ALL = ("energy", "forces", "stress", "atomic_energies")
 FAILING = [k for k in range(N_FRAMES) if k % 7 == 3]
@@ -142,6 +146,66 @@ def test_labels_that_are_not_finite_are_failures(store):
     assert report.n_failed == 7
     assert {"system": 5, "frame_id": "argon:5", "reason": "forces not finite"} in report.failures
     assert not store.labels("lj").presence("energy", N_FRAMES)[5]
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def crystals(tmp_path):
+    """A file with frames of four atoms, and of three, on which teachers misbehave."""
+    frames = [ase.build.bulk("Cu", cubic=True, a=3.6 + 0.02 * k) for k in range(4)]
+    del frames[2][0]
+    ase.io.write(tmp_path / "frames.xyz", frames)
+    return tmp_path / "frames.xyz"
+
+
+def config_for(file, how, **settings):
+    teacher = {"spec": "misbehaving:Misbehaving", "args": {"how": how}}
+    store = file.with_name("labels.zarr")
+    return LabelConfig(store=str(store), files=[{"path": str(file)}], teacher=teacher, **settings)
+
+
+@pytest.mark.filterwarnings("ignore:Misbehaving. out of range")
+def test_frames_that_failed_are_listed_in_a_file(crystals):
+    said = []
+
+    class Hearing(Display):
+        def say(self, text):
+            said.append(text)
+
+    report = label(config_for(crystals, "segfault"), Hearing())
+    assert (report.n_labeled, report.n_failed) == (3, 1)
+    path = crystals.with_name("labels.zarr.Misbehaving.failed.tsv")
+    head, row = path.read_text().splitlines()
+    assert head == "system\tframe_id\treason"
+    assert row.startswith("2\t")
+    assert "SIGSEGV" in row
+    assert any("failed on 1 of 4 structures" in text and str(path) in text for text in said)
+
+
+@pytest.mark.filterwarnings("ignore:Misbehaving. out of range")
+def test_a_teacher_that_fails_on_every_frame_is_an_error(crystals):
+    frames = ase.io.read(crystals, ":")
+    ase.io.write(crystals, [frames[2], frames[2].repeat(1)])
+    with pytest.raises(TeacherError, match=r"failed on 2 of 2 structures, first on .*not conv"):
+        label(config_for(crystals, "raise_"))
+    with pytest.raises(TeacherError, match="failed on 2 of 2 structures"):
+        label(config_for(crystals, "raise_"))
+
+
+def test_stress_in_another_unit_is_refused_before_a_label_is_written(crystals):
+    settings = {"store": str(crystals.with_name("s.zarr")), "files": [{"path": str(crystals)}]}
+    teacher = {"spec": "misbehaving:InGPa"}
+    with pytest.raises(TeacherError, match="it seems to be in GPa"):
+        label(LabelConfig(**settings, teacher=teacher))
+    store = LabeledStore.open(settings["store"])
+    assert store.sources == ()
+    report = label(LabelConfig(**settings, teacher=teacher | {"args": {"conservative": False}}))
+    assert report.n_labeled == 4
+    # Once in a store: what is labeled later is not checked again.
+    ase.io.write(crystals, ase.build.bulk("Cu", cubic=True, a=3.9))
+    assert label(LabelConfig(**settings, teacher=teacher | {"args": {"conservative": False}})).n_new
 
 
 def work_and_be_killed(path, random, longest):

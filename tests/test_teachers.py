@@ -10,9 +10,12 @@ import pytest
 import torch
 from ase.build import bulk, fcc111, molecule
 from ase.calculators.calculator import CalculationFailed, Calculator, all_changes
+from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 from ase.constraints import FixAtoms
 from ase.md.verlet import VelocityVerlet
+from ase.units import Bohr, Hartree
+from ase.units import GPa as GPA
 
 from data import data_path
 from potstill.checkpoint import save_potential
@@ -26,6 +29,7 @@ from potstill.teachers import (
     CommitteeTeacher,
     PotentialTeacher,
     TeacherInfo,
+    check_derivatives,
     make_teacher,
     nonconservative_residual,
 )
@@ -330,6 +334,79 @@ def test_direct_forces_are_declared_and_measured():
     assert residual.max < 1e-4 * residual.force_rms
 
 
+class Scaled(LennardJones):
+    """Lennard-Jones that scales its forces and its stress."""
+
+    def __init__(self, forces=1.0, stress=1.0, virial=False):
+        super().__init__(sigma=2.3, epsilon=0.2, rc=5.0)
+        self.factors = {"forces": forces, "stress": stress}
+        self.virial = virial
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        for name, factor in self.factors.items():
+            if name in self.results:
+                self.results[name] = factor * self.results[name]
+        if self.virial:
+            self.results["stress"] = -atoms.get_volume() * self.results["stress"]
+
+
+def scaled(conservative=True, **factors):
+    info = TeacherInfo("scaled", "x", conservative=conservative)
+    return AseTeacher(Scaled(**factors), info)
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        (
+            {"stress": 1 / (0.1 * GPA)},
+            r"stress .* is 1[56]\d\d times the derivative .* in k(B|bar)\)",
+        ),
+        ({"stress": 1 / GPA}, r"is 1[56]\d\S* times .*\(it seems to be in GPa\)"),
+        ({"stress": -1.0}, r"is -(1|0\.9)\S* times .*\(it seems to be of the opposite sign\)"),
+        ({"virial": True}, r"in eV, a virial and of the opposite sign"),
+        (
+            {"stress": 3.0},
+            r"is (3|2\.9)\S* times .* over the volume: its calculator must return eV/Å³",
+        ),
+        (
+            {"forces": -1.0},
+            r"forces .* are -(1|0\.9)\S* times minus the gradient .*opposite sign",
+        ),
+        ({"forces": 1 / (Hartree / Bohr)}, r"in Hartree/Bohr"),
+    ],
+)
+def test_derivatives_in_other_units_are_refused_and_the_unit_named(factors, message):
+    structures = Structures.from_ase([crystal(a=3.6), crystal(seed=3)])
+    with pytest.raises(TeacherError, match=message):
+        check_derivatives(scaled(**factors), structures, SIGNALS)
+    # What is not asked for is not checked, nor who says that its forces are no gradient.
+    check_derivatives(scaled(**factors), structures, ["energy"])
+    check_derivatives(scaled(conservative=False, **factors), structures, SIGNALS)
+
+
+def test_honest_derivatives_pass_on_a_handful_of_frames():
+    asked = []
+
+    class Counting(AseTeacher):
+        def compute(self, structures, properties):
+            asked.append(len(structures))
+            return super().compute(structures, properties)
+
+    dimer = molecule("H2")
+    slab = fcc111("Cu", (2, 2, 2), vacuum=5.0)
+    for calculator in (EMT(), LennardJones(sigma=2.3, epsilon=0.2, rc=5.0)):
+        teacher = Counting(calculator, TeacherInfo("honest", "x"))
+        asked.clear()
+        check_derivatives(teacher, Structures.from_ase([crystal(), bulk("Cu"), slab]), SIGNALS)
+        assert sum(asked) == 7
+        check_derivatives(teacher, Structures.from_ase([ase.Atoms("Cu"), slab]), SIGNALS)
+        check_derivatives(teacher, Structures.from_ase([dimer]), SIGNALS)
+    check_derivatives(PotentialTeacher(potential()), frames(), SIGNALS)
+    check_derivatives(PotentialTeacher(potential().float()), frames(), SIGNALS)
+
+
 def test_fingerprint_of_a_calculator_holds_arguments_and_files(tmp_path):
     def fingerprint(**args):
         return AseTeacher.from_factory(f"{__name__}:Choosy", args).info.fingerprint
@@ -402,6 +479,7 @@ def test_chgnet_site_energies_hold_the_reference_once(chgnet):
 
 def test_chgnet_stress_and_forces_are_derivatives(chgnet):
     atoms = silicon()
+    check_derivatives(chgnet, Structures.from_ase([atoms, molecule("CH3CH2OH")]), SIGNALS)
     stress = chgnet.label(Structures.from_ase(atoms), ["stress"])[0]["stress"][0]
     for a, b in ((0, 0), (1, 2)):
         energies = []
@@ -479,6 +557,7 @@ def test_xtb_gives_all_signals(xtb):
     assert float(labels["charges"].sum()) == pytest.approx(0.0, abs=1e-9)
     assert float(labels["charges"][0]) < -0.2  # oxygen
     assert labels.presence("stress", 1).tolist() == [False]
+    check_derivatives(xtb, Structures.from_ase(water), SIGNALS)
     residual = nonconservative_residual(xtb, Structures.from_ase(water), n_components=3)
     assert residual.max < 1e-3 * residual.force_rms
 

@@ -22,6 +22,7 @@ from potstill.teachers.committee import CommitteeTeacher as CommitteeTeacher
 from potstill.teachers.potential import PotentialTeacher as PotentialTeacher
 from potstill.teachers.potential import describe_potential, ensemble_members
 from potstill.teachers.residual import Residual as Residual
+from potstill.teachers.residual import check_derivatives as check_derivatives
 from potstill.teachers.residual import nonconservative_residual as nonconservative_residual
 
 

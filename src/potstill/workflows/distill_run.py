@@ -17,7 +17,7 @@ from potstill.readers import split_from_file
 from potstill.sample import SamplingPlan, smallest_supercell, standard_plan
 from potstill.store import LabeledStore
 from potstill.structures import Structures
-from potstill.teachers import Teacher
+from potstill.teachers import Teacher, check_derivatives
 from potstill.train import TrainingSet, TrainSettings
 from potstill.train.settings import (
     EnergySettings,
@@ -226,7 +226,12 @@ class Run:
     def label(self, title: str) -> None:
         """Let the teacher label what has no labels yet."""
         label_with_progress(
-            self.store, self.teacher, self.plan.properties, self.display, title=title
+            self.store,
+            self.teacher,
+            self.plan.properties,
+            self.display,
+            title=title,
+            check=False,  # the plan did
         )
 
     def data(self, part: str) -> TrainingSet:
@@ -347,6 +352,7 @@ def _make_plan(config: DistillConfig, primitive: Structures, display: Display) -
     with display.task("timing a few labels, steps and epochs"):
         teacher = config.teacher.make()
         properties = learnable(teacher, primitive)
+        check_derivatives(teacher, supercells(primitive, 2), properties)
         settings = config.student.model_copy(
             update={
                 "loss": loss_terms(config.weights, properties, teacher.name),

@@ -6,14 +6,18 @@ from pathlib import Path
 
 from pydantic import Field
 
-from potstill.errors import ConfigError
+from potstill.errors import ConfigError, TeacherError
+from potstill.files import write_atomically
 from potstill.label import LabelReport, label_features, label_store
 from potstill.properties import LEARNABLE
 from potstill.store import LabeledStore
 from potstill.structures import Structures
-from potstill.teachers import Teacher
+from potstill.teachers import Teacher, check_derivatives
 from potstill.workflows.base import Display, Settings, TeacherSettings
 from potstill.workflows.data import FileData, read_files
+
+#: Frames among which the smallest is taken to compare derivatives on.
+_CHECKED_FRAMES = 256
 
 
 class LabelConfig(Settings):
@@ -101,9 +105,24 @@ def label_with_progress(
     *,
     chunk: int = 8,
     title: str = "",
+    check: bool = True,
 ) -> LabelReport:
-    """`label_store` with a display."""
-    with display.task(title or f"labelling with {teacher.name}", store.n_systems) as task:
+    """`label_store` with a display; frames that failed are listed in a file beside the store.
+
+    With `check`, a teacher that has not labeled any frame of the store yet is compared with
+    differences of its energy first (`check_derivatives`).
+
+    Raises
+    ------
+    TeacherError
+        If the teacher's forces or stress contradict its energy, or it fails on every frame.
+    """
+    new = teacher.name not in store.sources or not store.n_labeled(teacher.name)
+    if check and new and store.n_systems:
+        sample = store.structures(0, min(store.n_systems, _CHECKED_FRAMES))
+        with display.task(f"comparing derivatives of {teacher.name}"):
+            check_derivatives(teacher, sample, properties)
+    with display.task(title or f"labeling with {teacher.name}", store.n_systems) as task:
         report = label_store(
             store,
             teacher,
@@ -111,16 +130,34 @@ def label_with_progress(
             chunk=chunk,
             progress=lambda done, total: task.update(done, total),
         )
-    if report.n_failed:
-        display.say(
-            f"{teacher.name} failed on {report.n_failed} of {store.n_systems} structures; the "
-            f"first: {report.failures[0]}"
-        )
+    _tell_failures(store, teacher, report, display)
     return report
 
 
+def _tell_failures(
+    store: LabeledStore, teacher: Teacher, report: LabelReport, display: Display
+) -> None:
+    """List the frames that failed; raise if there are no others."""
+    path = store.path.with_name(f"{store.path.name}.{teacher.name}.failed.tsv")
+    if not report.n_failed:
+        path.unlink(missing_ok=True)
+        return
+    rows = [f"{f['system']}\t{f['frame_id']}\t{f['reason']}\n" for f in report.failures]
+    text = "system\tframe_id\treason\n" + "".join(rows)
+    write_atomically(path, text)
+    first = report.failures[0]
+    where = first["frame_id"] or f"frame {first['system']}"
+    told = (
+        f"the teacher '{teacher.name}' failed on {report.n_failed} of {store.n_systems} "
+        f"structures, first on {where} ({first['reason']}); {path} lists them"
+    )
+    if not report.n_labeled:
+        raise TeacherError(told)
+    display.say(told)
+
+
 def _open_store(config: LabelConfig) -> LabeledStore:
-    path = Path(config.store)
+    path = Path(config.store).absolute()
     if path.exists():
         store = LabeledStore.open(path, "a")
     elif not config.files:
