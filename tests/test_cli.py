@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from potstill.config import DistillConfig, load_config
 from potstill.models import HIPNN, SpeciesOffsets, SumPotential
 from potstill.species import SpeciesTable
 from potstill.store import LabeledStore
+from potstill.workflows import doctor
 
 TRAIN = """
 out: FOLDER/run
@@ -208,6 +211,21 @@ def test_doctor_finds_itself_well():
     text = call("doctor").output
     assert "self-test" in text
     assert "FAILS" not in text
+
+
+def test_doctor_is_loud_about_missing_kernels(monkeypatch):
+    monkeypatch.setattr(doctor, "TESTS", {"native kernels": doctor.TESTS["native kernels"]})
+    monkeypatch.setattr(doctor, "why_unavailable", lambda: "compiling failed")
+    text = call("doctor", code=1).output
+    assert "FAILS" in text
+    assert "compiling failed" in text
+    assert "this installation has a fault: native kernels" in text
+
+
+def test_doctor_knows_all_extras():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extras = set(project["optional-dependencies"]) - {"docs", "test", "dev"}
+    assert extras == {extra for extra, _, _ in doctor.EXTRAS}
 
 
 @pytest.mark.parametrize(

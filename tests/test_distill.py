@@ -2,16 +2,19 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from ase.build import bulk
+from ase.calculators.emt import EMT
 from ase.io import write
 
 from potstill.checkpoint import load_potential
 from potstill.config import DistillConfig, validate
-from potstill.errors import ConfigError
-from potstill.sample import smallest_supercell
+from potstill.errors import ConfigError, DivergenceError
+from potstill.sample import MDJob, SamplingPlan, run_plan, smallest_supercell
 from potstill.store import LabeledStore
+from potstill.structures import Structures
 from potstill.workflows import distill as job
 from potstill.workflows import planning
 from potstill.workflows.base import parse_duration, read_start
@@ -249,6 +252,21 @@ def test_a_hopeless_budget_is_refused_with_one_that_would_do(settings, tmp_path,
     settings["budget"] = re.search(r"\d+min", str(caught.value).partition("--budget")[2])[0]
     plan = run(settings, tmp_path / "run", dry_run=True).plan
     assert plan.total_seconds <= 1.1 * parse_duration(settings["budget"])
+
+
+def test_unstable_runs_are_left_out_and_the_others_are_done(tmp_path):
+    start = smallest_supercell(Structures.from_ase(bulk("Cu", cubic=True)), min_atoms=8)
+    sound = MDJob(temperature=300.0, n_frames=2, stride=10.0, equilibration=0.0, timestep=2.0)
+    wild = replace(sound, timestep=100.0, stride=5000.0)
+    lost: list[Exception] = []
+    plan = SamplingPlan(start, [sound, wild, sound])
+    frames = run_plan(plan, EMT(), tmp_path / "a", on_divergence=lost.append)
+    assert len(lost) == 1
+    assert frames.job.tolist() == [0, 0, 2, 2]
+    with pytest.raises(DivergenceError):
+        run_plan(plan, EMT(), tmp_path / "b")
+    with pytest.raises(DivergenceError):
+        run_plan(SamplingPlan(start, [wild]), EMT(), tmp_path / "c", on_divergence=lost.append)
 
 
 def test_the_better_model_on_validation_is_handed_out(settings, tmp_path, monkeypatch):

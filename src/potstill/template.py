@@ -77,15 +77,18 @@ def _value(name: str, value: Any, pad: str) -> Iterator[str]:
     """A key with plain values or a list of sections, on more lines where one is too short."""
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json", exclude_defaults=True)
-    if isinstance(value, list | tuple) and any(isinstance(v, BaseModel | dict) for v in value):
+    line = f"{pad}{name}: {_flow(value)}"
+    if isinstance(value, list | tuple) and (
+        len(line) > _WIDTH or any(isinstance(v, BaseModel | dict) for v in value)
+    ):
         yield f"{pad}{name}:"
         yield from (f"{pad}  - {_flow(entry)}" for entry in value)
-    elif isinstance(value, Mapping) and len(_flow(value)) > _WIDTH - 20 - len(pad):
+    elif isinstance(value, Mapping) and len(line) > _WIDTH - 10:
         yield f"{pad}{name}:"
         for key, entry in value.items():
             yield from _value(str(key), entry, f"{pad}  ")
     else:
-        yield f"{pad}{name}: {_flow(value)}"
+        yield line
 
 
 def _keys(model: type[BaseModel], width: int) -> Iterator[str]:

@@ -556,6 +556,8 @@ def doctor() -> None:
     rows = [[c.name, "works" if c.works else "FAILS", c.note] for c in found.checks]
     print_tables(console, "self-test", ("", "", ""), rows)
     if not found.healthy:
+        failing = ", ".join(check.name for check in found.checks if not check.works)
+        console.print(f"potstill: this installation has a fault: {failing}", style="bold red")
         raise typer.Exit(1)
 
 

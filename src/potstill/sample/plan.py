@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from ase.calculators.calculator import BaseCalculator
 
-from potstill.errors import ConfigError
+from potstill.errors import ConfigError, DivergenceError
 from potstill.files import write_atomically
 from potstill.sample.base import Job, Progress, SampledFrames
 from potstill.structures import Structures
@@ -78,11 +78,12 @@ def run_plan(
     progress: Progress | None = None,
     *,
     driver: str = "",
+    on_divergence: Callable[[DivergenceError], None] | None = None,
 ) -> SampledFrames:
     """Run the jobs of a plan, or what is left of them, and return all frames.
 
-    Killed at any moment, the same call goes on from the last checkpoint, and its frames are the
-    same bit for bit as those of a run that nobody disturbed.
+    Killed at any moment, the same call resumes from the last checkpoint, and its frames are the
+    same bit for bit as those of a run that was not interrupted.
 
     Parameters
     ----------
@@ -97,6 +98,9 @@ def run_plan(
     driver : str
         Name or fingerprint of what the calculator computes, if known: a folder that was begun
         with another one is refused.
+    on_divergence : callable, optional
+        Called with the error of each job that becomes unstable; all frames of the job are left out,
+        and the other jobs are run. Without it the error is raised.
 
     Returns
     -------
@@ -108,7 +112,7 @@ def run_plan(
     ConfigError
         If the folder holds another plan, or a job cannot run with this start or calculator.
     DivergenceError
-        If atoms explode; frames up to there stay in the folder.
+        If a job becomes unstable, or all of them do; frames up to there stay in the folder.
     """
     for job in plan.jobs:
         job.check(plan.start[job.system], calculator)
@@ -117,8 +121,12 @@ def run_plan(
     parts, done = [], 0
     for number, job in enumerate(plan.jobs):
         report = _shifted(progress, done, plan.n_evaluations)
-        frames = _run_job(plan, number, calculator, folder, report)
-        parts.append(frames)
+        try:
+            parts.append(_run_job(plan, number, calculator, folder, report))
+        except DivergenceError as error:
+            if on_divergence is None or (number == len(plan.jobs) - 1 and not parts):
+                raise
+            on_divergence(error)
         done += job.n_evaluations
         if progress is not None:
             progress(done, plan.n_evaluations)

@@ -158,19 +158,31 @@ def _explore(run: Run) -> str | None:
     plan = run.sampling_plan(
         n_frames, 1.0, seed=run.config.seed + 1, stride=EXPLORING_STRIDE, equilibration=300.0
     )
-    note = None
+    unstable: list[str] = []
+
+    def note() -> str | None:
+        if not unstable:
+            return None
+        text = f"MD with the draft student became unstable in {len(unstable)} of "
+        text += f"{len(plan.jobs)} runs, which are not taught: {unstable[0]}"
+        run.display.say(text)
+        return text
+
     try:
         with (
             run.display.task("MD with the draft", plan.n_evaluations) as task,
             limited_threads(1),  # one system of the student is too small for more
         ):
-            run_plan(plan, PotstillCalculator(potential), run.folder / "explore", task.update)
+            frames = run_plan(
+                plan,
+                PotstillCalculator(potential),
+                run.folder / "explore",
+                task.update,
+                on_divergence=lambda error: unstable.append(str(error)),
+            )
     except DivergenceError as error:
-        note = f"MD with the draft student became unstable; later frames are left out: {error}"
-        run.display.say(note)
-    frames = _finished_jobs(run.folder / "explore")
-    if frames is None:
-        return note
+        unstable.append(str(error))
+        return note()
     store = run.store
     store.append(frames.structures, skip_existing=True)
     split = split_from_file(run.folder / "split.json", store.n_systems)
@@ -180,7 +192,7 @@ def _explore(run: Run) -> str | None:
     split["train"] = torch.cat([split["train"], new]).unique()
     write_split(run.folder / "split.json", split)
     run.label(f"labeling the draft's frames with {run.teacher.name}")
-    return note
+    return note()
 
 
 def _train(run: Run) -> str:

