@@ -51,6 +51,7 @@ def report_experiment(
     rows = [row_of(finished, run, measured) for run in records]
     result, about = write_results(experiment, folder, command, records, measures=measured)
     parts = folder / "report"
+    parts.mkdir(exist_ok=True)
     if experiment.errors is Errors.S2EF:
         similarity = measured.get("similarity", {})
         given = similarity.get("teachers", {})
