@@ -1,13 +1,9 @@
-"""Make a store and label it with a cheap teacher; run by tests that kill it at random moments.
+"""Make a store and label it with a cheap teacher; run by tests that kill it.
 
-It prints a line before each append and each frame, so that a test knows how far it came, however
-slow the machine is.
-
-Usage: label_worker.py STORE SECONDS_PER_FRAME
+Usage: label_worker.py STORE
 """
 
 import sys
-import time
 
 import ase.build
 import numpy as np
@@ -23,17 +19,14 @@ from potstill.teachers.base import Teacher, TeacherInfo
 N_FRAMES, APPENDED_AT_ONCE = 40, 5
 
 
-class SlowLennardJones(Teacher):
-    """Lennard-Jones argon that takes its time and cannot do every seventh frame."""
+class PartialLennardJones(Teacher):
+    """Lennard-Jones argon that cannot do every seventh frame."""
 
-    def __init__(self, seconds: float = 0.0) -> None:
+    def __init__(self) -> None:
         self.info = TeacherInfo("lj", "fingerprint-of-lj", licence="none", versions={"ase": "any"})
         self.properties = frozenset({"energy", "forces", "stress", "atomic_energies"})
-        self.seconds = seconds
 
     def compute(self, structures, properties):
-        print("frame", flush=True)
-        time.sleep(self.seconds)
         if int(structures.frame_id[0].split(":")[1]) % 7 == 3:
             raise RuntimeError("did not converge")
         calculator = LennardJones(sigma=3.4, epsilon=0.01, rc=8.0, smooth=True)
@@ -61,21 +54,20 @@ def fill(path: str) -> LabeledStore:
     structures, reference = argon()
     for start in range(0, N_FRAMES, APPENDED_AT_ONCE):
         part = range(start, start + APPENDED_AT_ONCE)
-        print("append", flush=True)
         store.append(
             structures.select(part), reference.select(structures.rows(part)), skip_existing=True
         )
     return store
 
 
-def run(path: str, seconds: float) -> LabeledStore:
+def run(path: str) -> LabeledStore:
     """Fill a store and label it."""
     store = fill(path)
-    teacher, names = SlowLennardJones(seconds), ("energy", "forces", "stress", "atomic_energies")
+    teacher, names = PartialLennardJones(), ("energy", "forces", "stress", "atomic_energies")
     label_store(store, teacher, names, chunk=3, commit_seconds=0.0)
     return store
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(sys.argv[1], float(sys.argv[2]))
+    run(sys.argv[1])

@@ -31,9 +31,6 @@ def small_plan(n_frames: int = 12) -> SamplingPlan:
 
 
 if __name__ == "__main__":
-    from kill_helper import announce
-
     torch.set_num_threads(1)
     folder, result = map(Path, sys.argv[1:])
-    announce()
     run_plan(small_plan(40), EMT(), folder).save(result)

@@ -228,6 +228,7 @@ def test_features_follow_their_systems(structures: Structures, of_pairs: Feature
         two = structures.select([3, 1])
         again = Feature.concatenate([pieces[3], pieces[1]], [parts[3], parts[1]])
         assert torch.equal(swapped.values, again.values)
+        assert (swapped.graph is not None) == (feature is of_pairs)
         if swapped.graph is not None and again.graph is not None:
             assert torch.equal(swapped.graph.center, again.graph.center)
             assert torch.equal(swapped.graph.neighbor, again.graph.neighbor)

@@ -1,9 +1,5 @@
 """Labelling stores with a cheap teacher: refusals, failures, progress, and kill -9."""
 
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import ase.build
@@ -12,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from label_worker import N_FRAMES, SlowLennardJones, argon, fill, run
+from kill_helper import run_and_kill
+from label_worker import N_FRAMES, PartialLennardJones, argon, fill, run
 from potstill.errors import ConfigError, StoreError, TeacherError
 from potstill.label import label_store
 from potstill.store import LabeledStore
@@ -34,7 +31,7 @@ def test_labels_failures_and_progress(store):
     calls = []
     report = label_store(
         store,
-        SlowLennardJones(),
+        PartialLennardJones(),
         ALL,
         chunk=9,
         progress=lambda done, total: calls.append((done, total)),
@@ -51,20 +48,20 @@ def test_labels_failures_and_progress(store):
         0, structures.system_index, atomic.nan_to_num()
     )
     assert torch.allclose(total[~absent], labels["energy"][~absent])
-    direct, _ = SlowLennardJones().label(structures, ("forces",))
+    direct, _ = PartialLennardJones().label(structures, ("forces",))
     assert torch.equal(direct["forces"].nan_to_num(), labels["forces"].nan_to_num())
     info = store.source_info("lj")
     assert info["fingerprint"] == "fingerprint-of-lj"
     assert info["versions"] == {"ase": "any"}
     assert info["units"]["stress"] == "eV/Å³"
     # Nothing is left to do.
-    again = label_store(store, SlowLennardJones(), ALL)
+    again = label_store(store, PartialLennardJones(), ALL)
     assert (again.n_labeled, again.n_failed, again.n_new) == (34, 6, 0)
     assert again.failures == report.failures
 
 
 def test_the_reference_stays_beside_the_teacher(store):
-    label_store(store, SlowLennardJones(), ("energy",))
+    label_store(store, PartialLennardJones(), ("energy",))
     assert store.sources == ("reference", "lj")
     assert store.labels("reference")["energy"].tolist() == list(range(N_FRAMES))
 
@@ -73,43 +70,43 @@ def test_structures_that_come_later_are_labelled_later(tmp_path):
     structures, _ = argon()
     store = LabeledStore.create(tmp_path / "s")
     store.append(structures.select(range(10)))
-    label_store(store, SlowLennardJones(), ALL)
+    label_store(store, PartialLennardJones(), ALL)
     store.append(structures.select(range(10, N_FRAMES)))
-    report = label_store(store, SlowLennardJones(), ALL)
+    report = label_store(store, PartialLennardJones(), ALL)
     assert (report.n_new, report.n_labeled) == (30, 34)
     whole = LabeledStore.create(tmp_path / "whole")
     whole.append(structures)
-    label_store(whole, SlowLennardJones(), ALL)
+    label_store(whole, PartialLennardJones(), ALL)
     assert store.fingerprint() == whole.fingerprint()
 
 
 def test_what_the_teacher_cannot_give_is_refused_first(store):
     before = store.fingerprint()
     with pytest.raises(TeacherError, match="'lj' does not give 'charges'"):
-        label_store(store, SlowLennardJones(), ("energy", "charges"))
+        label_store(store, PartialLennardJones(), ("energy", "charges"))
     with pytest.raises(ConfigError, match="unknown property 'force'; did you mean 'forces'"):
-        label_store(store, SlowLennardJones(), ("force",))
+        label_store(store, PartialLennardJones(), ("force",))
     with pytest.raises(TeacherError, match="at least one property"):
-        label_store(store, SlowLennardJones(), ())
+        label_store(store, PartialLennardJones(), ())
     with pytest.raises(TeacherError, match="at least one frame, not 0"):
-        label_store(store, SlowLennardJones(), ALL, chunk=0)
+        label_store(store, PartialLennardJones(), ALL, chunk=0)
     with pytest.raises(StoreError, match="opened for reading"):
-        label_store(LabeledStore.open(store.path), SlowLennardJones(), ALL)
+        label_store(LabeledStore.open(store.path), PartialLennardJones(), ALL)
     assert store.fingerprint() == before
     assert store.sources == ("reference",)
 
 
 def test_another_teacher_or_other_properties_under_the_name_are_refused(store):
-    label_store(store, SlowLennardJones(), ("energy",))
+    label_store(store, PartialLennardJones(), ("energy",))
     with pytest.raises(StoreError, match=r"begun with the properties \['energy'\]"):
-        label_store(store, SlowLennardJones(), ALL)
-    other = SlowLennardJones()
+        label_store(store, PartialLennardJones(), ALL)
+    other = PartialLennardJones()
     other.info = TeacherInfo("lj", "another-fingerprint")
     with pytest.raises(StoreError, match="of a different teacher"):
         label_store(store, other, ("energy",))
 
 
-class Faulty(SlowLennardJones):
+class Faulty(PartialLennardJones):
     """Spoils some of its answers, as a teacher with a bug would."""
 
     def __init__(self, spoil):
@@ -208,34 +205,22 @@ def test_stress_in_another_unit_is_refused_before_a_label_is_written(crystals):
     assert label(LabelConfig(**settings, teacher=teacher | {"args": {"conservative": False}})).n_new
 
 
-def work_and_be_killed(path, random, longest):
-    """Run the worker for some steps and a random moment more, then kill it."""
-    command = [sys.executable, str(Path(__file__).with_name("label_worker.py")), str(path), "0.02"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
-        assert process.stdout is not None
-        for _ in range(random.integers(4, longest)):  # eight of them see what is there already
-            process.stdout.readline()
-        time.sleep(random.uniform(0.0, 0.2))
-        process.kill()
-
-
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_kill_dash_nine(tmp_path, kills):
-    """Filling and labeling, killed at random moments, ends as if nothing had happened."""
-    killed, random = tmp_path / "killed", np.random.default_rng(kills)
-    reached = []
-    for _ in range(kills):
-        work_and_be_killed(killed, random, longest=9 + 2 * N_FRAMES // kills)
-        if killed.exists():
-            store = LabeledStore.open(killed)
-            store.verify()
-            done = store.n_labeled("lj") if "lj" in store.sources else 0
-            reached.append((store.n_systems, done))
+    """Filling and labelling, killed at file operations, ends as if nothing had happened."""
+    killed, reached = tmp_path / "killed", []
+    script = str(Path(__file__).with_name("label_worker.py"))
+    for k in range(kills):
+        # An undisturbed run has about 1,000 operations; what a kill undoes is done again.
+        assert run_and_kill([script, str(killed)], killed, 880 // kills + 3 * kills + k) == -9
+        store = LabeledStore.open(killed)
+        store.verify()
+        done = store.n_labeled("lj") if "lj" in store.sources else 0
+        reached.append((store.n_systems, done))
     assert reached == sorted(reached), "nothing that was committed is lost"
-    assert any(0 < done < N_FRAMES for _, done in reached), "some kill met the labeling"
-    run(str(killed), 0.0)
-    undisturbed = run(str(tmp_path / "undisturbed"), 0.0)
+    assert any(0 < done < N_FRAMES for _, done in reached), "some kill met the labelling"
+    run(str(killed))
+    undisturbed = run(str(tmp_path / "undisturbed"))
     store = LabeledStore.open(killed)
     store.verify()
     assert store.fingerprint() == undisturbed.fingerprint()

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
+from kill_helper import kill_until_done
 from potstill.checkpoint import load_potential, read_payload
 from potstill.config import TrainConfig, validate
 from potstill.display import Display
@@ -168,41 +168,15 @@ def test_interrupted_and_killed_runs_end_with_the_same_weights(tmp_path: Path) -
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
 
 
-def _n_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
 @pytest.mark.slow
-def test_kill_9_at_random_moments_of_training_changes_nothing(tmp_path: Path) -> None:
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1)\n"
-        "from test_train import emt_set, settings, train\n"
-        "from pathlib import Path\n"
-        "train(settings(epochs=60), emt_set(12), emt_set(3, seed=9), Path(sys.argv[2]))\n"
-    )
-
-    def command(folder: Path) -> list[str]:
-        return [sys.executable, "-c", script, str(Path(__file__).parent), str(folder)]
-
-    subprocess.run(command(tmp_path / "whole"), check=True)
-    rng = np.random.default_rng(0)
-    folder = tmp_path / "killed"
-    met = 0
-    for _ in range(10):
-        process = subprocess.Popen(command(folder))
-        # a process that starts anew does not get far before it has logged an epoch
-        seen, deadline = _n_lines(folder / "metrics.jsonl"), time.monotonic() + 60
-        while _n_lines(folder / "metrics.jsonl") <= seen and time.monotonic() < deadline:
-            time.sleep(0.005)
-            if process.poll() is not None:
-                break
-        time.sleep(rng.uniform(0.0, 0.2))
-        met += process.poll() is None
-        process.kill()
-        process.wait()
-    assert met >= 5  # at least so many were killed while they trained
-    subprocess.run(command(folder), check=True)
+def test_kill_9_at_any_file_operation_of_training_changes_nothing(tmp_path: Path) -> None:
+    """An epoch has five: two each of best.pt and last.pt, and a line of metrics.jsonl."""
+    script, folder = str(Path(__file__).with_name("train_runner.py")), tmp_path / "killed"
+    met = kill_until_done([script, str(folder)], folder, (1, 3, 5, 6, 8, 9))
+    assert met == [-9] * 6
+    train(settings(epochs=6), emt_set(12), emt_set(3, seed=9), tmp_path / "whole")
     assert_same_weights(tmp_path / "whole/best.pt", folder / "best.pt")
+    assert without_times(tmp_path / "whole") == without_times(folder)
 
 
 def run_on_two_ranks(script: str, tmp_path: Path) -> None:
