@@ -74,6 +74,12 @@ class Rows:
     pairs: NeighborList | None = None
     weights: Tensor | None = None
 
+    def weights_of(self, features: Tensor) -> Tensor:
+        """(n,) float64 weights of the rows of `features`."""
+        if self.weights is not None:
+            return self.weights
+        return torch.ones(len(features), dtype=torch.float64, device=features.device)
+
 
 class FeatureLoss(ABC):
     """A loss between features (n, F) or, of vectors, (n, 3, F)."""
@@ -141,10 +147,8 @@ class LocalStructure(_Mean):
         ]
         divergence = logs[0].exp() * (logs[0] - logs[1])
         count = torch.zeros(n, dtype=torch.bool, device=center.device).index_fill(0, center, True)
-        if rows.weights is None:
-            return torch.stack([divergence.sum(), count.sum().to(divergence)])
-        weighted = rows.weights[center] * divergence
-        return torch.stack([weighted.sum(), rows.weights[count].sum()])
+        weights = rows.weights_of(student)
+        return torch.stack([(weights[center] * divergence).sum(), weights[count].sum()])
 
 
 class GlobalStructure(_Mean):
@@ -171,9 +175,7 @@ class GlobalStructure(_Mean):
         present = torch.zeros(n_systems, dtype=torch.bool, device=system.device)
         present = present.index_fill(0, system[rows.atoms], True)
         mean = square / sizes.clamp(min=1).square()
-        if rows.weights is None:
-            return torch.stack([mean.sum(), present.sum().to(mean)])
-        weights = mean.new_zeros(n_systems).index_put((system,), rows.weights)
+        weights = mean.new_zeros(n_systems).index_put((system,), rows.weights_of(student))
         return torch.stack([(weights * mean).sum(), weights[present].sum()])
 
 
@@ -194,15 +196,12 @@ class RelationalContrast(_Mean):
             return _directions(z[pairs.neighbor] - z[pairs.center])[slot]
 
         if not pairs.n_pairs:
-            return torch.stack(
-                [0.0 * student.double().sum(), torch.zeros_like(student.double().sum())]
-            )
+            nothing = 0.0 * student.double().sum()
+            return torch.stack([nothing, torch.zeros_like(nothing)])
         score = relations(student) @ relations(teacher).transpose(1, 2) / _TEMPERATURE
         score = score.masked_fill(~used.unsqueeze(1), _NEVER)
         own = torch.log_softmax(score, dim=2).diagonal(dim1=1, dim2=2)  # (N, K)
-        if rows.weights is None:
-            return torch.stack([-own[used].sum(), used.sum().to(own)])
-        weights = rows.weights.unsqueeze(1).expand_as(own)[used]
+        weights = rows.weights_of(student).unsqueeze(1).expand_as(own)[used]
         return torch.stack([-(weights * own[used]).sum(), weights.sum()])
 
 

@@ -2,7 +2,7 @@
 
 Ekström Kelvinius et al., *Accelerating Molecular Graph Neural Networks via Knowledge Distillation*,
 Eqs. 2 to 6 and the strategy e2e of the full paper. A head holds the transformations of its line,
-which are trained along with the student: a saved student knows nothing of them.
+which are trained along with the student and are not saved with it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class FeatureTerm(Line):
     student_tap, teacher_tap : str or list of str, optional
         Names of taps, several joined by `+`; by default the last of a fitting kind.
     student_transform, teacher_transform : {"identity", "linear", "mlp"}
-        M_s and M_t. They are trained along and are no part of the student's file.
+        M_s and M_t. They are trained along with the student, and its file does not hold them.
     error : {"mse", "mae", "lsp", "gsp", "cka", "fork"}
         See `potstill.distill.feature_losses`.
     weight : float or Schedule

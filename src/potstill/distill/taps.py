@@ -185,39 +185,6 @@ def atom_feature(output: Tensor | None, n_atoms: int, tap: str) -> Feature:
     return Feature("node_vector" if vector else "node_scalar", output.detach())
 
 
-def default_tap(
-    taps: Mapping[str, TapSpec], preferred: str | None, kinds: Sequence[FeatureKind], owner: str
-) -> str:
-    """The tap that is taken where none is named.
-
-    Parameters
-    ----------
-    taps : mapping
-        Those of the model, from its input to its output.
-    preferred : str, optional
-        The model's own choice, taken where it is of the right kind.
-    kinds : sequence of str
-        Kinds that fit, the best first.
-    owner : str
-        Whose taps these are, for the message.
-
-    Raises
-    ------
-    ModelError
-        If no tap is of a fitting kind.
-    """
-    for kind in kinds:
-        if preferred is not None and preferred in taps and taps[preferred].kind == kind:
-            return preferred
-        of_kind = [n for n, spec in taps.items() if spec.kind == kind and n != CHOSEN_PAIRS]
-        if of_kind:
-            return of_kind[-1]
-    raise ModelError(
-        f"{owner} has no tap of the kind {' or '.join(kinds)}: its taps are "
-        f"{', '.join(f'{name} ({spec.kind})' for name, spec in taps.items()) or 'none'}"
-    )
-
-
 def resolve_taps(
     named: Sequence[str] | None,
     taps: Mapping[str, TapSpec],
@@ -254,10 +221,12 @@ def resolve_taps(
     ConfigError
         If a tap is unknown or of the wrong kind.
     """
-    try:
-        names = tuple(named or (default_tap(taps, preferred, kinds, owner),))
-    except ModelError as error:
-        raise ConfigError(f"{term}: {error}") from None
+    names = tuple(named or _default_taps(taps, preferred, kinds))
+    if not names:
+        there = ", ".join(f"{name} ({spec.kind})" for name, spec in taps.items()) or "none"
+        raise ConfigError(
+            f"{term}: {owner} has no tap of the kind {' or '.join(kinds)}: its taps are {there}"
+        )
     for part in names:
         if part not in taps:
             raise ConfigError(f"{term}: {owner} has no feature tap '{part}'{suggest(part, taps)}")
@@ -269,3 +238,16 @@ def resolve_taps(
             "strategy"
         )
     return names, TapSpec(found[0], sum(taps[part].width for part in names))
+
+
+def _default_taps(
+    taps: Mapping[str, TapSpec], preferred: str | None, kinds: Sequence[FeatureKind]
+) -> list[str]:
+    """The tap taken where none is named: the model's own choice if it fits, else the last."""
+    for kind in kinds:
+        fitting = [n for n, spec in taps.items() if spec.kind == kind and n != CHOSEN_PAIRS]
+        if preferred in fitting:
+            return [preferred]
+        if fitting:
+            return fitting[-1:]
+    return []

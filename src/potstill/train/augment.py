@@ -1,4 +1,4 @@
-"""Augmentation while training: noise of a fixed norm, labelled by a teacher online.
+"""Augmentation while training: noise of a fixed norm, labeled by a teacher online.
 
 Ekström Kelvinius et al., appendix D.1: noise is added to the positions of the samples of a batch,
 and the teacher says what energies and forces are there. Its labels take the place of reference

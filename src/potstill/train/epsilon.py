@@ -10,9 +10,10 @@ quadratic).
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -91,19 +92,8 @@ class EpsilonScan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {
-            "precision": self.precision,
-            "loss": self.loss,
-            "folded": self.folded,
-            "n_structures": self.n_structures,
-            "length": LENGTH,
-            "epsilons": list(self.epsilons),
-            "proxy": list(self.proxy),
-            "gradient": None if self.gradient is None else list(self.gradient),
-            "backpropagation": self.backpropagation,
-            "recommended": self.recommended,
-            "best": self.best,
-        }
+        own = {"length": LENGTH, "recommended": self.recommended, "best": self.best}
+        return json.loads(json.dumps(asdict(self) | own))
 
 
 def scan_epsilon(

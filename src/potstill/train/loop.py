@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning_fabric
-from torch import nn
+from torch import Tensor, nn
 
 from potstill.checkpoint import save_potential
+from potstill.distill.terms import Batch
 from potstill.models import Potential, SumPotential
 from potstill.teachers.base import Teacher
 from potstill.train.augment import Augmentation
-from potstill.train.batches import BatchSource
 from potstill.train.compilation import network_passes
 from potstill.train.data import TrainingSet
 from potstill.train.devices import default_fabric
 from potstill.train.force_gradient import ForceGradient
 from potstill.train.initialize import initial_student
-from potstill.train.mixing import mixed_batches
+from potstill.train.mixing import batch_weights, mixed_batches
 from potstill.train.objective import BatchLoss
 from potstill.train.settings import TrainSettings
 from potstill.train.signals import (
@@ -137,7 +137,7 @@ def train(
             for systems in batches[trainee.step :]:
                 if interruption.requested:
                     break
-                batch = p.draw(systems, epoch, trainee.step)  # weighed, displaced, with features
+                batch = p.draw(systems, epoch, trainee.step)
                 objective = BatchLoss(trainee.terms, epoch, batch, p.fabric)
                 gradient = p.force_gradient(p.passes, batch, objective.wanted, objective)
                 trainee.optimizer.zero_grad(set_to_none=True)
@@ -191,16 +191,27 @@ def train(
 class Prepared:
     """Everything that the loop works with, checked and on its device."""
 
+    settings: TrainSettings
     fabric: lightning_fabric.Fabric
     student: SumPotential
     network: Potential
     data: TrainingSet
+    features: FeatureSources
+    augmentation: Augmentation | None
     run: RunFolder
     trainee: Trainee
-    draw: BatchSource
     force_gradient: ForceGradient
     passes: nn.Module
     validation: Validation
+
+    def draw(self, systems: Tensor, epoch: int, step: int) -> Batch:
+        """A process's share of a step's configurations: weighed, displaced, with features."""
+        mine = slice(self.fabric.global_rank, None, self.fabric.world_size)
+        weights = batch_weights(self.data.synthetic, systems, self.settings)
+        batch = self.data.batch(systems[mine], None if weights is None else weights[mine])
+        if self.augmentation is not None:
+            batch = self.augmentation(batch, epoch, step, range(len(systems))[mine])
+        return self.features.complete(batch).to(self.fabric.device)
 
 
 def prepare(
@@ -244,14 +255,24 @@ def prepare(
     features.to(fabric.device)
     residual = validation.minus(baseline)
     validated = Validation(settings, network, residual, terms, features, fabric)
-    draw = BatchSource(settings, training, augmentation, features, fabric)
-    wrapped = fabric.setup_module(passes)
+    p = Prepared(
+        settings,
+        fabric,
+        student,
+        network,
+        training,
+        features,
+        augmentation,
+        run,
+        trainee,
+        force_gradient,
+        fabric.setup_module(passes),
+        validated,
+    )
     if not restore(run, trainee):
         order = mixed_batches(training.structures, training.synthetic, settings, epoch=1)
-        choose_scales(settings, network, terms, draw, order, fabric)
-    return Prepared(
-        fabric, student, network, training, run, trainee, draw, force_gradient, wrapped, validated
-    )
+        choose_scales(settings, network, terms, p.draw, order, fabric)
+    return p
 
 
 def _info(

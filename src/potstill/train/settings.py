@@ -222,7 +222,7 @@ class MixingSettings(_Settings):
 
 
 class AugmentSettings(_Settings):
-    """Noise on positions, labelled by a teacher online; see `potstill.train.augment`.
+    """Noise on positions, labeled by a teacher online; see `potstill.train.augment`.
 
     Parameters
     ----------

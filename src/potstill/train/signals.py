@@ -1,6 +1,6 @@
 """What the terms of a run need, where it comes from, and that it is there before the first step.
 
-A teacher's features come with the training set, from a labelled store, or are computed for every
+A teacher's features come with the training set, from a labeled store, or are computed for every
 batch by the teacher itself; the loss sees no difference.
 """
 

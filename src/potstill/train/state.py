@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -212,18 +212,7 @@ def now() -> tuple[float, float]:
 _THRESHOLD = 1e-4
 
 #: Fields of a trainee that are plain numbers and go into the snapshot's header.
-_COUNTERS = (
-    "epoch",
-    "step",
-    "best_score",
-    "best_epoch",
-    "plateau_epochs",
-    "plateau_scale",
-    "seconds",
-    "processor_seconds",
-    "steps",
-    "sums",
-)
+_COUNTERS = tuple(f.name for f in fields(Trainee) if f.type in ("int", "float", "dict[str, float]"))
 
 
 @dataclass(frozen=True)

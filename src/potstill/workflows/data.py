@@ -120,7 +120,7 @@ class SyntheticData(Settings):
     Parameters
     ----------
     store : str, optional
-        A labelled store.
+        A labeled store.
     files : tuple of FileData
         Files with labels, instead.
     source : str
@@ -158,7 +158,7 @@ class DataSettings(Settings):
     Parameters
     ----------
     store : str, optional
-        A labelled store: reference labels and those of teachers.
+        A labeled store: reference labels and those of teachers.
     files : tuple of FileData
         Files with reference labels, instead of a store.
     validation_files, test_files : tuple of FileData

@@ -146,10 +146,10 @@ def _draw(
     data: TrainingSet, terms: tuple[LossTerm, ...], n_structures: int, seed: int
 ) -> TrainingSet:
     """Some structures that have a label of the loss."""
-    labelled = torch.zeros(len(data), dtype=torch.bool)
+    labeled = torch.zeros(len(data), dtype=torch.bool)
     for term in terms:
-        labelled |= data.labels[term.source].presence(term.property, len(data))
-    systems = labelled.nonzero()[:, 0]
+        labeled |= data.labels[term.source].presence(term.property, len(data))
+    systems = labeled.nonzero()[:, 0]
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(systems), generator=generator)[:n_structures]
     return data.select(systems[order.sort().values])

@@ -95,7 +95,7 @@ class TrainConfig(Settings):
     train : TrainSettings
         Model, loss, optimizer and so on.
     stages : tuple of StageConfig
-        Train in stages, say on synthetic structures that a teacher has labelled, then on reference
+        Train in stages, say on synthetic structures that a teacher has labeled, then on reference
         data; each starts from the best network of the one before.
     initial : str, optional
         Start from this checkpoint.
