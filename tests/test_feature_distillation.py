@@ -17,7 +17,6 @@ from ase.io import write
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
-import potstill.models
 from potstill.checkpoint import load_potential, read_payload, save_potential
 from potstill.cli import app
 from potstill.config import TrainConfig, load_config, validate
@@ -26,7 +25,7 @@ from potstill.distill.aggregate import edges_to_nodes, match_pairs
 from potstill.distill.auxiliary import AuxiliaryHead
 from potstill.distill.strategies import PRESETS, STRATEGIES
 from potstill.distill.terms import Batch
-from potstill.errors import ConfigError, MissingLabelError
+from potstill.errors import ConfigError, MissingLabelError, ModelError, StoreError
 from potstill.features import Feature, pairs_within
 from potstill.label import label_features
 from potstill.models import HIPNN
@@ -55,12 +54,7 @@ from test_train import (
 )
 
 REFERENCE = ({"property": "energy"}, {"property": "forces", "weight": 10.0})
-STUDENT = ModelSettings(kind="tapped", hyperparameters={"width": 5, "seed": 1})
-
-
-@pytest.fixture(autouse=True)
-def _known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(potstill.models.MODELS, "tapped", Tapped)
+STUDENT = ModelSettings(kind="tapped:Tapped", hyperparameters={"width": 5, "seed": 1})
 
 
 @pytest.fixture(scope="module")
@@ -419,12 +413,7 @@ def test_two_ranks_equal_one_rank_with_the_whole_batch(
     data: TrainingSet, teacher: PotentialTeacher, tmp_path: Path
 ) -> None:
     # an odd number of frames: in the last step one rank has nothing
-    script = (
-        "import potstill.models; from tapped import Tapped\n"
-        "potstill.models.MODELS['tapped'] = Tapped\n"
-        "import test_feature_distillation as t\n"
-        "t.train_for_ranks(sys.argv[2])\n"
-    )
+    script = "import test_feature_distillation as t\nt.train_for_ranks(sys.argv[2])\n"
     run_on_two_ranks(script, tmp_path)
     train_for_ranks(tmp_path / "one")
     for run in ("backpropagation", "central_difference"):
@@ -740,7 +729,7 @@ def test_vanilla_needs_terms_to_repeat() -> None:
 def test_taps_that_do_not_fit_are_refused_before_the_first_step(
     data: TrainingSet, teacher: PotentialTeacher, tmp_path: Path, changes: dict, words: str
 ) -> None:
-    with pytest.raises((ConfigError, potstill.errors.ModelError), match=words):
+    with pytest.raises((ConfigError, ModelError), match=words):
         train(
             settings(line("n2n", **changes)),
             data,
@@ -775,7 +764,7 @@ def test_features_of_pairs_without_a_recipe_are_for_the_moment_only(
             return {tap: replace(feature, recipe="") for tap, feature in found.items()}
 
     silent = Silent(teacher.potential, teacher.info)
-    with pytest.raises(potstill.errors.StoreError, match="compute it online"):
+    with pytest.raises(StoreError, match="compute it online"):
         label_features(store, silent, ["pair"])
     assert gradients(
         settings(loss=[LINES["e2n"]]),
@@ -790,9 +779,9 @@ def test_another_teacher_cannot_add_features_under_the_same_name(
 ) -> None:
     label_features(store, teacher, ["update"])
     other = PotentialTeacher(teacher.potential, TeacherInfo("big", "another"))
-    with pytest.raises(potstill.errors.StoreError, match="different teacher"):
+    with pytest.raises(StoreError, match="different teacher"):
         label_features(store, other, ["pair"])
-    with pytest.raises(potstill.errors.StoreError, match="different teacher"):
+    with pytest.raises(StoreError, match="different teacher"):
         store.begin_labels("big", {"fingerprint": "another"})
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import ase.build
 import ase.io
-import numpy as np
 import pytest
 import torch
 
@@ -205,14 +204,17 @@ def test_stress_in_another_unit_is_refused_before_a_label_is_written(crystals):
     assert label(LabelConfig(**settings, teacher=teacher | {"args": {"conservative": False}})).n_new
 
 
+#: Of about 990 in all, the last 400 of which label: what a kill undoes is done again.
+OPERATIONS = (301, 449, 80, 40, 29, 33, 15, 7, 31, 2)
+
+
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_kill_dash_nine(tmp_path, kills):
     """Filling and labelling, killed at file operations, ends as if nothing had happened."""
     killed, reached = tmp_path / "killed", []
     script = str(Path(__file__).with_name("label_worker.py"))
-    for k in range(kills):
-        # An undisturbed run has about 1,000 operations; what a kill undoes is done again.
-        assert run_and_kill([script, str(killed)], killed, 880 // kills + 3 * kills + k) == -9
+    for operation in OPERATIONS[:kills]:
+        assert run_and_kill([script, str(killed)], killed, operation) == -9
         store = LabeledStore.open(killed)
         store.verify()
         done = store.n_labeled("lj") if "lj" in store.sources else 0
