@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,7 @@ from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.species import SpeciesTable
 from potstill.structures import Structures
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "core_kernels.json"
 CUTOFF = 7.5
 TABLE = SpeciesTable.from_symbols(["Al"])
@@ -81,6 +84,17 @@ def operations(model: HIPNN, n_pairs: float, *, forces: bool, parameters: bool) 
     forward = n_pairs * (geometry + n * (gaussian + 2 * m)) + products
     backward = n_pairs * (20 + n * (gaussian + 4 * m + 4)) + products
     return forward + (backward if forces or parameters else 0) + (products if parameters else 0)
+
+
+def peak_rates(instruction_set: str) -> dict[str, float]:
+    """GFLOP/s of one thread by dtype: the program of core/benchmarks, compiled with cmake."""
+    with tempfile.TemporaryDirectory() as folder:
+        configure = ["cmake", "-S", str(ROOT), "-B", folder, "-DPOTSTILL_PEAK=ON"]
+        for command in (configure, ["cmake", "--build", folder]):
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        program = str(Path(folder) / f"peak_{instruction_set}")
+        output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    return dict(zip(("float32", "float64"), map(float, output.split()), strict=True))
 
 
 def bandwidth(n_threads: int) -> float:
@@ -165,9 +179,8 @@ def main() -> None:
     core.select_instruction_set(options.instruction_set)
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
-    measure_peak = native().gflops_f32 if dtype == torch.float32 else native().gflops_f64
     peaks = {
-        "gflops_per_thread": measure_peak(1.0),
+        "gflops_per_thread": peak_rates(core.instruction_set())[options.dtype],
         "triad_gb_per_s": bandwidth(options.threads),
     }
     rows: dict[str, Any] = {}

@@ -1,11 +1,13 @@
 // Python bindings: arrays in, arrays filled. Everything is checked by potstill.core, which is the
-// only caller; here only the addresses are taken, without copies, and the lock is released.
+// only caller; here only the addresses are taken, without copies, and the lock is released. Functions
+// of float and double carry one name: the dtype of the arrays chooses.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -22,20 +24,45 @@ using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Optional = std::optional<Array<T>>;
 
-void check(int code) {
-    if (code < 0) throw std::runtime_error(potstill_error());
-}
+// The C functions of a type.
+template <class T>
+struct Functions;
+template <>
+struct Functions<float> {
+    static constexpr auto pass = potstill_pass_f32;
+    static constexpr auto md = potstill_md_f32;
+    static constexpr auto begin = potstill_begin_f32;
+    static constexpr auto pair_vectors = potstill_pair_vectors_f32;
+    static constexpr auto pair_forces = potstill_pair_forces_f32;
+};
+template <>
+struct Functions<double> {
+    static constexpr auto pass = potstill_pass_f64;
+    static constexpr auto md = potstill_md_f64;
+    static constexpr auto begin = potstill_begin_f64;
+    static constexpr auto pair_vectors = potstill_pair_vectors_f64;
+    static constexpr auto pair_forces = potstill_pair_forces_f64;
+};
 
 template <class T>
 T *address(const Optional<T> &array) {
     return array ? array->data() : nullptr;
 }
 
-potstill_hipnn hipnn(int n_species, int n_features, int n_sensitivities, int l_max,
-                     int n_interaction_layers, int n_atom_layers, int cutoff_function, double cutoff,
-                     double cusp_reg) {
-    return {n_species,     n_features,      n_sensitivities, l_max, n_interaction_layers,
-            n_atom_layers, cutoff_function, cutoff,          cusp_reg};
+template <class N>
+N check(N code) {
+    if (code < 0) throw std::runtime_error(potstill_error());
+    return code;
+}
+
+// Without Python's lock; a negative result is an error.
+template <class F>
+auto unlocked(F &&call) {
+    auto code = [&] {
+        nb::gil_scoped_release release;
+        return call();
+    }();
+    return check(code);
 }
 
 potstill_pairs pairs(const Array<const int32_t> &species, const Array<const int64_t> &row_ptr,
@@ -44,49 +71,113 @@ potstill_pairs pairs(const Array<const int32_t> &species, const Array<const int6
             neighbor.data()};
 }
 
-template <class T, class R, class F>
-void run_pass(F function, const potstill_hipnn &model, Array<const T> parameters,
-              Array<const int32_t> species, Array<const int64_t> row_ptr, Array<const int32_t> neighbor,
-              Array<const R> r_ij, Optional<const double> weights, Optional<double> terms,
-              Optional<T> gradient, Optional<double> parameter_gradient, int n_threads) {
+template <class T, class R>
+void run_pass(const potstill_hipnn &model, Array<const T> parameters, Array<const int32_t> species,
+              Array<const int64_t> row_ptr, Array<const int32_t> neighbor, Array<const R> r_ij,
+              Optional<const double> weights, Array<double> terms, Optional<T> gradient,
+              Optional<double> parameter_gradient, int n_threads) {
     const potstill_pairs list = pairs(species, row_ptr, neighbor);
-    const potstill_pass what{r_ij.data(),    sizeof(R) == 8,    address(weights),
-                             address(terms), address(gradient), address(parameter_gradient)};
-    int code;
-    {
-        nb::gil_scoped_release release;
-        code = function(&model, parameters.data(), &list, &what, n_threads);
-    }
-    check(code);
+    const potstill_pass what{r_ij.data(),  sizeof(R) == 8,    address(weights),
+                             terms.data(), address(gradient), address(parameter_gradient)};
+    unlocked([&] { return Functions<T>::pass(&model, parameters.data(), &list, &what, n_threads); });
 }
 
-template <class T, class F>
-void run_md(F function, const potstill_hipnn *model, Optional<const T> parameters,
-            Array<const int32_t> species, Array<const int64_t> row_ptr, Array<const int32_t> neighbor,
-            Array<const double> positions, Optional<const uint16_t> image,
-            Array<const double> offsets, Optional<const double> zbl_charge, double zbl_coulomb,
-            double zbl_inner, double zbl_cutoff, Array<double> energies, Optional<double> forces,
-            Optional<double> virial, int n_threads) {
-    const potstill_pairs list = pairs(species, row_ptr, neighbor);
-    const potstill_zbl zbl{address(zbl_charge), zbl_coulomb, zbl_inner, zbl_cutoff};
-    const potstill_md what{positions.data(),
-                           address(image),
-                           offsets.data(),
-                           int64_t(offsets.shape(0)),
-                           zbl_charge ? &zbl : nullptr,
-                           energies.data(),
-                           address(forces),
-                           address(virial)};
-    int code;
-    {
-        nb::gil_scoped_release release;
-        code = function(model, address(parameters), &list, &what, n_threads);
+// One system's geometry and where its results go. It keeps the arrays alive.
+struct Geometry {
+    Array<const int32_t> species, neighbor;
+    Array<const int64_t> row_ptr;
+    Array<const double> positions, offsets;
+    Optional<const uint16_t> image;
+    Optional<const double> charge;
+    Array<double> energies;
+    Optional<double> forces, virial;
+    potstill_pairs list;
+    potstill_zbl zbl;
+    potstill_md md;
+
+    Geometry(Array<const int32_t> species_, Array<const int64_t> row_ptr_,
+             Array<const int32_t> neighbor_, Array<const double> positions_,
+             Optional<const uint16_t> image_, Array<const double> offsets_,
+             Optional<const double> zbl_charge, double zbl_coulomb, double zbl_inner,
+             double zbl_cutoff, Array<double> energies_, Optional<double> forces_,
+             Optional<double> virial_)
+        : species(species_),
+          neighbor(neighbor_),
+          row_ptr(row_ptr_),
+          positions(positions_),
+          offsets(offsets_),
+          image(image_),
+          charge(zbl_charge),
+          energies(energies_),
+          forces(forces_),
+          virial(virial_),
+          list(pairs(species, row_ptr, neighbor)),
+          zbl{address(charge), zbl_coulomb, zbl_inner, zbl_cutoff} {
+        md = {positions.data(),        address(image),  offsets.data(),  int64_t(offsets.shape(0)),
+              charge ? &zbl : nullptr, energies.data(), address(forces), address(virial)};
     }
-    check(code);
+    Geometry(const Geometry &) = delete;  // `md` points into it
+};
+
+template <class T>
+void run_md(const Geometry &g, const potstill_hipnn &model, Array<const T> parameters, int n_threads) {
+    unlocked([&] { return Functions<T>::md(&model, parameters.data(), &g.list, &g.md, n_threads); });
 }
 
-template <class T, class F>
-void pair_vectors(F function, Array<const int32_t> species, Array<const int64_t> row_ptr,
+void run_zbl(const Geometry &g) {
+    unlocked([&] { return potstill_md_f64(nullptr, nullptr, &g.list, &g.md, 1); });
+}
+
+// An evaluation layer by layer, with all that it reads and writes.
+struct State {
+    potstill_state *state = potstill_new_state();
+    nb::object geometry, parameters;
+    bool is_double = false;
+    int n_features = 0;
+    int64_t n_atoms = 0;
+
+    State() {
+        if (!state) throw std::bad_alloc();
+    }
+    State(const State &) = delete;
+    ~State() { potstill_delete_state(state); }
+
+    template <class T>
+    void begin(nb::object given, const potstill_hipnn &model, Array<const T> values, int n_threads) {
+        const Geometry &g = nb::cast<const Geometry &>(given);
+        geometry = given, parameters = nb::cast(values);
+        is_double = sizeof(T) == 8, n_features = model.n_features, n_atoms = g.list.n_atoms;
+        unlocked([&] {
+            return Functions<T>::begin(state, &model, values.data(), &g.list, &g.md, n_threads);
+        });
+    }
+
+    void forward(int layer) {
+        unlocked([&] { return potstill_layer_forward(state, layer); });
+    }
+    void reverse(int layer) {
+        unlocked([&] { return potstill_layer_reverse(state, layer); });
+    }
+    void finish() {
+        unlocked([&] { return potstill_finish(state); });
+    }
+};
+
+// (n_atoms, n_features) rows of a layer, in place.
+template <void *(*rows)(potstill_state *, int, int64_t *)>
+nb::object rows_of(nb::handle_t<State> self, int layer) {
+    const State &s = nb::cast<const State &>(self);
+    int64_t stride = 0;
+    void *data = rows(s.state, layer, &stride);
+    if (!data) throw std::runtime_error("this layer has no features to hand on now");
+    const size_t shape[] = {size_t(s.n_atoms), size_t(s.n_features)};
+    const int64_t strides[] = {stride, 1};
+    if (s.is_double) return nb::cast(nb::ndarray<nb::numpy, double>(data, 2, shape, self, strides));
+    return nb::cast(nb::ndarray<nb::numpy, float>(data, 2, shape, self, strides));
+}
+
+template <class T>
+void pair_vectors(Array<const int32_t> species, Array<const int64_t> row_ptr,
                   Array<const int32_t> neighbor, Array<const double> positions,
                   Array<const int32_t> system, Optional<const uint16_t> image,
                   Array<const double> offsets, Array<T> r_ij, int n_threads) {
@@ -94,31 +185,27 @@ void pair_vectors(F function, Array<const int32_t> species, Array<const int64_t>
     const potstill_batch batch{positions.data(), system.data(), address(image), offsets.data(),
                                int64_t(offsets.shape(1))};
     nb::gil_scoped_release release;
-    function(&list, &batch, r_ij.data(), n_threads);
+    Functions<T>::pair_vectors(&list, &batch, r_ij.data(), n_threads);
 }
 
-template <class T, class F>
-void pair_forces(F function, Array<const int32_t> species, Array<const int64_t> row_ptr,
+template <class T>
+void pair_forces(Array<const int32_t> species, Array<const int64_t> row_ptr,
                  Array<const int32_t> neighbor, Array<const int64_t> first_atom, Array<const T> r_ij,
                  Array<const T> gradient, Array<double> forces, Optional<double> virial, int n_threads) {
     const potstill_pairs list = pairs(species, row_ptr, neighbor);
     nb::gil_scoped_release release;
-    function(&list, first_atom.data(), int64_t(first_atom.size()) - 1, r_ij.data(), gradient.data(),
-             forces.data(), address(virial), n_threads);
+    Functions<T>::pair_forces(&list, first_atom.data(), int64_t(first_atom.size()) - 1, r_ij.data(),
+                              gradient.data(), forces.data(), address(virial), n_threads);
 }
 
 int pack_pairs(Array<const int64_t> center, Array<const int64_t> neighbor, Array<const int64_t> shifts,
                Array<int64_t> row_ptr, Array<int32_t> neighbor_out, Array<uint16_t> image,
                Array<int32_t> images) {
-    int code;
-    {
-        nb::gil_scoped_release release;
-        code = potstill_pack_pairs(int64_t(center.size()), int64_t(row_ptr.size()) - 1, center.data(),
+    return unlocked([&] {
+        return potstill_pack_pairs(int64_t(center.size()), int64_t(row_ptr.size()) - 1, center.data(),
                                    neighbor.data(), shifts.data(), row_ptr.data(),
                                    neighbor_out.data(), image.data(), images.data());
-    }
-    check(code);
-    return code;
+    });
 }
 
 potstill_systems systems(const Array<const int64_t> &first_atom, const Array<const double> &positions,
@@ -132,12 +219,7 @@ void count_pairs(Array<const int64_t> first_atom, Array<const double> positions,
                  Array<const uint8_t> periodic, double cutoff, Array<int64_t> row_ptr,
                  Array<int32_t> shift_range, int n_threads) {
     const potstill_systems all = systems(first_atom, positions, cells, periodic, cutoff);
-    int code;
-    {
-        nb::gil_scoped_release release;
-        code = potstill_count_pairs(&all, row_ptr.data(), shift_range.data(), n_threads);
-    }
-    check(code);
+    unlocked([&] { return potstill_count_pairs(&all, row_ptr.data(), shift_range.data(), n_threads); });
 }
 
 void list_pairs(Array<const int64_t> first_atom, Array<const double> positions, Array<const double> cells,
@@ -145,13 +227,10 @@ void list_pairs(Array<const int64_t> first_atom, Array<const double> positions, 
                 Array<const int32_t> shift_range, Array<int32_t> neighbor, Optional<uint16_t> image,
                 int n_threads) {
     const potstill_systems all = systems(first_atom, positions, cells, periodic, cutoff);
-    int code;
-    {
-        nb::gil_scoped_release release;
-        code = potstill_list_pairs(&all, row_ptr.data(), shift_range.data(), neighbor.data(),
+    unlocked([&] {
+        return potstill_list_pairs(&all, row_ptr.data(), shift_range.data(), neighbor.data(),
                                    address(image), n_threads);
-    }
-    check(code);
+    });
 }
 
 std::vector<std::string> compiled() {
@@ -167,6 +246,29 @@ std::string instruction_set() {
     return name;
 }
 
+// Arguments that may be None, and those whose dtype must be that of the function.
+template <class T>
+void define_functions(nb::module_ &m, nb::class_<State> &state) {
+    m.def("md", &run_md<T>, nb::arg("geometry"), nb::arg("model"), nb::arg("parameters").noconvert(),
+          nb::arg("n_threads"));
+    state.def("begin", &State::begin<T>, nb::arg("geometry"), nb::arg("model"),
+              nb::arg("parameters").noconvert(), nb::arg("n_threads"));
+    m.def("pair_vectors", &pair_vectors<T>, nb::arg("species"), nb::arg("row_ptr"), nb::arg("neighbor"),
+          nb::arg("positions"), nb::arg("system"), nb::arg("image").none(), nb::arg("offsets"),
+          nb::arg("r_ij").noconvert(), nb::arg("n_threads"));
+    m.def("pair_forces", &pair_forces<T>, nb::arg("species"), nb::arg("row_ptr"), nb::arg("neighbor"),
+          nb::arg("first_atom"), nb::arg("r_ij").noconvert(), nb::arg("gradient").noconvert(),
+          nb::arg("forces"), nb::arg("virial").none(), nb::arg("n_threads"));
+}
+
+template <class T, class R>
+void define_pass(nb::module_ &m) {
+    m.def("run_pass", &run_pass<T, R>, nb::arg("model"), nb::arg("parameters").noconvert(),
+          nb::arg("species"), nb::arg("row_ptr"), nb::arg("neighbor"), nb::arg("r_ij").noconvert(),
+          nb::arg("weights").none(), nb::arg("terms"), nb::arg("gradient").none(),
+          nb::arg("parameter_gradient").none(), nb::arg("n_threads"));
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -175,77 +277,33 @@ NB_MODULE(_native, m) {
         [](potstill_hipnn *self, int n_species, int n_features, int n_sensitivities, int l_max,
            int n_interaction_layers, int n_atom_layers, int cutoff_function, double cutoff,
            double cusp_reg) {
-            new (self) potstill_hipnn(hipnn(n_species, n_features, n_sensitivities, l_max,
-                                            n_interaction_layers, n_atom_layers, cutoff_function,
-                                            cutoff, cusp_reg));
+            new (self) potstill_hipnn{n_species,     n_features,      n_sensitivities,
+                                      l_max,         n_interaction_layers, n_atom_layers,
+                                      cutoff_function, cutoff,        cusp_reg};
         });
-    m.def("n_parameters", [](const potstill_hipnn &model) {
-        const int64_t n = potstill_n_parameters(&model);
-        if (n < 0) throw std::runtime_error(potstill_error());
-        return n;
-    });
-#define POTSTILL_DEFINE_PASS(NAME, T, R, FUNCTION)                                                  \
-    m.def(                                                                                          \
-        NAME,                                                                                       \
-        [](const potstill_hipnn &model, Array<const T> parameters, Array<const int32_t> species,    \
-           Array<const int64_t> row_ptr, Array<const int32_t> neighbor, Array<const R> r_ij,        \
-           Optional<const double> weights, Optional<double> terms, Optional<T> gradient,            \
-           Optional<double> parameter_gradient, int n_threads) {                                    \
-            run_pass<T, R>(FUNCTION, model, parameters, species, row_ptr, neighbor, r_ij, weights,  \
-                           terms, gradient, parameter_gradient, n_threads);                         \
-        },                                                                                          \
-        nb::arg("model"), nb::arg("parameters"), nb::arg("species"), nb::arg("row_ptr"),            \
-        nb::arg("neighbor"), nb::arg("r_ij"), nb::arg("weights").none(), nb::arg("terms").none(),   \
-        nb::arg("gradient").none(), nb::arg("parameter_gradient").none(), nb::arg("n_threads"))
-    POTSTILL_DEFINE_PASS("pass_f32_f32", float, float, potstill_pass_f32);
-    POTSTILL_DEFINE_PASS("pass_f32_f64", float, double, potstill_pass_f32);
-    POTSTILL_DEFINE_PASS("pass_f64_f32", double, float, potstill_pass_f64);
-    POTSTILL_DEFINE_PASS("pass_f64_f64", double, double, potstill_pass_f64);
-#define POTSTILL_DEFINE_MD(NAME, T, FUNCTION)                                                       \
-    m.def(                                                                                          \
-        NAME,                                                                                       \
-        [](const potstill_hipnn *model, Optional<const T> parameters, Array<const int32_t> species, \
-           Array<const int64_t> row_ptr, Array<const int32_t> neighbor,                             \
-           Array<const double> positions, Optional<const uint16_t> image,                           \
-           Array<const double> offsets, Optional<const double> zbl_charge, double zbl_coulomb,      \
-           double zbl_inner, double zbl_cutoff, Array<double> energies, Optional<double> forces,                      \
-           Optional<double> virial, int n_threads) {                                                \
-            run_md<T>(FUNCTION, model, parameters, species, row_ptr, neighbor, positions, image,    \
-                      offsets, zbl_charge, zbl_coulomb, zbl_inner, zbl_cutoff, energies, forces, virial,         \
-                      n_threads);                                                                   \
-        },                                                                                          \
-        nb::arg("model").none(), nb::arg("parameters").none(), nb::arg("species"),                  \
-        nb::arg("row_ptr"), nb::arg("neighbor"), nb::arg("positions"), nb::arg("image").none(),     \
-        nb::arg("offsets"), nb::arg("zbl_charge").none(), nb::arg("zbl_coulomb"), nb::arg("zbl_inner"),                     \
-        nb::arg("zbl_cutoff"), nb::arg("energies"), nb::arg("forces").none(),                       \
-        nb::arg("virial").none(), nb::arg("n_threads"))
-    POTSTILL_DEFINE_MD("md_f32", float, potstill_md_f32);
-    POTSTILL_DEFINE_MD("md_f64", double, potstill_md_f64);
-#define POTSTILL_DEFINE_GEOMETRY(SUFFIX, T)                                                         \
-    m.def("pair_vectors_" #SUFFIX,                                                                  \
-          [](Array<const int32_t> species, Array<const int64_t> row_ptr,                            \
-             Array<const int32_t> neighbor, Array<const double> positions,                          \
-             Array<const int32_t> system, Optional<const uint16_t> image,                           \
-             Array<const double> offsets, Array<T> r_ij, int n_threads) {                           \
-              pair_vectors<T>(potstill_pair_vectors_##SUFFIX, species, row_ptr, neighbor,           \
-                              positions, system, image, offsets, r_ij, n_threads);                  \
-          },                                                                                        \
-          nb::arg("species"), nb::arg("row_ptr"), nb::arg("neighbor"), nb::arg("positions"),        \
-          nb::arg("system"), nb::arg("image").none(), nb::arg("offsets"), nb::arg("r_ij"),          \
-          nb::arg("n_threads"));                                                                    \
-    m.def("pair_forces_" #SUFFIX,                                                                   \
-          [](Array<const int32_t> species, Array<const int64_t> row_ptr,                            \
-             Array<const int32_t> neighbor, Array<const int64_t> first_atom, Array<const T> r_ij,   \
-             Array<const T> gradient, Array<double> forces, Optional<double> virial,                \
-             int n_threads) {                                                                       \
-              pair_forces<T>(potstill_pair_forces_##SUFFIX, species, row_ptr, neighbor, first_atom, \
-                             r_ij, gradient, forces, virial, n_threads);                            \
-          },                                                                                        \
-          nb::arg("species"), nb::arg("row_ptr"), nb::arg("neighbor"), nb::arg("first_atom"),       \
-          nb::arg("r_ij"), nb::arg("gradient"), nb::arg("forces"), nb::arg("virial").none(),        \
-          nb::arg("n_threads"))
-    POTSTILL_DEFINE_GEOMETRY(f32, float);
-    POTSTILL_DEFINE_GEOMETRY(f64, double);
+    nb::class_<Geometry>(m, "Geometry")
+        .def(nb::init<Array<const int32_t>, Array<const int64_t>, Array<const int32_t>,
+                      Array<const double>, Optional<const uint16_t>, Array<const double>,
+                      Optional<const double>, double, double, double, Array<double>,
+                      Optional<double>, Optional<double>>(),
+             nb::arg("species"), nb::arg("row_ptr"), nb::arg("neighbor"), nb::arg("positions"),
+             nb::arg("image").none(), nb::arg("offsets"), nb::arg("zbl_charge").none(),
+             nb::arg("zbl_coulomb"), nb::arg("zbl_inner"), nb::arg("zbl_cutoff"),
+             nb::arg("energies"), nb::arg("forces").none(), nb::arg("virial").none());
+    nb::class_<State> state(m, "State");
+    state.def(nb::init<>())
+        .def("forward", &State::forward)
+        .def("reverse", &State::reverse)
+        .def("finish", &State::finish)
+        .def("features", &rows_of<potstill_layer_features>)
+        .def("cotangents", &rows_of<potstill_layer_cotangents>);
+    define_functions<float>(m, state);
+    define_functions<double>(m, state);
+    define_pass<float, float>(m);
+    define_pass<float, double>(m);
+    define_pass<double, float>(m);
+    define_pass<double, double>(m);
+    m.def("zbl", &run_zbl);
     m.def("pack_pairs", &pack_pairs);
     m.def("count_pairs", &count_pairs);
     m.def("list_pairs", &list_pairs, nb::arg("first_atom"), nb::arg("positions"), nb::arg("cells"),
@@ -257,8 +315,6 @@ NB_MODULE(_native, m) {
         check(potstill_select(name ? name->c_str() : nullptr));
     }, nb::arg("instruction_set").none());
     m.def("instruction_set", &instruction_set);
-    m.def("gflops_f32", &potstill_measure_gflops_f32, nb::call_guard<nb::gil_scoped_release>());
-    m.def("gflops_f64", &potstill_measure_gflops_f64, nb::call_guard<nb::gil_scoped_release>());
     m.def("release_memory", &potstill_release_memory);
     m.def("scratch_bytes", &potstill_scratch_bytes);
 }

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -302,34 +302,139 @@ def test_empty_systems():
     assert float(md.virial.abs().max()) == 0.0
 
 
+@dataclass
+class Domain:
+    """Some atoms of a periodic system, then ghosts: all neighbors that are not among them."""
+
+    owners: Tensor
+    neighbors: core.CompactNeighbors
+    positions: Tensor
+
+    @classmethod
+    def of(cls, structures: Structures, neighbors: NeighborList, local: Tensor) -> Domain:
+        index = torch.full((structures.n_atoms,), -1).index_put((local,), torch.arange(len(local)))
+        pairs = index[neighbors.center] >= 0
+        neighbor, shifts = neighbors.neighbor[pairs], neighbors.shifts[pairs]
+        inside = (index[neighbor] >= 0) & (shifts == 0).all(dim=1)
+        keys = torch.cat([neighbor[:, None], shifts], dim=1)[~inside]
+        ghosts, ghost = torch.unique(keys, dim=0, return_inverse=True)
+        listed = index[neighbor]
+        listed[~inside] = len(local) + ghost
+        pairs = NeighborList(
+            index[neighbors.center[pairs]],
+            listed,
+            torch.zeros_like(shifts),
+            torch.tensor([len(listed)]),
+            neighbors.cutoff,
+        )
+        owners = torch.cat([local, ghosts[:, 0]])
+        shifts = torch.cat([torch.zeros(len(local), 3), ghosts[:, 1:]]).double()
+        positions = structures.positions[owners] + shifts @ structures.cell[0]
+        return cls(owners, core.compact_neighbors(pairs, len(local)), positions)
+
+    def inputs(self, structures: Structures) -> tuple:
+        species = structures.species[self.owners]
+        return species, self.neighbors, self.positions, structures.cell[0]
+
+
 def test_ghosts_carry_their_owners_forces():
     """A periodic cell written out as local atoms and ghosts gives the same energies and forces."""
     model = make_model(2, 2, 1)
     structures = make_structures(model)[4]
     neighbors = build_neighbor_list(structures, 5.0)
-    n_atoms, cell = structures.n_atoms, structures.cell[0]
-    keys = torch.cat([neighbors.neighbor[:, None], neighbors.shifts], dim=1)
-    ghosts, ghost = torch.unique(keys, dim=0, return_inverse=True)
-    owners = torch.cat([torch.arange(n_atoms), ghosts[:, 0]])
-    shifts = torch.cat([torch.zeros(n_atoms, 3), ghosts[:, 1:]]).double()
-    positions = structures.positions[owners] + shifts @ cell
-    open_list = NeighborList(
-        neighbors.center,
-        n_atoms + ghost,
-        torch.zeros_like(neighbors.shifts),
-        neighbors.n_pairs_per_system,
-        5.0,
-    )
-    parameters = model.native_parameters()
-    compact = core.compact_neighbors(open_list, n_atoms)
-    result = core.hipnn_md(parameters, structures.species[owners], compact, positions, cell)
+    domain = Domain.of(structures, neighbors, torch.arange(structures.n_atoms))
+    result = core.hipnn_md(model.native_parameters(), *domain.inputs(structures))
     twin = model.predict(structures, neighbors, ("forces", "atomic_energies"))
-    folded = torch.zeros(n_atoms, 3, dtype=torch.float64).index_add(0, owners, result.forces)
+    folded = torch.zeros_like(structures.positions).index_add(0, domain.owners, result.forces)
     assert_close(result.energies, twin["atomic_energies"], torch.float64, "energies")
     assert_close(folded, twin["forces"], torch.float64, "forces")
     several = make_model(2, 2, 2).native_parameters()
-    with pytest.raises(ModelError, match="without ghosts"):
-        core.hipnn_md(several, structures.species[owners], compact, positions, cell)
+    with pytest.raises(ModelError, match="without ghosts, or one call per layer"):
+        core.hipnn_md(several, *domain.inputs(structures))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("l_max", "n_layers"), [(0, 1), (1, 2), (2, 2), (1, 3)])
+def test_two_domains_layer_by_layer_equal_the_whole(
+    instructions, dtype, tolerance, l_max, n_layers
+):
+    """Features go to the ghosts, their derivatives come back: an engine's work, done by hand."""
+    model = make_model(2, l_max, n_layers, dtype=dtype)
+    prior = ZBL(model.species_table, inner=1.0, cutoff=3.0)
+    zbl = core.ZblParameters(prior.nuclear_charge, prior.inner, prior.cutoff)
+    atoms = bulk("Al", cubic=True).repeat((3, 1, 2))
+    atoms.rattle(0.2, seed=1)
+    atoms.symbols[::3] = "Cu"
+    structures = Structures.from_ase(atoms).with_species_table(model.species_table)
+    neighbors = build_neighbor_list(structures, 5.5)  # a skin of 0.5 Å
+    compact = core.compact_neighbors(neighbors, structures.n_atoms)
+    parameters = model.native_parameters()
+    whole = core.hipnn_md(
+        *(parameters, structures.species, compact, structures.positions, structures.cell[0]),
+        zbl=zbl,
+        virial=True,
+    )
+    left = structures.positions[:, 0] < 0.4 * float(structures.cell[0, 0, 0])
+    domains = [Domain.of(structures, neighbors, side.nonzero()[:, 0]) for side in (left, ~left)]
+    layers = [
+        core.HipnnLayers(parameters, *d.inputs(structures), zbl=zbl, virial=True, n_threads=1 + k)
+        for k, d in enumerate(domains)
+    ]
+    for k in range(n_layers):
+        for domain_layers in layers:
+            domain_layers.forward(k)
+        if k == n_layers - 1:
+            break
+        everywhere = torch.empty(structures.n_atoms, model.n_features, dtype=dtype)
+        for d, of in zip(domains, layers, strict=True):
+            n_local = d.neighbors.n_local
+            everywhere[d.owners[:n_local]] = of.features(k)[:n_local]
+        for d, of in zip(domains, layers, strict=True):
+            of.features(k).copy_(everywhere[d.owners])
+    for k in reversed(range(n_layers)):
+        for of in layers:
+            of.reverse(k)
+        if k == 0:
+            break
+        everywhere = torch.zeros(structures.n_atoms, model.n_features, dtype=dtype)
+        for d, of in zip(domains, layers, strict=True):
+            everywhere.index_add_(0, d.owners, of.cotangents(k - 1))
+        for d, of in zip(domains, layers, strict=True):
+            n_local = d.neighbors.n_local
+            of.cotangents(k - 1)[:n_local] = everywhere[d.owners[:n_local]]
+    energies, virial = torch.empty_like(whole.energies), torch.zeros_like(whole.virial)
+    forces = torch.zeros_like(whole.forces)
+    for d, of in zip(domains, layers, strict=True):
+        result = of.finish()
+        energies[d.owners[: d.neighbors.n_local]] = result.energies
+        forces.index_add_(0, d.owners, result.forces)
+        virial += result.virial
+    for name, found in (("energies", energies), ("forces", forces), ("virial", virial)):
+        expected = getattr(whole, name)
+        scale = max(1.0, float(expected.abs().max()))
+        assert float((found - expected).abs().max()) <= tolerance * scale, name
+
+
+def test_layers_are_taken_in_their_order():
+    model = make_model(1, 1, 2)
+    structures = make_structures(model)[0]
+    compact = core.compact_neighbors(build_neighbor_list(structures, 5.0), structures.n_atoms)
+    layers = core.HipnnLayers(
+        *(model.native_parameters(), structures.species, compact),
+        *(structures.positions, structures.cell[0]),
+        forces=False,
+    )
+    with pytest.raises(ModelError, match="forward of layer 1 is not the next step"):
+        layers.forward(1)
+    layers.forward(0)
+    with pytest.raises(ModelError, match="no features to hand on"):
+        layers.features(1)
+    with pytest.raises(ModelError, match="steps left"):
+        layers.finish()
+    layers.forward(1)
+    with pytest.raises(ModelError, match="reverse of layer 1 is not the next step"):
+        layers.reverse(1)  # no forces were asked for
+    assert layers.finish().forces is None
 
 
 def test_wrong_arrays_are_refused():

@@ -1,8 +1,9 @@
 /* The plain C interface of potstill's native core: HIP-NN with tensor sensitivities.
  *
  * Units are those of potstill: angstrom, eV. All arrays are contiguous, row-major and owned by the
- * caller. Functions return 0, or a negative number whose meaning `potstill_error` spells out.
- * They may be called from several threads at a time, each with its own output arrays.
+ * caller. Functions return 0 (or a number that is asked for), or one of the negative codes below;
+ * `potstill_error` says in one sentence what is wrong. They may be called from several threads at a
+ * time, each with its own output arrays.
  */
 #ifndef POTSTILL_CORE_H
 #define POTSTILL_CORE_H
@@ -13,6 +14,12 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+enum {
+    POTSTILL_BAD_ARGUMENT = -1,
+    POTSTILL_OUT_OF_MEMORY = -2,
+    POTSTILL_NO_INSTRUCTIONS = -3 /* POTSTILL_SIMD names none that runs here */
+};
 
 enum { POTSTILL_COSINE_SQUARED = 0, POTSTILL_POLYNOMIAL = 1 };
 
@@ -79,7 +86,7 @@ typedef struct {
     double *virial;            /* (9) sum of r_ij outer dE/dr_ij; or NULL; needs forces */
 } potstill_md;
 
-/* Number of parameters, or -1 for hyper-parameters out of range. */
+/* Number of parameters, or an error for hyper-parameters out of range. */
 int64_t potstill_n_parameters(const potstill_hipnn *model);
 
 int potstill_pass_f32(const potstill_hipnn *, const float *parameters, const potstill_pairs *,
@@ -92,6 +99,47 @@ int potstill_md_f32(const potstill_hipnn *, const float *parameters, const potst
                     const potstill_md *, int n_threads);
 int potstill_md_f64(const potstill_hipnn *, const double *parameters, const potstill_pairs *,
                     const potstill_md *, int n_threads);
+
+/* The same model layer by layer, for engines that divide space into domains.
+ *
+ * Local atoms are the centers of pairs; their neighbors may be ghosts, copies of atoms that another
+ * domain owns. A layer computes the features of the local atoms, and before the next layer the
+ * engine copies them to the ghosts. On the way back a layer adds up the derivatives of the energy by
+ * its input features, of local atoms and ghosts, and before the layer below the engine adds the
+ * ghosts' to their owners', as it does with the ghosts' forces in the end:
+ *
+ *     potstill_begin_f64(state, &model, parameters, &pairs, &md, n_threads);
+ *     for (k = 0; k < n_layers; ++k) {
+ *         potstill_layer_forward(state, k);
+ *         if (k < n_layers - 1) copy_to_ghosts(potstill_layer_features(state, k, &stride), stride);
+ *     }
+ *     for (k = n_layers - 1; k >= 0; --k) {
+ *         potstill_layer_reverse(state, k);
+ *         if (k > 0) add_to_owners(potstill_layer_cotangents(state, k - 1, &stride), stride);
+ *     }
+ *     potstill_finish(state);
+ *
+ * Without forces to compute there is no way back. The functions above, for whole models, take the
+ * same steps. The arrays given to `begin` must stay until `finish`, which writes forces and virial;
+ * steps in another order are refused. A state keeps its memory for the next evaluation, and any
+ * number of states may be on their way at a time. */
+typedef struct potstill_state potstill_state;
+potstill_state *potstill_new_state(void); /* NULL if there is no memory */
+void potstill_delete_state(potstill_state *);
+
+int potstill_begin_f32(potstill_state *, const potstill_hipnn *, const float *parameters,
+                       const potstill_pairs *, const potstill_md *, int n_threads);
+int potstill_begin_f64(potstill_state *, const potstill_hipnn *, const double *parameters,
+                       const potstill_pairs *, const potstill_md *, int n_threads);
+int potstill_layer_forward(potstill_state *, int layer);
+int potstill_layer_reverse(potstill_state *, int layer);
+int potstill_finish(potstill_state *);
+
+/* Output features of a layer, and the derivatives by them: (n_atoms, n_features) numbers of the
+ * model's type, with `*stride` numbers from one atom to the next. NULL for the last layer, or
+ * outside of an evaluation. */
+void *potstill_layer_features(potstill_state *, int layer, int64_t *stride);
+void *potstill_layer_cotangents(potstill_state *, int layer, int64_t *stride);
 
 /* Pack a list of pairs sorted by center. Returns the number of images n_images, or a negative
  * error. `image` holds, per pair, the row of `images` with its cell shift. `images` has room for
@@ -147,11 +195,6 @@ int potstill_runnable(const char *instruction_set);
 int potstill_select(const char *instruction_set);
 /* The one in use, or NULL with `potstill_error` saying what is wrong with POTSTILL_SIMD. */
 const char *potstill_instruction_set(void);
-
-/* Peak rates of one thread, for rooflines: 1e9 fused multiply-adds x 2 per second, and GB/s of a
- * triad over `bytes` of memory. */
-double potstill_measure_gflops_f32(double seconds);
-double potstill_measure_gflops_f64(double seconds);
 
 /* Last error of this thread, as one sentence. */
 const char *potstill_error(void);

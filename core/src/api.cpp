@@ -1,102 +1,15 @@
-// The C interface: checks, the layout of parameters, scratch memory and the choice of instructions.
+// Evaluations through the C interface: checks, the layout of parameters, and the order of the steps.
 #include <cmath>
-#include <cstdarg>
-#include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <mutex>
 #include <new>
 #include <vector>
 
 #include "kernels.h"
+#include "zbl.h"
 
 namespace potstill {
 
 namespace {
-
-enum { bad_argument = -2, out_of_memory = -3, no_instructions = -4 };
-
-thread_local char message[256] = "";
-
-int fail(int code, const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    std::vsnprintf(message, sizeof message, format, arguments);
-    va_end(arguments);
-    return code;
-}
-
-// -- instruction sets ---------------------------------------------------------------------------
-
-struct InstructionSet {
-    const char *name;
-    Kernels (*kernels)();
-};
-
-const InstructionSet instruction_sets[] = {
-    {"baseline", baseline::kernels},
-#ifdef POTSTILL_X86
-    {"avx2", avx2::kernels},
-    {"avx512", avx512::kernels},
-#endif
-};
-
-bool runs_here(const InstructionSet &set) {
-#ifdef POTSTILL_X86
-    __builtin_cpu_init();
-    if (!std::strcmp(set.name, "avx2"))
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (!std::strcmp(set.name, "avx512"))
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-#endif
-    (void)set;
-    return true;
-}
-
-const InstructionSet *find(const char *name) {
-    for (const InstructionSet &set : instruction_sets)
-        if (!std::strcmp(set.name, name)) return &set;
-    return nullptr;
-}
-
-std::mutex choice_lock;
-const InstructionSet *choice = nullptr;
-
-// What `name` stands for, or NULL with the reason in `message`.
-const InstructionSet *usable(const char *name, const char *where) {
-    const InstructionSet *set = find(name);
-    if (!set) {
-        char known[64] = "";
-        for (const InstructionSet &s : instruction_sets) {
-            if (*known) std::strcat(known, ", ");
-            std::strcat(known, s.name);
-        }
-        fail(no_instructions, "%s is '%s', but known are %s", where, name, known);
-    } else if (!runs_here(*set)) {
-        fail(no_instructions, "%s is '%s', which this processor cannot run", where, name);
-        set = nullptr;
-    }
-    return set;
-}
-
-const InstructionSet *current() {
-    std::lock_guard<std::mutex> guard(choice_lock);
-    if (choice) return choice;
-    const char *name = std::getenv("POTSTILL_SIMD");
-    if (name && *name) return choice = usable(name, "POTSTILL_SIMD");
-    for (const InstructionSet &set : instruction_sets)
-        if (runs_here(set)) choice = &set;
-    return choice;
-}
-
-// -- memory -------------------------------------------------------------------------------------
-
-struct OwnedArena : Arena {
-    OwnedArena() : Arena{nullptr, 0} {}
-    ~OwnedArena() { std::free(data); }
-};
-thread_local OwnedArena arena;
 
 // -- layout of the parameters -------------------------------------------------------------------
 
@@ -112,7 +25,7 @@ struct OwnedLayout {
     std::vector<BlockLayout> blocks;
     std::vector<ResidualLayout> residuals;
 
-    explicit OwnedLayout(const potstill_hipnn &m) {
+    void fill(const potstill_hipnn &m) {
         const int64_t width = m.n_features;
         int64_t at = 0;
         auto take = [&at](int64_t n) {
@@ -155,22 +68,33 @@ struct OwnedLayout {
     }
 };
 
+struct OwnedZbl {
+    std::vector<double> power;
+    ZblTable table;
+
+    void fill(const potstill_zbl &zbl, int32_t n_species) {
+        power.resize(size_t(n_species));
+        for (size_t k = 0; k < power.size(); ++k) power[k] = std::pow(zbl.charge[k], 0.23);
+        table = {zbl.charge, power.data(), zbl.coulomb, zbl.inner, zbl.cutoff};
+    }
+};
+
 // -- checks -------------------------------------------------------------------------------------
 
 int check_pairs(const potstill_pairs &p, int32_t n_species) {
     if (p.n_local < 0 || p.n_local > p.n_atoms)
-        return fail(bad_argument, "there are %lld local atoms of %lld", (long long)p.n_local,
+        return fail(POTSTILL_BAD_ARGUMENT, "there are %lld local atoms of %lld", (long long)p.n_local,
                     (long long)p.n_atoms);
     if (p.n_local > 0 && p.row_ptr[0] != 0)
-        return fail(bad_argument, "the neighbor list does not start at pair 0");
+        return fail(POTSTILL_BAD_ARGUMENT, "the neighbor list does not start at pair 0");
     for (int64_t i = 0; i < p.n_local; ++i)
         if (p.row_ptr[i + 1] < p.row_ptr[i] || p.row_ptr[i + 1] - p.row_ptr[i] > 1000000)
-            return fail(bad_argument, "atom %lld has an impossible number of neighbors",
+            return fail(POTSTILL_BAD_ARGUMENT, "atom %lld has an impossible number of neighbors",
                         (long long)i);
     for (int64_t i = 0; i < p.n_atoms; ++i)
         if (p.species[i] < 0 || p.species[i] >= n_species)
-            return fail(bad_argument, "atom %lld has species %d of %d", (long long)i, p.species[i],
-                        n_species);
+            return fail(POTSTILL_BAD_ARGUMENT, "atom %lld has species %d of %d", (long long)i,
+                        p.species[i], n_species);
     return 0;
 }
 
@@ -180,148 +104,18 @@ int check_indices(const potstill_pairs &p, const potstill_md &md) {
     for (int64_t k = 0; k < n_pairs; ++k)
         if (p.neighbor[k] < 0 || p.neighbor[k] >= p.n_atoms ||
             (md.image && md.image[k] >= md.n_images))
-            return fail(bad_argument, "pair %lld has a neighbor or image that does not exist",
+            return fail(POTSTILL_BAD_ARGUMENT, "pair %lld has a neighbor or image that does not exist",
                         (long long)k);
     return 0;
 }
 
-int check_images(double n_images) {
-    if (n_images > 65536.0)
-        return fail(bad_argument, "cell shifts span %.0f images, and at most 65536 fit: wrap the positions",
-                    n_images);
+int check_md(const potstill_md &md) {
+    if (md.virial && !md.forces)
+        return fail(POTSTILL_BAD_ARGUMENT, "the virial is only computed together with the forces");
+    if (md.zbl && !(md.zbl->inner >= 0.0 && md.zbl->inner < md.zbl->cutoff))
+        return fail(POTSTILL_BAD_ARGUMENT, "ZBL needs 0 <= inner < cutoff, not %g and %g",
+                    md.zbl->inner, md.zbl->cutoff);
     return 0;
-}
-
-int check_systems(const potstill_systems &systems, int n_threads) {
-    if (n_threads < 1) return fail(bad_argument, "n_threads must be at least 1");
-    if (!(systems.cutoff > 0.0)) return fail(bad_argument, "the cutoff must be positive");
-    if (systems.first_atom[systems.n_systems] > INT32_MAX)
-        return fail(bad_argument, "there are more atoms than 32 bits can count");
-    return 0;
-}
-
-int list_error(int code) {
-    if (code == -1) return fail(out_of_memory, "there is not enough memory for the neighbor list");
-    if (code)
-        return fail(bad_argument, "a cell is far smaller than the cutoff, or an atom far outside its cell");
-    return 0;
-}
-
-int check_model(const potstill_hipnn *model, const potstill_pairs &pairs) {
-    if (!is_valid(*model)) return fail(bad_argument, "the hyper-parameters are out of range");
-    if (model->n_interaction_layers > 1 && pairs.n_local < pairs.n_atoms)
-        return fail(bad_argument, "several interaction layers need all atoms without ghosts");
-    return check_pairs(pairs, model->n_species);
-}
-
-// -- calls --------------------------------------------------------------------------------------
-
-int run(Task &task, bool single) {
-    const InstructionSet *set = current();
-    if (!set) return no_instructions;
-    if (task.n_threads < 1) return fail(bad_argument, "n_threads must be at least 1");
-    const OwnedLayout layout(*task.model);
-    task.layout = &layout.layout;
-    task.arena = &arena;
-    const Kernels kernels = set->kernels();
-    const int code = single ? kernels.run_f32(task) : kernels.run_f64(task);
-    if (code == -2) return fail(bad_argument, "a pair has a neighbor or image that does not exist");
-    if (code) return fail(out_of_memory, "there is not enough memory for the scratch arrays");
-    return 0;
-}
-
-int pass(const potstill_hipnn *model, const void *parameters, const potstill_pairs *pairs,
-         const potstill_pass *what, int n_threads, bool single) {
-    if (const int code = check_model(model, *pairs)) return code;
-    Task task{};
-    task.model = model;
-    task.parameters = parameters;
-    task.pairs = pairs;
-    task.pass = what;
-    task.n_threads = n_threads;
-    return run(task, single);
-}
-
-struct OwnedZbl {
-    std::vector<double> power;
-    ZblTable table;
-
-    OwnedZbl(const potstill_zbl &zbl, int32_t n_species) : power(n_species) {
-        for (int32_t k = 0; k < n_species; ++k) power[k] = std::pow(zbl.charge[k], 0.23);
-        table = {n_species, zbl.charge, power.data(), zbl.coulomb, zbl.inner, zbl.cutoff};
-    }
-};
-
-// Only the ZBL term: a plain loop, since nearly all pairs end at the comparison of distances.
-void zbl_alone(const ZblTable &table, const potstill_pairs &p, const potstill_md &md) {
-    for (int64_t i = 0; i < p.n_local; ++i) md.energies[i] = 0.0;
-    for (int64_t k = 0; md.forces && k < 3 * p.n_atoms; ++k) md.forces[k] = 0.0;
-    for (int k = 0; md.virial && k < 9; ++k) md.virial[k] = 0.0;
-    const double limit = table.cutoff * table.cutoff;
-    for (int64_t i = 0; i < p.n_local; ++i) {
-        for (int64_t k = p.row_ptr[i]; k < p.row_ptr[i + 1]; ++k) {
-            const int32_t j = p.neighbor[k];
-            const double *offset = md.image ? md.offsets + 3 * md.image[k] : nullptr;
-            double d[3], square = 0.0;
-            for (int a = 0; a < 3; ++a) {
-                d[a] = md.positions[3 * j + a] - md.positions[3 * i + a] + (offset ? offset[a] : 0.0);
-                square += d[a] * d[a];
-            }
-            if (!(square < limit)) continue;
-            const double r = std::sqrt(square);
-            double slope;
-            md.energies[i] += zbl_half_pair(table, p.species[i], p.species[j], r, &slope);
-            if (!md.forces) continue;
-            for (int a = 0; a < 3; ++a) {
-                const double g = slope / r * d[a];
-                md.forces[3 * i + a] += g;
-                md.forces[3 * j + a] -= g;
-                if (md.virial)
-                    for (int b = 0; b < 3; ++b) md.virial[3 * b + a] += d[b] * g;
-            }
-        }
-    }
-}
-
-int check_zbl(const potstill_zbl &zbl) {
-    if (!(zbl.inner >= 0.0 && zbl.inner < zbl.cutoff))
-        return fail(bad_argument, "ZBL needs 0 <= inner < cutoff, not %g and %g", zbl.inner, zbl.cutoff);
-    return 0;
-}
-
-int md(const potstill_hipnn *model, const void *parameters, const potstill_pairs *pairs,
-       const potstill_md *what, int n_threads, bool single) {
-    if (pairs->n_atoms == 0) {  // whose arrays may well have no address
-        for (int k = 0; what->virial && k < 9; ++k) what->virial[k] = 0.0;
-        return 0;
-    }
-    if (what->virial && !what->forces)
-        return fail(bad_argument, "the virial is only computed together with the forces");
-    int32_t n_species = model ? model->n_species : 0;
-    if (!model) {
-        if (!what->zbl) return fail(bad_argument, "there is neither a model nor a ZBL term");
-        for (int64_t i = 0; i < pairs->n_atoms; ++i)
-            n_species = pairs->species[i] >= n_species ? pairs->species[i] + 1 : n_species;
-    }
-    if (const int code = model ? check_model(model, *pairs) : check_pairs(*pairs, n_species))
-        return code;
-    if (what->zbl)
-        if (const int code = check_zbl(*what->zbl)) return code;
-    if (!model) {
-        if (const int code = check_indices(*pairs, *what)) return code;
-        zbl_alone(OwnedZbl(*what->zbl, n_species).table, *pairs, *what);
-        return 0;
-    }
-    Task task{};
-    task.model = model;
-    task.parameters = parameters;
-    task.pairs = pairs;
-    task.md = what;
-    task.n_threads = n_threads;
-    if (!what->zbl) return run(task, single);
-    const OwnedZbl zbl(*what->zbl, n_species);
-    task.zbl = &zbl.table;
-    return run(task, single);
 }
 
 }  // namespace
@@ -339,139 +133,199 @@ bool arena_reserve(Arena *a, size_t bytes) {
 
 using namespace potstill;
 
+// An evaluation on its way. Steps count forward through the layers, then back through them.
+struct potstill_state {
+    Task task{};
+    potstill_pass pass{};
+    potstill_md md{};
+    OwnedLayout layout;
+    OwnedZbl zbl;
+    Arena arena{};
+    const Kernels *kernels = nullptr;
+    void *evaluation = nullptr;  // NULL between evaluations
+    int step = 0;
+
+    potstill_state() = default;
+    potstill_state(const potstill_state &) = delete;
+    ~potstill_state() { release(); }
+
+    int n_layers() const { return task.model.n_interaction_layers; }
+    int n_steps() const {
+        return task.wants_pairs() || task.wants_parameters() ? 2 * n_layers() : n_layers();
+    }
+
+    void release() {
+        std::free(arena.data);
+        arena = {};
+        evaluation = nullptr;
+    }
+
+    int begin(const potstill_hipnn &model, const void *parameters, const potstill_pairs &pairs,
+              const potstill_pass *given_pass, const potstill_md *given_md, int n_threads, bool single) {
+        evaluation = nullptr;
+        if (!is_valid(model)) return fail(POTSTILL_BAD_ARGUMENT, "the hyper-parameters are out of range");
+        if (const int code = check_pairs(pairs, model.n_species)) return code;
+        if (given_md && pairs.n_atoms > 0)  // no atoms, no forces: their array may have no address
+            if (const int code = check_md(*given_md)) return code;
+        if (n_threads < 1) return fail(POTSTILL_BAD_ARGUMENT, "n_threads must be at least 1");
+        const KernelsOf of = current_kernels();
+        if (!of) return POTSTILL_NO_INSTRUCTIONS;
+        static const int64_t no_rows[1] = {0};
+        task = {};
+        task.model = model, task.parameters = parameters, task.pairs = pairs, task.n_threads = n_threads;
+        if (pairs.n_local == 0) task.pairs.row_ptr = no_rows;  // empty arrays may have no address
+        if (given_pass) pass = *given_pass, task.pass = &pass;
+        if (given_md) md = *given_md, task.md = &md;
+        try {
+            layout.fill(model);
+            if (given_md && md.zbl) zbl.fill(*md.zbl, model.n_species), task.zbl = &zbl.table;
+        } catch (const std::bad_alloc &) {
+            return fail(POTSTILL_OUT_OF_MEMORY, "there is not enough memory for the parameters' layout");
+        }
+        task.layout = layout.layout;
+        kernels = &of(single, model.l_max);
+        step = 0;
+        const int code = kernels->begin(task, &arena, &evaluation);
+        if (code) evaluation = nullptr;
+        return code;
+    }
+
+    // Whether the step that is asked for comes next.
+    int take_step(int wanted, const char *name, int layer) {
+        if (!evaluation) return fail(POTSTILL_BAD_ARGUMENT, "no evaluation has begun");
+        if (layer < 0 || layer >= n_layers() || wanted != step || wanted >= n_steps())
+            return fail(POTSTILL_BAD_ARGUMENT, "%s of layer %d is not the next step of the evaluation",
+                        name, layer);
+        ++step;
+        return 0;
+    }
+
+    int forward(int layer) {
+        if (const int code = take_step(layer, "forward", layer)) return code;
+        kernels->forward(evaluation, layer);
+        return 0;
+    }
+
+    int reverse(int layer) {
+        if (const int code = take_step(2 * n_layers() - 1 - layer, "reverse", layer)) return code;
+        kernels->reverse(evaluation, layer);
+        return 0;
+    }
+
+    int finish() {
+        if (!evaluation || step != n_steps())
+            return fail(POTSTILL_BAD_ARGUMENT, "the evaluation has steps left, or none has begun");
+        kernels->finish(evaluation);
+        evaluation = nullptr;
+        return 0;
+    }
+
+    // The whole model in one call.
+    int run(const potstill_hipnn &model, const void *parameters, const potstill_pairs &pairs,
+            const potstill_pass *given_pass, const potstill_md *given_md, int n_threads, bool single) {
+        if (model.n_interaction_layers > 1 && pairs.n_local < pairs.n_atoms)
+            return fail(POTSTILL_BAD_ARGUMENT,
+                        "several interaction layers need all atoms without ghosts, or one call per layer");
+        if (const int code = begin(model, parameters, pairs, given_pass, given_md, n_threads, single))
+            return code;
+        for (int k = 0; k < n_layers(); ++k) forward(k);
+        for (int k = n_layers() - 1; k >= 0 && step < n_steps(); --k) reverse(k);
+        return finish();
+    }
+};
+
+namespace {
+
+thread_local potstill_state own_state;
+
+// Only the ZBL term: a plain loop, since nearly all pairs end at the comparison of distances.
+int zbl_alone(const potstill_pairs &p, const potstill_md &md) {
+    if (!md.zbl) return fail(POTSTILL_BAD_ARGUMENT, "there is neither a model nor a ZBL term");
+    int32_t n_species = 0;
+    for (int64_t i = 0; i < p.n_atoms; ++i)
+        n_species = p.species[i] >= n_species ? p.species[i] + 1 : n_species;
+    if (const int code = check_pairs(p, n_species)) return code;
+    if (const int code = check_md(md)) return code;
+    if (const int code = check_indices(p, md)) return code;
+    OwnedZbl zbl;
+    zbl.fill(*md.zbl, n_species);
+    for (int64_t k = 0; md.forces && k < 3 * p.n_atoms; ++k) md.forces[k] = 0.0;
+    for (int k = 0; md.virial && k < 9; ++k) md.virial[k] = 0.0;
+    for (int64_t i = 0; i < p.n_local; ++i)
+        md.energies[i] = zbl_of_atom(zbl.table, p, md, i, md.forces, 3, md.virial);
+    return 0;
+}
+
+int run_md(const potstill_hipnn *model, const void *parameters, const potstill_pairs &pairs,
+           const potstill_md &md, int n_threads, bool single) {
+    return model ? own_state.run(*model, parameters, pairs, nullptr, &md, n_threads, single)
+                 : zbl_alone(pairs, md);
+}
+
+// Features or cotangents of a layer that has some.
+void *rows(potstill_state *state, int layer, int64_t *stride, bool cotangents) {
+    if (!state->evaluation || layer < 0 || layer + 1 >= state->n_layers()) return nullptr;
+    *stride = state->kernels->stride(state->task.model.n_features);
+    return (cotangents ? state->kernels->cotangents : state->kernels->features)(state->evaluation, layer);
+}
+
+}  // namespace
+
 extern "C" {
 
 int64_t potstill_n_parameters(const potstill_hipnn *model) {
-    if (!is_valid(*model)) return fail(-1, "the hyper-parameters are out of range");
-    return OwnedLayout(*model).layout.n_parameters;
+    if (!is_valid(*model)) return fail(POTSTILL_BAD_ARGUMENT, "the hyper-parameters are out of range");
+    OwnedLayout layout;
+    layout.fill(*model);
+    return layout.layout.n_parameters;
 }
 
 int potstill_pass_f32(const potstill_hipnn *model, const float *parameters, const potstill_pairs *pairs,
                       const potstill_pass *what, int n_threads) {
-    return pass(model, parameters, pairs, what, n_threads, true);
+    return own_state.run(*model, parameters, *pairs, what, nullptr, n_threads, true);
 }
 
 int potstill_pass_f64(const potstill_hipnn *model, const double *parameters, const potstill_pairs *pairs,
                       const potstill_pass *what, int n_threads) {
-    return pass(model, parameters, pairs, what, n_threads, false);
+    return own_state.run(*model, parameters, *pairs, what, nullptr, n_threads, false);
 }
 
 int potstill_md_f32(const potstill_hipnn *model, const float *parameters, const potstill_pairs *pairs,
                     const potstill_md *what, int n_threads) {
-    return md(model, parameters, pairs, what, n_threads, true);
+    return run_md(model, parameters, *pairs, *what, n_threads, true);
 }
 
 int potstill_md_f64(const potstill_hipnn *model, const double *parameters, const potstill_pairs *pairs,
                     const potstill_md *what, int n_threads) {
-    return md(model, parameters, pairs, what, n_threads, false);
+    return run_md(model, parameters, *pairs, *what, n_threads, false);
 }
 
-int potstill_pack_pairs(int64_t n_pairs, int64_t n_local, const int64_t *center, const int64_t *neighbor,
-                        const int64_t *shifts, int64_t *row_ptr, int32_t *neighbor_out,
-                        uint16_t *image, int32_t *images) {
-    std::memset(row_ptr, 0, sizeof(int64_t) * (n_local + 1));
-    int64_t low[3] = {0, 0, 0}, high[3] = {0, 0, 0};
-    for (int64_t k = 0; k < n_pairs; ++k) {
-        if (center[k] < 0 || center[k] >= n_local || (k > 0 && center[k] < center[k - 1]))
-            return fail(bad_argument, "the pairs are not sorted by center");
-        if (neighbor[k] < 0 || neighbor[k] > INT32_MAX)
-            return fail(bad_argument, "a neighbor's index is outside of 32 bits");
-        ++row_ptr[center[k] + 1];
-        neighbor_out[k] = int32_t(neighbor[k]);
-        for (int d = 0; d < 3; ++d) {
-            const int64_t s = shifts[3 * k + d];
-            low[d] = s < low[d] ? s : low[d];
-            high[d] = s > high[d] ? s : high[d];
-        }
-    }
-    for (int64_t i = 0; i < n_local; ++i) row_ptr[i + 1] += row_ptr[i];
-    int64_t size[3];
-    double n_images = 1.0;
-    for (int d = 0; d < 3; ++d) {
-        size[d] = high[d] - low[d] + 1;
-        n_images *= double(size[d]);
-    }
-    if (const int code = check_images(n_images)) return code;
-    for (int64_t k = 0; k < n_pairs; ++k) {
-        const int64_t *s = shifts + 3 * k;
-        image[k] = uint16_t(((s[0] - low[0]) * size[1] + (s[1] - low[1])) * size[2] + (s[2] - low[2]));
-    }
-    int32_t *row = images;
-    for (int64_t a = low[0]; a <= high[0]; ++a)
-        for (int64_t b = low[1]; b <= high[1]; ++b)
-            for (int64_t c = low[2]; c <= high[2]; ++c) {
-                *row++ = int32_t(a);
-                *row++ = int32_t(b);
-                *row++ = int32_t(c);
-            }
-    return int(n_images);
+potstill_state *potstill_new_state(void) { return new (std::nothrow) potstill_state; }
+void potstill_delete_state(potstill_state *state) { delete state; }
+
+int potstill_begin_f32(potstill_state *state, const potstill_hipnn *model, const float *parameters,
+                       const potstill_pairs *pairs, const potstill_md *what, int n_threads) {
+    return state->begin(*model, parameters, *pairs, nullptr, what, n_threads, true);
 }
 
-int potstill_count_pairs(const potstill_systems *systems, int64_t *row_ptr, int32_t *shift_range,
-                         int n_threads) {
-    if (const int code = check_systems(*systems, n_threads)) return code;
-    if (const int code = list_error(count_pairs(*systems, row_ptr, shift_range, n_threads))) return code;
-    double n_images = 1.0;
-    for (int d = 0; d < 3; ++d) n_images *= double(shift_range[3 + d]) - double(shift_range[d]) + 1.0;
-    return check_images(n_images);
+int potstill_begin_f64(potstill_state *state, const potstill_hipnn *model, const double *parameters,
+                       const potstill_pairs *pairs, const potstill_md *what, int n_threads) {
+    return state->begin(*model, parameters, *pairs, nullptr, what, n_threads, false);
 }
 
-int potstill_list_pairs(const potstill_systems *systems, const int64_t *row_ptr,
-                        const int32_t *shift_range, int32_t *neighbor, uint16_t *image, int n_threads) {
-    if (const int code = check_systems(*systems, n_threads)) return code;
-    return list_error(list_pairs(*systems, row_ptr, shift_range, neighbor, image, n_threads));
+int potstill_layer_forward(potstill_state *state, int layer) { return state->forward(layer); }
+int potstill_layer_reverse(potstill_state *state, int layer) { return state->reverse(layer); }
+int potstill_finish(potstill_state *state) { return state->finish(); }
+
+void *potstill_layer_features(potstill_state *state, int layer, int64_t *stride) {
+    return rows(state, layer, stride, false);
 }
 
-const char *const *potstill_compiled_instruction_sets(void) {
-    static const char *names[8] = {};
-    static const bool filled = [] {
-        int k = 0;
-        for (const InstructionSet &set : instruction_sets) names[k++] = set.name;
-        return true;
-    }();
-    (void)filled;
-    return names;
+void *potstill_layer_cotangents(potstill_state *state, int layer, int64_t *stride) {
+    return rows(state, layer, stride, true);
 }
 
-int potstill_runnable(const char *instruction_set) {
-    const InstructionSet *set = find(instruction_set);
-    return set && runs_here(*set);
-}
-
-int potstill_select(const char *instruction_set) {
-    const InstructionSet *set = nullptr;
-    if (instruction_set) {
-        set = usable(instruction_set, "the instruction set");
-        if (!set) return no_instructions;
-    }
-    std::lock_guard<std::mutex> guard(choice_lock);
-    choice = set;
-    return 0;
-}
-
-const char *potstill_instruction_set(void) {
-    const InstructionSet *set = current();
-    return set ? set->name : nullptr;
-}
-
-double potstill_measure_gflops_f32(double seconds) {
-    const InstructionSet *set = current();
-    return set ? set->kernels().gflops_f32(seconds) : 0.0;
-}
-
-double potstill_measure_gflops_f64(double seconds) {
-    const InstructionSet *set = current();
-    return set ? set->kernels().gflops_f64(seconds) : 0.0;
-}
-
-const char *potstill_error(void) { return message; }
-
-void potstill_release_memory(void) {
-    std::free(arena.data);
-    arena.data = nullptr;
-    arena.size = 0;
-}
-
-size_t potstill_scratch_bytes(void) { return arena.size; }
+void potstill_release_memory(void) { own_state.release(); }
+size_t potstill_scratch_bytes(void) { return own_state.arena.size; }
 
 }  // extern "C"

@@ -31,13 +31,24 @@ struct Layout {
 
 // Tables of the ZBL term: charge^0.23 besides the charges.
 struct ZblTable {
-    int32_t n_species;
     const double *charge, *power;
     double coulomb, inner, cutoff;
 };
 
-// Half of a pair's repulsion, and its derivative by the distance.
-double zbl_half_pair(const ZblTable &, int32_t first, int32_t second, double r, double *derivative);
+// One evaluation of a model: what the caller gave, and where the parameters are.
+struct Task {
+    potstill_hipnn model;
+    Layout layout;
+    const void *parameters;
+    potstill_pairs pairs;
+    const potstill_pass *pass;  // either this
+    const potstill_md *md;      // or this
+    const ZblTable *zbl;
+    int n_threads;
+
+    bool wants_parameters() const { return pass && pass->parameter_gradient; }
+    bool wants_pairs() const { return pass ? pass->gradient != nullptr : md->forces != nullptr; }
+};
 
 // Scratch memory that outlives a call; aligned to 64 bytes.
 struct Arena {
@@ -47,40 +58,33 @@ struct Arena {
 // Grow to at least `bytes`; false if there is not so much memory.
 bool arena_reserve(Arena *, size_t bytes);
 
-struct Task {
-    const potstill_hipnn *model;
-    const Layout *layout;
-    const void *parameters;
-    const potstill_pairs *pairs;
-    const potstill_pass *pass;  // either this
-    const potstill_md *md;      // or this
-    const ZblTable *zbl;
-    int n_threads;
-    Arena *arena;
-};
+// Write down what is wrong for `potstill_error`; returns `code`.
+int fail(int code, const char *format, ...);
 
-// The two steps of a neighbor list: see `potstill_count_pairs` and `potstill_list_pairs`. 0, -1 when
-// memory runs out, or -2 for a system whose cells or bins cannot be counted.
-int count_pairs(const potstill_systems &, int64_t *row_ptr, int32_t *shift_range, int n_threads);
-int list_pairs(const potstill_systems &, const int64_t *row_ptr, const int32_t *shift_range,
-               int32_t *neighbor, uint16_t *image, int n_threads);
-
-// 0, -1 when memory runs out, or -2 for a neighbor or image that does not exist.
+// The steps of an evaluation, of one instruction set, type and l_max. `begin` places all it needs in
+// the arena; the others take the address that it gives. It returns 0 or an error of the C interface.
 struct Kernels {
-    int (*run_f32)(const Task &);
-    int (*run_f64)(const Task &);
-    double (*gflops_f32)(double seconds);
-    double (*gflops_f64)(double seconds);
+    int (*begin)(const Task &, Arena *, void **evaluation);
+    void (*forward)(void *evaluation, int layer);
+    void (*reverse)(void *evaluation, int layer);
+    void (*finish)(void *evaluation);
+    void *(*features)(void *evaluation, int layer);
+    void *(*cotangents)(void *evaluation, int layer);
+    int (*stride)(int n_features);  // numbers from one atom's features to the next one's
 };
 
+using KernelsOf = const Kernels &(*)(bool single, int l_max);
 namespace baseline {
-Kernels kernels();
+const Kernels &kernels(bool single, int l_max);
 }
 namespace avx2 {
-Kernels kernels();
+const Kernels &kernels(bool single, int l_max);
 }
 namespace avx512 {
-Kernels kernels();
+const Kernels &kernels(bool single, int l_max);
 }
+
+// The kernels of the instruction set in use; NULL, with a message, if there is none.
+KernelsOf current_kernels();
 
 }  // namespace potstill

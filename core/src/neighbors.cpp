@@ -11,6 +11,8 @@
 
 #include "kernels.h"
 
+using potstill::fail;
+
 namespace {
 
 constexpr double bins_per_cutoff = 2.0;
@@ -247,7 +249,7 @@ class Grid {
 };
 
 // Runs work(grid, system, first slot, last slot, hits) over all atoms: threads share the systems, or
-// the atoms of a single one. 0, -1 if there is not enough memory, -2 for an impossible system.
+// the atoms of a single one. Returns 0 or an error.
 template <class F>
 int for_slots(const potstill_systems &all, int n_threads, F &&work) {
     int code = 0;
@@ -259,7 +261,7 @@ int for_slots(const potstill_systems &all, int n_threads, F &&work) {
             const Grid grid(all, s);
             if (!grid.is_possible()) {
 #pragma omp atomic write
-                code = -2;
+                code = POTSTILL_BAD_ARGUMENT;
                 continue;
             }
             const int64_t n = grid.n_atoms();
@@ -269,17 +271,39 @@ int for_slots(const potstill_systems &all, int n_threads, F &&work) {
                 work(grid, s, n * part / among_atoms, n * (part + 1) / among_atoms, hits[size_t(part)].data());
         } catch (const std::bad_alloc &) {
 #pragma omp atomic write
-            code = -1;
+            code = POTSTILL_OUT_OF_MEMORY;
         }
     }
-    return code;
+    if (code == POTSTILL_OUT_OF_MEMORY)
+        return fail(code, "there is not enough memory for the neighbor list");
+    if (code)
+        return fail(code, "a cell is far smaller than the cutoff, or an atom far outside its cell");
+    return 0;
+}
+
+int check_systems(const potstill_systems &systems, int n_threads) {
+    if (n_threads < 1) return fail(POTSTILL_BAD_ARGUMENT, "n_threads must be at least 1");
+    if (!(systems.cutoff > 0.0)) return fail(POTSTILL_BAD_ARGUMENT, "the cutoff must be positive");
+    if (systems.first_atom[systems.n_systems] > INT32_MAX)
+        return fail(POTSTILL_BAD_ARGUMENT, "there are more atoms than 32 bits can count");
+    return 0;
+}
+
+int check_images(double n_images) {
+    if (n_images > 65536.0)
+        return fail(POTSTILL_BAD_ARGUMENT,
+                    "cell shifts span %.0f images, and at most 65536 fit: wrap the positions", n_images);
+    return 0;
 }
 
 }  // namespace
 
-namespace potstill {
+extern "C" {
 
-int count_pairs(const potstill_systems &all, int64_t *row_ptr, int32_t *shift_range, int n_threads) {
+int potstill_count_pairs(const potstill_systems *systems, int64_t *row_ptr, int32_t *shift_range,
+                         int n_threads) {
+    const potstill_systems &all = *systems;
+    if (const int code = check_systems(all, n_threads)) return code;
     Range total;
     int32_t zero[3] = {0, 0, 0};
     total.add(zero);
@@ -303,12 +327,18 @@ int count_pairs(const potstill_systems &all, int64_t *row_ptr, int32_t *shift_ra
     if (code) return code;
     row_ptr[0] = 0;
     for (int64_t i = 0; i < all.first_atom[all.n_systems]; ++i) row_ptr[i + 1] += row_ptr[i];
-    for (int d = 0; d < 3; ++d) shift_range[d] = total.low[d], shift_range[3 + d] = total.high[d];
-    return 0;
+    double n_images = 1.0;
+    for (int d = 0; d < 3; ++d) {
+        shift_range[d] = total.low[d], shift_range[3 + d] = total.high[d];
+        n_images *= double(total.high[d]) - double(total.low[d]) + 1.0;
+    }
+    return check_images(n_images);
 }
 
-int list_pairs(const potstill_systems &all, const int64_t *row_ptr, const int32_t *shift_range,
-               int32_t *neighbor, uint16_t *image, int n_threads) {
+int potstill_list_pairs(const potstill_systems *systems, const int64_t *row_ptr,
+                        const int32_t *shift_range, int32_t *neighbor, uint16_t *image, int n_threads) {
+    const potstill_systems &all = *systems;
+    if (const int code = check_systems(all, n_threads)) return code;
     int64_t size[3];
     for (int d = 0; d < 3; ++d) size[d] = int64_t(shift_range[3 + d]) - shift_range[d] + 1;
     return for_slots(all, n_threads, [&](const Grid &grid, int64_t s, int64_t first, int64_t last,
@@ -330,4 +360,45 @@ int list_pairs(const potstill_systems &all, const int64_t *row_ptr, const int32_
     });
 }
 
-}  // namespace potstill
+int potstill_pack_pairs(int64_t n_pairs, int64_t n_local, const int64_t *center, const int64_t *neighbor,
+                        const int64_t *shifts, int64_t *row_ptr, int32_t *neighbor_out,
+                        uint16_t *image, int32_t *images) {
+    for (int64_t i = 0; i <= n_local; ++i) row_ptr[i] = 0;
+    int64_t low[3] = {0, 0, 0}, high[3] = {0, 0, 0};
+    for (int64_t k = 0; k < n_pairs; ++k) {
+        if (center[k] < 0 || center[k] >= n_local || (k > 0 && center[k] < center[k - 1]))
+            return fail(POTSTILL_BAD_ARGUMENT, "the pairs are not sorted by center");
+        if (neighbor[k] < 0 || neighbor[k] > INT32_MAX)
+            return fail(POTSTILL_BAD_ARGUMENT, "a neighbor's index is outside of 32 bits");
+        ++row_ptr[center[k] + 1];
+        neighbor_out[k] = int32_t(neighbor[k]);
+        for (int d = 0; d < 3; ++d) {
+            const int64_t s = shifts[3 * k + d];
+            low[d] = s < low[d] ? s : low[d];
+            high[d] = s > high[d] ? s : high[d];
+        }
+    }
+    for (int64_t i = 0; i < n_local; ++i) row_ptr[i + 1] += row_ptr[i];
+    int64_t size[3];
+    double n_images = 1.0;
+    for (int d = 0; d < 3; ++d) {
+        size[d] = high[d] - low[d] + 1;
+        n_images *= double(size[d]);
+    }
+    if (const int code = check_images(n_images)) return code;
+    for (int64_t k = 0; k < n_pairs; ++k) {
+        const int64_t *s = shifts + 3 * k;
+        image[k] = uint16_t(((s[0] - low[0]) * size[1] + (s[1] - low[1])) * size[2] + (s[2] - low[2]));
+    }
+    int32_t *row = images;
+    for (int64_t a = low[0]; a <= high[0]; ++a)
+        for (int64_t b = low[1]; b <= high[1]; ++b)
+            for (int64_t c = low[2]; c <= high[2]; ++c) {
+                *row++ = int32_t(a);
+                *row++ = int32_t(b);
+                *row++ = int32_t(c);
+            }
+    return int(n_images);
+}
+
+}  // extern "C"

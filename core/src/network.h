@@ -3,65 +3,12 @@
 #pragma once
 
 #include "gemm.h"
-#include "kernels.h"
 #include "simd.h"
 
 namespace potstill::POTSTILL_ISA {
 
 // Atoms of a block.
 constexpr int block_atoms = 32;
-
-template <class T>
-constexpr int padded(int n) {
-    return (n + lanes<T> - 1) / lanes<T> * lanes<T>;
-}
-
-// Places memory: run once to measure, once to assign.
-class Carver {
-  public:
-    explicit Carver(char *start) : start_(start) {}
-    template <class U>
-    U *take(size_t n) {
-        U *at = start_ ? reinterpret_cast<U *>(start_ + used_) : nullptr;
-        used_ += (n * sizeof(U) + 127) / 64 * 64;  // a cache line apart
-        return at;
-    }
-    size_t used() const { return used_; }
-
-  private:
-    char *start_;
-    size_t used_ = 0;
-};
-
-// Sums over atoms of a matrix' gradient, in the model's type for some blocks at a time: rows padded
-// to whole vectors. They are added to the double sums of the whole call by `flush`.
-template <class T>
-struct MatrixGradient {
-    T *sums;
-    int n_rows, n_columns, ld;
-    int64_t start;        // in the flat array
-    int n_in;             // > 0: int_weights, whose column n n_in + c lies at [n, row, c]
-};
-
-template <class T>
-inline void flush(MatrixGradient<T> &g, double *flat) {
-    for (int r = 0; r < g.n_rows; ++r)
-        for (int c = 0; c < g.n_columns; ++c) {
-            int64_t at = int64_t(r) * g.n_columns + c;
-            if (g.n_in) at = (int64_t(c / g.n_in) * g.n_rows + r) * g.n_in + c % g.n_in;
-            flat[g.start + at] += double(g.sums[r * g.ld + c]);
-            g.sums[r * g.ld + c] = T(0);
-        }
-}
-
-// sums(r, c) += sum over b of rows(r, b) columns(c, b); `scratch` takes the transpose of `columns`.
-template <class T>
-inline void add_outer(MatrixGradient<T> &g, int n_b, const T *rows, ptrdiff_t ld_rows, const T *columns,
-                      ptrdiff_t ld_columns, T *scratch) {
-    transpose(g.n_columns, n_b, columns, ld_columns, scratch, g.ld);
-    gemm<T, Order::rows>(g.n_rows, g.ld, n_b, rows, ld_rows, scratch, g.ld, g.sums, g.ld,
-                         Start::keep);
-}
 
 // flat[start + r] += sum over b of x(r, b) (times y(r, b))
 template <class T>

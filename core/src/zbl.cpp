@@ -2,7 +2,7 @@
 // Solids" (1985), times a quintic switch; the same formula as potstill.models.prior.
 #include <cmath>
 
-#include "kernels.h"
+#include "zbl.h"
 
 namespace potstill {
 

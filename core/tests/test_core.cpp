@@ -1,13 +1,15 @@
 // A stand-alone check of the C interface, meant to run under the address and undefined-behavior
 // sanitizers: random systems with tiny cells, isolated atoms, ghosts, several species and several
-// interaction layers; gradients against central differences, all instruction sets against the
-// first, wrong input against its error.
+// interaction layers; gradients, forces and virials against central differences, energies against
+// their terms, domains layer by layer against the whole, wrong input against its error.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "potstill_core.h"
@@ -153,25 +155,214 @@ void check_differences(const potstill_hipnn &m, const std::vector<double> &p, co
     }
 }
 
+struct MdOutcome {
+    std::vector<double> energies, forces, virial;
+
+    explicit MdOutcome(const System &s)
+        : energies(size_t(s.n_local)), forces(3 * s.species.size()), virial(9) {
+        forces.reserve(3);  // an address even in a domain without atoms: forces are asked for
+    }
+    potstill_md task(const System &s, const potstill_zbl *zbl) {
+        return {s.positions.data(), s.image.empty() ? nullptr : s.image.data(), s.offsets.data(),
+                int64_t(s.offsets.size() / 3), zbl, energies.data(), forces.data(), virial.data()};
+    }
+    double energy() const {
+        double sum = 0.0;
+        for (double e : energies) sum += e;
+        return sum;
+    }
+};
+
+MdOutcome run_md(const potstill_hipnn &m, const std::vector<double> &p, const System &s,
+                 const potstill_zbl *zbl, int n_threads) {
+    MdOutcome o(s);
+    const potstill_md md = o.task(s, zbl);
+    const potstill_pairs pairs = s.pairs();
+    expect(potstill_md_f64(&m, p.data(), &pairs, &md, n_threads) == 0, potstill_error());
+    return o;
+}
+
+bool close(double a, double b, double tolerance) {
+    return std::fabs(a - b) <= tolerance * (1.0 + std::fabs(b));
+}
+
 void check_md(const potstill_hipnn &m, const std::vector<double> &p, const System &s) {
     std::vector<double> charge(size_t(m.n_species), 13.0);
     const potstill_zbl zbl{charge.data(), 14.3996, 1.0, 2.5};
+    const MdOutcome o = run_md(m, p, s, &zbl, 2), bare = run_md(m, p, s, nullptr, 1);
+    // The energies are sums of the terms, plus ZBL's, which also come alone.
+    const size_t n_terms = size_t(m.n_interaction_layers) + 1;
+    const std::vector<double> ones(size_t(s.n_local) * n_terms, 1.0);
+    const Outcome terms = run_f64(m, p, s, ones, 1);
+    MdOutcome repulsion(s);
+    const potstill_md alone = repulsion.task(s, &zbl);
     const potstill_pairs pairs = s.pairs();
-    std::vector<double> energies(size_t(s.n_local)), forces(3 * s.species.size()), virial(9);
-    potstill_md md{s.positions.data(), s.image.data(), s.offsets.data(), 27, &zbl,
-                   energies.data(),    forces.data(),  virial.data()};
-    expect(potstill_md_f64(&m, p.data(), &pairs, &md, 2) == 0, potstill_error());
-    for (int d = 0; d < 3; ++d) {
+    if (s.n_local) expect(potstill_md_f64(nullptr, nullptr, &pairs, &alone, 1) == 0, potstill_error());
+    for (size_t i = 0; i < size_t(s.n_local); ++i) {
+        double sum = 0.0;
+        for (size_t k = 0; k < n_terms; ++k) sum += terms.terms[i * n_terms + k];
+        expect(close(bare.energies[i], sum, 1e-12), "energies are sums of terms");
+        expect(close(o.energies[i], sum + repulsion.energies[i], 1e-12), "ZBL adds its energies");
+    }
+    for (size_t k = 0; k < 9; ++k)
+        expect(close(o.virial[k], bare.virial[k] + repulsion.virial[k], 1e-10), "ZBL adds its virial");
+    for (size_t d = 0; d < 3; ++d) {
         double total = 0.0;
-        for (size_t i = 0; i < s.species.size(); ++i) total += forces[3 * i + size_t(d)];
+        for (size_t i = 0; i < s.species.size(); ++i) total += o.forces[3 * i + d];
         expect(std::fabs(total) < 1e-9, "forces sum to zero");
+    }
+    const double step = 1e-5;
+    const size_t n = s.species.size();
+    for (size_t trial = 0; n && trial < 4; ++trial) {
+        double energy[2];
+        const size_t moving = (trial * 7919) % (3 * n), a = trial % 3, b = (trial / 2) % 3;
+        for (int side = 0; side < 2; ++side) {
+            System moved = s;
+            const double by = side ? step : -step;
+            if (trial < 2)
+                moved.positions[moving] += by;
+            else  // a strain of all vectors
+                for (std::vector<double> *x : {&moved.positions, &moved.offsets})
+                    for (size_t k = 0; k < x->size(); k += 3) (*x)[k + b] += by * (*x)[k + a];
+            energy[side] = run_md(m, p, moved, &zbl, 1).energy();
+        }
+        const double slope = (energy[1] - energy[0]) / (2.0 * step);
+        if (trial < 2)
+            expect(close(-o.forces[moving], slope, 1e-6), "forces are slopes of the energy");
+        else
+            expect(close(o.virial[3 * a + b], slope, 1e-6), "the virial is the slope by strain");
     }
     // A list without images, and neither forces nor virial.
     std::vector<float> parameters(p.begin(), p.end());
+    MdOutcome other(s);
+    potstill_md md = other.task(s, &zbl);
     md.image = nullptr, md.forces = nullptr, md.virial = nullptr;
     expect(potstill_md_f32(&m, parameters.data(), &pairs, &md, 1) == 0, potstill_error());
-    md.forces = forces.data();
-    expect(potstill_md_f64(nullptr, nullptr, &pairs, &md, 1) == 0, potstill_error());
+}
+
+// One of the domains that a system is split into: local atoms, then ghosts, without images.
+struct Domain {
+    System s;
+    std::vector<size_t> owner;  // of all its atoms, in the whole system
+};
+
+struct Home {
+    size_t domain, index;
+};
+
+std::vector<Domain> split(const System &whole, double cell, std::vector<Home> &home) {
+    std::vector<Domain> domains(2);
+    home.resize(whole.species.size());
+    for (size_t i = 0; i < home.size(); ++i) {
+        const size_t d = whole.positions[3 * i] < 0.5 * cell ? 0 : 1;
+        home[i] = {d, domains[d].owner.size()};
+        domains[d].owner.push_back(i);
+    }
+    for (size_t d = 0; d < 2; ++d) {
+        Domain &domain = domains[d];
+        System &s = domain.s;
+        s.n_local = int64_t(domain.owner.size());
+        s.offsets.assign(3, 0.0);
+        s.row_ptr.push_back(0);
+        std::map<std::pair<size_t, int>, size_t> ghosts;
+        std::vector<int> image(domain.owner.size(), 13);
+        for (size_t own = 0; own < size_t(s.n_local); ++own) {
+            const size_t i = domain.owner[own];
+            for (int64_t k = whole.row_ptr[i]; k < whole.row_ptr[i + 1]; ++k) {
+                const size_t j = size_t(whole.neighbor[size_t(k)]);
+                const int shift = whole.image[size_t(k)];
+                size_t at = home[j].index;
+                if (home[j].domain != d || shift != 13) {
+                    const auto found = ghosts.insert({{j, shift}, domain.owner.size()});
+                    at = found.first->second;
+                    if (found.second) domain.owner.push_back(j), image.push_back(shift);
+                }
+                s.neighbor.push_back(int32_t(at));
+            }
+            s.row_ptr.push_back(int64_t(s.neighbor.size()));
+        }
+        for (size_t k = 0; k < domain.owner.size(); ++k) {
+            s.species.push_back(whole.species[domain.owner[k]]);
+            for (size_t x = 0; x < 3; ++x)
+                s.positions.push_back(whole.positions[3 * domain.owner[k] + x] +
+                                      whole.offsets[3 * size_t(image[k]) + x]);
+        }
+    }
+    return domains;
+}
+
+int begin(potstill_state *state, const potstill_hipnn &m, const std::vector<double> &p,
+          const potstill_pairs &pairs, const potstill_md &md, int n_threads) {
+    return potstill_begin_f64(state, &m, p.data(), &pairs, &md, n_threads);
+}
+int begin(potstill_state *state, const potstill_hipnn &m, const std::vector<float> &p,
+          const potstill_pairs &pairs, const potstill_md &md, int n_threads) {
+    return potstill_begin_f32(state, &m, p.data(), &pairs, &md, n_threads);
+}
+
+// Two domains, with features and their derivatives carried by hand, equal the whole.
+template <class T>
+void check_domains(const potstill_hipnn &m, const std::vector<double> &p, const System &whole,
+                   double cell, double tolerance) {
+    std::vector<double> charge(size_t(m.n_species), 13.0);
+    const potstill_zbl zbl{charge.data(), 14.3996, 1.0, 2.5};
+    const MdOutcome expected = run_md(m, p, whole, &zbl, 1);
+    const std::vector<T> parameters(p.begin(), p.end());
+    std::vector<Home> home;
+    const std::vector<Domain> domains = split(whole, cell, home);
+    potstill_state *states[2];
+    std::vector<MdOutcome> outcomes;
+    for (const Domain &domain : domains) outcomes.emplace_back(domain.s);
+    for (size_t d = 0; d < 2; ++d) {
+        const potstill_md md = outcomes[d].task(domains[d].s, &zbl);
+        states[d] = potstill_new_state();
+        expect(begin(states[d], m, parameters, domains[d].s.pairs(), md, 1 + int(d)) == 0,
+               potstill_error());
+    }
+    // Rows of ghosts and of their owners: carry(ghost's, owner's).
+    auto exchange = [&](void *(*rows)(potstill_state *, int, int64_t *), int layer, auto carry) {
+        int64_t stride = 0;
+        T *data[2];
+        for (size_t d = 0; d < 2; ++d) data[d] = static_cast<T *>(rows(states[d], layer, &stride));
+        for (size_t d = 0; d < 2; ++d)
+            for (size_t g = size_t(domains[d].s.n_local); g < domains[d].owner.size(); ++g) {
+                const Home at = home[domains[d].owner[g]];
+                for (int64_t f = 0; f < m.n_features; ++f)
+                    carry(data[d][int64_t(g) * stride + f],
+                          data[at.domain][int64_t(at.index) * stride + f]);
+            }
+    };
+    const int n = m.n_interaction_layers;
+    for (int k = 0; k < n; ++k) {
+        for (potstill_state *state : states)
+            expect(potstill_layer_forward(state, k) == 0, potstill_error());
+        if (k < n - 1) exchange(potstill_layer_features, k, [](T &ghost, T &own) { ghost = own; });
+    }
+    for (int k = n - 1; k >= 0; --k) {
+        for (potstill_state *state : states)
+            expect(potstill_layer_reverse(state, k) == 0, potstill_error());
+        if (k > 0) exchange(potstill_layer_cotangents, k - 1, [](T &ghost, T &own) { own += ghost; });
+    }
+    MdOutcome sum(whole);
+    for (size_t d = 0; d < 2; ++d) {
+        expect(potstill_finish(states[d]) == 0, potstill_error());
+        potstill_delete_state(states[d]);
+        for (size_t k = 0; k < 9; ++k) sum.virial[k] += outcomes[d].virial[k];
+        for (size_t i = 0; i < domains[d].owner.size(); ++i) {
+            const size_t owner = domains[d].owner[i];
+            if (i < outcomes[d].energies.size()) sum.energies[owner] = outcomes[d].energies[i];
+            for (size_t x = 0; x < 3; ++x)
+                sum.forces[3 * owner + x] += outcomes[d].forces[3 * i + x];
+        }
+    }
+    auto agree = [&](const std::vector<double> &a, const std::vector<double> &b, const char *what) {
+        double scale = 1.0;
+        for (double x : b) scale = std::fabs(x) > scale ? std::fabs(x) : scale;
+        for (size_t k = 0; k < a.size(); ++k) expect(std::fabs(a[k] - b[k]) <= tolerance * scale, what);
+    };
+    agree(sum.energies, expected.energies, "domains have the whole's energies");
+    agree(sum.forces, expected.forces, "domains have the whole's forces");
+    agree(sum.virial, expected.virial, "domains have the whole's virial");
 }
 
 void check_models() {
@@ -204,12 +395,45 @@ void check_models() {
                         run_f32(m, p, s, o, weights);
                         if (kind == 3) check_differences(m, p, s, o, weights);
                         check_md(m, p, s);
+                        if (kind != 2 && kind != 3) continue;
+                        check_domains<double>(m, p, s, cell, 1e-12);
+                        check_domains<float>(m, p, s, cell, 1e-4);
                     }
                     if (n_layers > 1) continue;
                     check_md(m, p, make_system(20, 9, n_species, 8.0, 4.5));  // ghosts
                 }
     }
     expect(potstill_select(nullptr) == 0, potstill_error());
+}
+
+// Steps out of their order are refused, and leave the evaluation where it was.
+void check_steps(potstill_hipnn m, std::vector<double> p, const System &s) {
+    m.n_interaction_layers = 2;
+    p = make_parameters(m);
+    MdOutcome o(s);
+    potstill_md md = o.task(s, nullptr);
+    const potstill_pairs pairs = s.pairs();
+    potstill_state *state = potstill_new_state();
+    int64_t stride = 0;
+    expect(potstill_layer_forward(state, 0) < 0, "nothing has begun");
+    for (int with_forces = 0; with_forces < 2; ++with_forces) {
+        if (!with_forces) md.forces = nullptr, md.virial = nullptr;
+        else md.forces = o.forces.data(), md.virial = o.virial.data();
+        expect(potstill_begin_f64(state, &m, p.data(), &pairs, &md, 1) == 0, potstill_error());
+        expect(potstill_layer_forward(state, 1) < 0, "layer 0 comes first");
+        expect(potstill_layer_forward(state, 0) == 0, potstill_error());
+        expect(potstill_layer_features(state, 0, &stride) != nullptr, "features to hand on");
+        expect(potstill_layer_features(state, 1, &stride) == nullptr, "the last layer has none");
+        expect(potstill_finish(state) < 0, "there is a layer left");
+        expect(potstill_layer_forward(state, 1) == 0, potstill_error());
+        expect(potstill_layer_forward(state, 2) < 0, "there is no layer 2");
+        expect(potstill_layer_reverse(state, 0) < 0, "layer 1 comes first on the way back");
+        for (int k = 1; k >= 0; --k)
+            expect((potstill_layer_reverse(state, k) == 0) == bool(with_forces), "the way back");
+        expect(potstill_finish(state) == 0, potstill_error());
+    }
+    expect(potstill_finish(state) < 0, "it is finished");
+    potstill_delete_state(state);
 }
 
 void check_errors() {
@@ -232,6 +456,8 @@ void check_errors() {
     s.species[2] = 0;
     s.row_ptr[1] = s.row_ptr[2] + 1;
     refused("rows that overlap");
+    s.row_ptr[1] = s.row_ptr[0];
+    check_steps(m, p, s);
     m.l_max = 3;
     expect(potstill_n_parameters(&m) < 0, "l_max 3");
     expect(potstill_select("mmx") < 0, "an unknown instruction set");

@@ -14,6 +14,7 @@ from potstill.core.base import (
 )
 from potstill.core.geometry import compact_forces, compact_pair_vectors
 from potstill.core.hipnn import (
+    HipnnLayers,
     HipnnParameters,
     HipnnShape,
     MdResult,
@@ -53,5 +54,6 @@ __all__ = [
     "hipnn_pass",
     "MdResult",
     "hipnn_md",
+    "HipnnLayers",
     "weighted_energy",
 ]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from potstill.errors import ConfigError, ModelError
 
-#: Ends of the names of native functions.
-SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+#: What the kernels compute in.
+DTYPES = (torch.float32, torch.float64)
 
 
 def _load() -> tuple[ModuleType | None, str | None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from potstill.core.base import SUFFIX, array, native
+from potstill.core.base import array, native
 from potstill.core.neighbors import CompactNeighbors, topology
 from potstill.errors import ModelError
 from potstill.structures import Structures
@@ -29,7 +29,7 @@ def compact_pair_vectors(
     r_ij = torch.empty(neighbors.n_pairs, 3, dtype=dtype) if out is None else out
     cell = structures.cell.detach().to(torch.float64)
     offsets = neighbors.images.to(torch.float64) @ cell  # (S, n_images, 3)
-    getattr(native(), f"pair_vectors_{SUFFIX[dtype]}")(
+    native().pair_vectors(
         *topology(structures.species, neighbors),
         array(structures.positions, torch.float64),
         array(structures.system_index, torch.int32),
@@ -63,7 +63,7 @@ def compact_forces(
     _check(structures, neighbors)
     forces = torch.empty(structures.n_atoms, 3, dtype=torch.float64)
     virial = torch.empty(structures.n_systems, 3, 3, dtype=torch.float64)
-    getattr(native(), f"pair_forces_{SUFFIX[r_ij.dtype]}")(
+    native().pair_forces(
         *topology(structures.species, neighbors),
         array(structures.atom_offsets, torch.int64),
         array(r_ij, r_ij.dtype),

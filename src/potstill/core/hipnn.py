@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from potstill.core.base import SUFFIX, array, call, native
+from potstill.core.base import DTYPES, array, call, native
 from potstill.core.neighbors import CompactNeighbors, topology
 from potstill.core.zbl import ZblParameters
 from potstill.errors import ModelError
@@ -154,7 +154,7 @@ class HipnnParameters:
                     f"parameter '{name}' is {tensor.dtype} on {tensor.device}: native kernels "
                     "need all parameters in float32 or all in float64, on the CPU"
                 )
-        if self.dtype not in SUFFIX:
+        if self.dtype not in DTYPES:
             raise ModelError(f"native kernels compute in float32 or float64, not {self.dtype}")
 
     @property
@@ -224,7 +224,7 @@ def hipnn_pass(
         If an array does not fit.
     """
     shape, n_local = parameters.shape, neighbors.n_local
-    if r_ij.shape != (neighbors.n_pairs, 3) or r_ij.dtype not in SUFFIX:
+    if r_ij.shape != (neighbors.n_pairs, 3) or r_ij.dtype not in DTYPES:
         raise ModelError(
             f"r_ij must be ({neighbors.n_pairs}, 3) in float32 or float64, not "
             f"{tuple(r_ij.shape)} in {r_ij.dtype}"
@@ -238,11 +238,9 @@ def hipnn_pass(
     by_parameter = (
         torch.empty(shape.n_parameters, dtype=torch.float64) if parameter_gradient else None
     )
-    function = getattr(native(), f"pass_{SUFFIX[parameters.dtype]}_{SUFFIX[r_ij.dtype]}")
     call(
-        function,
-        shape._native,
-        parameters.flat().numpy(),
+        native().run_pass,
+        *_model(parameters),
         *topology(species, neighbors),
         array(r_ij, r_ij.dtype),
         None if weights is None else array(weights, torch.float64),
@@ -311,18 +309,110 @@ def hipnn_md(
     ModelError
         If an array does not fit.
     """
+    geometry, result = _geometry(species, neighbors, positions, cell, zbl, forces, virial)
+    if parameters is None:
+        call(native().zbl, geometry)
+    else:
+        call(native().md, geometry, *_model(parameters), n_threads or torch.get_num_threads())
+    return result
+
+
+class HipnnLayers:
+    """One evaluation layer by layer, for engines that divide space into domains.
+
+    Local atoms are the centers of pairs, their neighbors may be ghosts. Between the layers the
+    engine copies features to the ghosts, on the way back it adds the ghosts' derivatives to their
+    owners', and in the end the ghosts' forces::
+
+        layers = HipnnLayers(parameters, species, neighbors, positions, cell)
+        for k in range(n_layers):
+            layers.forward(k)
+            if k < n_layers - 1:
+                features = layers.features(k)
+                features[n_local:] = ...
+        for k in reversed(range(n_layers)):
+            layers.reverse(k)
+            if k > 0:
+                cotangents = layers.cotangents(k - 1)
+                cotangents[:n_local] += ...
+        result = layers.finish()
+
+    Without forces to compute there is no way back. `hipnn_md` takes the same steps in one call.
+
+    Parameters
+    ----------
+    parameters, species, neighbors, positions, cell, zbl, forces, virial, n_threads
+        As for `hipnn_md`, with ghosts for any number of interaction layers.
+
+    Raises
+    ------
+    ModelError
+        If an array does not fit, or a step is not the next one.
+    """
+
+    def __init__(
+        self,
+        parameters: HipnnParameters,
+        species: Tensor,
+        neighbors: CompactNeighbors,
+        positions: Tensor,
+        cell: Tensor,
+        *,
+        zbl: ZblParameters | None = None,
+        forces: bool = True,
+        virial: bool = False,
+        n_threads: int | None = None,
+    ) -> None:
+        geometry, self._result = _geometry(species, neighbors, positions, cell, zbl, forces, virial)
+        self._state = native().State()
+        call(self._state.begin, geometry, *_model(parameters), n_threads or torch.get_num_threads())
+
+    def forward(self, layer: int) -> None:
+        """Compute the features and the energy term of an interaction layer, counted from 0."""
+        call(self._state.forward, layer)
+
+    def reverse(self, layer: int) -> None:
+        """Compute the derivatives by a layer's pairs and input features."""
+        call(self._state.reverse, layer)
+
+    def features(self, layer: int) -> Tensor:
+        """(N, n_features) output of a layer, in place; those of ghosts are the caller's to fill."""
+        return torch.from_numpy(call(self._state.features, layer))
+
+    def cotangents(self, layer: int) -> Tensor:
+        """(N, n_features) derivatives by a layer's output, in place, of local atoms and ghosts."""
+        return torch.from_numpy(call(self._state.cotangents, layer))
+
+    def finish(self) -> MdResult:
+        """Energies of the local atoms, forces of local atoms and ghosts, and their virial."""
+        call(self._state.finish)
+        return self._result
+
+
+def _model(parameters: HipnnParameters) -> tuple[Any, Any]:
+    return parameters.shape._native, parameters.flat().numpy()
+
+
+def _geometry(
+    species: Tensor,
+    neighbors: CompactNeighbors,
+    positions: Tensor,
+    cell: Tensor,
+    zbl: ZblParameters | None,
+    forces: bool,
+    virial: bool,
+) -> tuple[Any, MdResult]:
+    """One system for the kernels, and where they write."""
     n_atoms = species.shape[0]
     if positions.shape != (n_atoms, 3):
         raise ModelError(f"positions must be ({n_atoms}, 3), not {tuple(positions.shape)}")
-    energies = torch.empty(neighbors.n_local, dtype=torch.float64)
-    force = torch.empty(n_atoms, 3, dtype=torch.float64) if forces else None
-    total_virial = torch.empty(3, 3, dtype=torch.float64) if virial else None
+    result = MdResult(
+        torch.empty(neighbors.n_local, dtype=torch.float64),
+        torch.empty(n_atoms, 3, dtype=torch.float64) if forces else None,
+        torch.empty(3, 3, dtype=torch.float64) if virial else None,
+    )
     offsets = neighbors.images.to(torch.float64) @ cell.detach().to(torch.float64)
-    dtype = torch.float64 if parameters is None else parameters.dtype
-    call(
-        getattr(native(), f"md_{SUFFIX[dtype]}"),
-        None if parameters is None else parameters.shape._native,
-        None if parameters is None else parameters.flat().numpy(),
+    geometry = native().Geometry(
         *topology(species, neighbors),
         array(positions, torch.float64),
         None if neighbors.image is None else neighbors.image.numpy(),
@@ -331,12 +421,11 @@ def hipnn_md(
         COULOMB,
         0.0 if zbl is None else zbl.inner,
         0.0 if zbl is None else zbl.cutoff,
-        energies.numpy(),
-        None if force is None else force.numpy(),
-        None if total_virial is None else total_virial.numpy(),
-        n_threads or torch.get_num_threads(),
+        result.energies.numpy(),
+        None if result.forces is None else result.forces.numpy(),
+        None if result.virial is None else result.virial.numpy(),
     )
-    return MdResult(energies, force, total_virial)
+    return geometry, result
 
 
 class _WeightedEnergy(torch.autograd.Function):

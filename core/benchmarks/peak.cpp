@@ -1,13 +1,13 @@
-// The peak rate of fused multiply-adds of one thread: independent chains in all registers.
-#pragma once
-
+// The peak rate of fused multiply-adds of one thread, for rooflines: independent chains in all
+// registers. Prints GFLOP/s of float and of double.
+#include <stdio.h>
 #include <time.h>
 
 #include "simd.h"
 
 namespace potstill::POTSTILL_ISA {
 
-inline double now() {
+static double now() {
     timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
@@ -29,7 +29,7 @@ double measure_gflops(double seconds) {
             for (int c = 0; c < n_chains; ++c) sum[c] = sum[c] * factor + addend;
         }
         // The optimizer must believe that the chains matter.
-        for (Vector<T> &v : sum) asm volatile("" : "+m"(v));
+        for (Vector<T> &v : sum) __asm__ volatile("" : "+m"(v));
         const double rate = 2.0 * lanes<T> * n_chains * n_rounds / (now() - began) * 1e-9;
         best = rate > best ? rate : best;
     } while (now() < end);
@@ -37,3 +37,9 @@ double measure_gflops(double seconds) {
 }
 
 }  // namespace potstill::POTSTILL_ISA
+
+int main() {
+    using namespace potstill::POTSTILL_ISA;
+    printf("%.17g %.17g\n", measure_gflops<float>(1.0), measure_gflops<double>(1.0));
+    return 0;
+}

@@ -1,0 +1,527 @@
+// The layers of HIP-NN on a block of atoms, forward and backward.
+//
+// Forward: the pairs of the atoms, the environments (sums over neighbors of sensitivity x tensor
+// component x feature), then all layers on atoms as matrix products. Backward the same in reverse;
+// sensitivities are evaluated again, so nothing of the size of pairs x channels leaves the cache.
+#pragma once
+
+#include "gradients.h"
+#include "network.h"
+#include "pair_source.h"
+#include "pairs.h"
+#include "sink.h"
+
+namespace potstill::POTSTILL_ISA {
+namespace {
+
+// Parameters of an interaction layer as the kernels want them, and what it hands on.
+template <class T>
+struct Prepared {
+    Span<T> weights;  // (n_features, n_sens * n_in)
+    Radial<T> radial;
+    Span<T> features;  // (n_atoms, padded n_features), of all layers but the last
+};
+
+// The pairs of one atom within the cutoff.
+template <class T>
+struct AtomScratch {
+    Span<T> weighted;      // (M, pairs)
+    Span<T> by_pair[3];    // (pairs)
+    Span<T> environment;   // (n_sens, n_in, M), or of dense features (n_sens, M, padded n_in)
+    // Dense features only:
+    Span<T> near, near_columns;   // (pairs, padded n_features) and its transpose
+    Span<T> spelled, by_spelled;  // (n_sens * M, pairs)
+    Span<T> by_near;              // (pairs, padded n_features)
+
+    AtomScratch(const Sizes<T> &sizes, int M, Carver &c) {
+        const size_t pairs = sizes.stride, channels = size_t(sizes.n_sens) * M;
+        weighted = c.take<T>(M * pairs);
+        for (Span<T> &g : by_pair) g = c.take<T>(pairs);
+        const bool dense = sizes.n_layers > 1;
+        const int ld = sizes.ld_features, n_s = sizes.n_species;
+        environment = c.take<T>(channels * (dense && ld > n_s ? ld : n_s));
+        near = c.take<T>(dense ? pairs * ld : 0);
+        near_columns = c.take<T>(dense ? pairs * sizes.n_features : 0);
+        spelled = c.take<T>(dense ? channels * pairs : 0);
+        by_spelled = c.take<T>(dense ? channels * pairs : 0);
+        by_near = c.take<T>(dense ? pairs * ld : 0);
+    }
+};
+
+// The layers on a block of B atoms.
+template <class T>
+struct BlockScratch {
+    Span<T> environment;        // (n_sens * n_in, M, B), later its cotangent
+    Span<T> tensor;             // (n_features, M, B), later its cotangent
+    Span<T> norms;              // (2, n_features, B)
+    Span<T> features;           // (n_atom_layers + 2, widest, B): inputs of the layers
+    Span<T> value, derivative;  // (n_atom_layers + 1, n_features, B): softplus and its derivative
+    Span<T> cotangent, inner;   // (widest, B)
+    Span<T> weights;            // (B): of this block's energy term
+
+    BlockScratch(const Sizes<T> &sizes, int M, Carver &c) {
+        constexpr size_t B = block_atoms;
+        const size_t width = sizes.n_features, n_layers = sizes.n_atom_layers + 1;
+        environment = c.take<T>(sizes.n_sens * sizes.widest_input() * M * B);
+        tensor = c.take<T>(width * M * B);
+        norms = c.take<T>(2 * width * B);
+        features = c.take<T>((n_layers + 1) * sizes.widest * B);
+        value = c.take<T>(n_layers * width * B);
+        derivative = c.take<T>(n_layers * width * B);
+        cotangent = c.take<T>(sizes.widest * B);
+        inner = c.take<T>(sizes.widest * B);
+        weights = c.take<T>(B);
+    }
+};
+
+// What one part of the atoms works in.
+template <class T>
+struct Part {
+    Row<T> row;
+    PairFields<T> fields;  // of a block's atoms
+    Span<Run> runs;        // (B, n_species)
+    AtomScratch<T> atom;
+    BlockScratch<T> block;
+    ForceSums<T> sums;
+    ParameterSums<T> parameters;
+    Span<T> feature_cotangent[2];  // (n_atoms, padded n_features) of a layer's output and input
+    bool indices_fit;
+
+    Part(const Task &task, const Sizes<T> &sizes, int M, Carver &c)
+        : row(sizes, c),
+          fields(place_fields(sizes, c)),
+          runs(c.take<Run>(size_t(block_atoms) * sizes.n_species)),
+          atom(sizes, M, c),
+          block(sizes, M, c),
+          sums(task, c),
+          parameters(task, sizes, c),
+          indices_fit(true) {
+        for (Span<T> &x : feature_cotangent)
+            x = c.take<T>(sizes.n_layers > 1 ? task.pairs.n_atoms * sizes.ld_features : 0);
+    }
+
+    static PairFields<T> place_fields(const Sizes<T> &sizes, Carver &c) {
+        const size_t pairs = size_t(block_atoms) * sizes.stride;
+        PairFields<T> f;
+        T **const all[] = {&f.unit[0],   &f.unit[1],  &f.unit[2], &f.r,
+                           &f.inverse_r, &f.envelope, &f.slope};
+        for (T **field : all) *field = c.take<T>(pairs + lanes<T>);
+        f.label = c.take<int32_t>(pairs + 16);
+        return f;
+    }
+};
+
+template <class T, int M>
+class Layers {
+  public:
+    Layers(const Task &task, const Sizes<T> &sizes, Carver &c)
+        : task_(task),
+          sizes_(sizes),
+          parameters_(static_cast<const T *>(task.parameters)),
+          source_(task, sizes, c),
+          sink_(task),
+          prepared_(c.take<Prepared<T>>(sizes.n_layers)) {
+        const int n_sens = sizes.n_sens;
+        for (int layer = 0; layer < sizes.n_layers; ++layer) {
+            const bool last = layer + 1 == sizes.n_layers;
+            Prepared<T> p;
+            p.weights = c.take<T>(size_t(n_features()) * n_sens * block_of(layer).n_in);
+            T *a = c.take<T>(n_sens), *b = c.take<T>(n_sens), *slope = c.take<T>(n_sens);
+            p.radial = {n_sens, a, b, slope};
+            p.features = c.take<T>(last ? 0 : task.pairs.n_atoms * sizes.ld_features);
+            if (c.assigns()) prepared_[layer] = p;
+        }
+    }
+
+    const PairSource<T> &source() const { return source_; }
+    const Sink<T> &sink() const { return sink_; }
+    const Span<T> &features(int layer) const { return prepared_[layer].features; }
+
+    void prepare() const {
+        source_.prepare();
+        for (int layer = 0; layer < sizes_.n_layers; ++layer) {
+            const int n_in = block_of(layer).n_in, n_sens = sizes_.n_sens;
+            const ResidualLayout &r = block_of(layer).residuals[0];
+            T *w = prepared_[layer].weights;
+            for (int n = 0; n < n_sens; ++n)
+                for (int f = 0; f < n_features(); ++f)
+                    for (int i = 0; i < n_in; ++i)
+                        w[(int64_t(f) * n_sens + n) * n_in + i] =
+                            parameters_[r.weight + (int64_t(n) * n_features() + f) * n_in + i];
+            // exp(-x^2/2) = 2^-(k x)^2 with k^2 = log2(e) / 2
+            const double k = 0.8493218002880190428, ln2 = 0.6931471805599453094;
+            const Radial<T> &radial = prepared_[layer].radial;
+            for (int n = 0; n < n_sens; ++n) {
+                const double a = k * double(parameters_[r.sigma + n]);
+                radial.a[n] = T(a);
+                radial.b[n] = T(a / double(parameters_[r.mu + n]));
+                radial.slope[n] = T(-2.0 * ln2 * a);
+            }
+            // The last ones of a row are read as whole vectors, and ghosts' rows come from outside.
+            T *ghosts = prepared_[layer].features + task_.pairs.n_local * sizes_.ld_features;
+            if (layer + 1 < sizes_.n_layers)
+                clear(size_t(task_.pairs.n_atoms - task_.pairs.n_local) * sizes_.ld_features, ghosts);
+        }
+    }
+
+    // Atoms first to first + n - 1; energies and features are written the first time only.
+    void forward(Part<T> &s, int layer, int64_t first, int n, bool first_time) const {
+        if (first_time && layer == 0) write_first_term(first, n);
+        const int k_env = sizes_.n_sens * block_of(layer).n_in;
+        if (n < B) clear<T>(size_t(k_env) * M * B, s.block.environment);
+        const int n_runs = layer == 0 ? sizes_.n_species : 1;
+        int offset = 0;
+        for (int b = 0; b < n; ++b) {
+            const int start = offset;
+            source_.load(first + b, s.row);
+            if (first_time && layer == 0 && sink_.zbl()) add_zbl(s, first + b);
+            offset = source_.select(first + b, s.row, n_runs, s.fields, s.runs + b * n_runs, offset);
+            weighted_components<T, M>(s.fields, start, (offset - start) / L, s.atom.weighted,
+                                      sizes_.stride);
+            if (layer == 0)
+                one_hot_environment(s, b, start);
+            else
+                dense_environment(s, layer, first + b, b);
+        }
+        const ResidualLayout *r = block_of(layer).residuals;
+        gemm<T, Order::rows>(n_features(), M * B, k_env, prepared_[layer].weights, k_env,
+                             s.block.environment, M * B, s.block.tensor, M * B);
+        input_features(s, layer, first, n);
+        // Pre-activation: scalar part, self-interaction and norms.
+        self_interaction(s, layer, first, n, s.block.inner);
+        add_norms<T, M>(n_features(), s.block.tensor, scale(*r, 0), scale(*r, 1),
+                        T(task_.model.cusp_reg), s.block.inner);
+        const size_t size = size_t(n_features()) * B, slot = sizes_.widest * B;
+        T *x = s.block.features + slot;  // output of the interaction layer
+        same_features(s, layer, first, n, x);
+        residual(s, 0, r->res_weight, r->res_bias, x);
+        for (int a = 0; a < sizes_.n_atom_layers; ++a) {
+            ++r;
+            gemm<T, Order::rows>(n_features(), B, n_features(), parameters_ + r->weight,
+                                 n_features(), x, B, s.block.inner, B, Start::bias,
+                                 parameters_ + r->bias);
+            T *next = x + slot;
+            copy(int(size), x, next);
+            x = next;
+            residual(s, a + 1, r->res_weight, r->res_bias, x);
+        }
+        if (first_time) write_term(layer, first, n, x);
+        if (first_time && layer + 1 < sizes_.n_layers)
+            for (int b = 0; b < n; ++b) {
+                const int ld = sizes_.ld_features;
+                T *row = prepared_[layer].features + (first + b) * ld;
+                for (int f = 0; f < n_features(); ++f) row[f] = x[f * B + b];
+                for (int f = n_features(); f < ld; ++f) row[f] = T(0);
+            }
+    }
+
+    // After `forward` of the same atoms; `above` holds the cotangents of the layer's features.
+    void backward(Part<T> &s, int layer, int64_t first, int n, const T *above) const {
+        const BlockLayout &block = block_of(layer);
+        const ResidualLayout *r = block.residuals + sizes_.n_atom_layers;
+        const ParameterSums<T> &sums = s.parameters;
+        const typename ParameterSums<T>::Residual *residuals = sums ? sums.block(layer) : nullptr;
+        const size_t slot = sizes_.widest * B;
+        energy_backward(s, layer, first, n, above);
+        for (int k = sizes_.n_atom_layers; k > 0; --k, --r) {
+            residual_backward(s, k, *r, residuals);
+            if (residuals) {
+                residuals[k].weight.add_outer(B, s.block.inner, s.block.features + k * slot,
+                                              sums.transposed);
+                add_rows<T>(sums.flat, r->bias, n_features(), s.block.inner);
+            }
+            gemm<T, Order::columns>(n_features(), B, n_features(), parameters_ + r->weight,
+                                    n_features(), s.block.inner, B, s.block.cotangent, B, Start::keep);
+        }
+        residual_backward(s, 0, *r, residuals);
+        norms_backward<T, M>(n_features(), s.block.inner, scale(*r, 0), scale(*r, 1),
+                             T(task_.model.cusp_reg), s.block.tensor,
+                             residuals ? s.block.norms.data : nullptr);
+        const int k_env = sizes_.n_sens * block.n_in;
+        if (residuals) interaction_gradients(s, layer, first, n);
+        if (layer > 0) features_backward(s, layer, first, n);
+        // The environment gives way to its cotangent.
+        gemm<T, Order::columns>(k_env, M * B, n_features(), prepared_[layer].weights, k_env,
+                                s.block.tensor, M * B, s.block.environment, M * B);
+        T *moments = residuals ? sums.moments_of(layer, sizes_.n_sens) : nullptr;
+        for (int b = 0; b < n; ++b) {
+            if (layer == sizes_.n_layers - 1) sink_.start_gradient(first + b);
+            if (layer == 0)
+                one_hot_backward(s, first + b, b, moments);
+            else
+                dense_backward(s, layer, first + b, b, moments);
+        }
+    }
+
+  private:
+    static constexpr int B = block_atoms;
+    static constexpr int L = lanes<T>;
+
+    const Task &task_;
+    const Sizes<T> sizes_;
+    const T *parameters_;
+    PairSource<T> source_;
+    Sink<T> sink_;
+    Span<Prepared<T>> prepared_;
+
+    int n_features() const { return sizes_.n_features; }
+    const BlockLayout &block_of(int layer) const { return task_.layout.blocks[layer]; }
+    const T *scale(const ResidualLayout &r, int rank) const {
+        return r.scale[rank] >= 0 ? parameters_ + r.scale[rank] : nullptr;
+    }
+
+    void add_zbl(Part<T> &s, int64_t i) const {
+        const double cutoff = sink_.zbl()->cutoff;
+        if (source_.any_within(s.row, T(cutoff * cutoff * 1.0001))) sink_.add_zbl(i, s.sums);
+    }
+
+    // -- forward -------------------------------------------------------------------------------
+
+    void one_hot_environment(Part<T> &s, int b, int start) const {
+        const int n_s = sizes_.n_species;
+        T *own = s.atom.environment;
+        for (int z = 0; z < n_s; ++z) {
+            const Run &run = s.runs[b * n_s + z];
+            environment<T, M>(run.n_vectors, s.fields.inverse_r + run.first,
+                              s.atom.weighted + (run.first - start), sizes_.stride,
+                              prepared_[0].radial, own + z * M, ptrdiff_t(n_s) * M);
+        }
+        for (int k = 0; k < sizes_.n_sens * n_s * M; ++k) s.block.environment[k * B + b] = own[k];
+    }
+
+    // Features of the neighbors of an atom, in the order of its pairs.
+    void gather(Part<T> &s, int layer, int64_t i, const Run &run) const {
+        const int ld = sizes_.ld_features;
+        const T *features = prepared_[layer - 1].features;
+        for (int p = 0; p < run.n_vectors * L; ++p) {
+            if (p < run.n_pairs)
+                copy(ld, features + neighbor_of(s, i, run.first + p) * ld, s.atom.near + p * ld);
+            else
+                clear(ld, s.atom.near + p * ld);
+        }
+        spell_out<T, M>(run.n_vectors, s.fields.inverse_r + run.first, s.atom.weighted,
+                        sizes_.stride, prepared_[layer].radial, s.atom.spelled, sizes_.stride);
+    }
+
+    int64_t neighbor_of(const Part<T> &s, int64_t i, int k) const {
+        return source_.neighbor_of(i, s.fields.label[k]);
+    }
+
+    void dense_environment(Part<T> &s, int layer, int64_t i, int b) const {
+        const Run &run = s.runs[b];
+        gather(s, layer, i, run);
+        const int ld = sizes_.ld_features, n_sens = sizes_.n_sens;
+        gemm<T, Order::rows>(n_sens * M, ld, run.n_vectors * L, s.atom.spelled, sizes_.stride,
+                             s.atom.near, ld, s.atom.environment, ld);
+        for (int n = 0; n < n_sens; ++n)
+            for (int m = 0; m < M; ++m)
+                for (int f = 0; f < n_features(); ++f)
+                    s.block.environment[((n * n_features() + f) * M + m) * B + b] =
+                        s.atom.environment[(n * M + m) * ld + f];
+    }
+
+    // Dense input features of a block to the first slot of `features`, as (feature, atom).
+    void input_features(Part<T> &s, int layer, int64_t first, int n) const {
+        if (layer == 0) return;
+        if (n < B) clear<T>(size_t(n_features()) * B, s.block.features);
+        for (int b = 0; b < n; ++b) {
+            const T *row = prepared_[layer - 1].features + (first + b) * sizes_.ld_features;
+            for (int f = 0; f < n_features(); ++f) s.block.features[f * B + b] = row[f];
+        }
+    }
+
+    // out[b] = base + table[species of atom b]
+    void pick(const T *table, T base, int64_t first, int n, T *out) const {
+        if (sizes_.n_species == 1) {
+            for (int b = 0; b < B; b += L) store(out + b, broadcast(base + table[0]));
+            return;
+        }
+        for (int b = 0; b < B; ++b)
+            out[b] = b < n ? base + table[task_.pairs.species[first + b]] : T(0);
+    }
+
+    void self_interaction(Part<T> &s, int layer, int64_t first, int n, T *out) const {
+        const ResidualLayout &r = block_of(layer).residuals[0];
+        if (layer > 0) {
+            gemm<T, Order::rows>(n_features(), B, n_features(), parameters_ + r.self_weight,
+                                 n_features(), s.block.features, B, out, B, Start::bias,
+                                 parameters_ + r.bias);
+            return;
+        }
+        const int n_in = sizes_.n_species;
+        for (int f = 0; f < n_features(); ++f) {
+            const T bias = parameters_[r.bias + f];
+            pick(parameters_ + r.self_weight + f * n_in, bias, first, n, out + f * B);
+        }
+    }
+
+    // What the interaction layer's input contributes to its output directly.
+    void same_features(Part<T> &s, int layer, int64_t first, int n, T *out) const {
+        const int64_t adjust = block_of(layer).residuals[0].adjust;
+        if (layer > 0) {  // n_in equals n_features: there is no adjust
+            copy<T>(n_features() * B, s.block.features, out);
+            return;
+        }
+        const int n_in = sizes_.n_species;
+        for (int f = 0; f < n_features(); ++f) {
+            if (adjust >= 0)
+                pick(parameters_ + adjust + f * n_in, T(0), first, n, out + f * B);
+            else
+                for (int b = 0; b < B; ++b)
+                    out[f * B + b] = b < n ? T(task_.pairs.species[first + b] == f) : T(0);
+        }
+    }
+
+    // x += W softplus(inner) + bias, keeping softplus and its derivative for the way back.
+    void residual(Part<T> &s, int k, int64_t weight, int64_t bias, T *x) const {
+        const size_t size = size_t(n_features()) * B;
+        T *value = s.block.value + k * size;
+        softplus_all<T>(int(size), s.block.inner, value, s.block.derivative + k * size);
+        gemm<T, Order::rows>(n_features(), B, n_features(), parameters_ + weight, n_features(),
+                             value, B, s.block.inner, B, Start::bias, parameters_ + bias);
+        add<T>(int(size), x, s.block.inner);
+    }
+
+    void write_first_term(int64_t first, int n) const {
+        for (int64_t i = first; i < first + n; ++i)
+            sink_.set_term(i, 0, double(parameters_[task_.layout.e0 + task_.pairs.species[i]]));
+    }
+
+    void write_term(int layer, int64_t first, int n, const T *x) const {
+        const T *w = parameters_ + block_of(layer).energy_weight;
+        alignas(64) T sum[B];
+        for (int b = 0; b < B; b += L) {
+            Vector<T> v = broadcast(parameters_[block_of(layer).energy_bias]);
+            for (int f = 0; f < n_features(); ++f) v += w[f] * load(x + f * B + b);
+            store(sum + b, v);
+        }
+        for (int b = 0; b < n; ++b) sink_.set_term(first + b, layer + 1, double(sum[b]));
+    }
+
+    // -- backward ------------------------------------------------------------------------------
+
+    // Cotangent of the block's output features: from the energy, and from the layers above.
+    void energy_backward(Part<T> &s, int layer, int64_t first, int n, const T *above) const {
+        const BlockLayout &block = block_of(layer);
+        const BlockScratch<T> &x = s.block;
+        double total = 0.0;
+        for (int b = 0; b < B; ++b) {
+            const double w = b < n ? sink_.weight(first + b, layer + 1) : 0.0;
+            x.weights[b] = T(w);
+            total += w;
+        }
+        const T *w = parameters_ + block.energy_weight;
+        for (int f = 0; f < n_features(); ++f)
+            for (int b = 0; b < B; b += L)
+                store(x.cotangent + f * B + b, w[f] * load(x.weights + b));
+        if (layer + 1 < sizes_.n_layers)
+            for (int b = 0; b < n; ++b)
+                for (int f = 0; f < n_features(); ++f)
+                    x.cotangent[f * B + b] += above[(first + b) * sizes_.ld_features + f];
+        if (!s.parameters) return;
+        double *flat = s.parameters.flat;
+        if (layer == sizes_.n_layers - 1)
+            for (int b = 0; b < n; ++b)
+                flat[task_.layout.e0 + task_.pairs.species[first + b]] += sink_.weight(first + b, 0);
+        flat[block.energy_bias] += total;
+        const T *last = x.features + (sizes_.n_atom_layers + 1) * sizes_.widest * B;
+        for (int f = 0; f < n_features(); ++f)
+            add_rows<T>(flat, block.energy_weight + f, 1, last + f * B, x.weights);
+    }
+
+    // inner = cotangent of the activation's argument in residual layer k.
+    void residual_backward(Part<T> &s, int k, const ResidualLayout &r,
+                           const typename ParameterSums<T>::Residual *residuals) const {
+        const size_t size = size_t(n_features()) * B;
+        const BlockScratch<T> &x = s.block;
+        if (residuals) {
+            residuals[k].res_weight.add_outer(B, x.cotangent, x.value + k * size,
+                                              s.parameters.transposed);
+            add_rows<T>(s.parameters.flat, r.res_bias, n_features(), x.cotangent);
+        }
+        gemm<T, Order::columns>(n_features(), B, n_features(), parameters_ + r.res_weight,
+                                n_features(), x.cotangent, B, x.inner, B);
+        multiply<T>(int(size), x.inner, x.derivative + k * size);
+    }
+
+    void interaction_gradients(Part<T> &s, int layer, int64_t first, int n) const {
+        const ResidualLayout &r = block_of(layer).residuals[0];
+        const ParameterSums<T> &sums = s.parameters;
+        const BlockScratch<T> &x = s.block;
+        sums.block(layer)[0].weight.add_outer(M * B, x.tensor, x.environment, sums.transposed);
+        add_rows<T>(sums.flat, r.bias, n_features(), x.inner);
+        for (int rank = 0; rank < task_.model.l_max; ++rank)
+            add_rows<T>(sums.flat, r.scale[rank], n_features(), x.inner,
+                        x.norms + size_t(rank) * n_features() * B);
+        if (layer > 0) {
+            sums.selfs[layer].add_outer(B, x.inner, x.features, sums.transposed);
+            return;
+        }
+        const int n_in = sizes_.n_species;
+        for (int f = 0; f < n_features(); ++f)
+            for (int b = 0; b < n; ++b) {
+                const int z = task_.pairs.species[first + b];
+                sums.flat[r.self_weight + f * n_in + z] += double(x.inner[f * B + b]);
+                if (r.adjust >= 0)
+                    sums.flat[r.adjust + f * n_in + z] += double(x.cotangent[f * B + b]);
+            }
+    }
+
+    // What reaches an atom's own input features, of self-interaction and the residual's identity.
+    void features_backward(Part<T> &s, int layer, int64_t first, int n) const {
+        const ResidualLayout &r = block_of(layer).residuals[0];
+        gemm<T, Order::columns>(n_features(), B, n_features(), parameters_ + r.self_weight,
+                                n_features(), s.block.inner, B, s.block.cotangent, B, Start::keep);
+        T *below = s.feature_cotangent[(layer - 1) & 1];
+        for (int b = 0; b < n; ++b)
+            for (int f = 0; f < n_features(); ++f)
+                below[(first + b) * sizes_.ld_features + f] += s.block.cotangent[f * B + b];
+    }
+
+    void one_hot_backward(Part<T> &s, int64_t i, int b, T *moments) const {
+        const int n_s = sizes_.n_species;
+        T *own = s.atom.environment;
+        for (int k = 0; k < sizes_.n_sens * n_s * M; ++k) own[k] = s.block.environment[k * B + b];
+        for (int z = 0; z < n_s; ++z) {
+            const Run &run = s.runs[b * n_s + z];
+            pairs_backward<false>(s, 0, i, run, own + z * M, ptrdiff_t(n_s) * M, moments);
+        }
+    }
+
+    void dense_backward(Part<T> &s, int layer, int64_t i, int b, T *moments) const {
+        const Run &run = s.runs[b];
+        const AtomScratch<T> &x = s.atom;
+        const int ld = sizes_.ld_features, n_pairs = run.n_vectors * L, n_sens = sizes_.n_sens;
+        const ptrdiff_t stride = sizes_.stride;
+        weighted_components<T, M>(s.fields, run.first, run.n_vectors, x.weighted, stride);
+        gather(s, layer, i, run);
+        for (int n = 0; n < n_sens; ++n)
+            for (int m = 0; m < M; ++m) {
+                T *row = x.environment + (n * M + m) * ld;
+                for (int f = 0; f < n_features(); ++f)
+                    row[f] = s.block.environment[((n * n_features() + f) * M + m) * B + b];
+                for (int f = n_features(); f < ld; ++f) row[f] = T(0);
+            }
+        transpose<T>(n_pairs, n_features(), x.near, ld, x.near_columns, stride);
+        gemm<T, Order::rows>(n_sens * M, n_pairs, n_features(), x.environment, ld, x.near_columns,
+                             stride, x.by_spelled, stride);
+        gemm<T, Order::columns>(n_pairs, ld, n_sens * M, x.spelled, stride, x.environment, ld,
+                                x.by_near, ld);
+        T *below = s.feature_cotangent[(layer - 1) & 1];
+        for (int p = 0; p < run.n_pairs; ++p)
+            add(ld, below + neighbor_of(s, i, run.first + p) * ld, x.by_near + p * ld);
+        pairs_backward<true>(s, layer, i, run, x.by_spelled, stride, moments);
+    }
+
+    template <bool dense>
+    void pairs_backward(Part<T> &s, int layer, int64_t i, const Run &run, const T *cotangent,
+                        ptrdiff_t ld, T *moments) const {
+        T *const by_pair[3] = {s.atom.by_pair[0], s.atom.by_pair[1], s.atom.by_pair[2]};
+        backward_run<T, M, dense>(s.fields, run, prepared_[layer].radial, cotangent, ld, moments,
+                                  by_pair);
+        sink_.deliver(i, s.fields, run, s.atom.by_pair, s.sums);
+    }
+};
+
+}  // namespace
+}  // namespace potstill::POTSTILL_ISA

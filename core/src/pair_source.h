@@ -1,0 +1,183 @@
+// Where pairs come from: given vectors, or positions. They are loaded atom by atom, and those within
+// the cutoff go to the fields that the layers read.
+#pragma once
+
+#include "arena.h"
+#include "pairs.h"
+#include "quads.h"
+
+namespace potstill::POTSTILL_ISA {
+namespace {
+
+// The pairs of one atom, as many as the list holds.
+template <class T>
+struct Row {
+    Span<T> x[3], species;
+    Span<int32_t> own_labels;
+    const int32_t *labels;
+    int n;
+
+    Row(const Sizes<T> &sizes, Carver &c) {
+        for (Span<T> &component : x) component = c.take<T>(sizes.row());
+        species = c.take<T>(sizes.row());
+        own_labels = c.take<int32_t>(sizes.row() + 16);
+    }
+};
+
+// Four vectors to places k to k + 3 of three arrays.
+template <class T>
+POTSTILL_INLINE void put_four(T *x, T *y, T *z, int k, Four<T> a, Four<T> b, Four<T> c, Four<T> d) {
+    transpose_four(a, b, c, d);
+    store_four(x + k, a);
+    store_four(y + k, b);
+    store_four(z + k, c);
+}
+
+template <class T>
+class PairSource {
+  public:
+    PairSource(const Task &task, const Sizes<T> &sizes, Carver &c)
+        : task_(task),
+          pairs_(task.pairs),
+          counting_(c.take<int32_t>(sizes.max_row + 32)),
+          positions_(c.take<Quad>(task.md ? task.pairs.n_atoms : 0)),
+          offsets_(c.take<Quad>(task.md ? task.md->n_images : 0)) {}
+
+    void prepare() const {
+        for (size_t k = 0; k < counting_.size; ++k) counting_[k] = int32_t(k);
+        for (size_t k = 0; k < offsets_.size; ++k)
+            store_quad(offsets_ + k, vector_of(task_.md->offsets + 3 * k));
+    }
+
+    void copy_positions(int64_t first, int64_t last) const {
+        if (!task_.md) return;
+        for (int64_t i = first; i < last; ++i)
+            store_quad(positions_ + i, vector_of(task_.md->positions + 3 * i));
+    }
+
+    // Whether the neighbors and images of some atoms are indices into their arrays.
+    bool indices_fit(int64_t first_atom, int64_t last_atom) const {
+        const int64_t first = pairs_.row_ptr[first_atom], last = pairs_.row_ptr[last_atom];
+        uint32_t neighbor = 0;
+        for (int64_t k = first; k < last; ++k) {
+            const uint32_t j = uint32_t(pairs_.neighbor[k]);
+            neighbor = j > neighbor ? j : neighbor;
+        }
+        const uint16_t *images = task_.md ? task_.md->image : nullptr;
+        uint16_t image = 0;
+        if (images)
+            for (int64_t k = first; k < last; ++k) image = images[k] > image ? images[k] : image;
+        return first == last || (int64_t(neighbor) < pairs_.n_atoms &&
+                                 (!images || image < task_.md->n_images));
+    }
+
+    void load(int64_t i, Row<T> &row) const {
+        const int64_t begin = pairs_.row_ptr[i];
+        const int n = row.n = int(pairs_.row_ptr[i + 1] - begin);
+        if (task_.md)
+            load_positions(row, i, begin, n);
+        else if (task_.pass->r_ij_is_double)
+            load_vectors(row, static_cast<const double *>(task_.pass->r_ij) + 3 * begin, n);
+        else
+            load_vectors(row, static_cast<const float *>(task_.pass->r_ij) + 3 * begin, n);
+        // Beyond any cutoff, so that the last vector is whole.
+        store(row.x[0] + n, broadcast(T(2) * cutoff()));
+        store(row.x[1] + n, Vector<T>{});
+        store(row.x[2] + n, Vector<T>{});
+        row.labels = task_.md ? pairs_.neighbor + begin : counting_.data;
+        // The last vector of labels may reach beyond the list.
+        if (task_.md && begin + n + 16 > pairs_.row_ptr[pairs_.n_local]) {
+            for (int k = 0; k < n; ++k) row.own_labels[k] = row.labels[k];
+            row.labels = row.own_labels;
+        }
+    }
+
+    // Fields of the pairs within the cutoff, from `offset` on, in runs of one species of neighbors
+    // each, or in one run of all; returns the offset behind them.
+    int select(int64_t i, const Row<T> &row, int n_runs, const PairFields<T> &f, Run *runs,
+               int offset) const {
+        if (n_runs > 1) {
+            const int32_t *neighbor = pairs_.neighbor + pairs_.row_ptr[i];
+            for (int k = 0; k < row.n; ++k) row.species[k] = T(pairs_.species[neighbor[k]]);
+        }
+        const bool is_polynomial = task_.model.cutoff_function == POTSTILL_POLYNOMIAL;
+        for (int z = 0; z < n_runs; ++z) {
+            Run &run = runs[z];
+            run.first = offset;
+            run.n_pairs = compress<T>(row.n, row.x[0], row.x[1], row.x[2], row.labels,
+                                      n_runs > 1 ? row.species.data : nullptr, T(z),
+                                      cutoff() * cutoff(), f.unit[0] + offset, f.unit[1] + offset,
+                                      f.unit[2] + offset, f.label + offset);
+            complete_fields(f, run, cutoff(), is_polynomial);
+            offset += run.n_vectors * lanes<T>;
+        }
+        return offset;
+    }
+
+    // The neighbor that a label of atom i's fields stands for.
+    int64_t neighbor_of(int64_t i, int32_t label) const {
+        return task_.md ? label : pairs_.neighbor[pairs_.row_ptr[i] + label];
+    }
+
+    // Whether any pair of a row is shorter than the root of `limit`.
+    bool any_within(const Row<T> &row, T limit) const {
+        constexpr int L = lanes<T>;
+        bool near = false;
+        for (int k = 0; k < row.n; k += L) {
+            const Vector<T> x = load_lanes(row.x[0] + k), y = load_lanes(row.x[1] + k),
+                            z = load_lanes(row.x[2] + k);
+            const Vector<T> square = x * x + y * y + z * z;
+            const auto hit = square < limit;
+            for (int l = 0; l < L; ++l) near |= hit[l] != 0 && k + l < row.n;
+        }
+        return near;
+    }
+
+  private:
+    const Task &task_;
+    const potstill_pairs &pairs_;
+    Span<int32_t> counting_;  // 0, 1, 2, ...: labels of given vectors
+    Span<Quad> positions_, offsets_;
+
+    T cutoff() const { return T(task_.model.cutoff); }
+    static POTSTILL_INLINE Vector<T> load_lanes(const T *p) { return POTSTILL_ISA::load(p); }
+
+    template <class R>
+    static void load_vectors(const Row<T> &row, const R *r, int n) {
+        T *const x = row.x[0], *const y = row.x[1], *const z = row.x[2];
+        auto vector = [r](int k) { return __builtin_convertvector(load_four(r + 3 * k), Four<T>); };
+        int k = 0;
+        for (; k + 4 < n; k += 4)  // not to the end: each load reaches into the next vector
+            put_four<T>(x, y, z, k, vector(k), vector(k + 1), vector(k + 2), vector(k + 3));
+        for (; k < n; ++k) {
+            x[k] = T(r[3 * k]);
+            y[k] = T(r[3 * k + 1]);
+            z[k] = T(r[3 * k + 2]);
+        }
+    }
+
+    void load_positions(const Row<T> &row, int64_t i, int64_t begin, int n) const {
+        const int32_t *neighbor = pairs_.neighbor + begin;
+        const uint16_t *image = task_.md->image ? task_.md->image + begin : nullptr;
+        // In registers: for all the compiler knows, the stores could change members.
+        T *const x = row.x[0], *const y = row.x[1], *const z = row.x[2];
+        const Quad *const positions = positions_, *const offsets = offsets_;
+        const Double4 center = load_quad(positions + i);
+        auto vector = [=](int k) {
+            Double4 d = load_quad(positions + neighbor[k]) - center;
+            if (image) d += load_quad(offsets + image[k]);
+            return __builtin_convertvector(d, Four<T>);
+        };
+        int k = 0;
+        for (; k + 4 <= n; k += 4)
+            put_four<T>(x, y, z, k, vector(k), vector(k + 1), vector(k + 2), vector(k + 3));
+        if (k < n) {
+            const Four<T> zero{};
+            put_four<T>(x, y, z, k, vector(k), k + 1 < n ? vector(k + 1) : zero,
+                        k + 2 < n ? vector(k + 2) : zero, zero);
+        }
+    }
+};
+
+}  // namespace
+}  // namespace potstill::POTSTILL_ISA
