@@ -28,6 +28,7 @@ from potstill.experiments.spec import (
     GivenTeacher,
     GridPoint,
     HeldOutSet,
+    Measure,
     Role,
     StoredTeacher,
     TrainedTeacher,
@@ -68,7 +69,13 @@ class _Study(Settings):
     title: str
     seeds: tuple[int, ...] = (0, 1, 2)
     common: TrainSettings = Field(default_factory=TrainSettings)
+    measure: LiquidSettings | SimilaritySettings | None = None
     evaluations: EvaluationsSettings | None = None
+
+    def measures(self, name: str) -> dict[str, Measure]:
+        """What is measured, by name."""
+        own: dict[str, Measure | None] = {name: self.measure, "evaluations": self.evaluations}
+        return {name: measure for name, measure in own.items() if measure is not None}
 
     @model_validator(mode="before")
     @classmethod
@@ -253,14 +260,13 @@ class SizesStudy(_Study):
             {name: HeldOutSet.at(path) for name, path in self.data.tests.items()},
             self.data.source,
         )
-        measures = {"liquid": self.measure, "evaluations": self.evaluations}
         return Experiment(
             self.name,
             self.title,
             data,
             tuple(variants),
             self.seeds,
-            measures={name: own for name, own in measures.items() if own is not None},
+            measures=self.measures("liquid"),
             baselines=self.baselines,
             config=self,
         )
@@ -495,10 +501,7 @@ class PairsStudy(_Study):
             (*alone, *students),
             self.seeds,
             errors=Errors.S2EF,
-            measures={
-                "similarity": self.measure,
-                **({"evaluations": self.evaluations} if self.evaluations is not None else {}),
-            },
+            measures=self.measures("similarity"),
             config=self,
         )
 

@@ -7,7 +7,7 @@ tested, not assumed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from potstill.evaluate.rdf import RadialDistribution
 from potstill.experiments.rows import RunRow
 from potstill.metrics import METRICS, Metric, metric_of
 from potstill.report.page import Section
-from potstill.report.panels import LOOKS, Look, Panel, Series, looks, plain_label
+from potstill.report.panels import LOOKS, Drawing, Look, Panel, Series, looks, plain_label
 from potstill.report.plots import Figure, write_figure
 from potstill.report.tables import Cell, Spread, Table
 from potstill.report.verdicts import Comparison, compare, over_sizes
@@ -209,20 +209,26 @@ def sizes_figures(
         If there are no rows, or two share a name.
     """
     _check(rows)
-    folder = Path(folder)
+    folder, published = Path(folder), baselines or {}
     folder.mkdir(parents=True, exist_ok=True)
-    names = [*_sorted({row.strategy for row in rows}), *(baselines or {})]
-    known = {**looks(names), "front": Look("Pareto front", "#9a9a9a", "")}
+    known = looks([*_sorted({row.strategy for row in rows}), *published])
+    known |= {name: Look(name, known[name].color, "", ":") for name in published}
+    known["front"] = Look("Pareto front", "#9a9a9a", "")
     known["noise"] = Look("RDF error by chance", "#888888", "", "--")
-    known |= {n: Look(n, known[n].color, "", ":") for n in baselines or {}}
-    draw: Sequence[Callable[..., list[Figure]]] = (_pareto, _capacity, _learning, _cost, _seeds)
-    figures = [f for make in draw for f in make(rows, folder, known, baselines or {})]
-    return (*figures, *_liquids(rows, folder, known, liquid))
+    if liquid is not None:
+        known.setdefault(liquid[0], Look(liquid[0], "#888888", ""))
+    drawings = [
+        *_pareto(rows),
+        *_capacity(rows, published),
+        *_learning(rows),
+        *_cost(rows),
+        *_seeds(rows, known),
+        *_liquids(rows, liquid),
+    ]
+    return tuple(write_figure(folder, **vars(one), looks_of=known) for one in drawings)
 
 
-def _pareto(
-    rows: Sequence[RunRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
-) -> list[Figure]:
+def _pareto(rows: Sequence[RunRow]) -> Iterator[Drawing]:
     panels = []
     for key in _measured(rows, _COST_COLUMNS):
         series = _by_strategy(rows, key, "forces_rmse")
@@ -240,21 +246,17 @@ def _pareto(
             )
         )  # fmt: skip
     if not panels:
-        return []
+        return
     caption = (
         "Force RMSE on the test set against the cost of molecular dynamics; lower and further left "
         "is better. Points are means over seeds, bars standard deviations; the gray staircase "
         "joins what no other point beats in both (Fig. 2 of the paper). A cost that is the same "
         "for all sizes is left out."
     )
-    return [
-        write_figure(folder, "pareto", "Accuracy against cost", caption, panels, looks_of=known)
-    ]
+    yield Drawing("pareto", "Accuracy against cost", caption, panels)
 
 
-def _capacity(
-    rows: Sequence[RunRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
-) -> list[Figure]:
+def _capacity(rows: Sequence[RunRow], baselines: Baselines) -> Iterator[Drawing]:
     panels = []
     for key in _measured(rows, _JUDGED):
         levels = [
@@ -270,21 +272,17 @@ def _capacity(
             Panel("Trainable parameters", METRICS[key].label, [*series, *levels], x_scale="log")
         )
     if not panels:
-        return []
+        return
     caption = (
         "Errors against the number of trainable parameters: means over seeds, bars are standard "
         "deviations. Force and energy errors are on the test set against the reference, the RDF "
         "error is the integral of the absolute difference from the teacher's g(r) (Fig. 3 of the "
         "paper); what lies near the line of chance cannot be told from sampling noise."
     )
-    title = "Accuracy against size"
-    return [write_figure(folder, "capacity", title, caption, panels, looks_of=known)]
+    yield Drawing("capacity", "Accuracy against size", caption, panels)
 
 
-def _learning(
-    rows: Sequence[RunRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
-) -> list[Figure]:
-    figures = []
+def _learning(rows: Sequence[RunRow]) -> Iterator[Drawing]:
     for size in _sizes(rows):
         curves = {
             strategy: [r.curve for r in group if r.curve is not None]
@@ -301,14 +299,10 @@ def _learning(
             "runs (Fig. 4 of the paper)."
         )
         name = "learning_" + "".join(c if c.isalnum() else "_" for c in size)
-        title = f"Learning curves, size {size}"
-        figures.append(write_figure(folder, name, title, caption, panels, looks_of=known))
-    return figures
+        yield Drawing(name, f"Learning curves, size {size}", caption, panels)
 
 
-def _cost(
-    rows: Sequence[RunRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
-) -> list[Figure]:
+def _cost(rows: Sequence[RunRow]) -> Iterator[Drawing]:
     panels = [
         Panel(
             "Trainable parameters", METRICS[key].label, _by_strategy(rows, "n_parameters", key),
@@ -317,20 +311,18 @@ def _cost(
         for key in _measured(rows, _COST_COLUMNS)
     ]  # fmt: skip
     if not panels:
-        return []
+        return
     caption = (
         "Cost of molecular dynamics against the number of trainable parameters (Fig. 5 of the "
         "paper). Models of one size have the same architecture and the same cost."
     )
-    return [write_figure(folder, "cost", "Cost against size", caption, panels, looks_of=known)]
+    yield Drawing("cost", "Cost against size", caption, panels)
 
 
-def _seeds(
-    rows: Sequence[RunRow], folder: Path, known: Mapping[str, Look], baselines: Baselines
-) -> list[Figure]:
+def _seeds(rows: Sequence[RunRow], known: Mapping[str, Look]) -> Iterator[Drawing]:
     keys = _measured(rows, ("forces_rmse", "energy_per_atom_rmse"))
     if not keys:
-        return []
+        return
     groups = _groups(rows)
     categories = [f"{known[strategy].label}, {size}" for size, strategy, _ in groups]
     panels: list[Panel] = []
@@ -352,17 +344,11 @@ def _seeds(
         "between strategies a change of seed would hide."
     )
     height = 0.9 + 0.32 * len(categories)
-    return [
-        write_figure(
-            folder, "seeds", "Spread over seeds", caption, panels, looks_of=known,
-            height=height, width=4.6, legend=False,
-        )
-    ]  # fmt: skip
+    title = "Spread over seeds"
+    yield Drawing("seeds", title, caption, panels, height=height, width=4.6, legend=False)
 
 
-def _liquids(
-    rows: Sequence[RunRow], folder: Path, known: Mapping[str, Look], liquid: Liquid | None
-) -> list[Figure]:
+def _liquids(rows: Sequence[RunRow], liquid: Liquid | None) -> Iterator[Drawing]:
     """g(r) of the reference and the teachers, and what the other models differ by, size by size."""
     groups = {
         (size, strategy): [row.rdf for row in group if row.rdf is not None]
@@ -371,7 +357,7 @@ def _liquids(
     groups = {key: runs for key, runs in groups.items() if runs}
     teachers = [runs for (_, strategy), runs in groups.items() if strategy == "teacher"]
     if not groups or (liquid is None and not teachers):
-        return []
+        return
     name, base = liquid or ("teacher", _mean_distribution(teachers[0]))
     series = [Series("teacher", *_line(runs), kind="line") for runs in teachers]
     if liquid is not None:
@@ -393,9 +379,7 @@ def _liquids(
         "bands are standard deviations"
         + (f" (of {name}: standard error from blocks of the trajectory)." if liquid else ".")
     )
-    looks_of = {**known, name: known.get(name, Look(name, "#888888", ""))}
-    title = "Structure of the liquid"
-    return [write_figure(folder, "rdf", title, caption, panels, looks_of=looks_of)]
+    yield Drawing("rdf", "Structure of the liquid", caption, panels)
 
 
 def _line(runs: Sequence[RadialDistribution]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
