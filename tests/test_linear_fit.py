@@ -1,13 +1,21 @@
 """Linear least squares: what made the labels is found again; ranks, weights and gaps are honest."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from ase.build import bulk
+from ase.io import write
+from typer.testing import CliRunner
 
+from potstill.calculators import PotstillCalculator
+from potstill.checkpoint import load_potential
+from potstill.cli.app import app
 from potstill.errors import ConfigError, DataError, MissingLabelError
-from potstill.models import SNAP, ZBL
+from potstill.models import SNAP, ZBL, SumPotential
 from potstill.species import SpeciesTable
 from potstill.structures import Properties, Structures
 from potstill.testing import contract_structures
@@ -146,3 +154,74 @@ def test_what_cannot_be_fitted_is_refused(weights, error, message):
     labels = model.predict(structures, properties=["energy"]).properties
     with pytest.raises(error, match=message):
         fit_linear(model, structures, labels, weights=weights)
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def aluminium(tmp_path_factory):
+    """A file with crystals that a SNAP potential over a repulsion has labeled, and both."""
+    folder = tmp_path_factory.mktemp("fit")
+    table = SpeciesTable.from_symbols(["Al"])
+    torch.manual_seed(2)
+    truth = SNAP(table, twojmax=4, rcutfac=4.0).double()
+    usual = ZBL.for_species(table)
+    prior = ZBL(table, usual.inner, usual.cutoff, "lammps").double()
+    frames = []
+    for k in range(10):
+        atoms = bulk("Al", cubic=True, a=3.9 + 0.02 * k)
+        atoms.rattle(0.1, rng=np.random.default_rng(k))
+        atoms.info["config_type"] = "cold" if k % 2 else "hot"
+        atoms.calc = PotstillCalculator(SumPotential({"prior": prior, "network": truth}))
+        atoms.get_forces(), atoms.get_stress()
+        frames.append(atoms)
+    write(folder / "train.xyz", frames)
+    return folder, truth
+
+
+def run_fit(folder, **changes):
+    settings = {
+        "data": {"files": [str(folder / "train.xyz")]},
+        "model": {"twojmax": 4, "rcutfac": 4.0},
+    }
+    (folder / "fit.yaml").write_text(json.dumps(settings | changes))
+    command = ["fit", str(folder / "fit.yaml"), "--out", str(folder / "run")]
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    return CliRunner().invoke(app, command)
+
+
+def test_the_command_finds_the_potential_and_writes_it_for_lammps(aluminium):
+    folder, truth = aluminium
+    result = run_fit(folder, weights={"energy": {"hot": 10, "cold": 5}, "forces": 1, "stress": 10})
+    assert result.exit_code == 0, result.output
+    assert "15 of 15 coefficients" in result.output
+    potential, info = load_potential(folder / "run" / "best.pt")
+    scale = float(truth.coefficients.detach().abs().max())
+    assert torch.allclose(potential["network"].coefficients, truth.coefficients, atol=1e-5 * scale)
+    assert info["trained_on"]["elements"] == ["Al"]
+    errors = json.loads((folder / "run" / "errors.json").read_text())
+    assert set(errors) == {"train", "validation", "test"}
+    for part in errors.values():
+        assert part["channels"]["student-reference"]["forces_rmse"] < 1e-5 * scale
+        assert set(part["groups"]) <= {"hot", "cold"}
+    again = SNAP.from_lammps(folder / "run" / "best.snapcoeff", folder / "run" / "best.snapparam")
+    assert torch.equal(again.coefficients, potential["network"].coefficients)
+    commands = (folder / "run" / "best.in").read_text().splitlines()
+    prior = potential["prior"]
+    assert f"pair_style hybrid/overlay zbl {prior.inner} {prior.cutoff} snap" in commands
+    assert "pair_coeff * * snap best.snapcoeff best.snapparam Al" in commands
+    assert "pair_coeff 1 1 zbl 13 13" in commands
+
+
+def test_mistakes_of_the_command_are_one_sentence(aluminium):
+    folder, _ = aluminium
+    for changes, message in [
+        ({"source": "chgnet"}, "no labels of 'chgnet'"),
+        ({"weights": {"charges": 1.0}}, "weights are for energy, forces, stress: 'charges'"),
+        ({"weights": {"forces": {"hot": 1.0}}}, "no entry for group 'cold'"),
+        ({"model": {"twojmx": 4}}, "twojmax"),
+    ]:
+        result = run_fit(folder, **changes)
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.split())

@@ -29,6 +29,7 @@ from potstill.workflows.distill import DistillConfig as DistillConfig
 from potstill.workflows.dynamics import MdConfig as MdConfig
 from potstill.workflows.epsilon import EpsilonConfig as EpsilonConfig
 from potstill.workflows.evaluation import EvaluateConfig as EvaluateConfig
+from potstill.workflows.fitting import FitConfig as FitConfig
 from potstill.workflows.labeling import LabelConfig as LabelConfig
 from potstill.workflows.sampling import SampleConfig as SampleConfig
 from potstill.workflows.training import TrainConfig as TrainConfig
@@ -54,6 +55,7 @@ SETTINGS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     ),
     "label": (LabelConfig, {"store": "labels.zarr", "teacher": {"spec": "chgnet"}}),
     "train": (TrainConfig, {"out": "run", "data": _TRAINING}),
+    "fit": (FitConfig, {"out": "fit", "data": _TRAINING}),
     "epsilon": (EpsilonConfig, {"out": "epsilon", "data": _TRAINING}),
     "evaluate": (
         EvaluateConfig,

@@ -267,6 +267,33 @@ def train(
 
 
 @_command("Train")
+def fit(
+    config: Annotated[
+        Path, typer.Argument(help="YAML file: out, data, model, weights; see `potstill config`.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Run folder.")] = None,
+) -> None:
+    """Fit a linear model (SNAP) by least squares, and write it for LAMMPS as well.
+
+    [bold]Example[/bold]
+
+      potstill config fit > fit.yaml
+
+      potstill fit fit.yaml --out run/snap
+    """
+    from potstill.config import FitConfig, load_config
+    from potstill.workflows.fitting import fit as work
+
+    settings = load_config(config, FitConfig, {"out": out})
+    found = work(settings, RichDisplay(console))
+    console.print(
+        f"{found.rank} of {found.n_coefficients} coefficients are determined by {found.n_rows} "
+        f"labels; the potential is {settings.out}/best.pt, for LAMMPS {settings.out}/best.in",
+        highlight=False,
+    )
+
+
+@_command("Train")
 def epsilon(
     config: Annotated[Path, typer.Argument(help="YAML file with data and train, as for train.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
@@ -530,7 +557,8 @@ def config(
     command: Annotated[
         str,
         typer.Argument(
-            help="distill, sample, label, train, epsilon, evaluate, cka, md, study, feature-study."
+            help="distill, sample, label, train, fit, epsilon, evaluate, cka, md, study or "
+            "feature-study."
         ),
     ],
 ) -> None:

@@ -1,0 +1,132 @@
+"""`potstill fit`: a linear model (SNAP) by least squares, for ASE and for LAMMPS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from potstill.checkpoint import save_potential
+from potstill.errors import DataError, suggest
+from potstill.evaluate.errors import evaluate_errors
+from potstill.files import write_atomically
+from potstill.models import SNAP, ZBL, Potential, SumPotential
+from potstill.models.linear import SNAPHyperparameters
+from potstill.train import LinearFit, TrainingSet, fit_linear
+from potstill.workflows.base import Display, Settings, claim_folder, potential_info, write_json
+from potstill.workflows.data import DataSettings, load_parts
+from potstill.workflows.training import show_errors
+
+#: Weights of labels that are there: squared they are near the inverse of the variances wanted.
+_WEIGHTS = {"energy": 100.0, "forces": 1.0, "stress": 50.0}
+
+
+class FitConfig(Settings):
+    """Settings of `potstill fit`.
+
+    Parameters
+    ----------
+    out : str
+        The run folder.
+    data : DataSettings
+        Training, validation and test sets, as for `train`.
+    source : str
+        Whose labels are fitted: `reference`, or the name of a teacher.
+    model : SNAPHyperparameters
+        Descriptors of the model.
+    weights : dict, optional
+        By property (energy per atom, forces, stress): what each of its rows is multiplied by, a
+        number or one per group of structures. By default 100, 1 and 50, for the labels that are
+        there.
+    prior : {"none", "zbl"}
+        A short-range repulsion, subtracted from the labels and part of the saved model.
+    ridge : float
+        Penalty on the squares of the coefficients.
+    """
+
+    out: str
+    data: DataSettings
+    source: str = "reference"
+    model: SNAPHyperparameters = Field(default_factory=SNAPHyperparameters)
+    weights: dict[str, float | dict[str, float]] | None = None
+    prior: Literal["none", "zbl"] = "zbl"
+    ridge: float = Field(default=0.0, ge=0)
+
+
+def fit(config: FitConfig, display: Display | None = None) -> LinearFit:
+    """Fit a linear model and show its errors.
+
+    The run folder gets `config.yaml`, `best.pt`, `errors.json` and the files of LAMMPS:
+    `best.snapcoeff`, `best.snapparam` and `best.in` with the commands that use them.
+
+    Raises
+    ------
+    DataError
+        If the source has no labels, or nothing has a weight above zero.
+    """
+    display = display or Display()
+    folder = Path(config.out).absolute()
+    parts, sources = load_parts(config.data)
+    labels = parts["train"].labels
+    if config.source not in labels:
+        raise DataError(f"no labels of '{config.source}'{suggest(config.source, labels)}")
+    structures, targets = parts["train"].structures, labels[config.source]
+    weights = config.weights or {k: w for k, w in _WEIGHTS.items() if k in targets}
+    claim_folder(folder, config)
+    model = SNAP(structures.species_table, **config.model.model_dump()).double()
+    prior = None
+    if config.prior == "zbl":
+        usual = ZBL.for_species(structures.species_table)
+        prior = ZBL(structures.species_table, usual.inner, usual.cutoff, "lammps").double()
+    with display.task(f"fitting {model.coefficients.numel()} coefficients"):
+        found = fit_linear(
+            model, structures, targets, weights=weights, baseline=prior, ridge=config.ridge
+        )
+    components: dict[str, Potential] = {"network": model}
+    potential = SumPotential(components if prior is None else {"prior": prior, **components})
+    info = potential_info(structures, teacher=sources.get(config.source))
+    save_potential(folder / "best.pt", potential, info)
+    _write_lammps(folder, model, prior)
+    _tell_errors(folder, potential, parts, config.source, display)
+    return found
+
+
+def _tell_errors(
+    folder: Path,
+    potential: Potential,
+    parts: Mapping[str, TrainingSet],
+    source: str,
+    display: Display,
+) -> None:
+    """Write and show errors on all parts."""
+    channel = "reference" if source == "reference" else "teacher"
+    reports = {
+        name: evaluate_errors(potential, part.structures, {channel: part.labels[source]})
+        for name, part in parts.items()
+    }
+    write_json(folder / "errors.json", {name: found.to_json() for name, found in reports.items()})
+    show_errors(display, "errors", {name: found.own for name, found in reports.items()})
+
+
+def _write_lammps(folder: Path, model: SNAP, prior: ZBL | None) -> None:
+    """Write the potential and the commands that use it in LAMMPS."""
+    model.to_lammps(folder / "best.snapcoeff", folder / "best.snapparam")
+    names = model.species_table.names
+    snap = f"best.snapcoeff best.snapparam {' '.join(names)}"
+    lines = ["pair_style snap", f"pair_coeff * * {snap}"]
+    if prior is not None:
+        lines = [
+            f"pair_style hybrid/overlay zbl {prior.inner!r} {prior.cutoff!r} snap",
+            f"pair_coeff * * snap {snap}",
+        ]
+        z = model.species_table.atomic_numbers.tolist()
+        lines += [
+            f"pair_coeff {i + 1} {j + 1} zbl {z[i]} {z[j]}"
+            for i in range(len(z))
+            for j in range(i, len(z))
+        ]
+    types = ", ".join(f"{k} {name}" for k, name in enumerate(names, 1))
+    head = ["# SNAP potential of potstill", f"# types: {types}", "units metal"]
+    write_atomically(folder / "best.in", "\n".join([*head, *lines]) + "\n")
