@@ -12,7 +12,19 @@ from potstill.models import Potential
 from potstill.models.base import Regularizer
 
 
-class EnergyRegularizer(Term):
+class _Unlabeled(Term):
+    """A term without a line, its weight the same in every epoch."""
+
+    validated = False
+    line = None
+    weight: float
+
+    def weight_at(self, epoch: int) -> float:
+        """The weight."""
+        return self.weight
+
+
+class EnergyRegularizer(_Unlabeled):
     """A penalty on the terms of the atomic energies, of `Potential.regularizers`.
 
     Mean over the configurations of the sum over their atoms.
@@ -28,15 +40,9 @@ class EnergyRegularizer(Term):
     """
 
     needs = ("terms",)
-    validated = False
-    line = None
 
     def __init__(self, name: str, penalty: Regularizer, weight: float) -> None:
         self.name, self.penalty, self.weight = name, penalty, weight
-
-    def weight_at(self, epoch: int) -> float:
-        """The weight."""
-        return self.weight
 
     def sums(self, values: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Of the penalties, and of the configurations."""
@@ -49,7 +55,7 @@ class EnergyRegularizer(Term):
         return sums[0] / sums[1]
 
 
-class SquaredWeights(Term):
+class SquaredWeights(_Unlabeled):
     """L2: the sum of squares of a network's weights.
 
     Parameters
@@ -62,15 +68,9 @@ class SquaredWeights(Term):
 
     name = "l2"
     of_parameters = True
-    validated = False
-    line = None
 
     def __init__(self, network: Potential, weight: float) -> None:
         self.network, self.weight = network, weight
-
-    def weight_at(self, epoch: int) -> float:
-        """The weight."""
-        return self.weight
 
     def sums(self, values: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """(1,) the squares, summed in float64."""
