@@ -23,19 +23,9 @@ from ase.io.formats import UnknownFileTypeError, filetype
 
 from potstill.ase_bridge import fixed_atoms, velocities_of
 from potstill.errors import DataError
+from potstill.properties import ASE_NAMES
 from potstill.readers.base import ASE_UNITS, Frame, KeyMap, Units, atomic_numbers_of, pick_label
 from potstill.readers.lmdb import Shard, open_shards
-
-#: Names that ASE's own calculators use; a key map overrides them.
-_USUAL = {
-    "energy": ("energy",),
-    "forces": ("forces",),
-    "stress": ("stress",),
-    "atomic_energies": ("energies",),
-    "charges": ("charges",),
-    "dipole": ("dipole",),
-    "virial": (),
-}
 
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
@@ -234,7 +224,9 @@ def _lammps_options(path: Path, keys: KeyMap) -> dict[str, Any]:
 def _frame(path: Path, k: int, atoms: ase.Atoms, keys: KeyMap, where: str = "") -> Frame:
     where = where or f"{path}, frame {k}"
     held = _held(atoms)
-    labels = {name: pick_label(held, name, keys, usual, where) for name, usual in _USUAL.items()}
+    # The names that ASE's own calculators use; a key map overrides them.
+    usual = {name: (key,) for name, key in ASE_NAMES.items()} | {"virial": ()}
+    labels = {name: pick_label(held, name, keys, own, where) for name, own in usual.items()}
     fixed = fixed_atoms(atoms)
     group = held.get(keys.group or "config_type", "")
     return Frame(

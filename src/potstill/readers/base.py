@@ -247,7 +247,7 @@ def pick_label(
     DataError
         If two of the usual names are there, so that the choice would be a guess.
     """
-    explicit = getattr(keys, name)
+    explicit = getattr(keys, name, None)
     if explicit is not None:
         return held.get(explicit)
     found = [key for key in usual if key in held]
@@ -360,7 +360,7 @@ def _convert(frame: Frame, units: Units) -> Frame:
         else:
             spec = PROPERTIES[name]
             shape = (n, *spec.shape) if spec.level == "atom" else spec.shape
-            value = _shaped(frame, name, raw, shape) * factors[name]
+            value = _shaped(frame, name, raw, shape) * factors.get(name, 1.0)
         if not np.isfinite(value).all():
             raise DataError(f"{frame.where}: '{name}' holds NaN or infinite numbers")
         labels[name] = value
