@@ -25,7 +25,6 @@ from potstill.evaluate.eos import equation_of_state, fit_birch_murnaghan
 from potstill.evaluate.errors import (
     compare,
     evaluate_errors,
-    gap_closed,
     predict_all,
 )
 from potstill.evaluate.learning import read_learning_curves
@@ -148,11 +147,6 @@ def test_compare_some_systems(labelled):
     structures, teacher, reference = labelled
     some = compare(teacher, reference, structures, [1, 4])
     assert some["forces_n"] == 3 * 16
-
-
-def test_gap_closed():
-    assert gap_closed(student=2.0, control=3.0, teacher=1.0) == 0.5
-    assert math.isnan(gap_closed(1.0, 1.0, 1.0))
 
 
 # -- radial and angular distributions ------------------------------------------------------------
@@ -453,17 +447,16 @@ def test_speed_by_turns():
         rounds=3,
         seconds_per_round=0.02,
     )
-    assert table.names == ("emt", "slow")
-    assert sorted(table.of("emt")) == [8, 32]
-    assert all(ratio > 1.5 for ratio in table.speedup("emt", "slow", cpu=True).values())
-    assert set(table.speedup("slow", "emt")) == {8, 32}
-    row = table.of("emt")[32]
+    rows = {(row.name, row.n_atoms): row for row in table.rows}
+    assert set(rows) == {("emt", 8), ("emt", 32), ("slow", 8), ("slow", 32)}
+    for n in (8, 32):
+        ratio = rows["slow", n].cpu_seconds_per_step / rows["emt", n].cpu_seconds_per_step
+        assert ratio > 1.5
+    row = rows["emt", 32]
     assert row.microseconds_per_atom == pytest.approx(1e6 * row.seconds_per_step / 32)
     assert row.fastest <= row.seconds_per_step <= row.slowest
     assert table.machine["threads"] == torch.get_num_threads()
     json.dumps(table.to_json(), allow_nan=False)
-    with pytest.raises(DataError, match="did you mean 'emt'"):
-        table.of("ent")
 
 
 MODULE = """

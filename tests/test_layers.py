@@ -30,15 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sample.*",),
     ("train.*", "label", "coarse.*"),
     # How numbers are shown: below the evaluations, which bring their own rows and figures.
-    (
-        "report",
-        "report.panels",
-        "report.tables",
-        "report.verdicts",
-        "report.plots",
-        "report.heatmaps",
-        "report.page",
-    ),
+    ("report.*",),
     ("evaluate.*",),
     ("workflows.base", "workflows.data"),  # what workflows and experiments share
     ("experiments.*",),  # below the workflows: `distill` trains by the same scheduler

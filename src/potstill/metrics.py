@@ -8,7 +8,7 @@ depend on how a set was cut into batches or spread over processes.
 | `energy_mae`, `energy_rmse` | total energy, per configuration | eV |
 | `energy_per_atom_mae`, `_rmse` | total energy over the number of atoms | eV |
 | `forces_mae`, `forces_rmse` | per Cartesian component, all atoms | eV/Å |
-| `forces_cosine` | mean over atoms of the cosine between predicted and labelled force | 1 |
+| `forces_cosine` | mean over atoms of the cosine between predicted and labeled force | 1 |
 | `free_forces_...` | all of `forces_...` over the atoms that are not fixed, where some are | |
 | `forces_relative_rmse` | `forces_rmse` over the standard deviation of the labels' components | 1 |
 | `stress_mae`, `stress_rmse` | per component of the nine | eV/Å³ |
@@ -198,15 +198,15 @@ class ErrorAccumulator:
                 self._add_errors(name, *compared[name])
         if "energy" in compared:
             n_atoms = structures.n_atoms_per_system.clamp(min=1).unsqueeze(1)
-            predicted, labelled, present = compared["energy"]
-            self._add_errors("energy_per_atom", predicted / n_atoms, labelled / n_atoms, present)
+            predicted, labeled, present = compared["energy"]
+            self._add_errors("energy_per_atom", predicted / n_atoms, labeled / n_atoms, present)
         if "forces" in compared:
             self._add_cosine("forces_cosine", *compared["forces"])
             if structures.fixed is not None:
-                predicted, labelled, present = compared["forces"]
+                predicted, labeled, present = compared["forces"]
                 present = present & ~structures.fixed
-                self._add_errors("free_forces", predicted, labelled, present)
-                self._add_cosine("free_forces_cosine", predicted, labelled, present)
+                self._add_errors("free_forces", predicted, labeled, present)
+                self._add_cosine("free_forces_cosine", predicted, labeled, present)
         if "energy" in compared and "forces" in compared:
             self._add_efwt(compared["energy"], compared["forces"], structures)
 
@@ -265,13 +265,13 @@ class ErrorAccumulator:
         self._sums[_CHANNELS.index(channel), column] += value.to(self._sums)
 
     def _add_errors(
-        self, channel: str, predicted: Tensor, labelled: Tensor, present: Tensor
+        self, channel: str, predicted: Tensor, labeled: Tensor, present: Tensor
     ) -> None:
         """Add (rows, n) predictions and labels where the (rows,) mask says so."""
         mask = present.unsqueeze(1)
         # where(), not boolean indexing: no synchronization with a GPU and no NaN from absent rows
-        error = torch.where(mask, predicted - labelled, 0.0)
-        known = torch.where(mask, labelled, 0.0)
+        error = torch.where(mask, predicted - labeled, 0.0)
+        known = torch.where(mask, labeled, 0.0)
         self._add(channel, _COUNT, present.sum() * predicted.shape[1])
         self._add(channel, _ABSOLUTE, error.abs().sum())
         self._add(channel, _SQUARE, error.square().sum())
@@ -279,13 +279,13 @@ class ErrorAccumulator:
         self._add(channel, _LABEL_SQUARE, known.square().sum())
 
     def _add_cosine(
-        self, channel: str, predicted: Tensor, labelled: Tensor, present: Tensor
+        self, channel: str, predicted: Tensor, labeled: Tensor, present: Tensor
     ) -> None:
-        """Add cosines of atoms whose labelled force is not zero; a predicted zero counts as 0."""
-        length = torch.linalg.vector_norm(labelled, dim=1)
+        """Add cosines of atoms whose labeled force is not zero; a predicted zero counts as 0."""
+        length = torch.linalg.vector_norm(labeled, dim=1)
         counted = present & (length > 0)
         product = length * torch.linalg.vector_norm(predicted, dim=1)
-        dot = (predicted * labelled).sum(1)
+        dot = (predicted * labeled).sum(1)
         cosine = torch.where(product == 0, 0.0, dot / torch.where(product == 0, 1.0, product))
         self._add(channel, _COUNT, counted.sum())
         self._add(channel, _ABSOLUTE, torch.where(counted, cosine, 0.0).sum())
@@ -338,7 +338,7 @@ class S2EFAccumulator:
 
     As in the evaluator of the Open Catalyst Project: `energy_mae` of total energies per frame;
     `free_forces_mae` over the components of all free atoms of all frames; `free_forces_cosine`,
-    the mean over the same atoms of the cosine between predicted and labelled force, zero where
+    the mean over the same atoms of the cosine between predicted and labeled force, zero where
     either vanishes; `efwt`, the percentage of frames with an energy error below 0.02 eV and all
     force components within 0.03 eV/Å.
 
@@ -436,22 +436,22 @@ def _aligned(
     spec = property_spec(name)
     level, width = spec.level, math.prod(spec.shape)
     rows = structures.n_systems if level == "system" else structures.n_atoms
-    predicted, labelled = prediction[name], label[name]
-    for what, value in (("prediction", predicted), ("label", labelled)):
+    predicted, labeled = prediction[name], label[name]
+    for what, value in (("prediction", predicted), ("label", labeled)):
         if value.shape[0] != rows:
             raise DataError(
                 f"the {what} of {name} has {value.shape[0]} rows, but the batch has {rows} {level}s"
             )
     predicted = predicted.detach().to(torch.float64).reshape(rows, width)
-    labelled = labelled.detach().to(torch.float64).reshape(rows, width)
+    labeled = labeled.detach().to(torch.float64).reshape(rows, width)
     n_systems = structures.n_systems
     present = prediction.presence(name, n_systems) & label.presence(name, n_systems)
-    known = ~labelled.isnan().any(dim=1)
+    known = ~labeled.isnan().any(dim=1)
     if level == "system":
-        return predicted, labelled, present & known
+        return predicted, labeled, present & known
     unknown = torch.zeros(n_systems, dtype=torch.int64, device=known.device)
     unknown = unknown.index_add(0, structures.system_index, (~known).to(torch.int64))
-    return predicted, labelled, (present & (unknown == 0))[structures.system_index]
+    return predicted, labeled, (present & (unknown == 0))[structures.system_index]
 
 
 def _standard_deviation(row: list[float]) -> float:

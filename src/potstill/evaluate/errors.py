@@ -108,8 +108,8 @@ def evaluate_errors(
     """
     for source in set(labels) - set(SOURCES):
         raise DataError(f"no error channel for labels of '{source}'{suggest(source, SOURCES)}")
-    labelled = {key for label in labels.values() for key in label.names}
-    wanted = [p for p in LEARNABLE if p in labelled and (properties is None or p in properties)]
+    labeled = {key for label in labels.values() for key in label.names}
+    wanted = [p for p in LEARNABLE if p in labeled and (properties is None or p in properties)]
     if not isinstance(predictor, Properties):
         predictor = predict_all(predictor, structures, wanted, max_atoms=max_atoms)
     sides = {name: predictor, **labels}
@@ -187,14 +187,6 @@ def predict_all(
         parts.append(prediction.properties.to("cpu"))
         sizes.append(batch)
     return Properties.concatenate(parts, sizes)
-
-
-def gap_closed(student: float, control: float, teacher: float) -> float:
-    """Fraction of the distance from control to teacher that the student has covered.
-
-    1 means as good as the teacher, 0 as good as the control, NaN that there is no gap.
-    """
-    return (control - student) / (control - teacher) if control != teacher else math.nan
 
 
 # -- OC20's task ---------------------------------------------------------------------------------

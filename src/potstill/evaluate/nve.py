@@ -383,10 +383,14 @@ class NVE(Evaluation):
         runs = found.of(cls.name, NVERun)
         if not runs:
             return
-        yield Row("NVE atoms", {m: r.n_atoms for m, r in runs.items()})
-        yield Row("NVE temperature at start (K)", {m: r.temperature for m, r in runs.items()})
-        yield Row("NVE mean temperature (K)", {m: r.mean_temperature for m, r in runs.items()})
-        yield Row("NVE timestep (fs)", {m: r.timestep for m, r in runs.items()})
+        setting = {
+            "NVE atoms": "n_atoms",
+            "NVE temperature at start (K)": "temperature",
+            "NVE mean temperature (K)": "mean_temperature",
+            "NVE timestep (fs)": "timestep",
+        }
+        for label, name in setting.items():
+            yield Row(label, {m: getattr(r, name) for m, r in runs.items()})
         yield from super().rows(found)
         errors = {m: r.slope_error for m, r in runs.items() if r.stable}
         yield Row("NVE standard error of slope (meV/atom/ps)", errors)

@@ -14,7 +14,7 @@ import psutil
 from ase.calculators.calculator import BaseCalculator
 from ase.md.verlet import VelocityVerlet
 
-from potstill.errors import ConfigError, DataError, suggest
+from potstill.errors import ConfigError
 from potstill.evaluate.base import (
     Bench,
     Candidate,
@@ -81,25 +81,9 @@ class SpeedTable(Result):
     temperature: float
     machine: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Calculators in order."""
-        return tuple(dict.fromkeys(row.name for row in self.rows))
-
     def of(self, name: str) -> dict[int, SpeedRow]:
         """Rows of one calculator by number of atoms."""
-        if name not in self.names:
-            raise DataError(f"no timing of '{name}'{suggest(name, self.names)}")
         return {row.n_atoms: row for row in self.rows if row.name == name}
-
-    def speedup(self, fast: str, slow: str, *, cpu: bool = False) -> dict[int, float]:
-        """How many times less time `fast` takes than `slow`, by number of atoms.
-
-        With `cpu`, of the processor instead of on the clock.
-        """
-        quick, long = self.of(fast), self.of(slow)
-        key = "cpu_seconds_per_step" if cpu else "seconds_per_step"
-        return {n: getattr(long[n], key) / getattr(quick[n], key) for n in quick if n in long}
 
 
 def md_speed(
@@ -281,7 +265,7 @@ def _processor_seconds() -> float:
 def timings(found: Findings, model: str) -> dict[int, float]:
     """µs per step and atom of a model, by number of atoms."""
     table = found.of("speed", SpeedTable).get(model)
-    return {row.n_atoms: row.microseconds_per_atom for row in table.rows} if table else {}
+    return {n: row.microseconds_per_atom for n, row in table.of(model).items()} if table else {}
 
 
 def speed_ratio(found: Findings, fast: str = "student", slow: str = "teacher") -> dict[int, float]:

@@ -57,7 +57,7 @@ class Page:
     title : str
         Heading.
     about : tuple of (str, str)
-        What, when, versions, seed, command, fingerprints, licence: shown as a list.
+        What, when, versions, seed, command, fingerprints, license: shown as a list.
     verdicts : tuple of str
         Sentences of the summary box.
     facts : tuple of Fact

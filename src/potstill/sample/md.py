@@ -327,7 +327,7 @@ def run_md(
     n_frames, seed : int
         How many frames to take, and the seed of velocities and thermostat.
     folder : path, optional
-        For checkpoints: the same call goes on where an earlier one was killed.
+        For checkpoints: the same call resumes where an earlier one stopped.
     progress : callable, optional
         Called with (calls of the calculator done, in all).
     **settings

@@ -36,7 +36,7 @@ class CKAConfig(Settings):
     student, teacher : str
         Checkpoints.
     data : str
-        A labelled store or a file with structures.
+        A label store or a file with structures.
     source : str
         Label set of a store, for the probes.
     out : str

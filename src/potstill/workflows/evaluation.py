@@ -51,7 +51,7 @@ class EvaluateConfig(Settings):
     out : str
         Folder of the results.
     store : str, optional
-        A labelled store to compute errors on.
+        A label store to compute errors on.
     source : str
         Its label set.
     files : tuple of FileData

@@ -100,7 +100,7 @@ def _store(path: Path) -> list[Card]:
         cards.append(_labels(f"labels of '{source}'", store.labels(source)))
         about = [[key, _text(value)] for key, value in info.items() if key != "units"]
         failed = store.failures(source)
-        about.append(["labelled", f"{store.n_labeled(source)} of {store.n_systems}"])
+        about.append(["labeled", f"{store.n_labeled(source)} of {store.n_systems}"])
         about.append(["failed", str(len(failed))])
         about += [[f"  {f.get('frame_id') or f['system']}", f["reason"]] for f in failed[:5]]
         cards.append(Card(f"who gave '{source}'", about))

@@ -347,7 +347,7 @@ def _command(folder: Path) -> str:
 
 
 def _labels(path: Path) -> str:
-    """Fingerprint of the labelled store, as far as there is one."""
+    """Fingerprint of the label store, as far as there is one."""
     if not path.is_dir():
         return ""
     try:
