@@ -277,9 +277,17 @@ def test_without_a_compiler_the_install_succeeds_and_says_so(tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "installed without them and uses PyTorch kernels" in result.stdout + result.stderr
+    assert "COULD NOT BE COMPILED" in result.stdout + result.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-none-any.whl")
     assert extension_modules(wheel) == []
+    environment["POTSTILL_REQUIRE_NATIVE"] = "1"
+    setting = f"-Cbuild-dir={tmp_path / 'required'}"
+    result = subprocess.run(
+        [*command, setting, str(ROOT)], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert "POTSTILL_REQUIRE_NATIVE is set" in result.stdout + result.stderr
 
 
 def extension_modules(wheel: Path) -> list[str]:

@@ -8,6 +8,7 @@ from potstill.core.base import (
     describe_core,
     instruction_set,
     instruction_sets,
+    note_missing_kernels,
     release_memory,
     select_instruction_set,
     why_unavailable,
@@ -35,6 +36,7 @@ from potstill.core.zbl import ZblParameters
 __all__ = [
     "available",
     "why_unavailable",
+    "note_missing_kernels",
     "describe_core",
     "instruction_set",
     "instruction_sets",

@@ -8,6 +8,9 @@ this package alone, and fall back to the PyTorch twin of a kernel, which also is
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -40,6 +43,27 @@ def available() -> bool:
 def why_unavailable() -> str | None:
     """Why there are no compiled kernels, as part of a sentence; None where there are."""
     return _REASON
+
+
+def note_missing_kernels() -> None:
+    """Say once per process, on stderr, that compiled kernels would have served and are missing.
+
+    Raises
+    ------
+    ModelError
+        If they are missing and the environment variable POTSTILL_REQUIRE_NATIVE is 1.
+    """
+    if available():
+        return
+    remedy = f"{_REASON}; install a C++ compiler, then potstill again"
+    if os.environ.get("POTSTILL_REQUIRE_NATIVE", "").lower() in ("1", "true", "yes", "on"):
+        raise ModelError(f"POTSTILL_REQUIRE_NATIVE is set, and {remedy}")
+    _tell(f"MD and training use PyTorch kernels, several times slower: {remedy}")
+
+
+@cache
+def _tell(message: str) -> None:
+    print(f"potstill: warning: {message}", file=sys.stderr)
 
 
 def native() -> ModuleType:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from potstill.core import CompactNeighbors, available, why_unavailable
+from potstill.core import CompactNeighbors, available, note_missing_kernels, why_unavailable
 from potstill.errors import ModelError, suggest
 from potstill.models.engines import Core as Core
 from potstill.models.engines import FirstOrder as FirstOrder
@@ -387,13 +387,16 @@ class Potential(nn.Module, ABC):
         Raises
         ------
         ModelError
-            If they were asked for and do not serve the model.
+            If they were asked for and do not serve the model, or are missing where the environment
+            variable POTSTILL_REQUIRE_NATIVE is 1.
         """
         if self.core == "torch":
             return False
         reason = self.why_not_native()
         if reason is not None and self.core == "native":
             raise ModelError(f"native kernels cannot be used: {reason}")
+        if self.has_native_kernels:
+            note_missing_kernels()
         return reason is None
 
     def use_core(self, core: Core) -> None:
