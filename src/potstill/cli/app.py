@@ -458,22 +458,12 @@ def cka(
 
       potstill cka n2n/best.pt teacher/best.pt labels.zarr --before control/best.pt --out cka
     """
+    # Options are named as the settings are.
+    given = {key: value for key, value in locals().items() if key != "config"}
     from potstill.config import CKAConfig, load_config
     from potstill.workflows.cka import compare_features
 
-    overrides = {
-        "student": student,
-        "teacher": teacher,
-        "data": data,
-        "out": out,
-        "before": before,
-        "source": source,
-        "run": run,
-        "n_structures": n_structures,
-        "probes": probes,
-        "seed": seed,
-    }
-    report = compare_features(load_config(config, CKAConfig, overrides), RichDisplay(console))
+    report = compare_features(load_config(config, CKAConfig, given), RichDisplay(console))
     print_tables(console, "Taps of the student", report.COLUMNS, report.rows())
     console.print(f"Figures and cka.json are in {out}", highlight=False)
 
@@ -527,25 +517,13 @@ def md(
 
       potstill md run/student.pt surface.cif --ensemble nve --n-atoms 500 --out nve
     """
+    # Options are named as the settings are.
+    given = {key: value for key, value in locals().items() if key != "config"}
     from potstill.config import MdConfig, load_config
     from potstill.workflows.dynamics import run_dynamics
 
-    overrides = {
-        "model": _teacher(model, None),
-        "structure": structure,
-        "ensemble": ensemble,
-        "temperature": temperature,
-        "pressure": pressure,
-        "duration": duration,
-        "timestep": timestep,
-        "stride": stride,
-        "n_atoms": n_atoms,
-        "out": out,
-        "seed": seed,
-        "force_nonconservative": force_nonconservative,
-        "allow_dissociation": allow_dissociation,
-    }
-    result = run_dynamics(load_config(config, MdConfig, overrides), RichDisplay(console))
+    given["model"] = _teacher(model, None)
+    result = run_dynamics(load_config(config, MdConfig, given), RichDisplay(console))
     console.print(f"{len(result.frames)} frames in {result.trajectory}", highlight=False)
     if result.closest:
         console.print(result.closest, highlight=False)

@@ -145,7 +145,7 @@ def _run_job(
     folder: Path,
     progress: Progress | None,
 ) -> SampledFrames:
-    """Frames of one job: read if it is done, else run or go on."""
+    """Frames of one job: read if it is done, else run or resumed."""
     path = folder / f"job_{number:03d}.npz"
     scratch = scratch_folder(folder, number)
     job = plan.jobs[number]

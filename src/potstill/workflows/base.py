@@ -79,7 +79,7 @@ Range = Annotated[tuple[float, float], BeforeValidator(parse_range)]
 
 
 class TeacherSettings(Settings):
-    """Which teacher: see `potstill.teachers.make_teacher`.
+    """A teacher, or any other potential: see `potstill.teachers.make_teacher`.
 
     Parameters
     ----------

@@ -1,12 +1,12 @@
-"""`potstill distill`: from a teacher and a structure to a student, its report and its dynamics.
+"""`potstill distill`: from a teacher and a structure to a student, its report and MD with it.
 
 One run is a chain of stages, each of which leaves files in the run folder and is not done again:
 
 sample -> label -> draft -> explore -> train -> dynamics -> evaluate -> report
 
-The draft is a student after a few epochs. Its dynamics are cheap, so that it explores all
-temperatures for long, and the teacher labels what it meets (on-policy): these frames, decorrelated
-and where students go astray, are worth more than a trajectory of the teacher that costs as much.
+The draft is a student after a few epochs. MD with it is cheap, so that it explores all temperatures
+for long, and the teacher labels what it visits (on-policy): these frames, decorrelated and where
+students go wrong, are worth more than a trajectory of the teacher that costs as much.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def distill(
 
 
 def _sample(run: Run) -> None:
-    """Make structures with the teacher's dynamics, rattles and strains, and split them."""
+    """Make structures by MD with the teacher, rattling and straining, and split them."""
     counts = run.plan.counts
     n_md, n_random = counts.n_md_frames or 0, counts.n_random_frames or 0
     plan = run.sampling_plan(
@@ -114,7 +114,7 @@ def _sample(run: Run) -> None:
 
 
 def split_frames(frames: SampledFrames, seed: int) -> dict[str, torch.Tensor]:
-    """Split dynamics in blocks of time; independent frames are all for training.
+    """Split MD in blocks of time; independent frames are all for training.
 
     Raises
     ------
@@ -128,7 +128,7 @@ def split_frames(frames: SampledFrames, seed: int) -> dict[str, torch.Tensor]:
     for name, systems in split.items():
         if not len(systems):
             raise DataError(
-                f"{len(own)} frames of dynamics are too few to leave some for '{name}': "
+                f"{len(own)} MD frames are too few to leave some for '{name}': "
                 f"raise the budget, or n_md_frames among the counts"
             )
     split["train"] = torch.cat([split["train"], (~moving).nonzero()[:, 0]]).sort().values
@@ -150,7 +150,7 @@ def _draft(run: Run) -> str | None:
 
 
 def _explore(run: Run) -> str | None:
-    """Sample with the draft's dynamics, and label what it meets."""
+    """Sample by MD with the draft, and label what it visits."""
     n_frames = run.plan.counts.n_on_policy_frames
     if not n_frames:
         return "left out"

@@ -117,37 +117,36 @@ class DistillConfig(Settings):
     Parameters
     ----------
     teacher : TeacherSettings
-        Who is distilled.
+        The potential to distill.
     structure : str
-        Where to start: a file (all structures in it), or `silicon`, which is built in.
+        Starting structures: a file (all structures in it), or `silicon`, which is built in.
     temperature : (low, high)
-        K, of the dynamics that make structures. The default holds CHGNet's silicon well below
-        where it melts.
+        MD temperature range in K, e.g. `300:900`. CHGNet's silicon melts well above the default.
     pressure : tuple of float
-        GPa, of runs at constant pressure; none if empty.
+        Pressures in GPa of constant-pressure MD; none if empty.
     budget : float
-        Seconds for all of it; configs may say `10min`.
+        Wall time for everything, in seconds or as in `10min` and `2h`.
     out : str
-        The run folder.
+        Run folder.
     n_atoms : int
-        Periodic structures are repeated until they have so many atoms.
+        Repeat periodic structures until they have this many atoms; fewer if the teacher is slow.
     student : TrainSettings
         Model, optimizer and so on; loss, score, epochs and seed are filled in.
     weights : Weights
-        Of the student's loss.
+        Weights of the student's loss.
     controls : tuple of float
-        Force weights of controls, students without the teacher's atomic energies. The default is
-        the student's own weight, so that nothing but the knowledge differs.
+        Force weights of the controls, students that do not learn the teacher's atomic energies. By
+        default the student's own weight, so that nothing else differs.
     on_policy : bool
-        Let a draft student explore, and label what it meets.
+        Explore with a draft student, and label the frames that it visits.
     counts : Counts
-        Counts that the budget shall not decide.
+        Counts that the budget does not decide.
     tests : dict of str to tuple of str
-        Tests of the evaluation, and who undergoes them: `student`, `control`, `teacher`.
+        Evaluations, and what they are done for: `student`, `control`, `teacher`.
     trainings_at_once : int
-        Student and controls that are trained side by side; by default one per core.
+        Trainings that run side by side; by default one per core.
     seed : int
-        Of everything.
+        Seed of all random numbers.
     """
 
     teacher: TeacherSettings = TeacherSettings(spec="chgnet")
@@ -211,7 +210,7 @@ class Run:
 
     @property
     def store(self) -> LabeledStore:
-        """The labelled store, to read and add."""
+        """The label store, to read and add."""
         path = self.folder / "labels.zarr"
         if not path.exists():
             return LabeledStore.create(path, info={"seed": self.config.seed})

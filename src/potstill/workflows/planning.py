@@ -31,23 +31,23 @@ from potstill.workflows.base import Settings, limited_threads, seconds_in_words,
 
 #: Shares of the time that is left for sampling and training.
 TEACHER_SHARE = 0.4
-#: Of the teacher's time: molecular dynamics; the rest labels frames that cost no dynamics.
+#: Share of MD in the teacher's time; the rest labels frames that need no MD.
 DYNAMICS_SHARE = 0.55
 #: Of the training time: the draft that explores.
 DRAFT_SHARE = 0.25
-#: Share of the budget for the student's own dynamics at the end.
+#: Share of the budget for MD with the student at the end.
 STUDENT_MD_SHARE = 0.2
 #: More structures than this do not help one material as much as more epochs.
 MAX_FRAMES = 400
-#: Rattled and strained structures beside on-policy ones: they teach what dynamics do not visit.
+#: Rattled and strained structures beside on-policy ones: they teach what MD does not visit.
 MAX_RANDOM = 60
-#: Fewer frames of the teacher's dynamics leave nothing to hold out: four blocks of the split.
+#: Fewer frames of MD with the teacher leave nothing to hold out: four blocks of the split.
 MIN_MD_FRAMES = 16
-#: Frames that cost no dynamics of the teacher: rattled, strained, or met by the draft.
+#: Frames that need no MD with the teacher: rattled, strained, or visited by the draft.
 MIN_FREE_FRAMES = 24
 #: Seconds that evaluation takes at least: starting processes, timing rounds, figures.
 EVALUATION_SECONDS = 40.0
-#: fs between frames of the draft's dynamics.
+#: fs between frames of MD with the draft.
 EXPLORING_STRIDE = 100.0
 #: A plan may exceed its budget by this factor: timings are no better than that.
 TOLERANCE = 1.1
@@ -92,17 +92,17 @@ class Counts(Settings):
     Parameters
     ----------
     n_temperatures : int
-        Temperatures of dynamics, evenly spaced.
+        MD temperatures, evenly spaced.
     n_md_frames : int
-        Frames from the teacher's dynamics; held-out ones are among them.
+        Frames of MD with the teacher; the held-out ones are among them.
     n_random_frames : int
         Rattled and strained structures.
     n_on_policy_frames : int
-        Frames from the draft student's dynamics; zero for none.
+        Frames of MD with the draft student; zero for none.
     draft_epochs, epochs : int
-        Of the draft, and of the student and each control.
+        Epochs of the draft, and of the student and each control.
     nve_duration, md_duration : float
-        ps, of the student's dynamics in the evaluation and of the final trajectory.
+        Duration in ps of the student's NVE test and of the final trajectory.
     """
 
     n_temperatures: int | None = Field(default=None, ge=1)
@@ -132,11 +132,11 @@ class Timings(Settings):
     label : float
         The teacher, per structure.
     step : float
-        The teacher, per step of dynamics.
+        The teacher, per MD step.
     train : float
         Training, per structure and epoch.
     student_step : float
-        The student, per step of dynamics.
+        The student, per MD step.
     """
 
     label: float
@@ -466,7 +466,7 @@ def measure(
     settings: TrainSettings,
     at_once: int = 1,
 ) -> Timings:
-    """Time the teacher and the student's training and dynamics on a few rattled structures."""
+    """Time the teacher and the student's training and MD on a few rattled structures."""
     frames = RattleJob(n_frames=4, displacement=(0.02, 0.1)).run(start, None, seed=0).structures
     first, rest = frames.select([0]), frames.select([1, 2, 3])
     teacher.label(first, properties)  # the first call pays for what is loaded and compiled

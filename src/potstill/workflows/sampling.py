@@ -1,4 +1,4 @@
-"""`potstill sample`: structures to be labelled, by the jobs of a config."""
+"""`potstill sample`: structures to label, by the jobs of a config."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class SampleConfig(Settings):
         Each with its `kind` (rattle, jitter, ascent, strain, volume, md, relax) and its settings. A
         job that names no `system` is done for every starting structure.
     out : str
-        Folder of the frames.
+        Folder for the structures.
     teacher : TeacherSettings, optional
-        What drives dynamics and relaxations, and what ascent is away from.
+        What drives MD and relaxations, and what gradient ascent moves away from.
     seed : int
-        All random numbers follow from it.
+        Seed of all random numbers.
     """
 
     start: str
