@@ -17,12 +17,16 @@ from ase.calculators.emt import EMT
 from ase.io import write
 
 from potstill import properties
+from potstill.deploy import DEPLOYMENTS, deploy
+from potstill.errors import ConfigError, ModelError
 from potstill.label import label_store
+from potstill.models import HIPNN, SNAP, ZBL, Potential, SpeciesOffsets, SumPotential
 from potstill.properties import PropertySpec
 from potstill.readers import FORMATS, Frame, KeyMap, Units, read
 from potstill.sample import JOBS, make_job
 from potstill.sample.base import IndependentJob, Maker
 from potstill.sample.strain import deform
+from potstill.species import SpeciesTable
 from potstill.store import LabeledStore
 from potstill.structures import Structures
 from potstill.teachers import TEACHERS, AseTeacher, TeacherInfo, make_teacher
@@ -166,3 +170,50 @@ def test_a_sampling_job_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         cell[:, 0, 1] / cell[:, 0, 0], torch.tensor([0.0, 0.1, 0.2]).double()
     )
     torch.testing.assert_close(frames.structures.volume, cell[0].det().expand(3))
+
+
+# -- a deployment ----------------------------------------------------------------------------------
+
+
+def tungsten_snap() -> tuple[SNAP, SpeciesOffsets, ZBL]:
+    table = SpeciesTable.from_symbols(["W"])
+    snap = SNAP(table, twojmax=2, rcutfac=3.5, radii=[0.5], weights=[1.0]).double()
+    with torch.no_grad():
+        snap.coefficients.copy_(torch.linspace(-0.3, 0.2, snap.n_coefficients)[None])
+    return snap, SpeciesOffsets(table, torch.tensor([-12.5])), ZBL(table, 1.5, 2.0, "lammps")
+
+
+def test_a_deployment_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_cutoff(potential: Potential, folder: Path, stem: str) -> list[Path]:
+        file = folder / f"{stem}.txt"
+        file.write_text(f"{potential.cutoff}\n")
+        return [file]
+
+    monkeypatch.setitem(DEPLOYMENTS, "cutoff", write_cutoff)
+    snap, _, _ = tungsten_snap()
+    (file,) = deploy(snap, "cutoff", tmp_path / "new")
+    assert float(file.read_text()) == snap.cutoff
+    with pytest.raises(ConfigError, match="did you mean 'cutoff'"):
+        deploy(snap, "cutof", tmp_path)
+
+
+def test_deployed_snap_has_the_energies_of_potstill(tmp_path: Path) -> None:
+    snap, offsets, prior = tungsten_snap()
+    whole = SumPotential({"offsets": offsets, "network": snap, "prior": prior})
+    coeff, param, commands = deploy(whole, "lammps-snap", tmp_path, "w")
+    read_back = SumPotential({"network": SNAP.from_lammps(coeff, param), "prior": prior})
+    atoms = bulk("W", cubic=True) * (2, 2, 2)
+    atoms.rattle(0.1, seed=0)
+    structures = Structures.from_ase(atoms)
+    energies = [potential.predict(structures)["energy"] for potential in (whole, read_back)]
+    torch.testing.assert_close(*energies, atol=1e-10, rtol=1e-14)
+    assert "pair_style hybrid/overlay zbl 1.5 2.0 snap" in commands.read_text()
+
+
+def test_what_lammps_snap_cannot_run_is_refused(tmp_path: Path) -> None:
+    snap, _, _ = tungsten_snap()
+    with pytest.raises(ModelError, match="not hipnn"):
+        deploy(HIPNN(snap.species_table), "lammps-snap", tmp_path)
+    prior = ZBL(snap.species_table, 1.5, 2.0)
+    with pytest.raises(ModelError, match="switched differently"):
+        deploy(SumPotential({"network": snap, "prior": prior}), "lammps-snap", tmp_path)

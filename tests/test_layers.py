@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("teachers.*",),
     ("calculators", "testing"),
     ("sample.*",),
-    ("train.*", "label", "coarse.*"),
+    ("train.*", "label", "deploy.*"),
     # How numbers are shown: below the evaluations, which bring their own rows and figures.
     ("report.*",),
     ("evaluate.*",),

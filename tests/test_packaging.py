@@ -205,12 +205,15 @@ def test_make_help_lists_all_targets():
     assert listed == make_targets() - {"help"}
 
 
+BINARY = {".npz", ".pkl", ".png", ".svg", ".gz", ".pt", ".h5", ".db", ".so", ".zip"}
+
+
 def test_no_absolute_paths():
     # Written in two halves, so that this file does not find itself.
     absolute = re.compile(r"(?<![\w.:/}~<])/" + r"(home|root|work|Users|opt|tmp|mnt)/\w")
     found = []
     for path in project_files():
-        if path.suffix in {".npz", ".pkl", ".png", ".svg", ".gz", ".pt", ".h5", ".db"}:
+        if path.suffix in BINARY:
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if absolute.search(line):

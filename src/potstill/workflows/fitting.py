@@ -9,9 +9,9 @@ from typing import Literal
 from pydantic import Field
 
 from potstill.checkpoint import save_potential
+from potstill.deploy import deploy
 from potstill.errors import DataError, suggest
 from potstill.evaluate.errors import evaluate_errors
-from potstill.files import write_atomically
 from potstill.models import SNAP, ZBL, Potential, SumPotential
 from potstill.models.linear import SNAPHyperparameters
 from potstill.train import LinearFit, TrainingSet, fit_linear
@@ -88,7 +88,7 @@ def fit(config: FitConfig, display: Display | None = None) -> LinearFit:
     potential = SumPotential(components if prior is None else {"prior": prior, **components})
     info = potential_info(structures, teacher=sources.get(config.source))
     save_potential(folder / "best.pt", potential, info)
-    _write_lammps(folder, model, prior)
+    deploy(potential, "lammps-snap", folder, "best")
     _tell_errors(folder, potential, parts, config.source, display)
     return found
 
@@ -108,25 +108,3 @@ def _tell_errors(
     }
     write_json(folder / "errors.json", {name: found.to_json() for name, found in reports.items()})
     show_errors(display, "errors", {name: found.own for name, found in reports.items()})
-
-
-def _write_lammps(folder: Path, model: SNAP, prior: ZBL | None) -> None:
-    """Write the potential and the commands that use it in LAMMPS."""
-    model.to_lammps(folder / "best.snapcoeff", folder / "best.snapparam")
-    names = model.species_table.names
-    snap = f"best.snapcoeff best.snapparam {' '.join(names)}"
-    lines = ["pair_style snap", f"pair_coeff * * {snap}"]
-    if prior is not None:
-        lines = [
-            f"pair_style hybrid/overlay zbl {prior.inner!r} {prior.cutoff!r} snap",
-            f"pair_coeff * * snap {snap}",
-        ]
-        z = model.species_table.atomic_numbers.tolist()
-        lines += [
-            f"pair_coeff {i + 1} {j + 1} zbl {z[i]} {z[j]}"
-            for i in range(len(z))
-            for j in range(i, len(z))
-        ]
-    types = ", ".join(f"{k} {name}" for k, name in enumerate(names, 1))
-    head = ["# SNAP potential of potstill", f"# types: {types}", "units metal"]
-    write_atomically(folder / "best.in", "\n".join([*head, *lines]) + "\n")

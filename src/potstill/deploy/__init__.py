@@ -1,0 +1,45 @@
+"""Potentials for other programs. `DEPLOYMENTS` is the explicit table of targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from potstill.deploy.lammps_snap import write_lammps_snap
+from potstill.errors import ConfigError, suggest
+from potstill.models import Potential
+
+#: By target: writes a potential into a folder, under a stem, and returns the files.
+DEPLOYMENTS: dict[str, Callable[[Potential, Path, str], list[Path]]] = {
+    "lammps-snap": write_lammps_snap,
+}
+
+
+def deploy(
+    potential: Potential, target: str, folder: str | Path, stem: str = "student"
+) -> list[Path]:
+    """Write a potential for another program.
+
+    Parameters
+    ----------
+    potential : Potential
+        What `load_potential` gives.
+    target : str
+        A key of `DEPLOYMENTS`.
+    folder : path
+        Made if it does not exist.
+    stem : str
+        The files' names without endings.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such target.
+    ModelError
+        If the target cannot run this potential.
+    """
+    if target not in DEPLOYMENTS:
+        raise ConfigError(f"there is no deployment '{target}'{suggest(target, DEPLOYMENTS)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return DEPLOYMENTS[target](potential, folder, stem)
