@@ -194,13 +194,18 @@ _HEADLINES = (
 )
 
 
+def in_digits(value: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{value:.0f}" if abs(value) >= 100.0 else f"{value:.3g}"
+
+
 def show_errors(display: Display, title: str, found: Mapping[str, Mapping[str, float]]) -> None:
     """Show errors of a potential by set, against the source of the score, in field units."""
     rows = []
     for key, name, unit, factor in _HEADLINES:
         values = [metrics.get(key, math.nan) for metrics in found.values()]
         if any(math.isfinite(value) for value in values):
-            rows.append([name, unit, *(f"{factor * value:.3g}" for value in values)])
+            rows.append([name, unit, *(in_digits(factor * value) for value in values)])
     display.table(title, ("error", "unit", *found), rows)
 
 
