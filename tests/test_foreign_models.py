@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from potstill.testing import CONTRACT
 from potstill.train.data import TrainingSet
 from potstill.train.initialize import initial_student
 from potstill.train.loop import train
-from potstill.train.settings import ModelSettings, TrainSettings
+from potstill.train.settings import EnergySettings, ModelSettings, TrainSettings
 from potstill.workflows.training import TrainConfig
 
 CU = SpeciesTable.from_symbols(["Cu"])
@@ -49,6 +51,7 @@ def test_contract(check: str) -> None:
 def test_a_model_is_trained_and_read_by_module_and_class(tmp_path: Path) -> None:
     settings = TrainSettings(
         model=ModelSettings(kind="foreign_model:Springs", hyperparameters={"cutoff": 3.5}),
+        energy=EnergySettings(zero="none"),
         epochs=2,
         batch_size=2,
         early_stopping=None,
@@ -131,3 +134,15 @@ def test_fingerprints_are_those_that_label_stores_hold() -> None:
         for parameter in network.parameters():
             parameter.fill_(0.5)
     assert potential_fingerprint(network) == "2eb18307c44470b03464e486"
+
+
+def test_the_example_of_the_documentation_keeps_the_contract() -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+    (example,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    made: dict[str, Any] = {"__name__": "my_module"}
+    exec(example, made)  # what the page tells readers to write
+    springs = made["Springs"](CU, stiffness=0.5)
+    CONTRACT["forces_are_the_gradient"](springs)
+    CONTRACT["continuity"](springs)
+    assert springs.spec == "my_module:Springs"
+    assert springs.hyperparameters() == {"stiffness": 0.5}
