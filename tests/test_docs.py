@@ -52,7 +52,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["data-formats.md", "teachers.md", "feature-distillation.md"])
+@pytest.mark.parametrize(
+    "page", ["data-formats.md", "teachers.md", "feature-distillation.md", "models.md"]
+)
 def test_examples_run(folder, page):
     code = examples(page)
     assert code
@@ -109,7 +111,13 @@ def test_the_config_for_own_data_trains(tmp_path, monkeypatch):
 
 def test_every_page_with_examples_is_run():
     with_code = {path.name for path in DOCS.glob("*.md") if examples(path.name)}
-    assert with_code == {"data-formats.md", "feature-distillation.md", "teachers.md", "tutorial.md"}
+    assert with_code == {
+        "data-formats.md",
+        "feature-distillation.md",
+        "models.md",
+        "teachers.md",
+        "tutorial.md",
+    }
 
 
 def test_examples_of_configs_of_feature_distillation_are_valid():
