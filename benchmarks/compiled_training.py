@@ -27,7 +27,7 @@ from ase.build import bulk
 from common import ANI_AL, STUDENT
 
 from potstill.distill import LossTerm
-from potstill.evaluate.base import machine_description
+from potstill.evaluate.tools import machine_description
 from potstill.models import build_model
 from potstill.species import SpeciesTable
 from potstill.structures import Properties, Structures

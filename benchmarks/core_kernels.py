@@ -27,7 +27,7 @@ from ase.build import bulk
 
 from potstill import core
 from potstill.core.base import native
-from potstill.evaluate.base import machine_description
+from potstill.evaluate.tools import machine_description
 from potstill.models import HIPNN
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.species import SpeciesTable

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential, read_payload
-from potstill.evaluate.base import machine_description
+from potstill.evaluate.tools import machine_description
 from potstill.models import build_model
 from potstill.models.gemnet_oc import PRESETS
 from potstill.structures import Structures

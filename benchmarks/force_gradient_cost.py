@@ -38,7 +38,7 @@ from common import ANI_AL, STUDENT
 
 from potstill.core import describe_core
 from potstill.distill import LossTerm
-from potstill.evaluate.base import machine_description
+from potstill.evaluate.tools import machine_description
 from potstill.models import Potential, build_model
 from potstill.models.base import Core
 from potstill.report.panels import Look, Panel, Series

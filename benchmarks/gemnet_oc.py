@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from ase.build import add_adsorbate, fcc111, molecule
 
-from potstill.evaluate.base import machine_description
+from potstill.evaluate.tools import machine_description
 from potstill.models import GemNetOC
 from potstill.models.base import Edges
 from potstill.models.gemnet_oc import PRESETS

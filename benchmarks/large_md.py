@@ -25,8 +25,8 @@ from ase.units import fs
 
 from potstill.calculators import PotstillCalculator
 from potstill.core import describe_core
-from potstill.evaluate.base import machine_description
 from potstill.evaluate.nve import run_nve
+from potstill.evaluate.tools import machine_description
 
 RESULTS = Path(__file__).parent / "results" / "large_md.json"
 

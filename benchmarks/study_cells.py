@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from potstill.config import load_config
-from potstill.evaluate.base import machine_description
+from potstill.evaluate.tools import machine_description
 from potstill.experiments.recipes import SizesStudy
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.settings import ForceGradientSettings

@@ -35,7 +35,7 @@ from common import (
 
 from potstill.core import describe_core
 from potstill.distill.losses import Moments
-from potstill.evaluate.base import machine_description
+from potstill.evaluate.tools import machine_description
 from potstill.models import HIPNN
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.species import SpeciesTable

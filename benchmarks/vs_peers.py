@@ -382,7 +382,7 @@ def main() -> None:
         worker(args.worker, args.threads, args.repeat)
         return
     from potstill.core import describe_core
-    from potstill.evaluate.base import machine_description
+    from potstill.evaluate.tools import machine_description
 
     torch.set_num_threads(args.threads)
     competitors = [Competitor(*item, args) for item in interpreters(args).items()]

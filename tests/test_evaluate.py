@@ -19,7 +19,7 @@ from ase.constraints import FixAtoms
 
 from potstill.errors import ConfigError, DataError, ModelError
 from potstill.evaluate import memory
-from potstill.evaluate.base import as_json, make_calculator, repeat_to, set_temperature
+from potstill.evaluate.base import as_json
 from potstill.evaluate.elastic import deform, elastic_constants
 from potstill.evaluate.eos import equation_of_state, fit_birch_murnaghan
 from potstill.evaluate.errors import (
@@ -38,6 +38,7 @@ from potstill.evaluate.rdf import (
     radial_distribution,
 )
 from potstill.evaluate.speed import md_speed
+from potstill.evaluate.tools import make_calculator, repeat_to, set_temperature
 from potstill.models.prior import ZBL
 from potstill.species import SpeciesTable
 from potstill.structures import Properties, Structures

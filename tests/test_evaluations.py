@@ -17,15 +17,7 @@ from ase.io import write
 
 from potstill.errors import DataError
 from potstill.evaluate import lattice
-from potstill.evaluate.base import (
-    Bench,
-    BenchSettings,
-    Candidate,
-    Evaluation,
-    Findings,
-    Result,
-    repeat_to,
-)
+from potstill.evaluate.base import Bench, BenchSettings, Candidate, Evaluation, Findings, Result
 from potstill.evaluate.elastic import Elastic, ElasticConstants
 from potstill.evaluate.eos import EquationOfState, equation_of_state
 from potstill.evaluate.errors import ErrorReport, Errors, S2EFErrors, evaluate_errors
@@ -34,6 +26,7 @@ from potstill.evaluate.nve import run_nve
 from potstill.evaluate.parity import ParityPoints
 from potstill.evaluate.speed import SpeedRow, SpeedTable, Throughput
 from potstill.evaluate.table import EVALUATIONS
+from potstill.evaluate.tools import repeat_to
 from potstill.evaluate.vibrations import Vibrations, VibrationsEvaluation, vibrations
 from potstill.metrics import METRICS, Estimate
 from potstill.report.tables import number

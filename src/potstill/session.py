@@ -22,8 +22,8 @@ from potstill.checkpoint import load_potential
 from potstill.config import DistillConfig, MdConfig, validate
 from potstill.display import Display
 from potstill.errors import DataError, TeacherError
-from potstill.evaluate.base import make_calculator
 from potstill.evaluate.errors import evaluate_errors
+from potstill.evaluate.tools import make_calculator
 from potstill.models import Potential
 from potstill.readers.splits import split_by_seed
 from potstill.sample import SampledFrames, run_plan, split_in_blocks, standard_plan

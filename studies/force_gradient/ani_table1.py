@@ -31,7 +31,7 @@ from potstill.checkpoint import load_potential, save_potential
 from potstill.config import load_config
 from potstill.distill import LossTerm
 from potstill.errors import ConfigError, PotstillError
-from potstill.evaluate.base import machine_description
+from potstill.evaluate.tools import machine_description
 from potstill.experiments.run import property_errors
 from potstill.experiments.spec import HeldOutSet
 from potstill.files import write_atomically

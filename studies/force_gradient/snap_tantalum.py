@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.func import jvp
 
 from potstill.errors import DataError, PotstillError
-from potstill.evaluate.base import machine_description
+from potstill.evaluate.tools import machine_description
 from potstill.models import SNAP, ZBL, Edges, Potential, SumPotential
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.readers import read

@@ -1,4 +1,4 @@
-"""What evaluations share: the protocol, what they work on and leave behind, and small tools.
+"""What evaluations share: the protocol, what they work on and what they leave behind.
 
 An evaluation is one file with a subclass of `Evaluation` and one line in
 `potstill.evaluate.table`: `potstill evaluate`, the report of `distill` and studies then have it.
@@ -8,37 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import platform
 import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import ase
 import numpy as np
-import torch
 from ase.calculators.calculator import BaseCalculator
-from ase.filters import FrechetCellFilter
-from ase.optimize import BFGS
 from pydantic import BaseModel, ConfigDict, Field
 
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential
-from potstill.errors import DataError, ModelError
+from potstill.errors import DataError
+from potstill.evaluate.tools import is_checkpoint, make_calculator
 from potstill.metrics import metric_of
 from potstill.models.base import Potential
 from potstill.report.panels import Drawing
 from potstill.report.tables import Row
 from potstill.report.verdicts import Verdict
-from potstill.sample.md import draw_momenta
 from potstill.sample.supercell import smallest_supercell
 from potstill.structures import Properties, Structures
-from potstill.units import BOLTZMANN
 
 # -- results -------------------------------------------------------------------------------------
 
@@ -115,119 +107,6 @@ def as_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def with_calculator(atoms: ase.Atoms, calculator: BaseCalculator) -> ase.Atoms:
-    """Return a copy of the atoms that uses the calculator; the original is left alone."""
-    copy = atoms.copy()
-    copy.calc = calculator
-    return copy
-
-
-def require_periodic(atoms: ase.Atoms, purpose: str) -> None:
-    """Refuse structures that are not periodic along three lattice vectors.
-
-    Raises
-    ------
-    DataError
-        If `atoms` is open along an axis or has no volume.
-    """
-    if not atoms.pbc.all() or atoms.cell.rank < 3:
-        raise DataError(
-            f"{purpose} needs a structure that is periodic along all three axes; "
-            f"{atoms.get_chemical_formula()} is not"
-        )
-
-
-def relax(atoms: ase.Atoms, *, fmax: float, max_steps: int, cell: bool = False) -> None:
-    """Relax the atoms, and their cell if asked, in place.
-
-    Parameters
-    ----------
-    atoms : ase.Atoms
-        With a calculator.
-    fmax : float
-        Largest remaining force, eV/Å; with `cell`, ASE's measure for the cell's gradient too.
-    max_steps : int
-        Steps to take at most.
-    cell : bool
-        Relax the shape and volume of the cell as well.
-
-    Raises
-    ------
-    ModelError
-        If the forces do not fall below `fmax`.
-    """
-    if len(atoms) == 1 and not cell:
-        return  # no internal degree of freedom
-    target = FrechetCellFilter(atoms) if cell else atoms
-    optimizer = BFGS(target, logfile=None)  # type: ignore[arg-type]
-    if not optimizer.run(fmax=fmax, steps=max_steps):
-        left = float(np.linalg.norm(atoms.get_forces(), axis=1).max())
-        raise ModelError(
-            f"relaxing {atoms.get_chemical_formula()} did not reach {fmax:g} eV/Å in {max_steps} "
-            f"steps (largest force {left:.3g} eV/Å): allow more steps or a larger fmax"
-        )
-
-
-def set_temperature(atoms: ase.Atoms, temperature: float, rng: np.random.Generator) -> None:
-    """Draw velocities of exactly this kinetic temperature (K) of the free atoms.
-
-    Where no atom is fixed the whole is at rest, which takes three degrees of freedom.
-    """
-    fixed = Structures.from_ase(atoms).fixed
-    held = np.zeros(len(atoms), bool) if fixed is None else fixed.numpy()
-    masses = atoms.get_masses()[:, None]
-    momenta = draw_momenta(masses[:, 0], held, temperature, rng)
-    degrees = 3 * int((~held).sum())
-    if not held.any() and len(atoms) > 1:
-        momenta -= masses * momenta.sum(axis=0) / masses.sum()
-        degrees -= 3
-    drawn = float((momenta**2 / masses).sum())
-    if drawn > 0.0:
-        momenta *= np.sqrt(degrees * BOLTZMANN * temperature / drawn)
-    atoms.set_momenta(momenta)
-
-
-def repeat_to(atoms: ase.Atoms, n_atoms: int) -> ase.Atoms:
-    """Repeat a structure until it has `n_atoms` or more, its thinnest periodic direction first.
-
-    A molecule is set side by side with its copies, too far apart to interact.
-    """
-    if atoms.pbc.any():
-        return smallest_supercell(Structures.from_ase(atoms), min_atoms=n_atoms).to_ase()[0]
-    copies = math.ceil((n_atoms / len(atoms)) ** (1.0 / 3.0))
-    box = atoms.copy()
-    box.set_cell(np.diag(np.ptp(atoms.positions, axis=0) + _APART))
-    repeated = box.repeat((copies, copies, copies))[: len(atoms) * math.ceil(n_atoms / len(atoms))]
-    repeated.set_cell(np.zeros((3, 3)))
-    return repeated
-
-
-#: Å between copies of a molecule.
-_APART = 15.0
-
-
-def is_checkpoint(spec: str) -> bool:
-    """Whether text names one of potstill's own files."""
-    return spec.endswith(".pt") and "," not in spec and "*" not in spec
-
-
-def make_calculator(spec: str, args: dict[str, Any] | None = None) -> BaseCalculator:
-    """Make an ASE calculator from text, so that a fresh process can make the same one.
-
-    Parameters
-    ----------
-    spec : str
-        A potstill checkpoint (`*.pt`), or whatever names a teacher: `chgnet`, `module:factory`.
-    args : dict, optional
-        Keyword arguments.
-    """
-    if is_checkpoint(spec):
-        return PotstillCalculator(Path(spec), **(args or {}))
-    from potstill.teachers import make_teacher
-
-    return make_teacher(spec, args).ase_calculator()
 
 
 # -- the protocol --------------------------------------------------------------------------------
@@ -509,34 +388,3 @@ class Evaluation(BaseModel, ABC):
     def verdicts(cls, found: Findings) -> Iterable[Verdict]:
         """Sentences about the student, with whether a bar is met."""
         return ()
-
-
-# -- tools ---------------------------------------------------------------------------------------
-
-
-def machine_description() -> dict[str, Any]:
-    """Say what timings and memory figures were taken on: processor, threads, versions."""
-    versions = {"python": platform.python_version()}
-    for package in ("potstill", "torch", "numpy", "ase", "vesin"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "versions": versions,
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

@@ -11,16 +11,8 @@ import numpy as np
 from ase.calculators.calculator import BaseCalculator
 
 from potstill.errors import ConfigError
-from potstill.evaluate.base import (
-    Bench,
-    Candidate,
-    Evaluation,
-    Findings,
-    Result,
-    relax,
-    require_periodic,
-    with_calculator,
-)
+from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
+from potstill.evaluate.tools import relax, require_periodic, with_calculator
 from potstill.report.tables import Row, number
 from potstill.report.verdicts import Verdict
 from potstill.units import GPA

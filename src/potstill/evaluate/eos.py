@@ -11,17 +11,9 @@ from ase.calculators.calculator import BaseCalculator
 from numpy.polynomial import Polynomial
 
 from potstill.errors import ConfigError, ModelError
-from potstill.evaluate.base import (
-    Bench,
-    Candidate,
-    Evaluation,
-    Findings,
-    Result,
-    relax,
-    require_periodic,
-    with_calculator,
-)
+from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
 from potstill.evaluate.lattice import conventional_lengths
+from potstill.evaluate.tools import relax, require_periodic, with_calculator
 from potstill.report.panels import Drawing, Panel, Series
 from potstill.report.tables import number, signed
 from potstill.report.verdicts import Verdict

@@ -20,7 +20,8 @@ from ase.calculators.calculator import BaseCalculator
 from torch import Tensor
 
 from potstill.errors import DataError, suggest
-from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result, with_calculator
+from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
+from potstill.evaluate.tools import with_calculator
 from potstill.metrics import (
     METRICS,
     S2EF_METRICS,

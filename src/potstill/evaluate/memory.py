@@ -17,16 +17,8 @@ import torch
 from ase.md.verlet import VelocityVerlet
 
 from potstill.errors import ConfigError, DataError
-from potstill.evaluate.base import (
-    Bench,
-    Candidate,
-    Evaluation,
-    Findings,
-    Result,
-    make_calculator,
-    repeat_to,
-    set_temperature,
-)
+from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
+from potstill.evaluate.tools import make_calculator, repeat_to, set_temperature
 from potstill.report.panels import Drawing, Panel, Series
 from potstill.report.tables import Row
 from potstill.units import FS_IN_ASE_TIME

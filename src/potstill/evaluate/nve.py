@@ -14,15 +14,8 @@ from ase.md.verlet import VelocityVerlet
 from pydantic import Field
 
 from potstill.errors import ConfigError, DivergenceError, PotstillError
-from potstill.evaluate.base import (
-    Bench,
-    Candidate,
-    Evaluation,
-    Findings,
-    Result,
-    set_temperature,
-    with_calculator,
-)
+from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
+from potstill.evaluate.tools import set_temperature, with_calculator
 from potstill.report.panels import Drawing, Panel, Series
 from potstill.report.tables import Row, number, signed
 from potstill.report.verdicts import Verdict

@@ -15,17 +15,8 @@ from ase.calculators.calculator import BaseCalculator
 from ase.md.verlet import VelocityVerlet
 
 from potstill.errors import ConfigError
-from potstill.evaluate.base import (
-    Bench,
-    Candidate,
-    Evaluation,
-    Findings,
-    Result,
-    machine_description,
-    repeat_to,
-    set_temperature,
-    with_calculator,
-)
+from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
+from potstill.evaluate.tools import machine_description, repeat_to, set_temperature, with_calculator
 from potstill.metrics import METRICS
 from potstill.models.base import Potential
 from potstill.report.panels import Drawing, Panel, Series

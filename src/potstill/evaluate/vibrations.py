@@ -10,15 +10,8 @@ import numpy as np
 from ase.calculators.calculator import BaseCalculator
 
 from potstill.errors import ConfigError
-from potstill.evaluate.base import (
-    Bench,
-    Candidate,
-    Evaluation,
-    Findings,
-    Result,
-    relax,
-    with_calculator,
-)
+from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
+from potstill.evaluate.tools import relax, with_calculator
 from potstill.report.panels import Drawing, Panel, Series
 from potstill.report.tables import Row, number
 from potstill.report.verdicts import Verdict

@@ -19,7 +19,6 @@ from pydantic import ValidationError
 from potstill.checkpoint import load_potential
 from potstill.distill.taps import TapPair, resolve_taps
 from potstill.errors import ConfigError, DataError
-from potstill.evaluate.base import machine_description
 from potstill.evaluate.errors import (
     S2EFErrors,
     average_estimates,
@@ -27,6 +26,7 @@ from potstill.evaluate.errors import (
     evaluate_s2ef,
     predict_all,
 )
+from potstill.evaluate.tools import machine_description
 from potstill.experiments.scheduler import Progress, run_jobs
 from potstill.experiments.spec import (
     TEACHER,

@@ -16,7 +16,7 @@ from ase.io import write
 from pydantic import Field, model_validator
 
 from potstill.errors import ConfigError, DivergenceError
-from potstill.evaluate.base import make_calculator
+from potstill.evaluate.tools import make_calculator
 from potstill.evaluate.vibrations import fastest_period
 from potstill.files import write_atomically
 from potstill.sample import MDJob, SampledFrames, SamplingPlan, run_plan, smallest_supercell

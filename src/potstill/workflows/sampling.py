@@ -11,7 +11,7 @@ from ase.io import write
 from pydantic import Field, field_validator
 
 from potstill.errors import ConfigError
-from potstill.evaluate.base import make_calculator
+from potstill.evaluate.tools import make_calculator
 from potstill.files import write_atomically
 from potstill.sample import Job, SampledFrames, SamplingPlan, make_job, run_plan
 from potstill.structures import Structures
