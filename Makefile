@@ -1,6 +1,6 @@
 # Everything a newcomer types. Each target sets up what it needs; Python 3.11 or later is all it takes.
 #
-#   make distill         distil CHGNet into a small model of silicon, and run MD with it
+#   make distill         distill CHGNet into a small model of silicon, and run MD with it
 #   make test            run the tests
 #   make help            list all targets
 
@@ -31,7 +31,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 help:
 	@echo "make setup          make the virtual environment $(VENV) (all others do it by themselves)"
-	@echo "make distill        distil CHGNet for silicon: structures, labels, training, report, MD -> $(OUT)"
+	@echo "make distill        distill CHGNet for silicon: structures, labels, training, report, MD -> $(OUT)"
 	@echo "make distill-short  the same in a few minutes, to see that it works -> $(OUT_SHORT)"
 	@echo "make test           run the tests"
 	@echo "make lint           ruff check and ruff format --check"
