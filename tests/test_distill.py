@@ -144,6 +144,18 @@ def test_a_folder_keeps_its_settings(settings, tmp_path):
         run({**settings, "student": student}, tmp_path / "run", dry_run=True)
 
 
+def test_tests_that_are_not_given_are_those_of_the_run(settings, tmp_path):
+    """The defaults may have been others when the run was evaluated."""
+    folder = tmp_path / "run"
+    run(settings, folder, dry_run=True)
+    (folder / "evaluation").mkdir()
+    stored = (folder / "config.yaml").read_text()
+    run({key: value for key, value in settings.items() if key != "tests"}, folder, dry_run=True)
+    assert (folder / "config.yaml").read_text() == stored
+    with pytest.raises(ConfigError, match=r"'tests\.rdf' is null there"):
+        run({**settings, "tests": {**settings["tests"], "rdf": ["student"]}}, folder, dry_run=True)
+
+
 def test_a_folder_may_be_named_otherwise_and_moved(settings, tmp_path, monkeypatch):
     run(settings, tmp_path / "run", dry_run=True)
     monkeypatch.chdir(tmp_path)

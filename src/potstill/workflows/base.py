@@ -102,8 +102,7 @@ class TeacherSettings(Settings):
 
 def write_json(path: Path, value: Any) -> None:
     """Write plain values as indented JSON, atomically."""
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, text)
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -148,15 +147,7 @@ def check_folder(
     """Whether a folder holds the run of these settings already; False if it is new.
 
     Where the folder lies (`out`) is no setting to compare: it may be moved or named otherwise.
-
-    Parameters
-    ----------
-    folder : Path
-        The run folder.
-    settings : BaseModel
-        What is asked for now.
-    free : callable
-        Whether a setting, given as `counts.epochs`, may still be changed.
+    `free` tells whether a setting, given as `counts.epochs`, may still be changed.
 
     Raises
     ------
@@ -168,7 +159,7 @@ def check_folder(
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise ConfigError(f"{folder} exists and is no run folder: choose another --out")
         return False
-    stored = YAML(typ="safe", pure=True).load(file)
+    stored = stored_settings(folder)
     # Settings that are newer than the run have their defaults in it.
     with contextlib.suppress(ValidationError):
         stored = type(settings).model_validate(stored).model_dump(mode="json")
@@ -189,6 +180,12 @@ def check_folder(
     return True
 
 
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """Settings of the run that a folder holds, as they were written; none if it is new."""
+    file = folder / "config.yaml"
+    return YAML(typ="safe", pure=True).load(file) if file.is_file() else {}
+
+
 def differences(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
     """Old and new value of every key that differs between plain values, as `loss[0].weight`."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -207,19 +204,11 @@ def _short(value: Any) -> str:
 
 
 class Stages:
-    """Which stages of a run are finished, and how long they took: `stages.json`.
-
-    Parameters
-    ----------
-    folder : Path
-        The run folder.
-    """
+    """Which stages of a run are finished, and how long they took: `stages.json`."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "stages.json"
-        self._done: dict[str, dict[str, Any]] = {}
-        if self._file.is_file():
-            self._done = read_json(self._file)
+        self._done: dict[str, Any] = read_json(self._file) if self._file.is_file() else {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._done
@@ -257,9 +246,7 @@ BUILT_IN = {"silicon": silicon}
 
 
 def read_start(spec: str, *, index: str = ":") -> Structures:
-    """Read starting structures: a name in `BUILT_IN`, or any file with structures.
-
-    Of a file, those at `index`.
+    """Read starting structures: a name in `BUILT_IN`, or those of a file at `index`.
 
     Raises
     ------
@@ -284,15 +271,7 @@ def draw(n: int, count: int, seed: int) -> torch.Tensor:
 def trained_on(
     structures: Structures, temperature: tuple[float, float] | None = None
 ) -> dict[str, Any]:
-    """What a potential's file says of its training structures.
-
-    Parameters
-    ----------
-    structures : Structures
-        The training set.
-    temperature : (lowest, highest), optional
-        K.
-    """
+    """What a potential's file says of its training structures, and of MD's temperatures in K."""
     mass = structures.composition() @ structures.species_table.masses
     periodic = structures.pbc.all(dim=1)
     density = (mass / structures.volume * AMU_PER_A3_IN_G_PER_CM3)[periodic]

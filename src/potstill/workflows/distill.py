@@ -35,7 +35,7 @@ from potstill.workflows.base import (
     read_start,
     write_json,
 )
-from potstill.workflows.distill_run import DistillConfig, Run, student_variant
+from potstill.workflows.distill_run import DistillConfig, Run
 from potstill.workflows.distill_run import default_student as default_student
 from potstill.workflows.dynamics import MdConfig, simulate
 from potstill.workflows.evaluation import bench_of, evaluation_class, run_evaluations
@@ -62,17 +62,7 @@ class DistillResult:
 def distill(
     config: DistillConfig, display: Display | None = None, *, dry_run: bool = False
 ) -> DistillResult:
-    """Distil a teacher, or continue.
-
-    Parameters
-    ----------
-    config : DistillConfig
-        What to do.
-    display : Display, optional
-        Where progress is shown.
-    dry_run : bool
-        Stop after the plan is made, written and shown.
-    """
+    """Distill a teacher, or resume; a dry run stops after the plan is made, written and shown."""
     display = display or Display()
     run = Run.open(config, display)
     display.table("Plan", ("stage", "work", "expected"), run.plan.rows())
@@ -143,9 +133,7 @@ def _draft(run: Run) -> str | None:
     """Train a draft student for a few epochs."""
     if not run.plan.counts.n_on_policy_frames:
         return "left out"
-    epochs = run.plan.counts.draft_epochs or 1
-    draft = student_variant(run.config, run.plan, run.source, epochs)
-    train_model(run, "draft", draft)
+    train_model(run, "draft", run.student(run.plan.counts.draft_epochs))
     return None
 
 
@@ -246,14 +234,12 @@ def _evaluate(run: Run) -> None:
         frames=_hot_frames(run),
     )
 
-    def trained(name: str) -> Candidate:
-        return Candidate(name, str(run.folder / name / "best.pt"))
-
+    trained = {name: Candidate(name, str(run.folder / name / "best.pt")) for name in run.models}
     teacher = run.config.teacher
     groups = {
         "teacher": [Candidate("teacher", teacher.spec, teacher.args)],
-        "student": [trained("student")],
-        "control": [trained(name) for name in run.controls],
+        "student": [trained.pop("student")],
+        "control": list(trained.values()),
     }
     options = {
         "nve": {"duration": run.plan.counts.nve_duration or 1.0},
@@ -273,19 +259,14 @@ def _hot_frames(run: Run) -> dict[str, Structures]:
     """Trajectories of student and teacher at the highest temperature and constant volume."""
     frames = {}
     for name, folder in (("student", "md/frames"), ("teacher", "sample")):
-        joined = _finished_jobs(run.folder / folder)
-        if joined is None:
+        files = sorted((run.folder / folder).glob("job_*.npz"))  # of jobs that came to their end
+        if not files:
             continue
+        joined = SampledFrames.concatenate([SampledFrames.load(file) for file in files])
         hot = (joined.temperature == run.config.temperature[1]) & torch.isnan(joined.pressure)
         if bool(hot.any()):
             frames[name] = joined.structures.select(hot.nonzero()[:, 0])
     return frames
-
-
-def _finished_jobs(folder: Path) -> SampledFrames | None:
-    """Frames of the jobs of a sampling folder that came to their end."""
-    parts = [SampledFrames.load(file) for file in sorted(folder.glob("job_*.npz"))]
-    return SampledFrames.concatenate(parts) if parts else None
 
 
 def _report(run: Run) -> None:

@@ -38,6 +38,7 @@ from potstill.workflows.base import (
     cores,
     read_json,
     read_start,
+    stored_settings,
     write_json,
     write_settings,
 )
@@ -189,12 +190,14 @@ class Run:
         folder = Path(config.out)
         primitive = read_start(config.structure)
         file = folder / "plan.json"
+        stored = stored_settings(folder).get("tests")
+        if stored and "tests" not in config.model_fields_set:  # the defaults may have been others
+            config = config.model_copy(update={"tests": {k: tuple(v) for k, v in stored.items()}})
         started = check_folder(folder, config, lambda key: _not_begun(folder, key))
         if started and file.is_file():
             plan = Plan.model_validate(read_json(file))
-            plan = plan.model_copy(
-                update={"counts": plan.counts.model_copy(update=config.counts.given())}
-            )
+            counts = plan.counts.model_copy(update=config.counts.given())
+            plan = plan.model_copy(update={"counts": counts})
         else:
             plan = _make_plan(config, primitive, display)  # a teacher that fails leaves no folder
             folder.mkdir(parents=True, exist_ok=True)
@@ -224,14 +227,8 @@ class Run:
 
     def label(self, title: str) -> None:
         """Let the teacher label what has no labels yet."""
-        label_with_progress(
-            self.store,
-            self.teacher,
-            self.plan.properties,
-            self.display,
-            title=title,
-            check=False,  # the plan did
-        )
+        what = (self.store, self.teacher, self.plan.properties, self.display)
+        label_with_progress(*what, title=title, check=False)  # the plan did
 
     def data(self, part: str) -> TrainingSet:
         """Labelled structures of one part of the split."""
@@ -243,21 +240,24 @@ class Run:
             raise DataError(f"{self.folder}: no structure for '{part}' has labels")
         return TrainingSet(store.structures(), {self.source: labels}).select(systems)
 
-    @property
-    def student(self) -> Variant:
-        """The student."""
-        return student_variant(self.config, self.plan, self.source, self.plan.counts.epochs or 1)
-
-    @property
-    def controls(self) -> dict[str, Variant]:
-        """By name, the student without the teacher's atomic energies."""
-        names = {f"control_wf{w:g}": w for w in self.config.controls}
-        return {name: self.student.control(name, forces=w) for name, w in names.items()}
+    def student(self, epochs: int | None) -> Variant:
+        """The student; the teacher's own are the atomic energies, which controls do not learn."""
+        config, properties = self.config, self.plan.properties
+        settings = settings_for(
+            config.student, config.weights, properties, self.source, epochs or 1, config.seed
+        )
+        taught = tuple(t for t in settings.label_terms if t.property == "atomic_energies")
+        plain = tuple(t for t in settings.label_terms if t.property != "atomic_energies")
+        settings = settings.model_copy(update={"loss": plain})
+        return Variant("student", Role.STUDENT, "student", "", settings, taught)
 
     @property
     def models(self) -> dict[str, Variant]:
-        """The student and its controls, by name."""
-        return {"student": self.student, **self.controls}
+        """The student, and the same without the teacher's atomic energies as its controls."""
+        student = self.student(self.plan.counts.epochs)
+        names = {f"control_wf{w:g}": w for w in self.config.controls}
+        controls = {name: student.control(name, forces=w) for name, w in names.items()}
+        return {"student": student, **controls}
 
     def sampling_plan(self, n_frames: int, md_share: float, **settings: Any) -> SamplingPlan:
         """MD at the run's temperatures and pressures, and rattles and strains."""
@@ -272,18 +272,6 @@ class Run:
             timestep=self.plan.timestep,
             **settings,
         )
-
-
-def student_variant(config: DistillConfig, plan: Plan, source: str, epochs: int) -> Variant:
-    """The student; the teacher's own are the atomic energies, which controls do not learn."""
-    settings = settings_for(
-        config.student, config.weights, plan.properties, source, epochs, config.seed
-    )
-    loss = settings.label_terms
-    taught = tuple(term for term in loss if term.property == "atomic_energies")
-    plain = tuple(term for term in loss if term.property != "atomic_energies")
-    settings = settings.model_copy(update={"loss": plain})
-    return Variant("student", Role.STUDENT, "student", "", settings, taught)
 
 
 def settings_for(
