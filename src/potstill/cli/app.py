@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from potstill import __version__
-from potstill.cli.base import BEFORE_WORK, RichDisplay, one_sentence, print_tables, quiet_warnings
+from potstill.cli.base import BEFORE_WORK, RichDisplay, one_sentence, quiet_warnings
 from potstill.errors import ConfigError
 from potstill.process import tune_process
 
@@ -38,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
+display = RichDisplay(Console())
 
 Config = Annotated[
     Path | None,
@@ -49,6 +49,9 @@ Args = Annotated[
     typer.Option("--teacher-arg", help="Argument of the teacher as key=value; repeatable."),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of all random numbers.")]
+RunFolder = Annotated[Path | None, typer.Option(help="Run folder.")]
+OtherTeacher = Annotated[str | None, typer.Option(help="As for distill.")]
+Drawn = Annotated[int | None, typer.Option(help="Number of structures to draw.")]
 
 
 def main() -> None:
@@ -86,7 +89,7 @@ def _version(
 ) -> None:
     quiet_warnings(Console(stderr=True))
     if version:
-        console.print(f"potstill {__version__}", highlight=False)
+        display.say(f"potstill {__version__}")
         raise typer.Exit
 
 
@@ -110,7 +113,7 @@ def distill(
     budget: Annotated[
         str | None, typer.Option(help="Wall time for everything, e.g. 10min or 2h.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder.")] = None,
+    out: RunFolder = None,
     seed: Seed = None,
     config: Config = None,
     dry_run: Annotated[
@@ -132,29 +135,20 @@ def distill(
 
       potstill distill --teacher ase.calculators.emt:EMT --structure Cu.xyz --dry-run
     """
+    given = _named(locals(), "dry_run", pressure=pressure or None)
     from potstill.config import DistillConfig, load_config
     from potstill.workflows.distill import distill as work
     from potstill.workflows.summary import summary_rows
 
-    overrides = {
-        "teacher": _teacher(teacher, teacher_arg),
-        "structure": structure,
-        "temperature": temperature,
-        "pressure": pressure or None,
-        "budget": budget,
-        "out": out,
-        "seed": seed,
-    }
-    settings = load_config(config, DistillConfig, overrides)
-    result = work(settings, RichDisplay(console), dry_run=dry_run)
+    result = work(load_config(config, DistillConfig, given), display, dry_run=dry_run)
     if dry_run:
-        console.print(f"The plan is in {result.folder}/plan.json; run it without --dry-run.")
+        display.say(f"The plan is in {result.folder}/plan.json; run it without --dry-run.")
         return
     for line in (*result.summary.get("verdicts", ()), *result.summary.get("problems", ())):
-        console.print(line, highlight=False, markup=False)
-    print_tables(console, "Results", ("", "model", ""), summary_rows(result.summary))
-    console.print(f"Student: {result.folder}/student.pt", highlight=False)
-    console.print(f"Report:  {result.folder}/report.html", highlight=False)
+        display.say(line)
+    display.table("Results", ("", "model", ""), summary_rows(result.summary))
+    display.say(f"Student: {result.folder}/student.pt")
+    display.say(f"Report:  {result.folder}/report.html")
 
 
 @_command("Prepare data")
@@ -163,7 +157,7 @@ def sample(
         Path, typer.Argument(help="YAML file: start, jobs, teacher, out; see `potstill config`.")
     ],
     out: Annotated[Path | None, typer.Option(help="Folder for the structures.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="As for distill.")] = None,
+    teacher: OtherTeacher = None,
     teacher_arg: Args = None,
     seed: Seed = None,
 ) -> None:
@@ -184,8 +178,8 @@ def sample(
 
     given = None if teacher is None else _teacher(teacher, teacher_arg)
     settings = load_config(config, SampleConfig, {"out": out, "seed": seed, "teacher": given})
-    frames = work(settings, RichDisplay(console))
-    console.print(f"{len(frames)} structures in {Path(settings.out) / FILE}", highlight=False)
+    frames = work(settings, display)
+    display.say(f"{len(frames)} structures in {Path(settings.out) / FILE}")
 
 
 @_command("Prepare data")
@@ -194,7 +188,7 @@ def label(
     files: Annotated[
         list[Path] | None, typer.Argument(help="Structure files to add to it first.")
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="As for distill.")] = None,
+    teacher: OtherTeacher = None,
     teacher_arg: Args = None,
     properties: Annotated[
         str | None,
@@ -220,18 +214,17 @@ def label(
 
       potstill label labels.zarr --teacher chgnet --taps default
     """
+    given = _named(
+        locals(),
+        files=_files(files),
+        properties=[] if properties == "none" else _listed(properties),
+        taps=_listed(taps),
+    )
     from potstill.config import LabelConfig, load_config
     from potstill.workflows.labeling import label as work
 
-    overrides = {
-        "store": store,
-        "files": [{"path": str(file)} for file in files] if files else None,
-        "teacher": _teacher(teacher, teacher_arg),
-        "properties": [] if properties == "none" else _listed(properties),
-        "taps": _listed(taps),
-    }
-    report = work(load_config(config, LabelConfig, overrides), RichDisplay(console))
-    console.print(f"{report.n_labeled} structures labeled, {report.n_failed} failed")
+    report = work(load_config(config, LabelConfig, given), display)
+    display.say(f"{report.n_labeled} structures labeled, {report.n_failed} failed")
 
 
 @_command("Train")
@@ -239,7 +232,7 @@ def train(
     config: Annotated[
         Path, typer.Argument(help="YAML file: out, data, train, stages; see `potstill config`.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Run folder.")] = None,
+    out: RunFolder = None,
     seed: Seed = None,
 ) -> None:
     """Train a model on reference labels, a teacher's labels, or both.
@@ -256,13 +249,12 @@ def train(
     from potstill.workflows.training import train_from_config
 
     settings = load_config(config, TrainConfig, {"out": out, "train": {"seed": seed}})
-    result = train_from_config(settings, RichDisplay(console))
+    result = train_from_config(settings, display)
     if result.status == "interrupted":
         raise KeyboardInterrupt
-    console.print(
+    display.say(
         f"{result.status} after {result.epochs} epochs; the best, epoch {result.best_epoch}, "
-        f"is {result.best}",
-        highlight=False,
+        f"is {result.best}"
     )
 
 
@@ -271,7 +263,7 @@ def fit(
     config: Annotated[
         Path, typer.Argument(help="YAML file: out, data, model, weights; see `potstill config`.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Run folder.")] = None,
+    out: RunFolder = None,
 ) -> None:
     """Fit a linear model (SNAP) by least squares, and write it for LAMMPS as well.
 
@@ -285,11 +277,10 @@ def fit(
     from potstill.workflows.fitting import fit as work
 
     settings = load_config(config, FitConfig, {"out": out})
-    found = work(settings, RichDisplay(console))
-    console.print(
+    found = work(settings, display)
+    display.say(
         f"{found.rank} of {found.n_coefficients} coefficients are determined by {found.n_rows} "
-        f"labels; the potential is {settings.out}/best.pt, for LAMMPS {settings.out}/best.in",
-        highlight=False,
+        f"labels; the potential is {settings.out}/best.pt, for LAMMPS {settings.out}/best.in"
     )
 
 
@@ -304,7 +295,7 @@ def epsilon(
     loss: Annotated[
         str | None, typer.Option(help="quadratic (default), or training: the config's loss.")
     ] = None,
-    n_structures: Annotated[int | None, typer.Option(help="Number of structures to draw.")] = None,
+    n_structures: Drawn = None,
     exact: Annotated[
         bool | None,
         typer.Option("--exact/--proxy-only", help="Compare with exact gradients as well."),
@@ -319,23 +310,16 @@ def epsilon(
 
       potstill epsilon train.yaml --model run/student/best.pt --precision float32 --out epsilon
     """
+    given = _named(locals(), "model", "precision", initial=model, train={"precision": precision})
     from potstill.config import EpsilonConfig, load_config
     from potstill.workflows.epsilon import find_epsilon, scan_table
 
-    overrides = {
-        "out": out,
-        "initial": model,
-        "train": {"precision": precision},
-        "loss": loss,
-        "n_structures": n_structures,
-        "exact": exact,
-    }
-    scan = find_epsilon(load_config(config, EpsilonConfig, overrides), RichDisplay(console))
+    scan = find_epsilon(load_config(config, EpsilonConfig, given), display)
     table = scan_table(scan)
     rows = [["" if x is None else f"{x:.1e}" for x in row] for row in table.rows]
-    print_tables(console, table.title, table.columns, rows)
-    console.print(f"Recommended: epsilon = {scan.recommended:.1e}", highlight=False)
-    console.print(f"Plot: {out / 'epsilon_scan.svg'}", highlight=False)
+    display.table(table.title, table.columns, rows)
+    display.say(f"Recommended: epsilon = {scan.recommended:.1e}")
+    display.say(f"Plot: {out / 'epsilon_scan.svg'}")
 
 
 @_command("Train")
@@ -367,12 +351,11 @@ def study(
         task.update(progress.done, note=f"{progress.job}, about {left} left")
 
     experiment = load_study(config)
-    display = RichDisplay(console)
     command = shlex.join(["potstill", *sys.argv[1:]])
     with display.task(experiment.title, len(experiment.runs())) as task:
         run_experiment(experiment, out, workers=workers, on_progress=show)
     report_experiment(experiment, out, command=command, on_model=display.say)
-    console.print(f"Report: {out / 'report.html'}", highlight=False)
+    display.say(f"Report: {out / 'report.html'}")
 
 
 @_command("Check")
@@ -409,24 +392,22 @@ def evaluate(
 
       potstill evaluate student=run/student.pt teacher=chgnet --structure silicon --out results
     """
+    given = _named(
+        locals(),
+        "data",
+        models=_models(models or []),
+        files=_files(data),
+        tests=_listed(tests),
+    )
     from potstill.config import EvaluateConfig, load_config
     from potstill.workflows.evaluation import evaluate as work
     from potstill.workflows.summary import result_lines, result_rows
 
-    overrides = {
-        "models": _models(models or []),
-        "store": store,
-        "source": source,
-        "files": [{"path": str(file)} for file in data] if data else None,
-        "structure": structure,
-        "tests": _listed(tests),
-        "out": out,
-    }
-    settings = load_config(config, EvaluateConfig, overrides)
-    found = work(settings, RichDisplay(console))
+    settings = load_config(config, EvaluateConfig, given)
+    found = work(settings, display)
     for line in result_lines(found, Path(settings.out)):
-        console.print(line, highlight=False, markup=False)
-    print_tables(console, "Results", ("", "model", ""), result_rows(found))
+        display.say(line)
+    display.table("Results", ("", "model", ""), result_rows(found))
 
 
 @_command("Check")
@@ -442,7 +423,7 @@ def cka(
     run: Annotated[
         str | None, typer.Option(help="Run folder with CKA recorded during training.")
     ] = None,
-    n_structures: Annotated[int | None, typer.Option(help="Number of structures to draw.")] = None,
+    n_structures: Drawn = None,
     probes: Annotated[
         bool | None, typer.Option("--probes/--no-probes", help="Fit linear probes.")
     ] = None,
@@ -458,14 +439,13 @@ def cka(
 
       potstill cka n2n/best.pt teacher/best.pt labels.zarr --before control/best.pt --out cka
     """
-    # Options are named as the settings are.
-    given = {key: value for key, value in locals().items() if key != "config"}
+    given = _named(locals(), teacher=teacher)
     from potstill.config import CKAConfig, load_config
     from potstill.workflows.cka import compare_features
 
-    report = compare_features(load_config(config, CKAConfig, given), RichDisplay(console))
-    print_tables(console, "Taps of the student", report.COLUMNS, report.rows())
-    console.print(f"Figures and cka.json are in {out}", highlight=False)
+    report = compare_features(load_config(config, CKAConfig, given), display)
+    display.table("Taps of the student", report.COLUMNS, report.rows())
+    display.say(f"Figures and cka.json are in {out}")
 
 
 @_command("Check")
@@ -476,7 +456,7 @@ def inspect(
     from potstill.workflows.inspection import inspect as work
 
     for card in work(path):
-        print_tables(console, card.title, card.columns, card.rows)
+        display.table(card.title, card.columns, card.rows)
 
 
 @_command("Use")
@@ -517,17 +497,15 @@ def md(
 
       potstill md run/student.pt surface.cif --ensemble nve --n-atoms 500 --out nve
     """
-    # Options are named as the settings are.
-    given = {key: value for key, value in locals().items() if key != "config"}
+    given = _named(locals(), model={"spec": model})
     from potstill.config import MdConfig, load_config
     from potstill.workflows.dynamics import run_dynamics
 
-    given["model"] = _teacher(model, None)
-    result = run_dynamics(load_config(config, MdConfig, given), RichDisplay(console))
-    console.print(f"{len(result.frames)} frames in {result.trajectory}", highlight=False)
+    result = run_dynamics(load_config(config, MdConfig, given), display)
+    display.say(f"{len(result.frames)} frames in {result.trajectory}")
     if result.closest:
-        console.print(result.closest, highlight=False)
-    console.print(f"Temperature and energies in {result.thermo}", highlight=False)
+        display.say(result.closest)
+    display.say(f"Temperature and energies in {result.thermo}")
 
 
 @_command("Help")
@@ -556,15 +534,31 @@ def doctor() -> None:
     """Show what is installed, which extras work, and run a self-test of about ten seconds."""
     from potstill.workflows.doctor import examine
 
-    found = examine(RichDisplay(console))
-    print_tables(console, "potstill " + __version__, ("", ""), found.machine)
-    print_tables(console, "extras", ("extra", "version", "for"), found.extras)
+    found = examine(display)
+    display.table("potstill " + __version__, ("", ""), found.machine)
+    display.table("extras", ("extra", "version", "for"), found.extras)
     rows = [[c.name, "works" if c.works else "FAILS", c.note] for c in found.checks]
-    print_tables(console, "self-test", ("", "", ""), rows)
-    if not found.healthy:
-        failing = ", ".join(check.name for check in found.checks if not check.works)
-        console.print(f"potstill: this installation has a fault: {failing}", style="bold red")
+    display.table("self-test", ("", "", ""), rows)
+    if failing := ", ".join(check.name for check in found.checks if not check.works):
+        display.console.print(
+            f"potstill: this installation has a fault: {failing}", style="bold red"
+        )
         raise typer.Exit(1)
+
+
+def _named(options: dict[str, Any], *others: str, **settings: Any) -> dict[str, Any]:
+    """Settings from the options that are named as they are, without `others`, and from `settings`.
+
+    A teacher is made of its two options.
+    """
+    rest = {k: v for k, v in options.items() if k not in ("config", "teacher_arg", *others)}
+    if "teacher" in options:
+        rest["teacher"] = _teacher(options["teacher"], options.get("teacher_arg"))
+    return rest | settings
+
+
+def _files(paths: list[Path] | None) -> list[dict[str, str]] | None:
+    return [{"path": str(path)} for path in paths] if paths else None
 
 
 def _teacher(spec: str | None, args: list[str] | None) -> dict[str, Any]:

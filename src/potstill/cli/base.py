@@ -35,16 +35,6 @@ BEFORE_WORK: list[Callable[[], None]] = []
 MISTAKE, INTERRUPTED = 2, 130
 
 
-def print_tables(console: Console, title: str, columns: Sequence[str], rows: Sequence) -> None:
-    """Show a table; a header without words is left out."""
-    table = Table(title=escape(title) or None, title_justify="left", show_header=any(columns))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*[escape(str(cell)) for cell in row])
-    console.print(table)
-
-
 class RichDisplay(Display):
     """Progress bars with time left on a terminal, plain lines elsewhere."""
 
@@ -56,8 +46,13 @@ class RichDisplay(Display):
         self.console.print(text, highlight=False, markup=False)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Show a table."""
-        print_tables(self.console, title, columns, rows)
+        """Show a table; a header without words is left out."""
+        table = Table(title=escape(title) or None, title_justify="left", show_header=any(columns))
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*[escape(str(cell)) for cell in row])
+        self.console.print(table)
 
     @contextmanager
     def task(self, title: str, total: float | None = None) -> Iterator[Task]:

@@ -59,11 +59,6 @@ class Diagnosis:
     extras: list[list[str]]
     checks: list[Check]
 
-    @property
-    def healthy(self) -> bool:
-        """Whether the whole self-test passed."""
-        return all(check.works for check in self.checks)
-
 
 def examine(display: Display | None = None) -> Diagnosis:
     """Look at the installation and do the self-test."""

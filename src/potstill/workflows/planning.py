@@ -65,22 +65,12 @@ MIN_ATOMS = 8
 
 @dataclass(frozen=True)
 class TeacherMD:
-    """How the teacher's MD is run.
+    """How the teacher's MD is run."""
 
-    Parameters
-    ----------
-    stride, equilibration : float
-        fs between frames, and before the first.
-    at_pressure : bool
-        Whether there are constant-pressure runs as well; strained frames show other volumes, too.
-    frames_per_run : int
-        Least frames per run.
-    """
-
-    stride: float
-    equilibration: float
-    at_pressure: bool
-    frames_per_run: int
+    stride: float  # fs between frames
+    equilibration: float  # fs before the first
+    at_pressure: bool  # constant-pressure runs as well; strained frames show other volumes, too
+    frames_per_run: int  # at least
 
 
 FULL, LEAN = TeacherMD(30.0, 90.0, True, 5), TeacherMD(15.0, 45.0, False, 2)
@@ -125,57 +115,25 @@ class Counts(Settings):
 
 
 class Timings(Settings):
-    """Seconds that were measured.
+    """Seconds that were measured."""
 
-    Parameters
-    ----------
-    label : float
-        The teacher, per structure.
-    step : float
-        The teacher, per MD step.
-    train : float
-        Training, per structure and epoch.
-    student_step : float
-        The student, per MD step.
-    """
-
-    label: float
-    step: float
-    train: float
-    student_step: float
+    label: float  # of the teacher, per structure
+    step: float  # of the teacher, per MD step
+    train: float  # per structure and epoch
+    student_step: float  # of the student, per MD step
 
 
 class Plan(Settings):
-    """Counts that a run keeps to, and what they are expected to cost.
+    """Counts that a run keeps to, and what they are expected to cost."""
 
-    Parameters
-    ----------
-    n_atoms : int
-        Atoms per structure.
-    min_atoms : int, optional
-        What `n_atoms` of the config became for a slow teacher.
-    lean : bool
-        Whether a slow teacher made MD shorter (`LEAN`).
-    timestep : float
-        fs.
-    counts : Counts
-        All of them.
-    properties : tuple of str
-        What the teacher is asked for.
-    timings : Timings
-        What the counts follow from.
-    seconds : dict of str to float
-        Expected duration of each stage.
-    """
-
-    n_atoms: int
-    min_atoms: int | None = None
-    lean: bool = False
-    timestep: float
+    n_atoms: int  # per structure
+    min_atoms: int | None = None  # what `n_atoms` of the config became for a slow teacher
+    lean: bool = False  # whether a slow teacher made MD shorter (`LEAN`)
+    timestep: float  # fs
     counts: Counts
-    properties: tuple[str, ...]
+    properties: tuple[str, ...]  # that the teacher is asked for
     timings: Timings
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # expected, by stage
 
     @property
     def teacher_md(self) -> TeacherMD:
@@ -212,42 +170,18 @@ class Plan(Settings):
 
 @dataclass(frozen=True)
 class Order:
-    """What a plan is made for.
+    """What a plan is made for."""
 
-    Parameters
-    ----------
-    start : Structures
-        Supercells to start from.
-    min_atoms : int
-        That they were made for.
-    budget : float
-        Seconds.
-    n_pressure_runs : int
-        Constant-pressure runs per temperature, over all structures.
-    n_controls : int
-        Controls beside the student.
-    at_once : int
-        Trainings that run side by side.
-    on_policy : bool
-        Whether a draft student explores.
-    fixed : Counts
-        Counts that the user has fixed.
-    unit_cell_atoms : int
-        Atoms of the structure that lattice constant and elasticity are computed for.
-    teacher_tests : tuple of str
-        Tests of the evaluation that the teacher undergoes.
-    """
-
-    start: Structures
-    min_atoms: int
-    budget: float
-    n_pressure_runs: int
+    start: Structures  # supercells
+    min_atoms: int  # that they were made for
+    budget: float  # s
+    n_pressure_runs: int  # of MD per temperature, over all structures
     n_controls: int
-    at_once: int
-    on_policy: bool
-    fixed: Counts
-    unit_cell_atoms: int = 0
-    teacher_tests: tuple[str, ...] = ()
+    at_once: int  # trainings that run side by side
+    on_policy: bool  # whether a draft student explores
+    fixed: Counts  # by the user
+    unit_cell_atoms: int = 0  # of the structure whose lattice constant and elasticity are computed
+    teacher_tests: tuple[str, ...] = ()  # of the evaluation
 
     @property
     def n_atoms(self) -> int:
@@ -283,16 +217,9 @@ def make_plan(
 ) -> Plan:
     """Time a few labels, steps and epochs, and decide the counts.
 
-    Parameters
-    ----------
-    orders : iterable of Order
-        The same order with structures of fewer and fewer atoms, for teachers that are too slow for
-        the budget with more.
-    teacher : Teacher
-    properties : sequence of str
-        What it is asked for.
-    settings : TrainSettings
-        Of the student.
+    `orders` are one order with structures of fewer and fewer atoms, for teachers that are too slow
+    for the budget with more; `properties` is what the teacher is asked for, `settings` are the
+    student's.
 
     Raises
     ------
@@ -385,12 +312,11 @@ def _full(order: Order, timings: Timings, timestep: float) -> Counts:
     left = teacher_time - warm_up - n_md * frame
     n_free = min(max(int(left / timings.label), MIN_FREE_FRAMES), MAX_FRAMES - n_md)
     n_random = min(n_free // 4, MAX_RANDOM) if order.on_policy else n_free
-    n_on_policy = n_free - n_random
     counts = Counts(
         n_temperatures=n_temperatures,
         n_md_frames=n_md,
         n_random_frames=n_random,
-        n_on_policy_frames=n_on_policy,
+        n_on_policy_frames=n_free - n_random,
         nve_duration=nve,
         md_duration=md,
     ).model_copy(update=order.fixed.given())
