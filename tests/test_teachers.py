@@ -97,6 +97,42 @@ def test_labels_do_not_depend_on_the_batch():
         torch.testing.assert_close(together[name], single[name], equal_nan=True)
 
 
+@pytest.mark.parametrize("batch_atoms", [0, 10**6])
+def test_work_around_the_teacher_grows_with_the_frames_alone(monkeypatch, batch_atoms):
+    class Quick(PotentialTeacher):
+        def compute(self, structures, properties):
+            return {"energy": structures.volume}
+
+    class Counted:
+        """A look through all atoms of a batch, which an offset per system needs."""
+
+        atoms = 0
+
+        def __call__(self, index, **options):
+            self.atoms += len(index)
+            return bincount(index, **options)
+
+    structures = Structures.from_ase([crystal(seed=k) for k in range(60)])
+    teacher, bincount, counted = Quick(potential()), torch.bincount, Counted()
+    teacher.batch_atoms = batch_atoms
+    monkeypatch.setattr(torch, "bincount", counted)
+    labels, failures = teacher.label(structures, ["energy"])
+    assert labels["energy"].equal(structures.volume)
+    assert not failures
+    assert counted.atoms <= 5 * structures.n_atoms
+
+
+def test_too_few_rows_are_refused():
+    class Short(PotentialTeacher):
+        def compute(self, structures, properties):
+            return {
+                name: value[:1] for name, value in super().compute(structures, properties).items()
+            }
+
+    with pytest.raises(TeacherError, match="gives 1 rows of 'energy', and there are 2 systems"):
+        Short(potential()).label(frames().select([0, 2]), ["energy"])
+
+
 def test_what_a_teacher_lacks_is_refused():
     teacher = PotentialTeacher(potential())
     with pytest.raises(TeacherError, match="does not give 'charges'"):

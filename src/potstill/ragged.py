@@ -33,6 +33,13 @@ class Rows:
     counts: Tensor
     n_atoms: int
 
+    @classmethod
+    def at(cls, offsets: Tensor, systems: Tensor) -> Rows:
+        """Rows of systems (indices in 0..S-1) of which s has the atoms `offsets[s:s + 2]`."""
+        starts = offsets[systems]
+        counts = offsets[systems + 1] - starts
+        return cls(systems, expand_ranges(offsets, systems), starts, counts, int(offsets[-1]))
+
     def of(self, name: str) -> Tensor:
         """Positions of the values of a property."""
         return self.systems if property_spec(name).level == "system" else self.atoms

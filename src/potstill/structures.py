@@ -7,8 +7,9 @@ tensors. N is the number of atoms, S of systems, E of pairs over the whole batch
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any
 
 import ase
@@ -130,11 +131,6 @@ class Structures:
             A larger system is a batch of its own.
         order : Tensor, optional
             (n,) int64 systems to be cut, in their order; all systems if absent.
-
-        Returns
-        -------
-        list of Tensor
-            Indices of systems, int64.
         """
         if order is None:
             order = torch.arange(self.n_systems)
@@ -177,21 +173,17 @@ class Structures:
 
     # -- selecting and joining ---------------------------------------------------------------
 
+    def per_row(self, name: str, value: Tensor) -> Tensor:
+        """What (S, ...) values mean for each row of a property's: (S, ...) or (N, ...)."""
+        return value if property_spec(name).level == "system" else value[self.system_index]
+
     def rows(self, systems: Sequence[int] | Tensor) -> Rows:
         """Which rows of this batch, and of all that belongs to it, the given systems have.
 
         Labels, features and neighbor lists are selected by them: `labels.select(batch.rows([0]))`.
-
-        Parameters
-        ----------
-        systems : sequence of int or Tensor
-            Indices, of which negative ones count from the end, or an (S,) mask.
+        Systems are indices, of which negative ones count from the end, or an (S,) mask.
         """
-        systems = as_indices(systems, self.n_systems)
-        offsets = self.atom_offsets
-        starts = offsets[systems]
-        counts = offsets[systems + 1] - starts
-        return Rows(systems, expand_ranges(offsets, systems), starts, counts, self.n_atoms)
+        return Rows.at(self.atom_offsets, as_indices(systems, self.n_systems))
 
     def select(self, systems: Rows | Sequence[int] | Tensor) -> Structures:
         """Return the given systems (rows, indices or an (S,) mask), in that order, as a batch."""
@@ -213,10 +205,7 @@ class Structures:
         return self.with_fields(**changes)
 
     def __getitem__(self, system: int) -> Structures:
-        n = self.n_systems
-        if not -n <= system < n:
-            raise IndexError(f"system {system} of {n}")
-        return self.select([system % n])
+        return self.select([system])
 
     @classmethod
     def concatenate(cls, parts: Sequence[Structures]) -> Structures:
@@ -236,28 +225,16 @@ class Structures:
             ),
             "species_table": table,
         }
-        for f in fields(cls):
-            if f.name in values:
+        for name in (f.name for f in fields(cls) if f.name not in values):
+            held = [getattr(part, name) for part in parts]
+            if all(value is None for value in held):
                 continue
-            column = [getattr(part, f.name) for part in parts]
-            if all(value is None for value in column):
-                continue
-            if f.name in ("group", "frame_id"):
-                values[f.name] = tuple(
-                    x
-                    for part, value in zip(parts, column, strict=True)
-                    for x in (value if value is not None else ("",) * part.n_systems)
-                )
-            else:
-                rows = "n_atoms" if f.name in ATOM_FIELDS else "n_systems"
-                values[f.name] = torch.cat(
-                    [
-                        neutral_field(f.name, getattr(part, rows)).to(part.cell.device)
-                        if value is None
-                        else value
-                        for part, value in zip(parts, column, strict=True)
-                    ]
-                )
+            column: list[Any] = [
+                neutral_field(name, part) if value is None else value
+                for part, value in zip(parts, held, strict=True)
+            ]
+            is_text = name in ("group", "frame_id")
+            values[name] = tuple(chain.from_iterable(column)) if is_text else torch.cat(column)
         return cls(**values)
 
     def with_species_table(self, table: SpeciesTable) -> Structures:
@@ -286,12 +263,7 @@ class Structures:
 
     def to(self, device: torch.device | str) -> Structures:
         """Move all tensors to a device."""
-        changes = {
-            f.name: getattr(self, f.name).to(device)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return self.with_fields(**changes)
+        return self.with_fields(**_moved(vars(self), device))
 
     def with_fields(self, **changes: Any) -> Structures:
         """A copy with other fields that are known to fit: unlike `replace` it validates nothing.
@@ -370,11 +342,15 @@ NEUTRAL: dict[str, float | int | bool] = {
 }
 
 
-def neutral_field(name: str, rows: int) -> Tensor:
-    """(rows, ...) of an optional field where nobody said: (rows, 3) for velocities."""
+def neutral_field(name: str, structures: Structures) -> Tensor | tuple[str, ...]:
+    """What an optional field of a batch is where nobody said."""
+    if name in ("group", "frame_id"):
+        return ("",) * structures.n_systems
+    rows = structures.n_atoms if name in ATOM_FIELDS else structures.n_systems
     value = torch.tensor(NEUTRAL[name])
     value = value.double() if value.is_floating_point() else value
-    return value.expand((rows, 3) if name == "velocities" else (rows,)).clone()
+    shape = (rows, 3) if name == "velocities" else (rows,)
+    return value.expand(shape).to(structures.cell.device)
 
 
 @dataclass(frozen=True)
@@ -406,11 +382,6 @@ class NeighborList:
         """Number of pairs E (both directions counted)."""
         return self.center.shape[0]
 
-    @property
-    def edge_index(self) -> Tensor:
-        """(2, E): centers over neighbors."""
-        return torch.stack([self.center, self.neighbor])
-
     def select(self, rows: Rows) -> NeighborList:
         """Pairs of some systems, re-indexed as `Structures.select` does."""
         pairs = expand_ranges(offsets_from_counts(self.n_pairs_per_system), rows.systems)
@@ -427,13 +398,7 @@ class NeighborList:
 
     def to(self, device: torch.device | str) -> NeighborList:
         """Move all tensors to a device."""
-        return replace(
-            self,
-            center=self.center.to(device),
-            neighbor=self.neighbor.to(device),
-            shifts=self.shifts.to(device),
-            n_pairs_per_system=self.n_pairs_per_system.to(device),
-        )
+        return replace(self, **_moved(vars(self), device))
 
 
 @dataclass(frozen=True)
@@ -486,30 +451,18 @@ class Properties:
 
     def row_weights(self, name: str, structures: Structures) -> Tensor:
         """Weights with one row per value of the property: (S,) or (N,) by its level, float64."""
-        per_atom = property_spec(name).level == "atom"
-        rows = structures.n_atoms if per_atom else structures.n_systems
+        rows = structures.n_atoms if property_spec(name).level == "atom" else structures.n_systems
         weight = self.weights.get(name)
         if weight is None:
             return torch.ones(rows, dtype=torch.float64, device=structures.cell.device)
-        if per_atom and weight.shape[0] != rows:
-            return weight[structures.system_index]
-        return weight
+        return weight if weight.shape[0] == rows else structures.per_row(name, weight)
 
     def weighted(self, weights: Tensor, structures: Structures) -> Properties:
-        """The same values, every weight multiplied by that of its system.
-
-        Parameters
-        ----------
-        weights : Tensor
-            (S,) float64.
-        structures : Structures
-            The batch that this belongs to.
-        """
-        own = {}
-        for name in self.values:
-            rows = self.row_weights(name, structures)
-            per_atom = property_spec(name).level == "atom"
-            own[name] = rows * (weights[structures.system_index] if per_atom else weights)
+        """The same values, every weight multiplied by that of its system, (S,) float64."""
+        own = {
+            name: self.row_weights(name, structures) * structures.per_row(name, weights)
+            for name in self.values
+        }
         return Properties(self.values, self.present, own)
 
     def select(self, rows: Rows) -> Properties:
@@ -526,32 +479,31 @@ class Properties:
 
     def to(self, device: torch.device | str) -> Properties:
         """Move all tensors to a device."""
-        return Properties(
-            {k: v.to(device) for k, v in self.values.items()},
-            {k: v.to(device) for k, v in self.present.items()},
-            {k: v.to(device) for k, v in self.weights.items()},
-        )
+        return Properties(*(_moved(kind, device) for kind in vars(self).values()))
 
     @classmethod
     def concatenate(cls, parts: Sequence[Properties], sizes: Sequence[Structures]) -> Properties:
         """Join the properties of batches; what a part lacks becomes absent (NaN) there."""
         names = list(dict.fromkeys(name for part in parts for name in part.values))
+        pairs = list(zip(parts, sizes, strict=True))
         values, present, weights = {}, {}, {}
         for name in names:
             spec = property_spec(name)
             columns = []
-            for part, size in zip(parts, sizes, strict=True):
+            for part, size in pairs:
                 rows = size.n_systems if spec.level == "system" else size.n_atoms
                 nan = torch.full((rows, *spec.shape), torch.nan, dtype=torch.float64)
                 columns.append(part.values.get(name, nan))
             values[name] = torch.cat(columns)
-            masks = [p.presence(name, s.n_systems) for p, s in zip(parts, sizes, strict=True)]
-            present[name] = torch.cat(masks)
+            present[name] = torch.cat([p.presence(name, size.n_systems) for p, size in pairs])
             if any(name in part.weights for part in parts):
-                weights[name] = torch.cat(
-                    [part.row_weights(name, size) for part, size in zip(parts, sizes, strict=True)]
-                )
+                weights[name] = torch.cat([p.row_weights(name, size) for p, size in pairs])
         return cls(values, present, weights)
+
+
+def _moved(values: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """The tensors among some values, on a device."""
+    return {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def _check_shape(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from potstill.errors import DataError, require
-from potstill.readers.base import Frame, KeyMap, Units, atomic_numbers_of, cells_of, pick_label
+from potstill.readers.base import (
+    Frame,
+    KeyMap,
+    Units,
+    atomic_numbers_of,
+    by_part,
+    frame_cells,
+    frame_labels,
+    needed,
+)
 
 UNITS = Units("Hartree", "Angstrom", "Hartree/Angstrom", "Hartree/Bohr^3", "tension")
 
@@ -18,9 +27,6 @@ _USUAL = {
     "forces": ("forces", "force"),
     "stress": ("stress",),
     "atomic_energies": ("atomic_energies",),
-    "charges": (),
-    "dipole": (),
-    "virial": (),
 }
 
 
@@ -46,15 +52,13 @@ def read_ani_h5(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame]
         raise DataError(f"{path} is not a readable HDF5 file: {error}") from error
     if not sizes:
         raise DataError(f"{path} has no group with '{name}'")
-    chosen = np.arange(sum(sizes.values()))[index]
+    chosen = by_part(list(sizes.values()), index)
 
     def frames() -> Iterator[Frame]:
-        start = 0
         with h5py.File(path, "r") as file:
-            for group, size in sizes.items():
-                low, high = np.searchsorted(chosen, (start, start + size))
-                yield from _frames(path, file[group], chosen[low:high] - start, keys)
-                start += size
+            for group, numbers in zip(sizes, chosen, strict=True):
+                if numbers:
+                    yield from _frames(path, file[group], numbers, keys)
 
     return frames(), UNITS
 
@@ -68,10 +72,8 @@ def _leaves(group: Any, positions: str) -> Iterator[Any]:
             yield from _leaves(child, positions)
 
 
-def _frames(path: Path, held: Any, chosen: np.ndarray, keys: KeyMap) -> Iterator[Frame]:
+def _frames(path: Path, held: Any, chosen: list[int], keys: KeyMap) -> Iterator[Frame]:
     """Read the chosen frames of one group; only the arrays that are needed are read."""
-    if len(chosen) == 0:
-        return
     name = held.name.strip("/")
     where = f"{path}, group '{name}'"
     positions = held[keys.positions or "coordinates"][()]
@@ -80,19 +82,13 @@ def _frames(path: Path, held: Any, chosen: np.ndarray, keys: KeyMap) -> Iterator
             f"{where}: 'coordinates' has shape {positions.shape}, not (frames, atoms, 3)"
         )
     n_frames, n_atoms = positions.shape[:2]
-    numbers = _atomic_numbers(held, keys, where)
+    species = needed(held, "species", keys, ("species", "atomic_numbers"), where)
+    numbers = atomic_numbers_of(species, where)
     if len(numbers) != n_atoms:
         raise DataError(f"{where}: {len(numbers)} species for {n_atoms} atoms")
-    labels: dict[str, np.ndarray] = {}
-    for label, usual in _USUAL.items():
-        dataset = pick_label(held, label, keys, usual, where)
-        if dataset is None:
-            continue
-        if len(dataset.shape) == 0 or dataset.shape[0] != n_frames:
-            raise DataError(f"{where}: '{label}' has shape {dataset.shape} for {n_frames} frames")
-        labels[label] = dataset[()]
-    cell, pbc = _cells(held, keys, n_frames, where)
-    for k in chosen.tolist():
+    labels = frame_labels(held, keys, _USUAL, n_frames, where)
+    cell, pbc = frame_cells(held, keys.cell or "cell", keys, n_frames, where)
+    for k in chosen:
         yield Frame(
             where=f"{where}, frame {k}",
             frame_id=f"{path.name}/{name}:{k}",
@@ -104,24 +100,3 @@ def _frames(path: Path, held: Any, chosen: np.ndarray, keys: KeyMap) -> Iterator
             keys=tuple(held),
             group=name,
         )
-
-
-def _atomic_numbers(held: Mapping[str, Any], keys: KeyMap, where: str) -> np.ndarray:
-    value = pick_label(held, "species", keys, ("species", "atomic_numbers"), where)
-    if value is None:
-        wanted = keys.species or "species' or 'atomic_numbers"
-        raise DataError(f"{where} has no '{wanted}'; it holds {', '.join(held)}")
-    return atomic_numbers_of(value[()], where)
-
-
-def _cells(
-    held: Mapping[str, Any], keys: KeyMap, n_frames: int, where: str
-) -> tuple[np.ndarray, np.ndarray]:
-    name = keys.cell or "cell"
-    if name not in held:
-        if keys.cell:
-            raise DataError(f"{where} has no '{keys.cell}'; it holds {', '.join(held)}")
-        return cells_of(None, None, n_frames, where)
-    periodic = held.get(keys.pbc or "pbc")
-    pbc = None if periodic is None else periodic[()]
-    return cells_of(held[name][()], pbc, n_frames, f"{where}: '{name}'")

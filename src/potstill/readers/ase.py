@@ -24,7 +24,7 @@ from ase.io.formats import UnknownFileTypeError, filetype
 from potstill.ase_bridge import fixed_atoms, velocities_of
 from potstill.errors import DataError
 from potstill.properties import ASE_NAMES
-from potstill.readers.base import ASE_UNITS, Frame, KeyMap, Units, atomic_numbers_of, pick_label
+from potstill.readers.base import ASE_UNITS, Frame, KeyMap, Units, atomic_numbers_of, pick_labels
 from potstill.readers.lmdb import Shard, open_shards
 
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -225,10 +225,8 @@ def _frame(path: Path, k: int, atoms: ase.Atoms, keys: KeyMap, where: str = "") 
     where = where or f"{path}, frame {k}"
     held = _held(atoms)
     # The names that ASE's own calculators use; a key map overrides them.
-    usual = {name: (key,) for name, key in ASE_NAMES.items()} | {"virial": ()}
-    labels = {name: pick_label(held, name, keys, own, where) for name, own in usual.items()}
+    usual = {name: (key,) for name, key in ASE_NAMES.items()}
     fixed = fixed_atoms(atoms)
-    group = held.get(keys.group or "config_type", "")
     return Frame(
         where=where,
         frame_id=f"{path.name}:{k}",
@@ -236,9 +234,9 @@ def _frame(path: Path, k: int, atoms: ase.Atoms, keys: KeyMap, where: str = "") 
         positions=atoms.positions,
         cell=atoms.cell.array,
         pbc=atoms.pbc,
-        labels={name: value for name, value in labels.items() if value is not None},
+        labels=pick_labels(held, keys, usual, where),
         keys=tuple(held),
-        group=str(group),
+        group=str(held.get(keys.group or "config_type", "")),
         fixed=fixed if fixed.any() else None,
         tags=atoms.get_tags() if atoms.has("tags") else None,
         velocities=velocities_of(atoms) if atoms.has("momenta") else None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -108,16 +108,13 @@ class Units:
         ConfigError
             If a unit is unknown or not stated.
         """
-        values = {
-            f.name: getattr(default, f.name) if getattr(self, f.name) is None else own
-            for f in fields(self)
-            for own in [getattr(self, f.name)]
-        }
+        stated = {name: value for name, value in vars(self).items() if value is not None}
+        values = vars(default) | stated
         if self.force is None and (self.energy or self.length):
             values["force"] = f"{values['energy']}/{values['length']}"
         merged = Units(**values)
-        for name in ("energy", "length", "force", "stress", "positive_stress"):
-            if values[name] is None:
+        for name, value in values.items():
+            if value is None and name != "stress_order":
                 raise ConfigError(
                     f"the file does not say its unit of {name}: state it, as in "
                     f"Units(energy='eV', length='Angstrom')"
@@ -259,6 +256,41 @@ def pick_label(
     return held[found[0]] if found else None
 
 
+def pick_labels(
+    held: Mapping[str, Any], keys: KeyMap, usual: Mapping[str, Sequence[str]], where: str
+) -> dict[str, Any]:
+    """Labels that are there, by their names in potstill; as `pick_label`."""
+    names = dict.fromkeys((*LABELS, *usual))
+    found = {name: pick_label(held, name, keys, usual.get(name, ()), where) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def frame_labels(
+    held: Mapping[str, Any],
+    keys: KeyMap,
+    usual: Mapping[str, Sequence[str]],
+    n_frames: int,
+    where: str,
+) -> dict[str, np.ndarray]:
+    """Labels as arrays of one row per frame; as `pick_label`."""
+    found = pick_labels(held, keys, usual, where)
+    for name, value in found.items():
+        if len(value.shape) == 0 or value.shape[0] != n_frames:
+            raise DataError(f"{where}: '{name}' has shape {value.shape} for {n_frames} frames")
+    return {name: value[()] for name, value in found.items()}
+
+
+def needed(
+    held: Mapping[str, Any], name: str, keys: KeyMap, usual: Sequence[str], where: str
+) -> np.ndarray:
+    """An array of a structure; as `pick_label`, and refused if it is not there."""
+    value = pick_label(held, name, keys, usual, where)
+    if value is None:
+        wanted = getattr(keys, name) or "' or '".join(usual)
+        raise DataError(f"{where} has no '{wanted}'; it holds {', '.join(held) or 'nothing'}")
+    return value[()]
+
+
 def atomic_numbers_of(values: Any, where: str) -> np.ndarray:
     """(n,) atomic numbers from chemical symbols, text or bytes, or from whole numbers.
 
@@ -277,19 +309,33 @@ def atomic_numbers_of(values: Any, where: str) -> np.ndarray:
     return np.array([_NUMBERS[symbol] for symbol in symbols], dtype=np.int64)
 
 
-def cells_of(cell: Any, pbc: Any, n_frames: int, where: str) -> tuple[np.ndarray, np.ndarray]:
+def frame_cells(
+    held: Mapping[str, Any], name: str, keys: KeyMap, n_frames: int, where: str
+) -> tuple[np.ndarray, np.ndarray]:
     """(S, 3, 3) cells and (S, 3) periodicity from one for all frames or one for each.
 
-    Without a cell nothing is periodic; a cell without periodicity (None) is periodic.
+    Without a cell nothing is periodic; a cell without periodicity is periodic.
     """
-    if cell is None:
+    if name not in held:
+        if keys.cell:
+            raise DataError(f"{where} has no '{name}'; it holds {', '.join(held)}")
         return np.zeros((n_frames, 3, 3)), np.zeros((n_frames, 3), bool)
-    pbc = np.array(True) if pbc is None else np.asarray(pbc, dtype=bool)
+    cell, pbc = held[name][()], held.get(keys.pbc or "pbc")
+    if name == "lattice":
+        cell = np.swapaxes(cell, -1, -2)  # sGDML stores lattice vectors as columns
     try:
         full = np.broadcast_to(np.asarray(cell, dtype=np.float64), (n_frames, 3, 3))
-        return full, np.broadcast_to(pbc, (n_frames, 3))
+        return full, np.broadcast_to(True if pbc is None else pbc[()].astype(bool), (n_frames, 3))
     except ValueError:
-        raise DataError(f"{where} has shape {np.shape(cell)}, not (3, 3)") from None
+        raise DataError(f"{where}: '{name}' has shape {np.shape(cell)}, not (3, 3)") from None
+
+
+def by_part(sizes: Sequence[int], index: slice) -> list[list[int]]:
+    """Which frames of each part of a set an index of the whole set means."""
+    ends = np.cumsum(sizes)
+    chosen = np.arange(sum(sizes))[index]
+    parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
+    return [(part - end + n).tolist() for part, end, n in zip(parts, ends, sizes, strict=True)]
 
 
 def gather(
@@ -297,32 +343,14 @@ def gather(
 ) -> tuple[Structures, Properties]:
     """Check frames, convert them to potstill's units and join them into one batch.
 
-    Parameters
-    ----------
-    frames : iterable of Frame
-        In the units of the file.
-    path : str
-        The file, for messages.
-    units : Units
-        The units of the file, none of them None.
-    keys : KeyMap
-        Labels that it names are asked for.
-    checks : Checks
-        What else is asked for.
-
-    Returns
-    -------
-    Structures
-        All frames.
-    Properties
-        Float64, NaN and not present where a frame lacks a label.
+    `path` is for messages; `units` are those of the file, none of them None.
 
     Raises
     ------
     DataError
         If a frame is faulty; the message names file, frame and key.
     MissingLabelError
-        If a label that is asked for is absent.
+        If a label is absent that `keys` or `checks` ask for.
     """
     for name in checks.require:
         property_spec(name)
@@ -338,8 +366,7 @@ def gather(
             DataWarning,
             stacklevel=3,
         )
-    structures = _join_structures(good, checks.species)
-    return structures, _join_labels(good)
+    return _join_structures(good, checks.species), _join_labels(good)
 
 
 # -- one frame ------------------------------------------------------------------------------------
@@ -364,7 +391,12 @@ def _convert(frame: Frame, units: Units) -> Frame:
         if not np.isfinite(value).all():
             raise DataError(f"{frame.where}: '{name}' holds NaN or infinite numbers")
         labels[name] = value
-    _check_cell(frame, cell, pbc)
+    if not np.isfinite(cell).all():
+        raise DataError(f"{frame.where}: 'cell' holds NaN or infinite numbers")
+    try:
+        check_cell(cell, pbc)
+    except DataError as error:
+        raise DataError(f"{frame.where}: {error}") from None
     if "virial" in labels:
         if "stress" in labels:
             raise DataError(
@@ -410,15 +442,6 @@ def _tensor_3x3(frame: Frame, name: str, raw: Any, units: Units) -> np.ndarray:
     for number, (i, j) in zip(value.reshape(6), units.stress_positions(), strict=True):
         full[i, j] = full[j, i] = number
     return full
-
-
-def _check_cell(frame: Frame, cell: np.ndarray, pbc: np.ndarray) -> None:
-    if not np.isfinite(cell).all():
-        raise DataError(f"{frame.where}: 'cell' holds NaN or infinite numbers")
-    try:
-        check_cell(cell, pbc)
-    except DataError as error:
-        raise DataError(f"{frame.where}: {error}") from None
 
 
 def _check_frame(frame: Frame, checks: Checks) -> Frame:
@@ -469,22 +492,16 @@ def _check_presence(frames: Sequence[Frame], path: str, keys: KeyMap, checks: Ch
         lacking = [frame for frame in frames if name not in frame.labels]
         if not lacking or (checks.allow_partial and name in found):
             continue
-        key = asked.get(name, name)
+        frame, key = lacking[0], asked.get(name, name)
+        flat = " that means anything, because it is not periodic along all three lattice vectors"
+        lacks = f"{frame.where} has no '{key}'{flat if name in frame.left_out else ''}"
         if name in found:
             raise MissingLabelError(
-                f"{lacking[0].where} has no '{key}'{_why(lacking[0], name)}, which other frames "
-                f"have ({len(lacking)} of {len(frames)} frames lack it): allow partly labeled data "
-                "(allow_partial) if this is meant"
+                f"{lacks}, which other frames have ({len(lacking)} of {len(frames)} frames lack "
+                "it): allow partly labeled data (allow_partial) if this is meant"
             )
-        if name in lacking[0].left_out:
-            raise MissingLabelError(f"{lacking[0].where} has no '{key}'{_why(lacking[0], name)}")
-        hint = _near_miss(key, lacking[0].keys)
-        raise MissingLabelError(f"{lacking[0].where} has no '{key}'{hint}")
-
-
-def _why(frame: Frame, name: str) -> str:
-    flat = " that means anything, because it is not periodic along all three lattice vectors"
-    return flat if name in frame.left_out else ""
+        hint = "" if name in frame.left_out else _near_miss(key, frame.keys)
+        raise MissingLabelError(f"{lacks}{hint}")
 
 
 def _near_miss(key: str, present: Sequence[str]) -> str:

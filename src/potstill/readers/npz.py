@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from potstill.errors import DataError
-from potstill.readers.base import Frame, KeyMap, Units, cells_of, pick_label
+from potstill.readers.base import Frame, KeyMap, Units, frame_cells, frame_labels, needed
 
 _USUAL = {
     "energy": ("energies", "E"),
@@ -19,10 +19,7 @@ _USUAL = {
     "atomic_energies": ("atomic_energies",),
     "charges": ("charges",),
     "dipole": ("dipole", "D"),
-    "virial": (),
 }
-_POSITIONS = ("coords", "R")
-_SPECIES = ("nuclear_charges", "z")
 
 #: sGDML's names for units that have another name here.
 _STATED = {"Ang": "Angstrom", "bohr": "Bohr"}
@@ -38,8 +35,8 @@ def read_npz(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], U
     """
     held = _load(path)
     where = str(path)
-    positions = _needed(held, "positions", keys, _POSITIONS, where)
-    species = _needed(held, "species", keys, _SPECIES, where)
+    positions = needed(held, "positions", keys, ("coords", "R"), where)
+    species = needed(held, "species", keys, ("nuclear_charges", "z"), where)
     if positions.ndim != 3 or positions.shape[2] != 3:
         raise DataError(f"{path}: 'positions' has shape {positions.shape}, not (frames, atoms, 3)")
     n_frames, n_atoms = positions.shape[:2]
@@ -48,12 +45,9 @@ def read_npz(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], U
             f"{path}: 'species' has shape {species.shape}, not ({n_atoms},) or "
             f"({n_frames}, {n_atoms})"
         )
-    labels = {
-        name: _per_frame(value, name, n_frames, where)
-        for name, usual in _USUAL.items()
-        if (value := pick_label(held, name, keys, usual, where)) is not None
-    }
-    cell, pbc = _cells(held, keys, n_frames, where)
+    labels = frame_labels(held, keys, _USUAL, n_frames, where)
+    name = keys.cell or ("cell" if "cell" in held else "lattice")
+    cell, pbc = frame_cells(held, name, keys, n_frames, where)
     numbers = np.broadcast_to(species, (n_frames, n_atoms))
 
     def frames() -> Iterator[Frame]:
@@ -83,37 +77,6 @@ def _load(path: Path) -> dict[str, np.ndarray]:
             return {name: arrays[name] for name in arrays.files}
     except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} is not a readable NumPy archive: {error}") from error
-
-
-def _needed(
-    held: Mapping[str, Any], name: str, keys: KeyMap, usual: tuple[str, ...], where: str
-) -> np.ndarray:
-    value = pick_label(held, name, keys, usual, where)
-    if value is None:
-        wanted = getattr(keys, name) or "' or '".join(usual)
-        raise DataError(f"{where} has no '{wanted}'; it holds {', '.join(held) or 'nothing'}")
-    return value
-
-
-def _per_frame(value: np.ndarray, name: str, n_frames: int, where: str) -> np.ndarray:
-    if value.ndim == 0 or len(value) != n_frames:
-        raise DataError(f"{where}: '{name}' has shape {value.shape} for {n_frames} frames")
-    return value
-
-
-def _cells(
-    held: Mapping[str, Any], keys: KeyMap, n_frames: int, where: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """(S, 3, 3) cells and (S, 3) periodicity; a cell without `pbc` is periodic."""
-    name = keys.cell or ("cell" if "cell" in held else "lattice")
-    if name not in held:
-        if keys.cell:
-            raise DataError(f"{where} has no '{keys.cell}'; it holds {', '.join(held)}")
-        return cells_of(None, None, n_frames, where)
-    cell = held[name]
-    if name == "lattice":
-        cell = np.swapaxes(cell, -1, -2)  # sGDML stores lattice vectors as columns
-    return cells_of(cell, held.get(keys.pbc or "pbc"), n_frames, f"{where}: '{name}'")
 
 
 def _units(held: Mapping[str, Any], keys: KeyMap) -> Units:

@@ -36,17 +36,13 @@ import torch
 from torch import Tensor
 
 from potstill.errors import DataError
-from potstill.readers.base import ASE_UNITS, Frame, KeyMap, Units, pick_label
+from potstill.readers.base import ASE_UNITS, Frame, KeyMap, Units, by_part, pick_labels
 from potstill.readers.lmdb import Shard, open_shards
 
 _USUAL = {
     "energy": ("y", "energy"),
     "forces": ("force", "forces"),
     "stress": ("stress", "stresses"),
-    "atomic_energies": (),
-    "charges": (),
-    "dipole": (),
-    "virial": (),
 }
 
 #: Modules of torch_geometric that define Data and its storage, in versions 1 and 2.
@@ -72,18 +68,8 @@ def read_oc20(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], 
         If it is not an LMDB file.
     """
     shards = open_shards(path, "*.lmdb")
-    sizes = [_size(shard) for shard in shards]
-    chosen = np.arange(sum(sizes))[index]
-
-    def frames() -> Iterator[Frame]:
-        start = 0
-        for shard, size in zip(shards, sizes, strict=True):
-            low, high = np.searchsorted(chosen, (start, start + size))
-            for k in (chosen[low:high] - start).tolist():
-                yield _frame(shard, k, keys)
-            start += size
-
-    return frames(), ASE_UNITS
+    parts = zip(shards, by_part([_size(shard) for shard in shards], index), strict=True)
+    return (_frame(shard, k, keys) for shard, numbers in parts for k in numbers), ASE_UNITS
 
 
 def _size(shard: Shard) -> int:
@@ -114,7 +100,7 @@ def _frame(shard: Shard, k: int, keys: KeyMap) -> Frame:
             f"{len(numbers)} atomic numbers"
         )
     cell, pbc = _cell(held, where)
-    names = {name: pick_label(held, name, keys, usual, where) for name, usual in _USUAL.items()}
+    labels = pick_labels(held, keys, _USUAL, where)
     sid, fid = (_identity(held, name) for name in ("sid", "fid"))
     return Frame(
         where=where,
@@ -123,7 +109,7 @@ def _frame(shard: Shard, k: int, keys: KeyMap) -> Frame:
         positions=positions,
         cell=cell,
         pbc=pbc,
-        labels={name: _array(value) for name, value in names.items() if value is not None},
+        labels={name: _array(value) for name, value in labels.items()},
         keys=tuple(held),
         group=str(held[keys.group]) if keys.group in held else f"random{sid}" if sid else "",
         fixed=_per_atom(held, "fixed", len(numbers), where),
@@ -182,14 +168,7 @@ class GraphObject:
 
 
 def load_graph(data: bytes, where: str) -> Any:
-    """Unpickle plain values and graphs, and nothing else.
-
-    Parameters
-    ----------
-    data : bytes
-        A pickle.
-    where : str
-        For messages.
+    """Unpickle plain values and graphs, and nothing else; `where` is for messages.
 
     Returns
     -------

@@ -70,7 +70,7 @@ def check_rows(properties: Properties, structures: Structures) -> None:
         if value.shape[0] != rows:
             raise DataError(f"'{name}' has {value.shape[0]} rows for {rows} {level}s")
         mask = properties.presence(name, structures.n_systems)
-        there = mask if level == "system" else mask[structures.system_index]
+        there = structures.per_row(name, mask)
         finite = value.reshape(rows, -1).isfinite().all(1)
         if bool((there & ~finite).any()):
             row = int((there & ~finite).nonzero()[0])
@@ -86,9 +86,8 @@ def without(properties: Properties, structures: Structures, systems: Sequence[in
     gone[list(systems)] = True
     values, present = {}, {}
     for name in properties.names:
-        rows = gone if property_spec(name).level == "system" else gone[structures.system_index]
         values[name] = properties[name].clone()
-        values[name][rows] = torch.nan
+        values[name][structures.per_row(name, gone)] = torch.nan
         present[name] = properties.presence(name, structures.n_systems) & ~gone
     return replace(properties, values=values, present=present)
 

@@ -23,6 +23,7 @@ from potstill.features import Feature
 from potstill.isolation import FrameError
 from potstill.models import TapSpec
 from potstill.properties import ASE_NAMES, property_spec
+from potstill.ragged import Rows
 from potstill.structures import Properties, Structures
 from potstill.worker import reason_of
 
@@ -243,25 +244,41 @@ class Teacher(ABC):
             labels, failures = self.label(structures, ("energy", *names))
             present = {name: labels.present[name] for name in names}
             return Properties({name: labels[name] for name in names}, present), failures
-        offsets = structures.atom_offsets.tolist()
         values = {name: _absent(name, structures) for name in names}
-        present = {name: torch.zeros(structures.n_systems, dtype=torch.bool) for name in names}
+        done = torch.zeros(structures.n_systems, dtype=torch.bool)
         failures = []
-        for s, row in self._rows(structures, names):
-            if isinstance(row, Failure):
-                failures.append(row)
+
+        def compute(part: Structures, names: Sequence[str]) -> Properties:
+            return Properties(self.compute(part, names))  # refuses wrong shapes
+
+        for rows, _, result in self._batched(structures, compute, names):
+            if isinstance(result, Failure):
+                failures.append(result)
                 continue
-            periodic = bool(structures.pbc[s].all())
-            given = [n for n in names if periodic or n not in ("stress", "stress_std")]
-            broken = [n for n in given if not bool(torch.isfinite(row[n]).all())]
-            if broken:
-                failures.append(Failure(s, f"{' and '.join(broken)} not finite"))
-                continue
-            for name in given:
-                per_system = property_spec(name).level == "system"
-                place = slice(s, s + 1) if per_system else slice(offsets[s], offsets[s + 1])
-                values[name][place] = row[name]
-                present[name][s] = True
+            done[rows.systems] = True
+            for name in names:
+                place, value = rows.of(name), result[name]
+                if len(value) != len(place):
+                    raise TeacherError(
+                        f"the teacher '{self.name}' gives {len(value)} rows of '{name}', and there "
+                        f"are {len(place)} {property_spec(name).level}s"
+                    )
+                values[name][place] = value
+        periodic = structures.pbc.all(dim=1)
+        present = {n: done & periodic if n in ("stress", "stress_std") else done for n in names}
+        system = torch.arange(len(done))
+        broken: dict[int, list[str]] = {}
+        for name, given in present.items():
+            bad = (~values[name].isfinite()).nonzero()[:, 0]
+            bad = structures.per_row(name, system)[bad]
+            for s in bad[given[bad]].unique().tolist():
+                broken.setdefault(s, []).append(name)
+        failures += [Failure(s, f"{' and '.join(found)} not finite") for s, found in broken.items()]
+        failures.sort(key=lambda failure: failure.system)
+        done[list(broken)] = False
+        for name in names:
+            present[name] = present[name] & done
+            values[name][~structures.per_row(name, present[name])] = torch.nan
         labels = Properties(values, present)
         self._check_sums(labels, structures)
         return labels, failures
@@ -270,52 +287,37 @@ class Teacher(ABC):
         """Return an ASE calculator that answers as this teacher, for molecular dynamics."""
         return TeacherCalculator(self)
 
-    def _rows(
-        self, structures: Structures, names: tuple[str, ...]
-    ) -> Iterator[tuple[int, Properties | Failure]]:
-        """Yield results system by system."""
-
-        def compute(part: Structures, names: Sequence[str]) -> Properties:
-            return Properties(self.compute(part, names))  # refuses wrong shapes
-
-        for first, part, result in self._batched(structures, compute, names):
-            if isinstance(result, Failure):
-                yield first, result
-                continue
-            for k in range(part.n_systems):
-                yield first + k, result.select(part.rows([k]))
-
     def _batched(
         self,
         structures: Structures,
         compute: Callable[[Structures, Sequence[str]], Any],
         names: tuple[str, ...],
-    ) -> Iterator[tuple[int, Structures, Any]]:
-        """Yield (first system, systems, results) by batch, in order.
+    ) -> Iterator[tuple[Rows, Structures, Any]]:
+        """Yield (rows, systems, results) by batch, in order.
 
         A batch that fails is tried again one system at a time; what fails then is a `Failure`.
         """
-        queue = [b.tolist() for b in reversed(structures.batches(self.batch_atoms))]
+        offsets, queue = structures.atom_offsets, structures.batches(self.batch_atoms)[::-1]
         while queue:
-            systems = queue.pop()
-            part = structures.select(systems)
+            rows = Rows.at(offsets, queue.pop())
+            part, first = structures.select(rows), int(rows.systems[0])
             home = os.getcwd()
             try:
                 result = compute(part, names)
             except FrameError as error:
-                result = Failure(systems[0], error.reason)
+                result = Failure(first, error.reason)
             except (TeacherError, ModelError, OptionalDependencyError, MemoryError):
                 raise
             except (Exception, SystemExit) as error:
                 # Foreign codes raise anything. One frame's failure is an answer, not an accident.
-                result = Failure(systems[0], reason_of(error))
+                result = Failure(first, reason_of(error))
             finally:
                 with contextlib.suppress(OSError):
                     os.chdir(home)
-            if isinstance(result, Failure) and len(systems) > 1:
-                queue.extend([s] for s in reversed(systems))
+            if isinstance(result, Failure) and len(part) > 1:
+                queue.extend(rows.systems.flip(0).split(1))
             else:
-                yield systems[0], part, result
+                yield rows, part, result
 
     def _check_sums(self, labels: Properties, structures: Structures) -> None:
         """Refuse atomic energies that do not sum to the energy: training on both contradicts."""
