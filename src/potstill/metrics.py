@@ -154,7 +154,31 @@ _COUNT, _ABSOLUTE, _SQUARE, _LABEL, _LABEL_SQUARE = range(5)
 _N_COLUMNS = 5
 
 
-class ErrorAccumulator:
+class _Sums:
+    """Float64 sums, one row per metric, whose states add up over batches and over processes."""
+
+    _sums: Tensor
+
+    def state(self) -> Tensor:
+        """Return a copy of all sums as one flat float64 tensor; states add."""
+        return self._sums.flatten().clone()
+
+    def load_state(self, state: Tensor) -> None:
+        """Replace all sums by those of a state (or of a sum of states).
+
+        Raises
+        ------
+        DataError
+            If the state has the wrong length.
+        """
+        if state.numel() != self._sums.numel():
+            raise DataError(
+                f"a state of metrics has {self._sums.numel()} numbers, not {state.numel()}"
+            )
+        self._sums = state.to(self._sums).reshape(self._sums.shape).clone()
+
+
+class ErrorAccumulator(_Sums):
     """Sums of errors over any number of batches.
 
     Parameters
@@ -208,7 +232,9 @@ class ErrorAccumulator:
                 self._add_errors("free_forces", predicted, labeled, present)
                 self._add_cosine("free_forces_cosine", predicted, labeled, present)
         if "energy" in compared and "forces" in compared:
-            self._add_efwt(compared["energy"], compared["forces"], structures)
+            within, present = _within_thresholds(compared["energy"], compared["forces"], structures)
+            self._add("efwt", _COUNT, present.sum())
+            self._add("efwt", _ABSOLUTE, within.sum())
 
     def compute(self) -> dict[str, float]:
         """Return all metrics of what has been seen, by the keys of this module's table."""
@@ -234,32 +260,6 @@ class ErrorAccumulator:
             result["efwt"] = 100.0 * efwt[_ABSOLUTE] / efwt[_COUNT]
             result["efwt_n"] = efwt[_COUNT]
         return result
-
-    def state(self) -> Tensor:
-        """Return a copy of all sums as one flat float64 tensor; states add."""
-        return self._sums.flatten().clone()
-
-    def load_state(self, state: Tensor) -> None:
-        """Replace all sums by those of a state (or of a sum of states).
-
-        Raises
-        ------
-        DataError
-            If the state has the wrong length.
-        """
-        if state.numel() != self._sums.numel():
-            raise DataError(
-                f"a state of metrics has {self._sums.numel()} numbers, not {state.numel()}"
-            )
-        self._sums = state.to(self._sums).reshape(self._sums.shape).clone()
-
-    def merge(self, other: ErrorAccumulator) -> None:
-        """Add everything that another accumulator has seen."""
-        self._sums += other._sums.to(self._sums.device)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self._sums.zero_()
 
     def _add(self, channel: str, column: int, value: Tensor) -> None:
         self._sums[_CHANNELS.index(channel), column] += value.to(self._sums)
@@ -289,16 +289,6 @@ class ErrorAccumulator:
         cosine = torch.where(product == 0, 0.0, dot / torch.where(product == 0, 1.0, product))
         self._add(channel, _COUNT, counted.sum())
         self._add(channel, _ABSOLUTE, torch.where(counted, cosine, 0.0).sum())
-
-    def _add_efwt(
-        self,
-        energy: tuple[Tensor, Tensor, Tensor],
-        forces: tuple[Tensor, Tensor, Tensor],
-        structures: Structures,
-    ) -> None:
-        within, present = _within_thresholds(energy, forces, structures)
-        self._add("efwt", _COUNT, present.sum())
-        self._add("efwt", _ABSOLUTE, within.sum())
 
 
 # -- OC20's task ---------------------------------------------------------------------------------
@@ -333,7 +323,7 @@ S2EF_METRICS = {
 }
 
 
-class S2EFAccumulator:
+class S2EFAccumulator(_Sums):
     """The metrics of OC20's task "structure to energy and forces", over free atoms.
 
     As in the evaluator of the Open Catalyst Project: `energy_mae` of total energies per frame;
@@ -395,14 +385,6 @@ class S2EFAccumulator:
                 error = math.sqrt(n / (n - 1.0) * scatter) / b if n > 1 else math.nan
                 found[name] = Estimate(ratio, error, int(n))
         return found
-
-    def state(self) -> Tensor:
-        """Return a copy of all sums as one flat float64 tensor; states add."""
-        return self._sums.flatten().clone()
-
-    def load_state(self, state: Tensor) -> None:
-        """Replace all sums by those of a state, or of a sum of states."""
-        self._sums = state.to(self._sums).reshape(self._sums.shape).clone()
 
 
 def _within_thresholds(

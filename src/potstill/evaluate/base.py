@@ -337,6 +337,8 @@ class Evaluation(BaseModel, ABC):
     needs: ClassVar[str]
     #: Whether it is only done when it is asked for.
     on_request: ClassVar[bool] = False
+    #: Attributes of the result by the keys of the metrics that they are.
+    numbers: ClassVar[Mapping[str, str]] = {}
 
     def lacks(self, bench: Bench) -> str:
         """Say what a bench lacks for it, in words; empty where the evaluation applies."""
@@ -367,8 +369,8 @@ class Evaluation(BaseModel, ABC):
 
     @classmethod
     def metrics(cls, result: Any) -> dict[str, float]:
-        """Numbers of a result by the keys of `potstill.metrics.METRICS`."""
-        return {}
+        """Numbers of a result by the keys of `potstill.metrics.METRICS`: those of `numbers`."""
+        return {key: getattr(result, attribute) for key, attribute in cls.numbers.items()}
 
     @classmethod
     def rows(cls, found: Findings) -> Iterable[Row]:
@@ -378,6 +380,12 @@ class Evaluation(BaseModel, ABC):
             metric = metric_of(key)
             scaled = {m: v[key] * metric.scale for m, v in numbers.items() if key in v}
             yield Row(metric.label, scaled)
+
+    @staticmethod
+    def attribute_rows(results: Mapping[str, Result], labels: Mapping[str, str]) -> Iterable[Row]:
+        """Rows by label of the attributes that it maps to; none without results."""
+        for label, name in labels.items() if results else ():
+            yield Row(label, {model: getattr(r, name) for model, r in results.items()})
 
     @classmethod
     def drawings(cls, found: Findings) -> Iterable[Drawing]:

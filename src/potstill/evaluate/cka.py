@@ -123,14 +123,6 @@ class CKAMatrix(Result):
     def __getitem__(self, taps: tuple[str, str]) -> float:
         return float(self.values[self.first.index(taps[0]), self.second.index(taps[1])])
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> CKAMatrix:
-        """Inverse of `to_json`."""
-        values = [[math.nan if x is None else x for x in row] for row in data["values"]]
-        shape = (len(data["first"]), len(data["second"]))
-        matrix = np.array(values, dtype=float).reshape(shape)
-        return cls(tuple(data["first"]), tuple(data["second"]), matrix, data["n_atoms"])
-
 
 class CKAAccumulator:
     """Sums over batches from which the CKA of every pair of taps follows exactly.
@@ -207,13 +199,6 @@ class CKAAccumulator:
         covariance = product - torch.outer(a, b) / self.n_atoms
         norm = float(torch.linalg.matrix_norm(covariance))
         return norm if norm > 1e-28 * self.n_atoms else 0.0
-
-
-def linear_cka(x: Tensor, y: Tensor) -> float:
-    """CKA of two sets of features, (n, p) and (n, q), of the same examples."""
-    metric = CKAAccumulator(["x"], ["y"])
-    metric.update({"x": x}, {"y": y})
-    return metric.matrix()["x", "y"]
 
 
 def cka_matrix(
@@ -319,13 +304,8 @@ class CKATracker:
         if (epoch - 1) % self.every or not (self.folder / "best.pt").is_file():
             return
         student = snapshot_potential(self.folder).to(self.teacher.device)
-        matrix = cka_matrix(
-            student,
-            self.teacher,
-            self.structures,
-            first_taps=self.taps[0],
-            second_taps=self.taps[1],
-        )
+        own, its = self.taps
+        matrix = cka_matrix(student, self.teacher, self.structures, first_taps=own, second_taps=its)
         line = {"epoch": epoch, "steps": record.get("steps"), "cka": matrix.to_json()}
         path = self.folder / self.FILE
         # A line that a killed run left unfinished stays a line of its own.
@@ -358,21 +338,14 @@ def read_cka_history(folder: str | Path) -> dict[int, CKAMatrix]:
 
 
 def cka_history_drawing(history: Mapping[int, CKAMatrix]) -> Drawing:
-    """CKA of each tap of the student with the teacher's most alike tap (of the last epoch).
-
-    Parameters
-    ----------
-    history : mapping of int to CKAMatrix
-        By epoch, as of `read_cka_history`.
-    """
+    """CKA of each tap of the student with the teacher's most alike tap (of the last epoch)."""
     epochs, last = list(history), history[max(history)]
     series = []
     for i, tap in enumerate(last.first):
         j = int(np.nan_to_num(last.values[i], nan=-1.0).argmax())
         values = [history[epoch].values[i, j] for epoch in epochs]
         series.append(Series(f"{tap} / {last.second[j]}", epochs, values, kind="line"))
-    caption = "Taps of student / teacher."
-    panels = [Panel("Epoch", "CKA", series)]
+    panels, caption = [Panel("Epoch", "CKA", series)], "Taps of student / teacher."
     return Drawing("cka_history", "Similarity during training", caption, panels)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import ase
 import numpy as np
@@ -19,7 +20,7 @@ from potstill.report.tables import number, signed
 from potstill.report.verdicts import Verdict
 from potstill.units import GPA
 
-# How often the scan may move before we conclude that there is no minimum.
+#: How often the scan may move before we conclude that there is no minimum.
 _MOVES = 8
 
 
@@ -87,10 +88,8 @@ def equation_of_state(
 
     Parameters
     ----------
-    atoms : ase.Atoms
+    atoms, calculator : ase.Atoms, BaseCalculator
         Periodic structure; its shape is kept, its volume scanned.
-    calculator : BaseCalculator
-        Any ASE calculator.
     max_strain : float
         Lengths are scaled by 1 - max_strain to 1 + max_strain around the middle of the scan.
     n_points : int
@@ -99,10 +98,6 @@ def equation_of_state(
         Relax the atoms at every volume.
     fmax, max_steps : float, int
         For the relaxations, eV/Å.
-
-    Returns
-    -------
-    EquationOfState
 
     Raises
     ------
@@ -118,12 +113,16 @@ def equation_of_state(
     middle = 1.0
     for _ in range(_MOVES):
         scales = middle * np.linspace(1.0 - max_strain, 1.0 + max_strain, n_points)
-        points = [
-            _energy(atoms, calculator, scale, relax_ions, fmax, max_steps) for scale in scales
-        ]
+        energies = np.zeros(n_points)
+        for k, scale in enumerate(scales):
+            scaled = with_calculator(atoms, calculator)
+            scaled.set_cell(atoms.cell * scale, scale_atoms=True)
+            if relax_ions:
+                relax(scaled, fmax=fmax, max_steps=max_steps)
+            energies[k] = scaled.get_potential_energy() / len(atoms)
         volumes = atoms.get_volume() / len(atoms) * scales**3
-        lowest = int(np.argmin(points))
-        fit = fit_birch_murnaghan(volumes, np.array(points)) if 0 < lowest < n_points - 1 else None
+        lowest = int(np.argmin(energies))
+        fit = fit_birch_murnaghan(volumes, energies) if 0 < lowest < n_points - 1 else None
         if fit is None:
             middle = scales[lowest]
             continue
@@ -132,7 +131,20 @@ def equation_of_state(
         if abs(ratio / middle - 1.0) > max_strain / 3.0:
             middle = ratio
             continue
-        return _result(atoms, volumes, np.array(points), fit, ratio)
+        given, conventional = atoms.cell.lengths() * ratio, conventional_lengths(atoms) * ratio
+        state = EquationOfState(
+            volumes=volumes,
+            energies=energies,
+            volume=fit[0],
+            energy=fit[1],
+            bulk_modulus=fit[2] / GPA,
+            bulk_modulus_derivative=fit[3],
+            cell_lengths=tuple(given.tolist()),
+            residual=0.0,
+            lattice_lengths=tuple(conventional.tolist()),
+        )
+        residual = np.sqrt(np.mean((state.fitted_energy(volumes) - energies) ** 2))
+        return replace(state, residual=float(residual))
     raise ModelError(
         f"E(V) of {atoms.get_chemical_formula()} has no minimum near the given cell: the scan "
         f"went to {middle:.2f} times its lengths"
@@ -185,46 +197,6 @@ def fit_birch_murnaghan(
     )
 
 
-def _energy(
-    atoms: ase.Atoms,
-    calculator: BaseCalculator,
-    scale: float,
-    relax_ions: bool,
-    fmax: float,
-    max_steps: int,
-) -> float:
-    """Energy per atom with all lengths scaled, eV."""
-    scaled = with_calculator(atoms, calculator)
-    scaled.set_cell(atoms.cell * scale, scale_atoms=True)
-    if relax_ions:
-        relax(scaled, fmax=fmax, max_steps=max_steps)
-    return float(scaled.get_potential_energy()) / len(atoms)
-
-
-def _result(
-    atoms: ase.Atoms,
-    volumes: np.ndarray,
-    energies: np.ndarray,
-    fit: tuple[float, float, float, float],
-    ratio: float,
-) -> EquationOfState:
-    lengths = atoms.cell.lengths() * ratio
-    a, b, c = (float(ratio * length) for length in conventional_lengths(atoms))
-    state = EquationOfState(
-        volumes=volumes,
-        energies=energies,
-        volume=fit[0],
-        energy=fit[1],
-        bulk_modulus=fit[2] / GPA,
-        bulk_modulus_derivative=fit[3],
-        cell_lengths=(float(lengths[0]), float(lengths[1]), float(lengths[2])),
-        residual=0.0,
-        lattice_lengths=(a, b, c),
-    )
-    residual = np.sqrt(np.mean((state.fitted_energy(volumes) - energies) ** 2))
-    return replace(state, residual=float(residual))
-
-
 class Eos(Evaluation):
     """Equation of state."""
 
@@ -233,20 +205,16 @@ class Eos(Evaluation):
     result = EquationOfState
     section = "Properties"
     needs = "crystal"
+    numbers: ClassVar = {
+        "lattice_constant": "lattice_constant",
+        "volume_per_atom": "volume",
+        "bulk_modulus": "bulk_modulus",
+        "bulk_modulus_derivative": "bulk_modulus_derivative",
+    }
 
     def run(self, bench: Bench, candidate: Candidate) -> EquationOfState:
         """Scan the volume of the structure as it was given."""
         return equation_of_state(bench.atoms, candidate.calculator)
-
-    @classmethod
-    def metrics(cls, result: EquationOfState) -> dict[str, float]:
-        """Minimum and curvature of E(V)."""
-        return {
-            "lattice_constant": result.lattice_constant,
-            "volume_per_atom": result.volume,
-            "bulk_modulus": result.bulk_modulus,
-            "bulk_modulus_derivative": result.bulk_modulus_derivative,
-        }
 
     @classmethod
     def drawings(cls, found: Findings) -> Iterable[Drawing]:
@@ -266,10 +234,8 @@ class Eos(Evaluation):
                 inside = (v >= volumes.min()) & (v <= volumes.max())
                 change = e[inside] - np.interp(v[inside], volumes, energies)
                 differences.append(Series(model, v[inside], change, joined=True))
-            panels.append(
-                Panel("Volume (Å³/atom)", "Difference (meV/atom)", differences, "Minus teacher",
-                      zero_line=True)
-            )  # fmt: skip
+            labels = ("Volume (Å³/atom)", "Difference (meV/atom)")
+            panels.append(Panel(*labels, differences, "Minus teacher", zero_line=True))
         caption = (
             "Energy under isotropic strain, each from the minimum of its own Birch-Murnaghan fit, "
             "and the difference from the teacher's curve."
@@ -283,16 +249,11 @@ class Eos(Evaluation):
         if not {"student", "teacher"} <= set(results):
             return
         ours, theirs = results["student"], results["teacher"]
-        changes = [
-            100.0 * (a / b - 1.0)
-            for a, b in (
-                (ours.lattice_constant, theirs.lattice_constant),
-                (ours.bulk_modulus, theirs.bulk_modulus),
-            )
-        ]
+        length = signed(100.0 * (ours.lattice_constant / theirs.lattice_constant - 1.0))
+        modulus = signed(100.0 * (ours.bulk_modulus / theirs.bulk_modulus - 1.0))
         yield Verdict(
             f"Lattice constant {ours.lattice_constant:.3f} Å (teacher "
-            f"{theirs.lattice_constant:.3f} Å, {signed(changes[0])} %), bulk modulus "
+            f"{theirs.lattice_constant:.3f} Å, {length} %), bulk modulus "
             f"{number(ours.bulk_modulus)} GPa (teacher {number(theirs.bulk_modulus)} GPa, "
-            f"{signed(changes[1])} %)."
+            f"{modulus} %)."
         )

@@ -98,10 +98,6 @@ def evaluate_errors(
     max_atoms : int
         Atoms per batch.
 
-    Returns
-    -------
-    ErrorReport
-
     Raises
     ------
     DataError
@@ -211,12 +207,12 @@ class S2EFErrors(Result):
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `to_json`; files from before the names of `METRICS` are read, too."""
-        parts = {**data["splits"], "": data["average"]}
-        parts = {
-            name: {_OLD_NAMES.get(k, k): v for k, v in metrics.items()}
-            for name, metrics in parts.items()
-        }
-        return super().from_json({"average": parts.pop(""), "splits": parts})
+
+        def renamed(metrics: Mapping[str, Any]) -> dict[str, Any]:
+            return {_OLD_NAMES.get(key, key): value for key, value in metrics.items()}
+
+        splits = {name: renamed(metrics) for name, metrics in data["splits"].items()}
+        return super().from_json({"splits": splits, "average": renamed(data["average"])})
 
 
 _OLD_NAMES = {"force_mae": "free_forces_mae", "force_cosine": "free_forces_cosine"}
@@ -241,10 +237,6 @@ def evaluate_s2ef(
         Atoms per batch.
     fabric : lightning_fabric.Fabric, optional
         Its processes share the batches; all of them return the result of the whole.
-
-    Returns
-    -------
-    S2EFErrors
 
     Raises
     ------
@@ -328,22 +320,15 @@ def share_of_gap(student: Estimate, control: Estimate, teacher: Estimate) -> Gap
     ----------
     student, control, teacher : Estimate
         One metric, over seeds (`estimate_over_seeds`) or over frames; higher or lower is better.
-
-    Returns
-    -------
-    GapShare
     """
-    s, c, t = (_known(e.standard_error) for e in (student, control, teacher))
+    errors = [e.standard_error for e in (student, control, teacher)]
+    s, c, t = (error if math.isfinite(error) else 0.0 for error in errors)
     gap, gap_error = control.value - teacher.value, math.hypot(c, t)
     if gap == 0.0 or abs(gap) < 2.0 * gap_error:
         return GapShare(math.nan, math.nan, gap, gap_error)
     share = (control.value - student.value) / gap
     error = math.hypot(s, (1.0 - share) * c, share * t) / abs(gap)
     return GapShare(100.0 * share, 100.0 * error, gap, gap_error)
-
-
-def _known(error: float) -> float:
-    return error if math.isfinite(error) else 0.0
 
 
 def _predict_with_ase(
@@ -389,8 +374,6 @@ def _only(values: Properties, names: Sequence[str]) -> Properties:
 #: What the student should stay below: force RMSE over the standard deviation of the forces.
 AIM_RELATIVE_FORCES = 0.10
 
-_GROUPED = ("energy_per_atom_rmse",)
-
 
 def target_of(found: Findings) -> str:
     """Whose labels errors are quoted against: "reference" if there are any, else "teacher"."""
@@ -431,16 +414,15 @@ class Errors(Evaluation):
     @classmethod
     def rows(cls, found: Findings) -> Iterable[Row]:
         """One row per metric, one column per channel; where atoms are fixed, free ones first."""
-        channels: dict[str, dict[str, float]] = {}
+        channels: dict[tuple[str, str], dict[str, float]] = {}  # by model and source of labels
         for report in found.of(cls.name, ErrorReport).values():
             for channel, metrics in report.channels.items():
-                if channel not in ("teacher-teacher", "reference-reference"):
-                    channels.setdefault(channel, metrics)
-        names = {c: plain_label(c.rpartition("-")[0]) for c in channels}
-        columns = {c: f"{names[c]}, against {c.rpartition('-')[2]}" for c in channels}
-        if len({c.rpartition("-")[2] for c in channels}) == 1:
-            columns = names
-        parameters = {columns[c]: found.n_parameters.get(c.rpartition("-")[0]) for c in channels}
+                model, _, source = channel.rpartition("-")
+                if model != source:
+                    channels.setdefault((model, source), metrics)
+        several = len({source for _, source in channels}) > 1
+        columns = {c: plain_label(c[0]) + f", against {c[1]}" * several for c in channels}
+        parameters = {column: found.n_parameters.get(c[0]) for c, column in columns.items()}
         if any(parameters.values()):
             yield Row("Parameters", parameters)
         for key in sorted(METRICS, key=lambda key: not key.startswith("free_")):
@@ -463,7 +445,7 @@ class Errors(Evaluation):
             return
         panels: list[Panel] = []
         metrics = [m for by_model in groups.values() for m in by_model.values()]
-        for key in (force_key(metrics[0]), *_GROUPED):
+        for key in (force_key(metrics[0]), "energy_per_atom_rmse"):
             series = []
             for model in found.models:
                 points = [
@@ -495,13 +477,12 @@ class Errors(Evaluation):
             if "free_forces_rmse" in ours:
                 every = number(100 * ours.get("forces_relative_rmse", math.nan))
                 atoms = f", over free atoms; over all, fixed ones included, {every} %"
+            share, bar = f"{number(100 * relative)} %", f"{100 * AIM_RELATIVE_FORCES:.0f} %"
             yield Verdict(
-                f"On held-out structures the student reproduces the {whose} forces to "
-                f"{number(100 * relative)} % (RMSE over the standard deviation of the forces"
-                f"{atoms}), {'below' if met else 'above'} the bar of "
-                f"{100 * AIM_RELATIVE_FORCES:.0f} %.",
-                f"relative force RMSE {number(100 * relative)} % (bar "
-                f"{100 * AIM_RELATIVE_FORCES:.0f} %)",
+                f"On held-out structures the student reproduces the {whose} forces to {share} "
+                f"(RMSE over the standard deviation of the forces{atoms}), "
+                f"{'below' if met else 'above'} the bar of {bar}.",
+                f"relative force RMSE {share} (bar {bar})",
                 met,
             )
         for control in found.controls:

@@ -58,39 +58,12 @@ class LearningCurves(Result):
         good = [pair for pair in pairs if all(math.isfinite(value) for value in pair)]
         return tuple(a for a, _ in good), tuple(b for _, b in good)
 
-    def best(self, key: str) -> tuple[int, float]:
-        """Epoch and value of the smallest recorded value.
-
-        Raises
-        ------
-        DataError
-            If there is no such key or no finite value.
-        """
-        finite = [
-            (value, epoch)
-            for epoch, value in zip(self.epochs, self[key], strict=True)
-            if math.isfinite(value)
-        ]
-        if not finite:
-            raise DataError(f"the run recorded no finite value of '{key}'")
-        value, epoch = min(finite)
-        return epoch, value
-
 
 def read_learning_curves(path: str | Path) -> LearningCurves:
     """Read `metrics.jsonl`, or the run folder that holds it.
 
     Lines without an epoch are skipped, an epoch that a resumed run wrote again counts once (the
     later line), and a torn last line, as a killed run leaves it, is ignored.
-
-    Parameters
-    ----------
-    path : path
-        The file or its folder.
-
-    Returns
-    -------
-    LearningCurves
 
     Raises
     ------
@@ -142,12 +115,7 @@ def learning_panels(curves: Mapping[str, Sequence[LearningCurves]]) -> list[Pane
     Parameters
     ----------
     curves : mapping
-        Strategy or model to the curves of its seeds.
-
-    Returns
-    -------
-    list of Panel
-        Up to two; a quantity that nobody recorded is left out.
+        Strategy or model to the curves of its seeds; what nobody recorded has no panel.
     """
     wanted = (
         ("train/forces", "Training set", "Force loss, RMSE + MAE (eV/Å)"),
@@ -161,7 +129,8 @@ def learning_panels(curves: Mapping[str, Sequence[LearningCurves]]) -> list[Pane
     return panels
 
 
-_PROGRESS = {
+Axis = Literal["seconds", "processor_seconds", "steps", "epoch"]
+_PROGRESS: dict[Axis, str] = {
     "seconds": "Wall-clock time (s)",
     "processor_seconds": "Processor time (s)",
     "steps": "Steps",
@@ -171,7 +140,7 @@ _PROGRESS = {
 
 def progress_panels(
     curves: Mapping[str, Sequence[LearningCurves]],
-    axis: Literal["seconds", "processor_seconds", "steps", "epoch"] = "seconds",
+    axis: Axis = "seconds",
     *,
     keys: Mapping[str, str] | None = None,
 ) -> list[Panel]:

@@ -108,10 +108,6 @@ def memory_per_atom(
     timeout : float
         s for each process.
 
-    Returns
-    -------
-    MemoryUse
-
     Raises
     ------
     DataError
@@ -120,24 +116,16 @@ def memory_per_atom(
     if len(set(sizes)) < 2:
         raise ConfigError(f"memory per atom needs at least two sizes, not {list(sizes)}")
     label = name or spec
+    unit = {key: atoms.arrays[key].tolist() for key in ("numbers", "positions")}
+    unit |= {"cell": atoms.cell.array.tolist(), "pbc": atoms.pbc.tolist()}
+    job = {"spec": spec, "args": args or {}, "n_steps": n_steps, "threads": threads, "atoms": unit}
     measured: list[tuple[int, int]] = []
     left_out: list[int] = []
-    for size in sorted(set(sizes)):
+    for size in sorted({int(size) for size in sizes}):
         if left_out or (measured and not _fits(measured, size)):
-            left_out.append(int(size))
-            continue
-        job = {
-            "spec": spec,
-            "args": args or {},
-            "n_atoms": int(size),
-            "n_steps": int(n_steps),
-            "threads": int(threads),
-            "numbers": atoms.numbers.tolist(),
-            "positions": atoms.positions.tolist(),
-            "cell": atoms.cell.array.tolist(),
-            "pbc": atoms.pbc.tolist(),
-        }
-        measured.append(_measure(job, label, timeout))
+            left_out.append(size)
+        else:
+            measured.append(_measure({**job, "n_atoms": size}, label, timeout))
     n_atoms, peaks = np.array(measured).T
     if len(set(n_atoms.tolist())) < 2:
         raise DataError(
@@ -203,7 +191,9 @@ def _peak_bytes() -> int:
     """
     this = psutil.Process()
     if Path("/proc/self/status").exists():
-        return sum(_high_water(process.pid) for process in [this, *this.children()])
+        status = [Path(f"/proc/{process.pid}/status") for process in (this, *this.children())]
+        lines = [line for file in status for line in file.read_text().splitlines()]
+        return 1024 * sum(int(x.split()[1]) for x in lines if x.startswith("VmHWM"))
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -211,17 +201,11 @@ def _peak_bytes() -> int:
     return peak + sum(process.memory_info().rss for process in this.children())
 
 
-def _high_water(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) * 1024
-
-
 def _child() -> None:
     """Run one job from standard input and print the peak as JSON."""
     job = json.loads(sys.stdin.read())
     torch.set_num_threads(job["threads"])
-    unit = ase.Atoms(**{key: job[key] for key in ("numbers", "positions", "cell", "pbc")})
-    atoms = repeat_to(unit, job["n_atoms"])
+    atoms = repeat_to(ase.Atoms(**job["atoms"]), job["n_atoms"])
     atoms.calc = make_calculator(job["spec"], job["args"])
     set_temperature(atoms, 300.0, np.random.default_rng(0))
     VelocityVerlet(atoms, timestep=FS_IN_ASE_TIME).run(job["n_steps"])
@@ -265,10 +249,8 @@ class Memory(Evaluation):
     def rows(cls, found: Findings) -> Iterable[Row]:
         """Memory per atom with its error, and the largest system."""
         yield from super().rows(found)
-        use = found.of(cls.name, MemoryUse)
-        if use:
-            errors = {m: r.error / 1024.0 for m, r in use.items()}
-            yield Row("Standard error of that (KiB)", errors)
+        if use := found.of(cls.name, MemoryUse):
+            yield Row("Standard error of that (KiB)", {m: r.error / 1024.0 for m, r in use.items()})
             largest = {m: r.largest_system(8.0) for m, r in use.items() if r.bytes_per_atom > 0}
             yield Row("Largest system in 8 GiB (atoms)", largest)
 

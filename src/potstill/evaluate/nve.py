@@ -107,16 +107,10 @@ def run_nve(
 
     Parameters
     ----------
-    atoms : ase.Atoms
+    atoms, calculator : ase.Atoms, BaseCalculator
         Where to start.
-    calculator : BaseCalculator
-        Any ASE calculator.
-    temperature : float
-        K.
-    duration : float
-        ps.
-    timestep : float
-        fs.
+    temperature, duration, timestep : float
+        K, ps and fs.
     thermalization : float
         ps of Langevin dynamics beforehand. Zero starts from `atoms` with random velocities: a
         perfect crystal then ends up at half the temperature.
@@ -152,16 +146,30 @@ def run_nve(
             "an NVE run needs a positive temperature and at least one sample, not "
             f"{temperature:g} K and {n_steps} steps with a sample every {sample_every}"
         )
-    try:
-        moving = _start(atoms, calculator, temperature, timestep, thermalization, seed)
-    except DivergenceError as error:
-        nothing = _Record(pair_cutoff, 1)
-        return _judge(nothing, len(atoms), temperature, timestep, 0.0, str(error), trained)
-    whole = Connectivity.of(Structures.from_ase(atoms))
-    degrees = moving.get_number_of_degrees_of_freedom()
-    if thermalization <= 0.0 and degrees == 3 * len(moving) > 3:
-        degrees -= 3  # the whole is at rest
-    record = _Record(pair_cutoff, max(1, degrees))
+    start = Structures.from_ase(atoms)
+    record = _Record(pair_cutoff, temperature, timestep, len(atoms), trained)
+    moving = with_calculator(atoms, calculator)
+    if thermalization > 0.0:
+        try:
+            warm = run_md(
+                start,
+                calculator,
+                temperature=temperature,
+                n_frames=1,
+                seed=seed,
+                timestep=timestep,
+                stride=max(1000.0 * thermalization, timestep),
+                equilibration=0.0,
+            )
+        except DivergenceError as error:
+            return record.judged(0.0, str(error))
+        moving = with_calculator(warm.structures.to_ase()[0], calculator)
+    else:
+        set_temperature(moving, temperature, np.random.default_rng(seed))
+    record.degrees = max(1, moving.get_number_of_degrees_of_freedom())
+    if thermalization <= 0.0 and record.degrees == 3 * len(moving) > 3:
+        record.degrees -= 3  # the whole is at rest
+    whole = Connectivity.of(start)
     record.sample(moving, 0.0)
     integrator = VelocityVerlet(moving, timestep=timestep * FS_IN_ASE_TIME)
     reason, step = "", 0
@@ -171,7 +179,7 @@ def run_nve(
             with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
                 integrator.run(stride)
                 step += stride
-                reason = _symptom(moving, record, temperature)
+                reason = record.symptom(moving)
                 if not reason:
                     frame = record.sample(moving, step * timestep / 1000.0)
                     reason = whole.symptom(frame) or fused(record.shortest, trained)
@@ -179,8 +187,7 @@ def run_nve(
             reason = f"the calculator or the neighbor list failed ({error})"
         if progress is not None:
             progress(step, n_steps)
-    end = step * timestep / 1000.0
-    return _judge(record, len(moving), temperature, timestep, end, reason, trained)
+    return record.judged(step * timestep / 1000.0, reason)
 
 
 def fit_drift(time: np.ndarray, energy: np.ndarray) -> tuple[float, float, float]:
@@ -219,10 +226,14 @@ def fit_drift(time: np.ndarray, energy: np.ndarray) -> tuple[float, float, float
 
 @dataclass
 class _Record:
-    """Samples gathered along a run."""
+    """Samples gathered along a run, and what they say."""
 
     pair_cutoff: float
-    degrees: int
+    asked: float
+    timestep: float
+    n_atoms: int
+    trained: Mapping[str, float] | None
+    degrees: int = 1
     time: list[float] = field(default_factory=list)
     energy: list[float] = field(default_factory=list)
     temperature: list[float] = field(default_factory=list)
@@ -240,78 +251,42 @@ class _Record:
     def kinetic_temperature(self, atoms: ase.Atoms) -> float:
         return float(2.0 * atoms.get_kinetic_energy() / (self.degrees * BOLTZMANN))
 
+    def symptom(self, atoms: ase.Atoms) -> str:
+        """Why the run counts as exploded; empty if it does not."""
+        energy = float(atoms.get_total_energy()) / len(atoms)
+        kinetic = self.kinetic_temperature(atoms)
+        if not (np.isfinite(atoms.positions).all() and math.isfinite(energy)):
+            return "positions or energy are not finite"
+        change = energy - self.energy[0]
+        if abs(change) > _ENERGY_LIMIT:
+            return f"the total energy has moved by {change:+.3g} eV per atom"
+        if kinetic > max(_HEAT_FACTOR * self.asked, _HEAT_FLOOR):
+            return f"the temperature reached {kinetic:.0f} K"
+        return ""
 
-def _start(
-    atoms: ase.Atoms,
-    calculator: BaseCalculator,
-    temperature: float,
-    timestep: float,
-    thermalization: float,
-    seed: int,
-) -> ase.Atoms:
-    """Atoms with velocities and calculator, thermalized."""
-    if thermalization <= 0.0:
-        moving = with_calculator(atoms, calculator)
-        set_temperature(moving, temperature, np.random.default_rng(seed))
-        return moving
-    length = max(1000.0 * thermalization, timestep)
-    frames = run_md(
-        Structures.from_ase(atoms),
-        calculator,
-        temperature=temperature,
-        n_frames=1,
-        seed=seed,
-        timestep=timestep,
-        stride=length,
-        equilibration=0.0,
-    )
-    return with_calculator(frames.structures.to_ase()[0], calculator)
-
-
-def _symptom(atoms: ase.Atoms, record: _Record, temperature: float) -> str:
-    """Why the run counts as exploded; empty if it does not."""
-    energy = float(atoms.get_total_energy()) / len(atoms)
-    kinetic = record.kinetic_temperature(atoms)
-    if not (np.isfinite(atoms.positions).all() and math.isfinite(energy)):
-        return "positions or energy are not finite"
-    change = energy - record.energy[0]
-    if abs(change) > _ENERGY_LIMIT:
-        return f"the total energy has moved by {change:+.3g} eV per atom"
-    if kinetic > max(_HEAT_FACTOR * temperature, _HEAT_FLOOR):
-        return f"the temperature reached {kinetic:.0f} K"
-    return ""
-
-
-def _judge(
-    record: _Record,
-    n_atoms: int,
-    temperature: float,
-    timestep: float,
-    end: float,
-    reason: str,
-    trained: Mapping[str, float] | None,
-) -> NVERun:
-    time, energy = np.array(record.time), 1000.0 * np.array(record.energy)
-    energy = energy - energy[:1]
-    slope, error, fluctuation = fit_drift(time, energy)
-    duration = record.time[-1] if record.time else 0.0
-    return NVERun(
-        temperature=float(temperature),
-        mean_temperature=float(np.mean(record.temperature)) if record.temperature else math.nan,
-        timestep=float(timestep),
-        duration=duration,
-        n_atoms=n_atoms,
-        time=time,
-        energy=energy,
-        slope=slope,
-        slope_error=error,
-        drift=slope * duration,
-        fluctuation=fluctuation,
-        shortest_distances=record.shortest,
-        exploded_at=end if reason else None,
-        reason=reason,
-        trained=None if trained is None else dict(trained),
-    )
+    def judged(self, end: float, reason: str) -> NVERun:
+        """The result of a run that ended at `end` ps, for a reason if it was too early."""
+        time, energy = np.array(self.time), 1000.0 * np.array(self.energy)
+        energy = energy - energy[:1]
+        slope, error, fluctuation = fit_drift(time, energy)
+        duration = self.time[-1] if self.time else 0.0
+        return NVERun(
+            temperature=float(self.asked),
+            mean_temperature=float(np.mean(self.temperature)) if self.temperature else math.nan,
+            timestep=float(self.timestep),
+            duration=duration,
+            n_atoms=self.n_atoms,
+            time=time,
+            energy=energy,
+            slope=slope,
+            slope_error=error,
+            drift=slope * duration,
+            fluctuation=fluctuation,
+            shortest_distances=self.shortest,
+            exploded_at=end if reason else None,
+            reason=reason,
+            trained=None if self.trained is None else dict(self.trained),
+        )
 
 
 # -- the evaluation ------------------------------------------------------------------------------
@@ -361,14 +336,8 @@ class NVE(Evaluation):
     @classmethod
     def metrics(cls, result: NVERun) -> dict[str, float]:
         """Drift and its fit; of a run that did not reach its end only how far it came."""
-        if not result.stable:
-            return {"nve_duration": result.duration}
-        return {
-            "nve_drift": result.drift,
-            "nve_slope": result.slope,
-            "nve_fluctuation": result.fluctuation,
-            "nve_duration": result.duration,
-        }
+        names = ("drift", "slope", "fluctuation") if result.stable else ()
+        return {f"nve_{name}": getattr(result, name) for name in (*names, "duration")}
 
     @classmethod
     def rows(cls, found: Findings) -> Iterable[Row]:
@@ -382,18 +351,13 @@ class NVE(Evaluation):
             "NVE mean temperature (K)": "mean_temperature",
             "NVE timestep (fs)": "timestep",
         }
-        for label, name in setting.items():
-            yield Row(label, {m: getattr(r, name) for m, r in runs.items()})
+        yield from cls.attribute_rows(runs, setting)
         yield from super().rows(found)
         errors = {m: r.slope_error for m, r in runs.items() if r.stable}
         yield Row("NVE standard error of slope (meV/atom/ps)", errors)
-        near = {
-            m: closest_approach(r.shortest_distances, _trained(r, found)) for m, r in runs.items()
-        }
-        pairs = {m: f"{c[0]} {c[1]:.2f}" for m, c in near.items() if c is not None}
-        yield Row("NVE closest pair (Å)", pairs)
-        ratios = {m: c[2] for m, c in near.items() if c is not None}
-        yield Row("NVE closest over shortest in training", ratios)
+        near = {m: c for m, r in runs.items() if (c := _closest(r, found))}
+        yield Row("NVE closest pair (Å)", {m: f"{c[0]} {c[1]:.2f}" for m, c in near.items()})
+        yield Row("NVE closest over shortest in training", {m: c[2] for m, c in near.items()})
         states = {
             m: "sound" if r.stable else f"broke down after {r.exploded_at:g} ps"
             for m, r in runs.items()
@@ -430,12 +394,9 @@ class NVE(Evaluation):
         broken = run.reason or fused(run.shortest_distances, _trained(run, found))
         if broken:
             after = f" after {run.exploded_at:g} ps" if run.exploded_at is not None else ""
-            yield Verdict(
-                f"The student's NVE run ({setting}) broke down{after}: {broken}. Its drift says "
-                "nothing.",
-                f"stable NVE dynamics ({broken.split(';')[0]})",
-                met=False,
-            )
+            text = f"The student's NVE run ({setting}) broke down{after}: {broken}."
+            bar = f"stable NVE dynamics ({broken.split(';')[0]})"
+            yield Verdict(f"{text} Its drift says nothing.", bar, met=False)
             return
         met = abs(run.drift) < AIM_DRIFT
         error = run.slope_error * run.duration
@@ -445,8 +406,7 @@ class NVE(Evaluation):
             f"meV/atom (fitted slope times duration), {'below' if met else 'above'} the bar of "
             f"{AIM_DRIFT:g} meV/atom"
         )
-        closest = closest_approach(run.shortest_distances, _trained(run, found))
-        if closest is not None:
+        if closest := _closest(run, found):
             pair, distance, ratio = closest
             text += (
                 f"; the closest {pair} pair was {distance:.2f} Å apart, {ratio:.2f} times the "
@@ -454,6 +414,10 @@ class NVE(Evaluation):
             )
         bar = f"NVE drift {signed(run.drift)} meV/atom (bar {AIM_DRIFT:g})"
         yield Verdict(f"{text}.", bar, met)
+
+
+def _closest(run: NVERun, found: Findings) -> tuple[str, float, float] | None:
+    return closest_approach(run.shortest_distances, _trained(run, found))
 
 
 def _trained(run: NVERun, found: Findings) -> Mapping[str, float] | None:

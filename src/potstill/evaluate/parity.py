@@ -113,23 +113,16 @@ class Parity(Evaluation):
             for name in names:
                 title, unit = _TITLES[name]
                 points = properties.get(name) or {"label": [], "prediction": []}
-                label, predicted = (
-                    np.array(points[side], dtype=float) for side in ("label", "prediction")
-                )
+                label, predicted = np.array([points["label"], points["prediction"]], dtype=float)
                 # large offsets would hide all structure; both sides are shifted alike
                 zero = label.mean() if name != "forces" and len(label) else 0.0
-                panels.append(
-                    Panel(
-                        f"Label ({unit})", f"Prediction ({unit})",
-                        [Series(model, label - zero, predicted - zero, kind="dots")],
-                        f"{plain_label(model)}: {title}" if name == names[0] else title,
-                        diagonal=True,
-                    )
-                )  # fmt: skip
+                series = [Series(model, label - zero, predicted - zero, kind="dots")]
+                title = f"{plain_label(model)}: {title}" if name == names[0] else title
+                labels = (f"Label ({unit})", f"Prediction ({unit})")
+                panels.append(Panel(*labels, series, title, diagonal=True))
         if panels:
             caption = (
                 f"Predictions against the labels of the {target_of(found)} on held-out structures; "
                 "the line is perfect agreement. Large sets are thinned by a seeded sample."
             )
-            n = len(names)
-            yield Drawing("parity", "Parity", caption, panels, n_columns=n, legend=False)
+            yield Drawing("parity", "Parity", caption, panels, len(names), legend=False)

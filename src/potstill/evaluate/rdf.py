@@ -18,6 +18,8 @@ from potstill.report.tables import Row
 from potstill.soundness import closest_pairs, fused
 from potstill.structures import Structures
 
+Array = np.ndarray
+
 
 @dataclass(frozen=True)
 class RadialDistribution(Result):
@@ -125,10 +127,6 @@ def radial_distribution(
     n_blocks : int
         Consecutive blocks whose scatter gives the error; fewer if there are fewer frames.
 
-    Returns
-    -------
-    RadialDistribution
-
     Raises
     ------
     DataError
@@ -140,9 +138,7 @@ def radial_distribution(
     volumes = structures.volume.numpy()
     around, among = _masks(structures, pair)
 
-    def one_frame(
-        system: int, vectors: np.ndarray, center: np.ndarray, neighbor: np.ndarray
-    ) -> np.ndarray:
+    def one_frame(system: int, vectors: Array, center: Array, neighbor: Array) -> Array:
         first, second = around[system], among[system]
         counted = first[center] & second[neighbor]
         distance = np.linalg.norm(vectors[counted], axis=1)
@@ -207,10 +203,6 @@ def angular_distribution(
     n_blocks : int
         As for `radial_distribution`.
 
-    Returns
-    -------
-    AngularDistribution
-
     Raises
     ------
     DataError
@@ -219,9 +211,7 @@ def angular_distribution(
     structures = _as_structures(frames)
     edges = np.linspace(0.0, 180.0, n_bins + 1)
 
-    def one_frame(
-        system: int, vectors: np.ndarray, center: np.ndarray, neighbor: np.ndarray
-    ) -> np.ndarray:
+    def one_frame(system: int, vectors: Array, center: Array, neighbor: Array) -> Array:
         unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         first, second = _pairs_of_pairs(center)
         cosine = np.clip((unit[first] * unit[second]).sum(1), -1.0, 1.0)
@@ -274,34 +264,29 @@ def _masks(
 def _per_frame(
     structures: Structures,
     cutoff: float,
-    histogram: Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+    histogram: Callable[[int, Array, Array, Array], Array],
 ) -> np.ndarray:
     """Stack `histogram(system, vectors, center, neighbor)` over the frames."""
-    offsets = structures.atom_offsets.tolist()
     positions, cells = structures.positions.numpy(), structures.cell.numpy()
     rows = []
-    for system in range(structures.n_systems):
-        here = positions[offsets[system] : offsets[system + 1]]
-        periodic = np.ones(3, dtype=bool)
-        center, neighbor, shift = system_pairs(here, cells[system], periodic, cutoff)
-        vectors = here[neighbor] - here[center] + shift @ cells[system]
+    for system, (a, b) in enumerate(pairwise(structures.atom_offsets.tolist())):
+        here, cell = positions[a:b], cells[system]
+        center, neighbor, shift = system_pairs(here, cell, np.ones(3, dtype=bool), cutoff)
+        vectors = here[neighbor] - here[center] + shift @ cell
         rows.append(histogram(system, vectors, center, neighbor))
     return np.stack(rows)
 
 
 def _pairs_of_pairs(center: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Indices (a, b), a < b, of all pairs that share a center; `center` is sorted."""
-    counts = np.bincount(center) if len(center) else np.zeros(0, int)
+    counts = np.bincount(center)
     starts = np.cumsum(counts) - counts
-    first, second = [], []
+    pairs = [np.zeros((2, 0), int)]
     for count in np.unique(counts[counts > 1]):
-        a, b = np.triu_indices(count, k=1)
         base = starts[counts == count][:, None]
-        first.append((base + a).ravel())
-        second.append((base + b).ravel())
-    if not first:
-        return np.zeros(0, int), np.zeros(0, int)
-    return np.concatenate(first), np.concatenate(second)
+        pairs.append(np.stack([(base + k).ravel() for k in np.triu_indices(count, k=1)]))
+    first, second = np.concatenate(pairs, axis=1)
+    return first, second
 
 
 def _block_average(table: np.ndarray, n_blocks: int) -> tuple[np.ndarray, np.ndarray]:
@@ -339,14 +324,12 @@ class Rdf(Evaluation):
         """Distance from the teacher's g(r), and what chance alone would give."""
         g = found.of(cls.name, RadialDistribution)
         apart = {m: compare_radial(d, g["teacher"]) for m, d in g.items() if _comparable(m, g)}
-        if apart:
-            labels = {
-                "integrated_absolute_error": "g(r): integrated distance from the teacher's (Å)",
-                "expected_from_noise": "g(r): that distance by chance (Å)",
-                "total_absolute_error": "g(r): sum over bins of absolute differences",
-            }
-            for key, label in labels.items():
-                yield Row(label, {m: getattr(d, key) for m, d in apart.items()})
+        labels = {
+            "g(r): integrated distance from the teacher's (Å)": "integrated_absolute_error",
+            "g(r): that distance by chance (Å)": "expected_from_noise",
+            "g(r): sum over bins of absolute differences": "total_absolute_error",
+        }
+        yield from cls.attribute_rows(apart, labels)
 
     @classmethod
     def drawings(cls, found: Findings) -> Iterable[Drawing]:

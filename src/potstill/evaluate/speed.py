@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import ase
 import numpy as np
@@ -97,8 +97,8 @@ def md_speed(
 
     Parameters
     ----------
-    calculators : mapping
-        Names to ASE calculators.
+    calculators : mapping of str to BaseCalculator
+        By name.
     atoms : ase.Atoms
         The structure, repeated to each size (`repeat_to`).
     sizes : sequence of int
@@ -113,10 +113,6 @@ def md_speed(
         fs and K.
     seed : int
         Of the velocities.
-
-    Returns
-    -------
-    SpeedTable
     """
     if not calculators or not sizes or rounds < 1:
         raise ConfigError("timing needs at least one calculator, one size and one round")
@@ -139,17 +135,9 @@ def md_speed(
                 times[name].append(_timed(run, steps[name]))
         for name, pairs in times.items():
             clock, processor = np.array(pairs).T / steps[name]
-            row = SpeedRow(
-                name=name,
-                n_atoms=len(start),
-                seconds_per_step=float(np.median(clock)),
-                fastest=float(clock.min()),
-                slowest=float(clock.max()),
-                n_rounds=rounds,
-                n_steps=steps[name],
-                cpu_seconds_per_step=float(np.median(processor)),
-            )
-            rows.append(row)
+            median, fastest, slowest = (float(f(clock)) for f in (np.median, np.min, np.max))
+            counts = (rounds, steps[name], float(np.median(processor)))
+            rows.append(SpeedRow(name, len(start), median, fastest, slowest, *counts))
     return SpeedTable(tuple(rows), timestep, temperature, machine_description())
 
 
@@ -200,10 +188,6 @@ def inference_throughput(
         Atoms per batch.
     rounds : int
         Turns of each potential; the median counts. One batch beforehand is not counted.
-
-    Returns
-    -------
-    dict of str to Throughput
     """
     if not potentials or rounds < 1 or not len(structures):
         raise ConfigError("timing needs at least one potential, one structure and one round")
@@ -321,11 +305,10 @@ class Speed(Evaluation):
     @classmethod
     def drawings(cls, found: Findings) -> Iterable[Drawing]:
         """Time against size."""
-        by_model = {m: timings(found, m) for m in found.of(cls.name, SpeedTable)}
-        series = [
-            Series(m, sorted(t), [t[n] for n in sorted(t)], joined=len(t) > 1)
-            for m, t in by_model.items()
-        ]
+        series = []
+        for model in found.of(cls.name, SpeedTable):
+            times = dict(sorted(timings(found, model).items()))
+            series.append(Series(model, [*times], [*times.values()], joined=len(times) > 1))
         if series:
             label = METRICS["time_per_step_atom_us"].label
             panel = Panel("Atoms", label, series, x_scale="auto", y_scale="auto")
@@ -361,6 +344,7 @@ class InferenceThroughput(Evaluation):
     section = "Cost"
     needs = "sets"
     on_request = True
+    numbers: ClassVar = {"samples_per_second": "samples_per_second"}
 
     rounds: int = 3
 
@@ -369,13 +353,8 @@ class InferenceThroughput(Evaluation):
         if candidate.potential is None:
             raise ConfigError("only checkpoints are timed in batches")
         structures = Structures.concatenate([structures for structures, _ in bench.sets.values()])
-        potentials = {candidate.name: candidate.potential}
-        max_atoms = bench.settings.batch_atoms
-        return inference_throughput(
+        potentials, max_atoms = {"": candidate.potential}, bench.settings.batch_atoms
+        found = inference_throughput(
             potentials, structures, max_atoms=max_atoms, rounds=self.rounds
-        )[candidate.name]
-
-    @classmethod
-    def metrics(cls, result: Throughput) -> dict[str, float]:
-        """Median over rounds."""
-        return {"samples_per_second": result.samples_per_second}
+        )
+        return found[""]

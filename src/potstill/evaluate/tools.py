@@ -31,6 +31,12 @@ def with_calculator(atoms: ase.Atoms, calculator: BaseCalculator) -> ase.Atoms:
     return copy
 
 
+def fixed_atoms(atoms: ase.Atoms) -> np.ndarray:
+    """(N,) bool, which atoms a constraint fixes."""
+    fixed = Structures.from_ase(atoms).fixed
+    return np.zeros(len(atoms), bool) if fixed is None else fixed.numpy()
+
+
 def require_periodic(atoms: ase.Atoms, purpose: str) -> None:
     """Refuse structures that are not periodic along three lattice vectors.
 
@@ -47,18 +53,15 @@ def require_periodic(atoms: ase.Atoms, purpose: str) -> None:
 
 
 def relax(atoms: ase.Atoms, *, fmax: float, max_steps: int, cell: bool = False) -> None:
-    """Relax the atoms, and their cell if asked, in place.
+    """Relax the atoms, and with `cell` the shape and volume of their cell, in place.
 
     Parameters
     ----------
     atoms : ase.Atoms
         With a calculator.
-    fmax : float
-        Largest remaining force, eV/Å; with `cell`, ASE's measure for the cell's gradient too.
-    max_steps : int
-        Steps to take at most.
-    cell : bool
-        Relax the shape and volume of the cell as well.
+    fmax, max_steps : float, int
+        Largest remaining force in eV/Å (with `cell`, ASE's measure for the cell's gradient, too),
+        and steps to take at most.
 
     Raises
     ------
@@ -82,8 +85,7 @@ def set_temperature(atoms: ase.Atoms, temperature: float, rng: np.random.Generat
 
     Where no atom is fixed the whole is at rest, which takes three degrees of freedom.
     """
-    fixed = Structures.from_ase(atoms).fixed
-    held = np.zeros(len(atoms), bool) if fixed is None else fixed.numpy()
+    held = fixed_atoms(atoms)
     masses = atoms.get_masses()[:, None]
     momenta = draw_momenta(masses[:, 0], held, temperature, rng)
     degrees = 3 * int((~held).sum())
@@ -157,9 +159,7 @@ def machine_description() -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()

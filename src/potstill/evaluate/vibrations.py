@@ -11,11 +11,10 @@ from ase.calculators.calculator import BaseCalculator
 
 from potstill.errors import ConfigError
 from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
-from potstill.evaluate.tools import relax, with_calculator
+from potstill.evaluate.tools import fixed_atoms, relax, with_calculator
 from potstill.report.panels import Drawing, Panel, Series
 from potstill.report.tables import Row, number
 from potstill.report.verdicts import Verdict
-from potstill.structures import Structures
 from potstill.units import FS_IN_ASE_TIME, OMEGA_IN_WAVE_NUMBERS
 
 #: Frequencies below minus this, 1/cm, mean that the structure is no minimum.
@@ -57,10 +56,9 @@ def vibrations(
 
     Parameters
     ----------
-    atoms : ase.Atoms
-        Fixed atoms stay where they are and do not vibrate.
-    calculator : BaseCalculator
-        Any ASE calculator; it is asked for forces six times per free atom.
+    atoms, calculator : ase.Atoms, BaseCalculator
+        Fixed atoms stay where they are and do not vibrate; forces are asked for six times per free
+        atom.
     displacement : float
         Å.
     fmax, max_steps : float, int
@@ -71,9 +69,7 @@ def vibrations(
     ModelError
         If the relaxation does not converge.
     """
-    moving = with_calculator(atoms, calculator)
-    fixed = Structures.from_ase(atoms).fixed
-    free = np.flatnonzero(np.ones(len(atoms), bool) if fixed is None else ~fixed.numpy())
+    moving, free = with_calculator(atoms, calculator), np.flatnonzero(~fixed_atoms(atoms))
     if not len(free):
         raise ConfigError(f"all atoms of {atoms.get_chemical_formula()} are fixed")
     relax(moving, fmax=fmax, max_steps=max_steps)
@@ -108,11 +104,9 @@ def fastest_period(
     """Period in fs of the fastest harmonic vibration of the free atoms, where they are.
 
     Power iteration on the mass-weighted Hessian, each product by a central difference of forces;
-    from below, to some percent.
+    its frequency converges from below, to some percent.
     """
-    moving = with_calculator(atoms, calculator)
-    fixed = Structures.from_ase(atoms).fixed
-    free = np.ones(len(atoms), bool) if fixed is None else ~fixed.numpy()
+    moving, free = with_calculator(atoms, calculator), ~fixed_atoms(atoms)
     origin, roots = moving.get_positions(), np.sqrt(moving.get_masses())[:, None]
     moving.set_constraint()
     mode = np.random.default_rng(seed).normal(size=origin.shape) * free[:, None]
@@ -163,10 +157,9 @@ class VibrationsEvaluation(Evaluation):
 
     def lacks(self, bench: Bench) -> str:
         """Also a structure that is small enough."""
-        lacking = super().lacks(bench)
-        if not lacking and bench.structure is not None and bench.structure.n_atoms > self.max_atoms:
+        if bench.structure is not None and bench.structure.n_atoms > self.max_atoms:
             return f"a structure of at most {self.max_atoms} atoms"
-        return lacking
+        return super().lacks(bench)
 
     def run(self, bench: Bench, candidate: Candidate) -> Vibrations:
         """Relax the structure as it was given, and displace its atoms."""
@@ -188,10 +181,9 @@ class VibrationsEvaluation(Evaluation):
         yield from super().rows(found)
         results = found.of(cls.name, Vibrations)
         theirs = results.pop("teacher", None)
-        if theirs is not None:
+        if theirs is not None and results:
             apart = {m: _deviation(r, theirs) for m, r in results.items()}
-            if apart:
-                yield Row("RMS deviation of vibrations from the teacher's (1/cm)", apart)
+            yield Row("RMS deviation of vibrations from the teacher's (1/cm)", apart)
 
     @classmethod
     def drawings(cls, found: Findings) -> Iterable[Drawing]:
