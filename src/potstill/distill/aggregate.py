@@ -33,12 +33,9 @@ def edges_to_vectors(feature: Feature, structures: Structures) -> Tensor:
 
 
 def match_pairs(first: NeighborList, second: NeighborList) -> tuple[Tensor, Tensor]:
-    """Rows of the pairs that two graphs of one batch have in common, by identity (i, j, shift).
+    """(M,) int64 rows of the pairs that two graphs of one batch have in common, in either.
 
-    Returns
-    -------
-    rows_first, rows_second : Tensor
-        (M,) int64: pair `rows_first[k]` of the one is pair `rows_second[k]` of the other.
+    Pairs are the same by identity (i, j, shift).
     """
     columns = [
         torch.cat([g.center.unsqueeze(1), g.neighbor.unsqueeze(1), g.shifts], dim=1)

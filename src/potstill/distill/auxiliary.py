@@ -62,20 +62,7 @@ class AuxiliaryTerm(Line):
 
 
 class AuxiliaryHead(Term, nn.Module):
-    """Reads a property off the student's features, for one line.
-
-    Parameters
-    ----------
-    line : AuxiliaryTerm
-        The line.
-    student : Potential
-        Whose tap is looked at.
-
-    Raises
-    ------
-    ConfigError
-        If the tap is unknown or of the wrong kind.
-    """
+    """Reads a property off the student's features; raises ConfigError if the tap does not fit."""
 
     def __init__(self, line: AuxiliaryTerm, student: Potential) -> None:
         nn.Module.__init__(self)

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,11 +46,8 @@ from potstill.structures import NeighborList, Structures
 #: Square norm below which a feature has no direction.
 _TINY = 1e-24
 
-#: Of the softmax over neighbors in FORK.
-_TEMPERATURE = 0.1
-
-#: Score of what is no neighbor.
-_NEVER = -1e4
+#: Of the softmax over neighbors in FORK, and the score of what is no neighbor.
+_TEMPERATURE, _NEVER = 0.1, -1e4
 
 
 @dataclass(frozen=True)
@@ -100,34 +98,28 @@ class FeatureLoss(ABC):
 
 
 class _Mean(FeatureLoss):
-    """A sum and how many terms it has."""
+    """A sum over how many terms it has; zero if there is nothing."""
 
     def value(self, sums: Tensor, n_student: int, n_teacher: int) -> Tensor:
-        """Their ratio; zero if there is nothing."""
         total, count = sums
         return total / torch.where(count > 0, count, 1.0)
 
 
-class MeanSquare(_Mean):
-    """Mean of the squared differences."""
+class MeanDifference(_Mean):
+    """Mean of a function, the square or the absolute value, of the differences."""
 
     same_width = True
 
-    def sums(self, student: Tensor, teacher: Tensor, rows: Rows) -> Tensor:
-        """Sum of squares and number of components."""
-        difference = (student - teacher).double()
-        return _row_sums(difference.square(), rows.weights)
-
-
-class MeanAbsolute(_Mean):
-    """Mean of the absolute differences."""
-
-    same_width = True
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
 
     def sums(self, student: Tensor, teacher: Tensor, rows: Rows) -> Tensor:
-        """Sum of absolute values and number of components."""
-        difference = (student - teacher).double()
-        return _row_sums(difference.abs(), rows.weights)
+        """Sum over the components and their number, both with the weights of the rows."""
+        values, weights = self.function((student - teacher).double()), rows.weights
+        if weights is None:
+            return torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
+        by_row = weights * values.flatten(1).sum(dim=1)
+        return torch.stack([by_row.sum(), weights.sum() * math.prod(values.shape[1:])])
 
 
 class LocalStructure(_Mean):
@@ -141,11 +133,14 @@ class LocalStructure(_Mean):
         near = rows.atoms[rows.pairs.center]
         center, neighbor = rows.pairs.center[near], rows.pairs.neighbor[near]
         n = rows.structures.n_atoms
-        logs = [
-            _log_softmax_by_center((z[center] * z[neighbor]).sum(dim=1), center, n)
-            for z in (_directions(student), _directions(teacher))
-        ]
-        divergence = logs[0].exp() * (logs[0] - logs[1])
+
+        def log_softmax(features: Tensor) -> Tensor:  # (E,), over the pairs of each center
+            z = _directions(features)
+            score = (z[center] * z[neighbor]).sum(dim=1)  # of order one
+            return score - score.new_zeros(n).index_add(0, center, score.exp())[center].log()
+
+        own, other = log_softmax(student), log_softmax(teacher)
+        divergence = own.exp() * (own - other)
         count = torch.zeros(n, dtype=torch.bool, device=center.device).index_fill(0, center, True)
         weights = rows.weights_of(student)
         return torch.stack([(weights[center] * divergence).sum(), weights[count].sum()])
@@ -228,8 +223,8 @@ class KernelAlignment(FeatureLoss):
 
 
 FEATURE_LOSSES: dict[str, FeatureLoss] = {
-    "mse": MeanSquare(),
-    "mae": MeanAbsolute(),
+    "mse": MeanDifference(torch.square),
+    "mae": MeanDifference(torch.abs),
     "lsp": LocalStructure(),
     "gsp": GlobalStructure(),
     "cka": KernelAlignment(),
@@ -256,21 +251,7 @@ def _moments(student: Tensor, teacher: Tensor, weights: Tensor | None = None) ->
     return torch.cat([part.flatten() for part in parts])
 
 
-def _row_sums(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Sum of (n, ...) values and their number, both with the weights of the rows."""
-    if weights is None:
-        return torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
-    by_row = weights * values.flatten(1).sum(dim=1)
-    return torch.stack([by_row.sum(), weights.sum() * math.prod(values.shape[1:])])
-
-
 def _directions(features: Tensor) -> Tensor:
     """(n, F) float64 unit vectors; of vector features (n, 3F)."""
     flat = features.double().flatten(1)
     return flat * torch.rsqrt(flat.square().sum(dim=1, keepdim=True) + _TINY)
-
-
-def _log_softmax_by_center(score: Tensor, center: Tensor, n: int) -> Tensor:
-    """(E,) log of the softmax over the pairs of each center; scores are of order one."""
-    total = score.new_zeros(n).index_add(0, center, score.exp())
-    return score - total[center].log()

@@ -8,8 +8,8 @@ which are trained along with the student and are not saved with it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -24,22 +24,13 @@ from potstill.distill.transforms import Transform, make_transform
 from potstill.errors import ConfigError
 from potstill.features import Feature, FeatureKind, pairs_at, pairs_within
 from potstill.models import Potential, TapSpec
-from potstill.structures import NeighborList, Structures
+from potstill.structures import NeighborList
 
 FeatureStrategy = Literal["n2n", "e2n", "v2v", "e2e"]
 
 
-@dataclass(frozen=True)
-class Kinds:
-    """What a strategy compares.
-
-    Parameters
-    ----------
-    student : str
-        Kind of the student's tap.
-    teacher : tuple of str
-        Kinds of the teacher's tap that fit, the best first.
-    """
+class Kinds(NamedTuple):
+    """Kinds of taps that a strategy compares; of the teacher's those that fit, the best first."""
 
     student: FeatureKind
     teacher: tuple[FeatureKind, ...]
@@ -127,18 +118,7 @@ class FeatureTerm(Line):
 
 
 class FeatureHead(Term, nn.Module):
-    """The transformations and the loss of one line.
-
-    Parameters
-    ----------
-    line : FeatureTerm
-        The line.
-    student : Potential
-        Whose taps are looked at.
-    teacher_taps : mapping
-        The teacher's taps by name.
-    teacher_default : str, optional
-        Its own choice among them.
+    """The transformations and the loss of one line, between taps of student and teacher.
 
     Raises
     ------
@@ -187,12 +167,9 @@ class FeatureHead(Term, nn.Module):
         # The common space is the teacher's own where its features stay as they are.
         width = mine.width if fixed[0] and not fixed[1] else theirs.width
         vector = line.kinds.student == "node_vector"
-        self.student_transform = make_transform(
-            line.student_transform, mine.width, width, vector=vector
-        )
-        self.teacher_transform = make_transform(
-            line.teacher_transform, theirs.width, width, vector=vector
-        )
+        make = partial(make_transform, n_out=width, vector=vector)
+        self.student_transform = make(line.student_transform, mine.width)
+        self.teacher_transform = make(line.teacher_transform, theirs.width)
         self.widths = (mine.width if fixed[0] else width, theirs.width if fixed[1] else width)
         self.to(student.dtype)
 
@@ -215,7 +192,11 @@ class FeatureHead(Term, nn.Module):
             own = pairs_at(structures, neighbors, rows)
             x, y, system = self._shared_pairs(x, own, feature, system)
         else:
-            y = self._of_atoms(feature, structures)
+            if feature.graph is None:
+                y = feature.values
+            else:
+                summed = edges_to_nodes if self.line.distill == "e2n" else edges_to_vectors
+                y = summed(feature, structures)
             if self.loss.row_wise:
                 rows = batch.rows(there)
                 x, y, system = x[rows], y[rows], system[rows]
@@ -223,8 +204,8 @@ class FeatureHead(Term, nn.Module):
                 shape = (-1, *[1] * (y.ndim - 1))
                 y = torch.where(atoms.reshape(shape), y, 0.0)  # NaN where there is none
                 pairs, _ = pairs_within(structures, neighbors, self.cutoff)
-        x, y = (self._cast(z) for z in (x, y))
-        x, y = self.student_transform(x), self.teacher_transform(y)
+        dtype = next((p.dtype for p in self.parameters()), torch.float64)
+        x, y = self.student_transform(x.to(dtype)), self.teacher_transform(y.to(dtype))
         weights = None if batch.weights is None else batch.weights[system]
         return self.loss.sums(x, y, Rows(structures, atoms, pairs, weights))
 
@@ -249,13 +230,6 @@ class FeatureHead(Term, nn.Module):
         present = torch.stack(masks).all(dim=0) if masks else None
         return Feature(first.kind, values, first.graph, first.recipe, present)
 
-    def _of_atoms(self, feature: Feature, structures: Structures) -> Tensor:
-        if feature.graph is None:
-            return feature.values
-        if self.line.distill == "e2n":
-            return edges_to_nodes(feature, structures)
-        return edges_to_vectors(feature, structures)
-
     def _shared_pairs(
         self, x: Tensor, own: NeighborList, teacher: Feature, system: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,8 +242,3 @@ class FeatureHead(Term, nn.Module):
                 "pairs cannot be compared: let both work on one graph"
             )
         return x[mine], teacher.values[theirs], system[own.center[mine]]
-
-    def _cast(self, value: Tensor) -> Tensor:
-        for parameter in self.parameters():
-            return value.to(parameter.dtype)
-        return value.double()

@@ -151,32 +151,21 @@ class LossTerm(Line):
         """The property, and its spread."""
         return (self.property,) if self.spread is None else (self.property, self.spread)
 
-    @builtins.property
-    def measure(self) -> ErrorMeasure:
-        """The error measure."""
-        if self.error == "huber":
-            return Huber(self.delta)
-        return VectorNorm() if self.error == "l2mae" else Moments(self.error)
-
     def bind(self, student: Potential, teachers: TeacherTaps) -> LabelTerm:
         """The term, the same for every student."""
         return LabelTerm(self)
 
 
 class LabelTerm(Term):
-    """A line on labels at work.
-
-    Parameters
-    ----------
-    line : LossTerm
-        Which property, how errors are measured, and how items are weighted.
-    """
+    """A line on labels at work."""
 
     validated = False
 
     def __init__(self, line: LossTerm) -> None:
         self.line: LossTerm = line
-        self.name, self.needs, self.measure = line.name, (line.property,), line.measure
+        self.name, self.needs = line.name, (line.property,)
+        special = {"huber": Huber(line.delta), "l2mae": VectorNorm()}
+        self.measure = special.get(line.error) or Moments(line.error)
 
     def sums(self, values: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Sums of errors over the systems that have the label."""

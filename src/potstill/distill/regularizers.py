@@ -20,23 +20,13 @@ class _Unlabeled(Term):
     weight: float
 
     def weight_at(self, epoch: int) -> float:
-        """The weight."""
         return self.weight
 
 
 class EnergyRegularizer(_Unlabeled):
     """A penalty on the terms of the atomic energies, of `Potential.regularizers`.
 
-    Mean over the configurations of the sum over their atoms.
-
-    Parameters
-    ----------
-    name : str
-        As the model calls it.
-    penalty : callable
-        From (N, T) terms to (N,) penalties.
-    weight : float
-        In every epoch.
+    Mean over the configurations of the sum over their atoms; `penalty` takes (N, T) terms to (N,).
     """
 
     needs = ("terms",)
@@ -56,15 +46,7 @@ class EnergyRegularizer(_Unlabeled):
 
 
 class SquaredWeights(_Unlabeled):
-    """L2: the sum of squares of a network's weights.
-
-    Parameters
-    ----------
-    network : Potential
-        Its `regularized_weights` count.
-    weight : float
-        In every epoch.
-    """
+    """L2: the sum of squares of a network's `regularized_weights`."""
 
     name = "l2"
     of_parameters = True

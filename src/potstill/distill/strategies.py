@@ -6,13 +6,13 @@ loss; `expand` writes them out. There is no other machinery behind a name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Discriminator, SerializeAsAny, Tag
 
 from potstill.distill.auxiliary import AuxiliaryTerm
-from potstill.distill.feature_terms import FeatureTerm
+from potstill.distill.feature_terms import KINDS, FeatureTerm
 from potstill.distill.losses import LossTerm
 from potstill.distill.schedules import Schedule
 from potstill.distill.terms import CustomLine
@@ -77,10 +77,11 @@ def expand(lines: Any) -> Any:
     """
     if not isinstance(lines, Sequence) or isinstance(lines, str):
         return lines
-    plain = [line for line in lines if not _names_strategy(line)]
+    strategies = [isinstance(x, Mapping) and isinstance(x.get("distill"), str) for x in lines]
+    plain = [line for line, named in zip(lines, strategies, strict=True) if not named]
     terms: list[Any] = []
-    for line in lines:
-        if not _names_strategy(line):
+    for line, named in zip(lines, strategies, strict=True):
+        if not named:
             terms.append(line)
             continue
         names = [name.strip() for name in line["distill"].split("+")]
@@ -90,25 +91,18 @@ def expand(lines: Any) -> Any:
             options = {k: _part(v, name, names) for k, v in line.items() if k != "distill"}
             if isinstance(options.get("weight"), str):
                 options["weight"] = preset(options["weight"], name)
-            terms += STRATEGIES[name](options, plain)
+            if name in VANILLA:
+                terms += VANILLA[name](options, plain)
+            else:
+                terms.append({"distill": name, **options})
     return terms
 
 
 def preset(text: str, strategy: str) -> float:
     """λ of the paper from `preset:PAIR`, `preset:PAIR.STRATEGY` or `preset:PAIR.STRATEGY.DATA`.
 
-    Parameters
-    ----------
-    text : str
-        Such as `preset:painn-to-schnet.n2n.coll`; the strategy is that of the line and the data
-        are `oc20` unless they are named.
-    strategy : str
-        Of the line.
-
-    Raises
-    ------
-    ValueError
-        If the tables have no such entry.
+    Such as `preset:painn-to-schnet.n2n.coll`; the strategy is that of the line and the data are
+    `oc20` unless they are named. Raises ValueError if the tables have no such entry.
     """
     pair, *rest = text.removeprefix(_PRESET).split(".")
     if not text.startswith(_PRESET) or len(rest) > 2:
@@ -119,9 +113,9 @@ def preset(text: str, strategy: str) -> float:
         raise ValueError(f"there is no preset '{pair}'{suggest(pair, PRESETS)}")
     table = PRESETS[pair]
     name = rest[0] if rest else strategy
+    data = rest[1] if len(rest) > 1 else "oc20"
     if name not in table:
         raise ValueError(f"the preset '{pair}' has no '{name}'{suggest(name, table)}")
-    data = rest[1] if len(rest) > 1 else "oc20"
     if data not in table[name]:
         raise ValueError(
             f"the preset '{pair}.{name}' has no weight for '{data}'{suggest(data, table[name])}"
@@ -172,19 +166,11 @@ def _again(term: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any
     return {**term, **options, "weight": weight}
 
 
-def _on_features(name: str) -> Callable[[Mapping[str, Any], Sequence[Any]], list[dict[str, Any]]]:
-    return lambda options, plain: [{"distill": name, **options}]
+#: What strategies on labels stand for: (options of the line, the loss' other lines) to terms.
+VANILLA = {"vanilla1": _vanilla_1, "vanilla2": _vanilla_2}
 
-
-#: What each strategy stands for: (options of its line, the loss' other lines) to terms.
-STRATEGIES: dict[str, Callable[[Mapping[str, Any], Sequence[Any]], list[dict[str, Any]]]] = {
-    "vanilla1": _vanilla_1,
-    "vanilla2": _vanilla_2,
-    "n2n": _on_features("n2n"),
-    "e2n": _on_features("e2n"),
-    "v2v": _on_features("v2v"),
-    "e2e": _on_features("e2e"),
-}
+#: All names; those of `feature_terms.KINDS` stand for one term each.
+STRATEGIES = (*VANILLA, *KINDS)
 
 
 def _part(value: Any, name: str, names: Sequence[str]) -> Any:
@@ -194,10 +180,6 @@ def _part(value: Any, name: str, names: Sequence[str]) -> Any:
             raise ValueError(f"an option by strategy leaves out '{name}' of {'+'.join(names)}")
         return value[name]
     return value
-
-
-def _names_strategy(line: Any) -> bool:
-    return isinstance(line, Mapping) and isinstance(line.get("distill"), str)
 
 
 #: Keys that tell the kind of a line; without any it is taken for one on a label.

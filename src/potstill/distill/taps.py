@@ -68,14 +68,7 @@ class TapPair:
 
 @contextmanager
 def captured(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Record what submodules return while the context lasts.
-
-    Parameters
-    ----------
-    module : nn.Module
-        Any module.
-    paths : sequence of str
-        Paths of submodules, as of `named_modules`.
+    """Record what submodules, by their paths in `named_modules`, return while the context lasts.
 
     Yields
     ------
@@ -85,7 +78,7 @@ def captured(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tens
     Raises
     ------
     ModelError
-        If there is no such submodule.
+        If there is no such submodule, or it returns no tensor.
     """
     known = dict(module.named_modules())
     found: dict[str, Tensor] = {}
@@ -113,16 +106,9 @@ def captured(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tens
 def potential_features(
     potential: Potential, structures: Structures, taps: Sequence[str]
 ) -> dict[str, Feature]:
-    """Features of a batch, without a graph of derivatives.
+    """Features of a batch on the potential's device, without a graph of derivatives.
 
-    Parameters
-    ----------
-    potential : Potential
-        In evaluation mode or not: its mode is left alone.
-    structures : Structures
-        The batch, on the potential's device.
-    taps : sequence of str
-        Names among `potential.taps`, or paths of submodules that return one row per atom.
+    Taps are names among `potential.taps`, or paths of submodules that return one row per atom.
 
     Raises
     ------
@@ -196,18 +182,8 @@ def resolve_taps(
 ) -> tuple[tuple[str, ...], TapSpec]:
     """Find the taps that a term names, or the default, and check that they fit.
 
-    Parameters
-    ----------
-    named : sequence of str, optional
-        The taps that a line names.
-    taps : mapping
-        What there is.
-    preferred : str, optional
-        The owner's default tap.
-    kinds : tuple of str
-        What fits, the best first.
-    owner, term : str
-        Whose taps, and what asks for them, for messages.
+    Without names it is the `preferred` tap of the owner, or the last one, of the best of the kinds
+    that fit, which stand first. `owner` and `term` are for messages.
 
     Returns
     -------
@@ -221,7 +197,11 @@ def resolve_taps(
     ConfigError
         If a tap is unknown or of the wrong kind.
     """
-    names = tuple(named or _default_taps(taps, preferred, kinds))
+    names = tuple(named or ())
+    for kind in kinds:
+        fitting = [n for n, spec in taps.items() if spec.kind == kind and n != CHOSEN_PAIRS]
+        if not names and fitting:
+            names = (preferred if preferred in fitting else fitting[-1],)
     if not names:
         there = ", ".join(f"{name} ({spec.kind})" for name, spec in taps.items()) or "none"
         raise ConfigError(
@@ -238,16 +218,3 @@ def resolve_taps(
             "strategy"
         )
     return names, TapSpec(found[0], sum(taps[part].width for part in names))
-
-
-def _default_taps(
-    taps: Mapping[str, TapSpec], preferred: str | None, kinds: Sequence[FeatureKind]
-) -> list[str]:
-    """The tap taken where none is named: the model's own choice if it fits, else the last."""
-    for kind in kinds:
-        fitting = [n for n, spec in taps.items() if spec.kind == kind and n != CHOSEN_PAIRS]
-        if preferred in fitting:
-            return [preferred]
-        if fitting:
-            return fitting[-1:]
-    return []

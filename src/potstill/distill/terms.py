@@ -29,12 +29,10 @@ from potstill.structures import NeighborList, Properties, Structures
 
 @dataclass(frozen=True)
 class Batch:
-    """A few configurations with their neighbor list, labels and features of every source.
+    """A few configurations of a `TrainingSet` with their neighbor list, labels and features.
 
     Parameters
     ----------
-    structures, neighbors, labels, features
-        As of a `TrainingSet`.
     weights : Tensor, optional
         (S,) float64; those of the labels hold them, too.
     host : Batch, optional
@@ -150,13 +148,7 @@ class CustomLine(Line):
 
     @classmethod
     def of(cls, value: Any) -> Any:
-        """Make the class's instance from a mapping with `term`.
-
-        Raises
-        ------
-        ValueError
-            If there is no such class.
-        """
+        """Make the class's instance from a mapping with `term`; ValueError if there is none."""
         if not isinstance(value, Mapping):
             return value
         module, _, name = str(value["term"]).partition(":")
@@ -170,15 +162,7 @@ class CustomLine(Line):
 
 
 class Term(ABC):
-    """A term of a loss at work.
-
-    Parameters
-    ----------
-    name : str
-        As in logs.
-    line : Line, optional
-        The line of the settings that it comes from; regularizers have none.
-    """
+    """A term of a loss at work, named as in logs; regularizers come from no line of settings."""
 
     #: Predicted values that it is a function of: properties, `terms` (of the atomic energies, as a
     #: `Prediction` has them), and feature taps of the student.
@@ -212,13 +196,7 @@ class Term(ABC):
 
 
 class Terms(nn.Module):
-    """All terms of a run's loss; parameters of theirs are trained along with the student.
-
-    Parameters
-    ----------
-    terms : iterable of Term
-        In the order in which they are added up.
-    """
+    """All terms of a run's loss, as they are added up; parameters of theirs are trained along."""
 
     def __init__(self, terms: Iterable[Term] = ()) -> None:
         super().__init__()
@@ -254,13 +232,7 @@ def required_signals(lines: Iterable[Line]) -> dict[str, set[str]]:
 
 
 def check_signals(lines: Iterable[Line], labels: Mapping[str, Properties], where: str) -> None:
-    """Refuse a run whose loss asks for labels that are not there.
-
-    Raises
-    ------
-    MissingLabelError
-        Naming the property, the source and what is there instead.
-    """
+    """Raise MissingLabelError if a loss asks for labels that are not there."""
     for source, properties in required_signals(lines).items():
         if source not in labels:
             raise MissingLabelError(

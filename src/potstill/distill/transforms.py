@@ -31,19 +31,8 @@ class MLP(nn.Module):
 def make_transform(kind: Transform, n_in: int, n_out: int, *, vector: bool) -> nn.Module:
     """Make a transformation of channels.
 
-    Parameters
-    ----------
-    kind : {"identity", "linear", "mlp"}
-        Which.
-    n_in, n_out : int
-        Numbers of channels; the identity leaves `n_in`.
-    vector : bool
-        Whether channels are vectors: then a linear map has no bias, so that it turns with them.
-
-    Raises
-    ------
-    ConfigError
-        If an MLP is asked for vectors.
+    The identity leaves `n_in`. A linear map of vectors has no bias, so that it turns with them; an
+    MLP of vectors is refused.
     """
     if kind == "identity":
         return nn.Identity()

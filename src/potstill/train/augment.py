@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from potstill.core import build_compact_neighbors
 from potstill.distill.terms import Batch, required_signals
 from potstill.errors import ConfigError
 from potstill.models import Potential, SumPotential
+from potstill.neighbors import build_neighbor_list
 from potstill.properties import property_spec
 from potstill.sample.base import make_generator
 from potstill.sample.jitter import discrepancy_gradient, displaced
@@ -32,16 +34,8 @@ from potstill.train.settings import AugmentSettings, TrainSettings
 class Augmentation:
     """Displaces configurations of a batch and lets a teacher label them.
 
-    Parameters
-    ----------
-    settings : TrainSettings
-        With `augment`, the loss and the seed.
-    student : SumPotential
-        Its offsets and prior are subtracted from the teacher's labels; `ascent` looks at all of it.
-    teachers : mapping
-        Teachers by name. The one that is asked is left as it is and gets no gradient.
-    device : torch.device or str
-        Where student and teacher compute.
+    The student's offsets and prior are subtracted from the teacher's labels; `ascent` looks at all
+    of it. The teacher is left as it is and gets no gradient.
 
     Raises
     ------
@@ -87,38 +81,33 @@ class Augmentation:
     def __call__(self, batch: Batch, epoch: int, step: int, samples: Sequence[int]) -> Batch:
         """Displace some or all configurations, label them, and find the neighbors again.
 
-        Parameters
-        ----------
-        batch : Batch
-            On the CPU.
-        epoch, step : int
-            With the seed and the place of a sample they decide on its displacement.
-        samples : sequence of int
-            Places of the configurations in the whole batch over all processes.
+        The seed, epoch, step and the places `samples` of the configurations in the whole batch over
+        all processes decide on the displacements. The batch is on the CPU.
         """
-        structures = batch.structures
+        structures, settings = batch.structures, self.settings
         moved, direction = self._draws(structures, epoch, step, samples)
         atoms = moved[structures.system_index]
-        part = structures.select(moved)
+        part, random = structures.select(moved), direction[atoms]
         if part.n_systems:
-            part = self._displaced(part, direction[atoms])
+            towards = random
+            if self._rivals is not None:
+                student, teacher = self._rivals
+                gradient = discrepancy_gradient(student, teacher, part.to(teacher.device))
+                towards = gradient.to(random.device)
+            part = displaced(part, towards, settings.norm, norm_of=settings.norm_of, spare=random)
         positions = structures.positions.clone()
         positions[atoms] = part.positions
         structures = replace(structures, positions=positions)
         labels = self._labels(part)
         known = {
             source: _replaced(batch, batch.labels.get(source, Properties({})), labels, moved)
-            for source in ("reference", self.settings.source)
+            for source in ("reference", settings.source)
         }
-        packed = not isinstance(batch.neighbors, NeighborList)
-        found = TrainingSet(structures, {}).with_neighbors(batch.neighbors.cutoff, packed=packed)
-        assert found.neighbors is not None
-        return replace(
-            batch,
-            structures=structures,
-            neighbors=found.neighbors,
-            labels={**batch.labels, **known},
-        )
+        spelled_out = isinstance(batch.neighbors, NeighborList)
+        build = build_neighbor_list if spelled_out else build_compact_neighbors
+        neighbors = build(structures, batch.neighbors.cutoff)
+        known = {**batch.labels, **known}
+        return replace(batch, structures=structures, neighbors=neighbors, labels=known)
 
     def _draws(
         self, structures: Structures, epoch: int, step: int, samples: Sequence[int]
@@ -130,15 +119,6 @@ class Augmentation:
             moved.append(bool(generator.random() < self.settings.fraction))
             directions.append(generator.normal(size=(n_atoms, 3)))
         return torch.tensor(moved, dtype=torch.bool), torch.from_numpy(np.concatenate(directions))
-
-    def _displaced(self, structures: Structures, random: Tensor) -> Structures:
-        direction = random
-        if self._rivals is not None:
-            student, teacher = self._rivals
-            gradient = discrepancy_gradient(student, teacher, structures.to(teacher.device))
-            direction = gradient.to(random.device)
-        norm, norm_of = self.settings.norm, self.settings.norm_of
-        return displaced(structures, direction, norm, norm_of=norm_of, spare=random)
 
     def _labels(self, structures: Structures) -> Properties:
         """The teacher's, without what the student's offsets and prior give there."""

@@ -23,7 +23,7 @@ from potstill.errors import ConfigError
 from potstill.models import Potential
 from potstill.models.graph import forces_from_pairs, stress_from_virial, virial_from_pairs
 from potstill.structures import NeighborList, Structures
-from potstill.train.force_gradient import FIRST_ORDER, ForceGradient, NetworkPasses, Point
+from potstill.train.force_gradient import FIRST_ORDER, ForceGradient, NetworkPasses, Point, energies
 
 
 def network_passes(
@@ -34,17 +34,6 @@ def network_passes(
     say: Callable[[str], None] | None = None,
 ) -> NetworkPasses:
     """The passes of a network, compiled if they are to be and native kernels do not serve.
-
-    Parameters
-    ----------
-    network : Potential
-        What is trained.
-    force_gradient : ForceGradient
-        How its gradient is taken.
-    compiled : bool
-        The setting `compile`.
-    say : callable, optional
-        Receives sentences for the user.
 
     Raises
     ------
@@ -73,19 +62,12 @@ class CompiledPasses(NetworkPasses):
     The first batch is compiled for, which takes a minute; where that fails, a warning says why and
     the network goes on without. So do, without a word, batches that lack something (pairs, atoms of
     a species) or have one of it, since torch.compile makes code of its own for sizes 0 and 1.
-
-    Parameters
-    ----------
-    network : Potential
-        A compilable one.
-    say : callable, optional
-        Receives sentences for the user.
     """
 
     def __init__(self, network: Potential, say: Callable[[str], None] | None = None) -> None:
         super().__init__(network)
         self.works = True
-        self._say = say
+        self._say = say or (lambda text: None)
         self._functions = {way: _compiled(network, derivative=way) for way in (False, True)}
         self._compiled: set[bool] = set()
 
@@ -100,7 +82,14 @@ class CompiledPasses(NetworkPasses):
                 derivative = not {"forces", "stress"}.isdisjoint(wanted)
                 found = self._run(derivative, prepared, point.r_ij)
                 if found is not None:
-                    return _values(*found, point, wanted)
+                    values = energies(found[0], structures)
+                    if "forces" in wanted:
+                        forces = forces_from_pairs(found[1], point.edges, point.n_local)
+                        values["forces"] = forces
+                    if "stress" in wanted:
+                        virial = virial_from_pairs(found[1], point.r_ij, point.edges, structures)
+                        values["stress"] = stress_from_virial(virial, structures)
+                    return {name: values[name] for name in wanted}
         return super()._predict(structures, neighbors, wanted)
 
     def _run(self, derivative: bool, prepared: Any, r_ij: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -130,8 +119,7 @@ class CompiledPasses(NetworkPasses):
         self, derivative: bool, parameters: dict[str, Tensor], prepared: Any, r_ij: Tensor
     ) -> None:
         """Run both passes once, so that what fails fails here."""
-        say = self._say or (lambda text: None)
-        say(
+        self._say(
             f"compiling {self.network.kind}: about a minute the first time (code is kept in "
             f"{cache_folder()})"
         )
@@ -139,27 +127,7 @@ class CompiledPasses(NetworkPasses):
         terms, gradient = self._functions[derivative](parameters, prepared, r_ij)
         trained = [p for p in parameters.values() if p.requires_grad]
         torch.autograd.grad(terms.sum() + gradient.sum(), trained, allow_unused=True)
-        say(f"compiled in {time.perf_counter() - started:.0f} s")
-
-
-def _values(
-    terms: Tensor, gradient: Tensor, point: Point, wanted: tuple[str, ...]
-) -> dict[str, Tensor]:
-    """Predicted values from terms and dE/dr_ij."""
-    structures = point.structures
-    atomic = terms.sum(dim=1)
-    energy = atomic.new_zeros(structures.n_systems)
-    values = {
-        "energy": energy.index_add(0, structures.system_index, atomic),
-        "atomic_energies": atomic,
-        "terms": terms,
-    }
-    if "forces" in wanted:
-        values["forces"] = forces_from_pairs(gradient, point.edges, point.n_local)
-    if "stress" in wanted:
-        virial = virial_from_pairs(gradient, point.r_ij, point.edges, structures)
-        values["stress"] = stress_from_virial(virial, structures)
-    return {name: values[name] for name in wanted}
+        self._say(f"compiled in {time.perf_counter() - started:.0f} s")
 
 
 class _PreparedEnergy(nn.Module):

@@ -61,12 +61,7 @@ class TrainingSet:
     def with_neighbors(self, cutoff: float, *, packed: bool = False) -> TrainingSet:
         """The same set with a neighbor list that reaches `cutoff` Å.
 
-        Parameters
-        ----------
-        cutoff : float
-            Å.
-        packed : bool
-            For native kernels: a seventh of the memory.
+        Packed ones are for native kernels and take a seventh of the memory.
         """
         known = self.neighbors
         if known is None or known.cutoff < cutoff:
@@ -168,21 +163,11 @@ class TrainingSet:
 
 
 def epoch_batches(
-    structures: Structures,
-    *,
-    batch_size: int,
-    batch_atoms: int | None,
-    seed: int,
-    epoch: int,
+    structures: Structures, *, batch_size: int, batch_atoms: int | None, seed: int, epoch: int
 ) -> list[Tensor]:
-    """Shuffle the configurations and cut them into batches.
+    """Shuffle the configurations and cut their indices into batches, one tensor per step.
 
     The order depends on seed and epoch alone, so that a resumed run draws the same batches.
-
-    Returns
-    -------
-    list of Tensor
-        Indices of configurations, one tensor per step.
     """
     order = torch.randperm(structures.n_systems, generator=epoch_generator(seed, epoch))
     if batch_atoms is None:

@@ -9,12 +9,9 @@ import torch
 
 
 def default_fabric() -> lightning_fabric.Fabric:
-    """One process on a GPU if there is one, else on the CPU; under `torchrun`, all its processes.
+    """One process on a GPU if there is one, else on the CPU; under `torchrun` all its processes.
 
-    Returns
-    -------
-    lightning_fabric.Fabric
-        Launched; data-parallel (DDP) where `torchrun` has started several processes.
+    It is launched, and data-parallel (DDP) where there are several processes.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))

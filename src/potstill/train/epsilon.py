@@ -50,18 +50,12 @@ class EpsilonScan:
 
     Parameters
     ----------
-    precision : str
-        Of the network.
     loss : {"quadratic", "training"}
         Half the squared force error of each structure (Eq. 2), or the loss of the settings.
     folded : bool
         Whether energies were folded into the displaced passes.
-    n_structures : int
-        How many were looked at.
-    epsilons : tuple of float
-        Rising.
     proxy : tuple of float
-        Relative error of the proxy at each.
+        Relative error of the proxy at each epsilon, which rise.
     gradient : tuple of float, optional
         Relative error of the gradient at each, against backpropagation in float64.
     backpropagation : float, optional
@@ -118,10 +112,6 @@ def scan_epsilon(
         `reference`.
     settings : TrainSettings
         Loss (at its first epoch), regularization, batch size and `force_gradient.folded`.
-    loss : {"quadratic", "training"}
-        Which loss.
-    epsilons : sequence of float, optional
-        By default half decades, `EPSILONS`.
     exact : bool
         Compare gradients with backpropagation in float64 as well.
     scale : float, optional
@@ -129,11 +119,6 @@ def scan_epsilon(
         may then move further than epsilon, and out of the list's margin where that is large.
     on_point : callable, optional
         Progress: how many structures are done.
-
-    Returns
-    -------
-    EpsilonScan
-        The errors.
 
     Raises
     ------
@@ -167,9 +152,11 @@ def scan_epsilon(
         folded=settings.force_gradient.folded,
         n_structures=len(data),
         epsilons=epsilons,
-        proxy=errors.relative_slopes(),
-        gradient=errors.relative_gradients() if exact else None,
-        backpropagation=errors.relative_floor() if exact else None,
+        proxy=tuple(_ratio(error, errors.slope_size) for error in errors.slopes),
+        gradient=tuple(_ratio(e, errors.gradient_size) for e in errors.gradients)
+        if exact
+        else None,
+        backpropagation=_ratio(errors.floor, errors.gradient_size) if exact else None,
     )
 
 
@@ -227,15 +214,6 @@ class _Errors:
                 passes = difference_passes(module, point, cotangents, move, folded=self.folded)
                 self.gradients[k] += _square(_gradient(network, passes) - exact)
 
-    def relative_slopes(self) -> tuple[float, ...]:
-        return tuple(_ratio(error, self.slope_size) for error in self.slopes)
-
-    def relative_gradients(self) -> tuple[float, ...]:
-        return tuple(_ratio(error, self.gradient_size) for error in self.gradients)
-
-    def relative_floor(self) -> float:
-        return _ratio(self.floor, self.gradient_size)
-
 
 def _backpropagated(
     network: Potential, batch: Batch, wanted: tuple[str, ...], objective: Objective
@@ -259,15 +237,13 @@ def _square(value: Tensor) -> float:
     return float(value.square().sum())
 
 
-def _ratio(error: float, size: float) -> float:
-    return math.sqrt(error / size) if size > 0 else 0.0
+def _ratios(errors: Sequence[float], size: float) -> tuple[float, ...]:
+    return tuple(math.sqrt(error / size) if size > 0 else 0.0 for error in errors)
 
 
 def _smoothed_minimum(errors: Sequence[float]) -> int:
     """Index of the smallest error, each averaged with its neighbors on a logarithmic scale."""
     logs = [math.log(max(error, 1e-300)) for error in errors]
-    means = []
-    for k in range(len(logs)):
-        near = logs[max(k - 1, 0) : k + 2]
-        means.append(sum(near) / len(near))
+    near = [logs[max(k - 1, 0) : k + 2] for k in range(len(logs))]
+    means = [sum(part) / len(part) for part in near]
     return means.index(min(means))

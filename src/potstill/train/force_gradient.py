@@ -65,12 +65,8 @@ FIRST_ORDER = (*LEARNABLE, "terms")
 class LossGradient:
     """The passes whose gradients add up to that of the loss, one graph alive at a time.
 
-    Parameters
-    ----------
-    parts : dict of str to Tensor
-        The loss and its parts, scalars on their device.
-    passes : sequence of callables
-        Each runs one pass and returns a scalar to be differentiated.
+    `parts` are the loss and its parts, scalars on their device; each of `passes` returns a scalar
+    to be differentiated.
     """
 
     parts: dict[str, Tensor]
@@ -88,11 +84,6 @@ class NetworkPasses(nn.Module):
     """Everything of a network that is differentiated, as a module's forward.
 
     Data-parallel wrappers see only calls of `forward`, so these go through it by name.
-
-    Parameters
-    ----------
-    network : Potential
-        The network.
     """
 
     def __init__(self, network: Potential) -> None:
@@ -176,15 +167,7 @@ class _TorchEnergy(nn.Module):
 
 @dataclass(frozen=True)
 class Point:
-    """A batch as a network sees it, its neighbor list frozen.
-
-    Parameters
-    ----------
-    structures : Structures
-        In the network's species table.
-    neighbors : NeighborList or CompactNeighbors
-        Pairs up to the cutoff and a margin.
-    """
+    """A batch as a network sees it: in its species table, the neighbor list frozen."""
 
     structures: Structures
     neighbors: Pairs
@@ -221,27 +204,16 @@ class Point:
 class Cotangents:
     """Derivatives of a loss with respect to what was predicted at r, all in float64.
 
-    Parameters
-    ----------
-    partial : Tensor, optional
-        (N, T) c, with respect to the terms of the atomic energies; None if there are no energies in
-        the loss.
-    forces : Tensor
-        (N, 3) g.
-    strain : Tensor, optional
-        (S, 3, 3) G / V, symmetric; zero where a cell is not periodic, None if there is no stress in
-        the loss.
-    slope : Tensor
-        (S,) s = Σ g·F + G:σ of each system, which is -dE/dη.
-    features : dict of str to Tensor
-        With respect to the features at r, by tap.
+    Those of what the loss does not know are None.
     """
 
-    partial: Tensor | None
-    forces: Tensor
-    strain: Tensor | None
-    slope: Tensor
-    features: dict[str, Tensor] = field(default_factory=dict)
+    partial: Tensor | None  #: (N, T) c, with respect to the terms of the atomic energies
+    forces: Tensor  #: (N, 3) g
+    strain: Tensor | None  #: (S, 3, 3) G / V, symmetric; zero where a cell is not periodic
+    slope: Tensor  #: (S,) s = Σ g·F + G:σ of each system, which is -dE/dη
+    features: dict[str, Tensor] = field(
+        default_factory=dict
+    )  #: with respect to the features at r, by tap
 
     def scale(self, point: Point) -> Tensor:
         """(S,) g0 of Eq. 10: max |g_i|, and what the strain moves at half the list's reach.
@@ -266,21 +238,11 @@ class Cotangents:
 
 @dataclass(frozen=True)
 class Displacement:
-    """The step from r to r+ of Eq. 8.
+    """The step from r to r+ of Eq. 8, in float64."""
 
-    Parameters
-    ----------
-    positions : Tensor
-        (N, 3) η (g - r G / V), float64, Å.
-    cell : Tensor, optional
-        (S, 3, 3) -η cell G / V, float64, Å; None if cells do not move.
-    rate : Tensor
-        (S,) 1 / (2η); zero for systems with g0 = 0, which do not move.
-    """
-
-    positions: Tensor
-    cell: Tensor | None
-    rate: Tensor
+    positions: Tensor  #: (N, 3) η (g - r G / V), Å
+    cell: Tensor | None  #: (S, 3, 3) -η cell G / V, Å; None if cells do not move
+    rate: Tensor  #: (S,) 1 / (2η); zero for systems with g0 = 0, which do not move
 
     @classmethod
     def along(
@@ -292,10 +254,8 @@ class Displacement:
         eta = torch.where(g0 > 0, step / torch.where(g0 > 0, g0, 1.0), 0.0)
         structures = point.structures
         system = structures.system_index
-        direction = cotangents.forces
-        cell = None
-        if cotangents.strain is not None:
-            strain = cotangents.strain
+        direction, strain, cell = cotangents.forces, cotangents.strain, None
+        if strain is not None:
             moved = torch.einsum("nd,ndk->nk", structures.positions, strain[system])
             direction = direction - moved
             cell = -eta[:, None, None] * (structures.cell @ strain)
@@ -315,10 +275,6 @@ class ForceGradient:
 
     Parameters
     ----------
-    settings : ForceGradientSettings
-        Which method, and its epsilon.
-    network : Potential
-        What is trained.
     watch : bool
         Look at the proxy every `CHECK_EVERY` steps, and warn once where it is too large.
     features : bool
@@ -373,21 +329,8 @@ class ForceGradient:
     ) -> LossGradient:
         """Evaluate the loss on a batch and prepare the passes of its gradient.
 
-        Parameters
-        ----------
-        module : nn.Module
-            `NetworkPasses` of the network, possibly wrapped.
-        batch : Batch
-            Structures and neighbor list.
-        wanted : tuple of str
-            Names of the predicted values that `objective` asks for.
-        objective : Objective
-            The loss as a function of them.
-
-        Returns
-        -------
-        LossGradient
-            `backward` leaves the gradient of the loss in the parameters.
+        `module` is `NetworkPasses` of the network, possibly wrapped; `objective` a function of the
+        predicted values `wanted`.
         """
         # Without derivatives in the loss no second derivative is needed.
         first_order = not any(n in PROPERTIES and PROPERTIES[n].derivative for n in wanted)
@@ -406,7 +349,10 @@ class ForceGradient:
             self._watch(point, cotangents, move)
             *earlier, last = difference_passes(module, point, cotangents, move, folded=self.folded)
         else:
-            *earlier, last = [self._exact(module, point, cotangents)]
+            c, direction = cotangents.partial, -cotangents.direction(point)
+            if c is None:
+                c = point.r_ij.new_zeros(point.n_local, self.network.n_terms)
+            *earlier, last = [partial(module, "directional", point, direction, c)]
         if cotangents.features:
             tapped = (point.structures, point.neighbors, cotangents.features)
             # What follows the features in the loss has parameters of its own.
@@ -428,15 +374,6 @@ class ForceGradient:
                 f"{reach:g} Å"
             )
 
-    def _exact(
-        self, module: nn.Module, point: Point, cotangents: Cotangents
-    ) -> Callable[[], Tensor]:
-        """Forward over reverse along -u."""
-        weights = cotangents.partial
-        if weights is None:
-            weights = point.r_ij.new_zeros(point.n_local, self.network.n_terms)
-        return lambda: module("directional", point, -cotangents.direction(point), weights)
-
     def _watch(self, point: Point, cotangents: Cotangents, move: Displacement) -> None:
         """Look at the proxy now and then, and warn once if epsilon no longer suits the network."""
         due = self._steps % CHECK_EVERY == 0
@@ -456,48 +393,24 @@ class ForceGradient:
 def difference_passes(
     module: nn.Module, point: Point, cotangents: Cotangents, move: Displacement, *, folded: bool
 ) -> list[Callable[[], Tensor]]:
-    """Weighted energies at r+ and r-, and at r unless they are folded in (Eq. 7).
-
-    Parameters
-    ----------
-    module : nn.Module
-        `NetworkPasses` of the network, possibly wrapped.
-    point, cotangents, move
-        Where the loss was evaluated, its derivatives there, and the step to r+.
-    folded : bool
-        Two passes instead of three.
-    """
+    """Weighted energies at r+ and r-, and at r unless they are folded in (Eq. 7)."""
     rate = move.rate[point.structures.system_index].unsqueeze(1)  # (N, 1), for all terms alike
     c = cotangents.partial
-
-    def at(sign: float, weights: Tensor) -> tuple[Structures, Tensor]:
-        return move.apply(point.structures, sign), weights
-
     if c is None:
-        copies = [at(1.0, -rate), at(-1.0, rate)]
+        weights = {1.0: -rate, -1.0: rate}
     elif folded:
-        copies = [at(1.0, 0.5 * c - rate), at(-1.0, 0.5 * c + rate)]
+        weights = {1.0: 0.5 * c - rate, -1.0: 0.5 * c + rate}
     else:
-        copies = [at(0.0, c), at(1.0, -rate), at(-1.0, rate)]
+        weights = {0.0: c, 1.0: -rate, -1.0: rate}
+    copies = [(move.apply(point.structures, sign), weight) for sign, weight in weights.items()]
     # Kernels that keep no graph take all copies at once.
     spelled_out = isinstance(point.neighbors, NeighborList)
     passes = [[copy] for copy in copies] if spelled_out else [copies]
-
-    def run(part: list[tuple[Structures, Tensor]]) -> Tensor:
-        total: Tensor = module("weighted_energy", part, point.neighbors)
-        return total
-
-    return [partial(run, part) for part in passes]
+    return [partial(module, "weighted_energy", part, point.neighbors) for part in passes]
 
 
 def epsilon_for(epsilon: float | None, dtype: torch.dtype) -> float:
-    """Epsilon as it is set, or that of the precision.
-
-    Raises
-    ------
-    ConfigError
-        If the precision leaves no digits for differences.
-    """
+    """Epsilon as it is set, or that of the precision; ConfigError if that leaves no digits."""
     if dtype not in DEFAULT_EPSILON:
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(
@@ -505,6 +418,14 @@ def epsilon_for(epsilon: float | None, dtype: torch.dtype) -> float:
             "force_gradient.method = backpropagation or forward_over_reverse"
         )
     return DEFAULT_EPSILON[dtype] if epsilon is None else epsilon
+
+
+def energies(terms: Tensor, structures: Structures) -> dict[str, Tensor]:
+    """(S,) energies and (N,) atomic energies with the (N, T) terms that they are sums of."""
+    atomic = terms.sum(dim=1)
+    energy = atomic.new_zeros(structures.n_systems)
+    energy = energy.index_add(0, structures.system_index, atomic)
+    return {"energy": energy, "atomic_energies": atomic, "terms": terms}
 
 
 def loss_cotangents(
@@ -516,17 +437,9 @@ def loss_cotangents(
     """
     structures = point.structures
     found = network.evaluate(structures, point.neighbors)
-    partial = found.terms.requires_grad_(True)
-    atomic = partial.sum(dim=1)
-    energy = atomic.new_zeros(structures.n_systems)
-    forces = found.forces.requires_grad_(True)
-    values = {
-        "energy": energy.index_add(0, structures.system_index, atomic),
-        "atomic_energies": atomic,
-        "terms": partial,
-        "forces": forces,
-    }
-    leaves = [partial, forces]
+    terms, forces = found.terms.requires_grad_(True), found.forces.requires_grad_(True)
+    values = energies(terms, structures) | {"forces": forces}
+    leaves = [terms, forces]
     taps = [name for name in wanted if name in network.taps and name not in FIRST_ORDER]
     if taps:
         tapped = network.predict(structures, point.neighbors, (), taps=taps).features

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,14 +31,7 @@ def initial_student(
 ) -> tuple[SumPotential, TrainingSet]:
     """Make the student that training starts from, and leave its network the rest of the labels.
 
-    Parameters
-    ----------
-    settings : TrainSettings
-        Model, energy zero, prior, precision and seed.
-    data : TrainingSet
-        The training set, with species indexed as in `initial`, if that is given.
-    initial : Potential, optional
-        Take this potential's network, offsets and prior instead of new ones.
+    With `initial`, in whose species table the data are, its network, offsets and prior are taken.
 
     Returns
     -------
@@ -57,9 +49,8 @@ def initial_student(
         return initial, data.minus(initial.without("network"))
     torch.manual_seed(settings.seed)
     network = build_model(settings.model.kind, table, settings.model.hyperparameters).to(dtype)
-    components: dict[str, Potential] = {
-        "offsets": SpeciesOffsets(table, _energy_zero(settings, data, table))
-    }
+    zero = _energy_zero(settings, data, table)
+    components: dict[str, Potential] = {"offsets": SpeciesOffsets(table, zero)}
     if settings.energy.prior == "zbl":
         components["prior"] = _zbl(settings, table)
     residual = data.minus(SumPotential(components))
@@ -104,33 +95,16 @@ def _energy_zero(settings: TrainSettings, data: TrainingSet, table: SpeciesTable
 
 def _fitted_offsets(settings: TrainSettings, data: TrainingSet) -> Tensor:
     """(n_species,) least-squares energies; zero where a run knows no energies."""
-    labels = data.labels.get(_energy_source(settings, data))
+    sources = [t.source for t in settings.label_terms if t.property == "energy"]
+    known = (source for source in sources if source in data.labels)
+    labels = data.labels.get(next(known, settings.score.source))
     if labels is None or "energy" not in labels:
         return torch.zeros(len(data.structures.species_table), dtype=torch.float64)
     return fit_offsets(data.structures, labels["energy"])[0]
 
 
-def _energy_source(settings: TrainSettings, data: TrainingSet) -> str:
-    for term in settings.label_terms:
-        if term.property == "energy" and term.source in data.labels:
-            return term.source
-    return settings.score.source
-
-
 def initialize_weights(network: Potential, settings: WeightsSettings) -> list[str]:
-    """Copy weights from a checkpoint's network, or as much of them as fits.
-
-    Parameters
-    ----------
-    network : Potential
-        Its parameters are overwritten in place.
-    settings : WeightsSettings
-        Which checkpoint, which parameters, and whether wider layers may be cut down.
-
-    Returns
-    -------
-    list of str
-        Names of the parameters that were set.
+    """Copy weights from a checkpoint's network in place, and return the names of what was set.
 
     Raises
     ------
@@ -147,8 +121,11 @@ def initialize_weights(network: Potential, settings: WeightsSettings) -> list[st
             "correspond"
         )
     source = dict(potential.named_parameters())
-    names = [n for n, _ in network.named_parameters() if _matches(n, settings.names)]
-    names = [name for name in names if name in source]
+    names = [
+        name
+        for name, _ in network.named_parameters()
+        if name in source and any(fnmatch.fnmatchcase(name, p) for p in settings.names)
+    ]
     if not names:
         raise ConfigError(
             f"{settings.checkpoint} has no parameter that the student has, too, and that matches "
@@ -161,13 +138,7 @@ def initialize_weights(network: Potential, settings: WeightsSettings) -> list[st
     return names
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _fitted(
-    weight: torch.Tensor, shape: tuple[int, ...], name: str, settings: WeightsSettings
-) -> torch.Tensor:
+def _fitted(weight: Tensor, shape: tuple[int, ...], name: str, settings: WeightsSettings) -> Tensor:
     """A weight, or its part that belongs to the first channels."""
     own = tuple(weight.shape)
     if own == shape:

@@ -20,25 +20,10 @@ from potstill.train.settings import TrainSettings
 def mixed_batches(
     structures: Structures, synthetic: Tensor | None, settings: TrainSettings, epoch: int
 ) -> list[Tensor]:
-    """Draw the batches of an epoch.
+    """Draw the batches of an epoch, counted from 1: indices of configurations for each step.
 
-    They depend on the seed and the epoch alone, so that a resumed run draws the same ones.
-
-    Parameters
-    ----------
-    structures : Structures
-        The training set, of both origins.
-    synthetic : Tensor, optional
-        (S,) bool, which configurations are synthetic.
-    settings : TrainSettings
-        Batch size, seed and `mixing`.
-    epoch : int
-        From 1.
-
-    Returns
-    -------
-    list of Tensor
-        Indices of configurations, one tensor per step; as many in all as there are configurations.
+    They depend on the seed and the epoch alone, so that a resumed run draws the same ones. There
+    are as many indices in all as configurations, of which `synthetic`, (S,) bool, are synthetic.
 
     Raises
     ------
@@ -85,19 +70,10 @@ def _in_passes(pool: Tensor, count: int, seed: int, epoch: int, origin: bool) ->
 
 
 def origin_weights(synthetic: Tensor, r: float) -> Tensor:
-    """Weights of the samples of a batch by their origin, Eqs. 9-11.
+    """(B,) float64 weights of the samples of a batch by their origin, Eqs. 9-11.
 
-    Parameters
-    ----------
-    synthetic : Tensor
-        (B,) bool, of the whole batch over all ranks.
-    r : float
-        Weight of a synthetic sample relative to another one.
-
-    Returns
-    -------
-    Tensor
-        (B,) float64, with a mean of one; one everywhere in a batch of a single origin.
+    Their mean is one; a synthetic sample weighs `r` times as much as another one. `synthetic`, (B,)
+    bool, is that of the whole batch over all ranks; with a single origin all weigh one.
     """
     share = float(synthetic.to(torch.float64).mean()) if len(synthetic) else 0.0
     if share in (0.0, 1.0):
@@ -116,13 +92,7 @@ def batch_weights(
 
 
 def check_mixing(settings: TrainSettings, structures: Structures, synthetic: Tensor | None) -> None:
-    """Refuse to mix what has only one origin.
-
-    Raises
-    ------
-    ConfigError
-        If the settings mix and nothing is marked as synthetic.
-    """
+    """Raise ConfigError if the settings mix data of which there are none."""
     if settings.mixing is not None:
         _origins(structures, synthetic)
         mixed_batches(structures, synthetic, settings, epoch=1)

@@ -40,16 +40,7 @@ Objective = Callable[[Mapping[str, Tensor]], LossValue]
 class BatchLoss:
     """The loss of Eqs. 2 and 5 of Matin et al. on one batch, as a function of predicted values.
 
-    Parameters
-    ----------
-    terms : Terms
-        What is added up.
-    epoch : int
-        From 1; weights may follow a schedule.
-    batch : Batch
-        With the labels of every source.
-    fabric : lightning_fabric.Fabric
-        Sums run over all its processes.
+    Weights are those of the epoch, counted from 1; sums run over all processes.
     """
 
     def __init__(
