@@ -152,11 +152,9 @@ def scan_epsilon(
         folded=settings.force_gradient.folded,
         n_structures=len(data),
         epsilons=epsilons,
-        proxy=tuple(_ratio(error, errors.slope_size) for error in errors.slopes),
-        gradient=tuple(_ratio(e, errors.gradient_size) for e in errors.gradients)
-        if exact
-        else None,
-        backpropagation=_ratio(errors.floor, errors.gradient_size) if exact else None,
+        proxy=_ratios(errors.slopes, errors.slope_size),
+        gradient=_ratios(errors.gradients, errors.gradient_size) if exact else None,
+        backpropagation=_ratios([errors.floor], errors.gradient_size)[0] if exact else None,
     )
 
 

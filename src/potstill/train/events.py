@@ -11,17 +11,8 @@ from potstill.errors import require
 class EventLog:
     """Writes the numbers of every epoch's record as TensorBoard scalars.
 
-    Parameters
-    ----------
-    folder : Path
-        Of the event files.
-    first_epoch : int
-        Where a resumed run goes on: what an earlier process wrote from there on is dropped.
-
-    Raises
-    ------
-    OptionalDependencyError
-        If tensorboard is not installed.
+    What an earlier process wrote from the first epoch of a resumed run on is dropped. If
+    tensorboard is not installed, OptionalDependencyError is raised.
     """
 
     def __init__(self, folder: Path, first_epoch: int) -> None:

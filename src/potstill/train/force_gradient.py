@@ -211,9 +211,8 @@ class Cotangents:
     forces: Tensor  #: (N, 3) g
     strain: Tensor | None  #: (S, 3, 3) G / V, symmetric; zero where a cell is not periodic
     slope: Tensor  #: (S,) s = Σ g·F + G:σ of each system, which is -dE/dη
-    features: dict[str, Tensor] = field(
-        default_factory=dict
-    )  #: with respect to the features at r, by tap
+    #: With respect to the features at r, by tap.
+    features: dict[str, Tensor] = field(default_factory=dict)
 
     def scale(self, point: Point) -> Tensor:
         """(S,) g0 of Eq. 10: max |g_i|, and what the strain moves at half the list's reach.

@@ -6,7 +6,6 @@ sums are all-reduced before square roots are taken.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,11 +54,7 @@ class TrainResult:
     status : {"finished", "stopped early", "interrupted"}
         Interrupted runs continue when `train` is called again with the same folder.
     best : Path
-        The potential with the best validation score.
-    best_epoch, epochs : int
-        Epochs are counted from 1.
-    best_score : float
-        See `ScoreSettings`.
+        The potential with the best validation score (`ScoreSettings`), reached in `best_epoch`.
     seconds : float
         Time spent in the loop, over all resumed parts.
     """
@@ -160,7 +155,9 @@ def train(
                 score = sum(w * metrics[key] for key, w in settings.score.weights.items())
                 improved = trainee.register_score(score)
                 if improved and p.fabric.is_global_zero:
-                    save_potential(run.best, p.student, _info(info, settings, epoch, metrics))
+                    about = {"seed": settings.seed, "settings": settings.model_dump(mode="json")}
+                    about["training"] = {"epoch": epoch, "validation": metrics}
+                    save_potential(run.best, p.student, {**(info or {}), **about})
             trainee.count_time(started)
             record = {
                 "epoch": epoch,
@@ -224,10 +221,7 @@ def prepare(
     say: Callable[[str], None] | None,
     fabric: lightning_fabric.Fabric | None,
 ) -> Prepared:
-    """Check all that a run needs, make what it works with, and resume it if it was interrupted.
-
-    Arguments and errors are those of `train`.
-    """
+    """Check all that a run needs, make what it works with, and resume it if it was interrupted."""
     fabric = fabric or default_fabric()
     check_labels(settings, training, validation)
     if settings.augment is not None:  # stored features are those of other positions
@@ -273,20 +267,6 @@ def prepare(
         order = mixed_batches(training.structures, training.synthetic, settings, epoch=1)
         choose_scales(settings, network, terms, p.draw, order, fabric)
     return p
-
-
-def _info(
-    info: Mapping[str, Any] | None,
-    settings: TrainSettings,
-    epoch: int,
-    metrics: Mapping[str, float],
-) -> dict[str, Any]:
-    return {
-        **(info or {}),
-        "seed": settings.seed,
-        "settings": json.loads(settings.model_dump_json()),
-        "training": {"epoch": epoch, "validation": dict(metrics)},
-    }
 
 
 def _result(p: Prepared, status: str) -> TrainResult:

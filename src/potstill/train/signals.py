@@ -40,12 +40,7 @@ _EXAMPLES = 4
 def check_labels(settings: TrainSettings, training: TrainingSet, validation: TrainingSet) -> None:
     """Refuse a run that lacks labels of its loss or its score, or data that it is to mix.
 
-    Raises
-    ------
-    MissingLabelError
-        If a label is absent.
-    ConfigError
-        If the score or the mixing asks for what there is not.
+    The first is a MissingLabelError, the others are ConfigErrors.
     """
     lines: Sequence[Line] = settings.loss
     if settings.augment is not None:  # a teacher labels what is displaced
@@ -68,15 +63,6 @@ def bind_terms(
     settings: TrainSettings, network: Potential, features: FeatureSources | None = None
 ) -> Terms:
     """All terms of a run: those of the loss, what the model asks of its energies, and L2.
-
-    Parameters
-    ----------
-    settings : TrainSettings
-        Lines of the loss, and weights of the regularizers.
-    network : Potential
-        The student's network.
-    features : FeatureSources, optional
-        Where the features of teachers come from, if there are terms on features.
 
     Raises
     ------
@@ -104,15 +90,7 @@ def bind_terms(
 
 
 class FeatureSources:
-    """The teachers' features, by source: stored ones, else those of a teacher that is at hand.
-
-    Parameters
-    ----------
-    training : TrainingSet, optional
-        With stored features.
-    teachers : mapping
-        Teachers that compute online, by source.
-    """
+    """The teachers' features, by source: stored ones, else those of a teacher that is at hand."""
 
     def __init__(self, training: TrainingSet | None, teachers: Mapping[str, Teacher]) -> None:
         self._training, self._teachers = training, teachers
@@ -120,13 +98,7 @@ class FeatureSources:
         self._examples: dict[str, dict[str, Feature]] = {}
 
     def taps_for(self, line: FeatureTerm) -> tuple[dict[str, TapSpec], str | None]:
-        """Taps for a line of the loss, and the default among them.
-
-        Raises
-        ------
-        MissingLabelError
-            If the features are neither stored nor to be computed.
-        """
+        """Taps for a line of the loss, and the default among them; MissingLabelError if none."""
         training, source = self._training, line.source
         stored = {} if training is None else training.features.get(source, {})
         if training is not None and is_stored(line, training):
@@ -143,9 +115,8 @@ class FeatureSources:
         teacher = self._online[source] = self._teachers[source]
         specs = dict(teacher.taps)
         found = self._of_some(source, [tap for tap in named if tap not in specs])  # by path
-        return specs | {tap: TapSpec(f.kind, f.width) for tap, f in found.items()}, (
-            teacher.default_tap
-        )
+        specs |= {tap: TapSpec(f.kind, f.width) for tap, f in found.items()}
+        return specs, teacher.default_tap
 
     def will_ask(self, source: str, taps: Sequence[str]) -> None:
         """Note which taps of a source are needed; a teacher at hand is asked for an example."""
@@ -164,12 +135,7 @@ class FeatureSources:
     def complete(self, batch: Batch, *, pairs: bool = True) -> Batch:
         """The batch, on the CPU, with what teachers compute online and it does not hold.
 
-        Parameters
-        ----------
-        batch : Batch
-            With what is stored.
-        pairs : bool
-            Whether features of pairs are computed, too.
+        Features of pairs are left out if they are not asked for.
         """
         features = {source: dict(taps) for source, taps in batch.features.items()}
         for source, teacher in self._online.items():
@@ -216,16 +182,8 @@ def choose_scales(
 
     With R the sum of the terms with given weights and s_k the shares, the whole is
     R / (1 - Σ s_k), and term k gets the weight that makes it s_k of that. All are means over the
-    first batches of the first epoch, without regularization.
-
-    Parameters
-    ----------
-    settings, network, terms, fabric
-        As of the training.
-    draw : callable
-        Makes a batch out of indices of configurations, the epoch and the step.
-    order : sequence of Tensor
-        The indices of each step of the first epoch.
+    first batches of the first epoch, without regularization; `draw` makes them out of the indices
+    of configurations in `order`, the epoch and the step.
     """
     shares = {t.name: t.share for t in settings.feature_terms if t.share is not None}
     if not shares:

@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
@@ -34,14 +34,11 @@ from potstill.train.settings import OptimizerSettings, TrainSettings
 class Trainee:
     """Everything that changes while a student is trained.
 
+    Of the student only the component `network` is trained, and with it the terms' own parameters,
+    which are not saved with the student.
+
     Parameters
     ----------
-    student : SumPotential
-        Only its component `network` is trained.
-    terms : Terms
-        Of the loss; their own parameters are trained along and not saved with the student.
-    optimizer : torch.optim.Optimizer
-        Over the parameters of network and terms.
     average : dict of str to Tensor, optional
         Exponential moving average of the weights.
     epoch, step : int
@@ -51,9 +48,7 @@ class Trainee:
     plateau_epochs, plateau_scale : int, float
         Epochs since the last improvement or cut, and the product of all cuts.
     seconds, processor_seconds : float
-        On the clock and of this process, over all resumed parts.
-    steps : int
-        Optimizer steps since the start.
+        On the clock and of this process, over all resumed parts, as are the `steps`.
     sums : dict of str to float
         Parts of the loss, summed over the steps of the epoch under way that have been read.
     pending : list of dict of str to Tensor
@@ -217,15 +212,7 @@ _COUNTERS = tuple(f.name for f in fields(Trainee) if f.type in ("int", "float", 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of a training run.
-
-    Parameters
-    ----------
-    path : Path
-        The folder.
-    writes : bool
-        Whether this process writes (rank 0 does).
-    """
+    """The files of a training run, which one process alone `writes` (rank 0)."""
 
     path: Path
     writes: bool
@@ -239,39 +226,32 @@ class RunFolder:
         fabric: lightning_fabric.Fabric,
         taps: Mapping[str, TapPair] | None = None,
     ) -> RunFolder:
-        """Make the folder, or check that it belongs to the same run.
+        """Make the folder; ConfigError if it holds a run with other settings or other data.
 
         What is known of the taps that learn from one another goes into `settings.json`.
-
-        Raises
-        ------
-        ConfigError
-            If it holds a run with other settings or other data.
         """
-        identity = {
-            "settings": json.loads(settings.model_dump_json()),
-            "data_fingerprint": data_fingerprint(training),
-        }
+        fingerprint = data_fingerprint(training)
         run = cls(path, fabric.is_global_zero)
         file = path / "settings.json"
         if file.is_file():
             stored = json.loads(file.read_text())
-            what = None
             # Through the class, so that settings that are newer than the run take their defaults.
-            if TrainSettings.model_validate(stored["settings"]) != settings:
-                what = "other settings"
-            elif stored["data_fingerprint"] != identity["data_fingerprint"]:
-                what = "other training data"
-            if what is not None:
+            same = TrainSettings.model_validate(stored["settings"]) == settings
+            if not same or stored["data_fingerprint"] != fingerprint:
+                what = "training data" if same else "settings"
                 raise ConfigError(
-                    f"{path} holds a run with {what}: choose another folder, or remove it"
+                    f"{path} holds a run with other {what}: choose another folder, or remove it"
                 )
         elif run.writes:
-            record = {**identity, "versions": versions(), "labels": training.summary()}
+            record: dict[str, Any] = {
+                "settings": settings.model_dump(mode="json"),
+                "data_fingerprint": fingerprint,
+                "versions": versions(),
+                "labels": training.summary(),
+            }
             if taps:
                 record["features"] = {name: pair.to_json() for name, pair in taps.items()}
-            text = json.dumps(record, indent=2)
-            write_atomically(file, text)
+            write_atomically(file, json.dumps(record, indent=2))
         fabric.barrier()
         return run
 
@@ -302,11 +282,8 @@ class RunFolder:
         if not (settings.tensorboard and self.writes):
             yield None
             return
-        events = EventLog(self.path / "events", trainee.epoch)
-        try:
+        with closing(EventLog(self.path / "events", trainee.epoch)) as events:
             yield events
-        finally:
-            events.close()
 
     def drop_records_from(self, epoch: int) -> None:
         """Remove records of epochs that a resumed run will do again."""
@@ -325,10 +302,7 @@ class RunFolder:
     def read_parts(self, trainee: Trainee) -> None:
         """Read the parts of the loss of the steps since the last time.
 
-        Raises
-        ------
-        DivergenceError
-            If the loss of a step is no longer a number; neither that step nor a later one is saved.
+        If that of a step is no longer a number, DivergenceError: no step from there on is saved.
         """
         for step, parts in trainee.read_pending():
             if math.isfinite(parts["loss"]):
@@ -350,8 +324,7 @@ class RunFolder:
             "seconds": trainee.seconds,
         }
         if self.writes and status != "interrupted":
-            text = json.dumps(result, indent=2)
-            write_atomically(self.path / "result.json", text)
+            write_atomically(self.path / "result.json", json.dumps(result, indent=2))
         return result
 
 

@@ -29,22 +29,8 @@ class Validation:
 
     Terms on features are evaluated where the set holds the teacher's features or the teacher
     computes online. Then it does so once, here: features of atoms are kept, and those of pairs,
-    which can be many times as large, are computed in every pass.
-
-    Parameters
-    ----------
-    settings : TrainSettings
-        Score and loss.
-    network : Potential
-        The student's network.
-    data : TrainingSet
-        Its labels without what offsets and prior give.
-    terms : Terms
-        Of the loss.
-    features : FeatureSources
-        The teachers.
-    fabric : lightning_fabric.Fabric
-        Each process has its share of the batches.
+    which can be many times as large, are computed in every pass. Labels are without what offsets
+    and prior give. Each process has its share of the batches.
     """
 
     def __init__(
