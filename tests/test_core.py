@@ -385,7 +385,7 @@ def test_two_domains_layer_by_layer_equal_the_whole(
             domain_layers.forward(k)
         if k == n_layers - 1:
             break
-        everywhere = torch.empty(structures.n_atoms, model.n_features, dtype=dtype)
+        everywhere = torch.empty(structures.n_atoms, model.hyper.n_features, dtype=dtype)
         for d, of in zip(domains, layers, strict=True):
             n_local = d.neighbors.n_local
             everywhere[d.owners[:n_local]] = of.features(k)[:n_local]
@@ -396,7 +396,7 @@ def test_two_domains_layer_by_layer_equal_the_whole(
             of.reverse(k)
         if k == 0:
             break
-        everywhere = torch.zeros(structures.n_atoms, model.n_features, dtype=dtype)
+        everywhere = torch.zeros(structures.n_atoms, model.hyper.n_features, dtype=dtype)
         for d, of in zip(domains, layers, strict=True):
             everywhere.index_add_(0, d.owners, of.cotangents(k - 1))
         for d, of in zip(domains, layers, strict=True):
