@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -102,13 +103,12 @@ class Feature:
         first = parts[0]
         if first.graph is None:
             return cls(first.kind, values, present=present)
-        before = [0]
-        for size in sizes:
-            before.append(before[-1] + size.n_atoms)
+        before = itertools.accumulate((size.n_atoms for size in sizes), initial=0)
         graphs = [part.graph for part in parts if part.graph is not None]
+        moves = list(zip(graphs, before, strict=False))
         graph = NeighborList(
-            torch.cat([g.center + n for g, n in zip(graphs, before, strict=False)]),
-            torch.cat([g.neighbor + n for g, n in zip(graphs, before, strict=False)]),
+            torch.cat([g.center + n for g, n in moves]),
+            torch.cat([g.neighbor + n for g, n in moves]),
             torch.cat([g.shifts for g in graphs]),
             torch.cat([g.n_pairs_per_system for g in graphs]),
             first.graph.cutoff,

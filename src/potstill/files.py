@@ -15,12 +15,7 @@ def write_atomically(path: str | Path, content: str | bytes | Callable[[Any], ob
     A reader, or a run killed at any moment, sees either the old file or the new one. The folder is
     made if it does not exist.
 
-    Parameters
-    ----------
-    path : path
-        The file to make or replace.
-    content : str, bytes or callable
-        Text (written as UTF-8), bytes, or a function that is called with the open binary file.
+    The content is text (written as UTF-8), bytes, or a function of the open binary file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,15 +27,7 @@ _HOPELESS = 6
 
 
 class FrameError(TeacherError, CalculationFailed):
-    """A teacher failed on one frame, and may do the next.
-
-    Parameters
-    ----------
-    teacher : str
-        Its name.
-    reason : str
-        In a few words.
-    """
+    """A teacher failed on one frame, and may do the next."""
 
     def __init__(self, teacher: str, reason: str) -> None:
         super().__init__(f"the teacher '{teacher}' failed on a frame: {reason}")

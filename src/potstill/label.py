@@ -57,8 +57,6 @@ def label_store(
     ----------
     store : LabeledStore
         Opened for writing. Labels go into the set named after the teacher.
-    teacher : Teacher
-        Who labels.
     properties : sequence of str
         What to ask for; each must be among `teacher.properties`.
     chunk : int
@@ -68,11 +66,6 @@ def label_store(
         need not wait for the disk: a run that is killed loses this and one chunk at most.
     progress : callable, optional
         Called with (frames done, frames in all), before the first chunk and after each.
-
-    Returns
-    -------
-    LabelReport
-        Counts, failures and time.
 
     Raises
     ------
@@ -102,15 +95,15 @@ def label_store(
                 progress(start + len(structures), total)
     finally:
         pending.write()
-    failed = store.failures(source)
-    done = store.n_labeled(source)
-    return LabelReport(
-        n_labeled=done - len(failed),
-        n_failed=len(failed),
-        failures=failed,
-        seconds=time.perf_counter() - start_time,
-        n_new=max(total - first, 0),
-    )
+    return _report(store.failures(source), store.n_labeled(source), first, total, start_time)
+
+
+def _report(
+    failed: list[dict[str, Any]], done: int, first: int, total: int, start_time: float
+) -> LabelReport:
+    """What a run from frame `first` on came to; `done` of all frames have been gone through."""
+    seconds = time.perf_counter() - start_time
+    return LabelReport(done - len(failed), len(failed), failed, seconds, max(total - first, 0))
 
 
 def _chunks(
@@ -170,11 +163,6 @@ def label_features(
     taps : sequence of str
         Names of the features, as of `Teacher.compute_features`; `default` is the teacher's choice.
 
-    Returns
-    -------
-    LabelReport
-        Counts, failures and time.
-
     Raises
     ------
     TeacherError
@@ -211,14 +199,7 @@ def label_features(
             done[tap] = stop
     if progress is not None:
         progress(total, total)
-    failed = store.failures(source, names[0])
-    return LabelReport(
-        n_labeled=total - len(failed),
-        n_failed=len(failed),
-        failures=failed,
-        seconds=time.perf_counter() - start_time,
-        n_new=max(total - first, 0),
-    )
+    return _report(store.failures(source, names[0]), total, first, total, start_time)
 
 
 def _default_tap(teacher: Teacher) -> str:

@@ -21,11 +21,6 @@ def build_neighbor_list(structures: Structures, cutoff: float) -> NeighborList:
     cutoff : float
         Å.
 
-    Returns
-    -------
-    NeighborList
-        Pairs of all systems, indices into the atoms of the batch.
-
     Raises
     ------
     DataError
@@ -80,14 +75,7 @@ def complete_box(
     """Invertible box in which the atoms of one system can be binned.
 
     Lattice vectors of open directions count for nothing: vectors that make the box invertible
-    take their rows.
-
-    Parameters
-    ----------
-    positions, cell, pbc : ndarray
-        (N, 3) Å; (3, 3) Å, rows are lattice vectors; (3,) bool.
-    cutoff : float
-        Å.
+    take their rows. Arguments are (N, 3) Å; (3, 3) Å, rows are lattice vectors; (3,) bool; Å.
 
     Raises
     ------
@@ -112,14 +100,7 @@ def complete_box(
 
 
 def check_cell(cell: np.ndarray, pbc: np.ndarray) -> None:
-    """Refuse periodicity that repeats nothing.
-
-    Parameters
-    ----------
-    cell : ndarray
-        (3, 3), rows are lattice vectors.
-    pbc : ndarray
-        (3,) bool.
+    """Refuse periodicity (3,) that repeats nothing; rows of the (3, 3) cell are lattice vectors.
 
     Raises
     ------

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from ase.data import atomic_masses, atomic_numbers, chemical_symbols
@@ -34,22 +35,16 @@ class SpeciesTable:
     @classmethod
     def from_symbols(cls, symbols: Iterable[str]) -> SpeciesTable:
         """Make a table of chemical elements, sorted by atomic number."""
-        numbers = []
-        for symbol in set(symbols):
-            if symbol not in atomic_numbers:
-                raise DataError(f"'{symbol}' is not a chemical symbol")
-            numbers.append(atomic_numbers[symbol])
-        return cls.from_atomic_numbers(numbers)
+        names = set(symbols)
+        for symbol in names - atomic_numbers.keys():
+            raise DataError(f"'{symbol}' is not a chemical symbol")
+        return cls.from_atomic_numbers(atomic_numbers[symbol] for symbol in names)
 
     @classmethod
     def from_atomic_numbers(cls, numbers: Iterable[int]) -> SpeciesTable:
         """Make a table of chemical elements, sorted by atomic number."""
-        return cls(
-            tuple(
-                Species(chemical_symbols[z], float(atomic_masses[z]), int(z))
-                for z in sorted({int(z) for z in numbers})
-            )
-        )
+        present = sorted({int(z) for z in numbers})
+        return cls(tuple(Species(chemical_symbols[z], float(atomic_masses[z]), z) for z in present))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,22 +73,15 @@ class SpeciesTable:
 
     def to_json(self) -> list[dict]:
         """Plain lists and numbers, for metadata."""
-        return [
-            {"name": e.name, "mass": e.mass, "atomic_number": e.atomic_number} for e in self.entries
-        ]
+        return [asdict(entry) for entry in self.entries]
 
     @classmethod
     def from_json(cls, data: Sequence[Mapping]) -> SpeciesTable:
         """Inverse of `to_json`."""
-        return cls(tuple(Species(d["name"], d["mass"], d["atomic_number"]) for d in data))
+        return cls(tuple(Species(**entry) for entry in data))
 
 
 def merge_species_tables(tables: Sequence[SpeciesTable]) -> SpeciesTable:
     """Union of tables: elements sorted by atomic number, then beads in order of appearance."""
     entries = list(dict.fromkeys(entry for table in tables for entry in table.entries))
-    elements = sorted((e for e in entries if e.atomic_number is not None), key=_atomic_number)
-    return SpeciesTable((*elements, *(e for e in entries if e.atomic_number is None)))
-
-
-def _atomic_number(entry: Species) -> int:
-    return entry.atomic_number or 0
+    return SpeciesTable(tuple(sorted(entries, key=lambda e: e.atomic_number or math.inf)))

@@ -146,6 +146,14 @@ class Structures:
         return [torch.tensor(batch) for batch in batches]
 
     @property
+    def free(self) -> Tensor:
+        """(N,) bool: atoms that are not held in place."""
+        held = (
+            torch.zeros_like(self.species, dtype=torch.bool) if self.fixed is None else self.fixed
+        )
+        return ~held
+
+    @property
     def volume(self) -> Tensor:
         """(S,) Å³; zero where the cell is not three-dimensional."""
         return torch.linalg.det(self.cell).abs()

@@ -20,14 +20,8 @@ _WIDTH = 96
 def template(settings: BaseModel, free: Mapping[str, type[BaseModel]] | None = None) -> str:
     """Write settings as commented YAML that reads back as the same settings.
 
-    What a section could hold that is absent by default stands there as a comment.
-
-    Parameters
-    ----------
-    settings : BaseModel
-        All values.
-    free : mapping of str to type, optional
-        By name, what keys that take any mapping usually hold.
+    What a section could hold that is absent by default stands there as a comment. `free` tells, by
+    name, what keys that take any mapping usually hold.
     """
     head = [f"# {line}" for line in _wrapped(_words(type(settings)), "")]
     head.append("# Keys that you delete keep their defaults.")

@@ -198,8 +198,7 @@ class SNAP(Potential):
         """(n, n_coefficients) what the coefficients multiply, from (n, n_components)."""
         columns = [torch.ones_like(components[:, :1]), components]
         if self.quadratic:
-            row, column = torch.triu_indices(*[self.n_components] * 2, device=components.device)
-            half = torch.where(row == column, 0.5, 1.0).to(components.dtype)
+            row, column, half = self._products(components)
             columns.append(half * components[:, row] * components[:, column])
         return torch.cat(columns, dim=1)
 
@@ -210,21 +209,19 @@ class SNAP(Potential):
         """
         columns = [torch.zeros_like(slopes[..., :1]), slopes]
         if self.quadratic:
-            row, column = torch.triu_indices(*[self.n_components] * 2, device=components.device)
-            half = torch.where(row == column, 0.5, 1.0).to(components.dtype)
+            row, column, half = self._products(components)
             product = components[..., row] * slopes[..., column]
             product = product + components[..., column] * slopes[..., row]
             columns.append(half * product)
         return torch.cat(columns, dim=-1)
 
-    def bispectrum(self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int) -> Tensor:
-        """(n_local, n_components) bispectrum components of the local atoms.
+    def _products(self, components: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Components multiplied in each quadratic term, and its factor: a square counts half."""
+        row, column = torch.triu_indices(*[self.n_components] * 2, device=components.device)
+        return row, column, torch.where(row == column, 0.5, 1.0).to(components.dtype)
 
-        Parameters
-        ----------
-        species, edges, r_ij, n_local
-            As in `Potential.forward`.
-        """
+    def bispectrum(self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int) -> Tensor:
+        """(n_local, n_components) components of the local atoms; arguments as of `forward`."""
         _, edges, reach, r_ij = self._near(species, edges, r_ij)
         a, b, weight = self._points(species, edges, r_ij, reach)
         blocks = [r_ij.new_zeros(0, self.n_components)]
@@ -320,18 +317,9 @@ class SNAP(Potential):
 
     @classmethod
     def from_lammps(cls, coeff: str | Path, param: str | Path) -> SNAP:
-        """Read a potential of LAMMPS' `pair_style snap`.
+        """Read a .snapcoeff and a .snapparam file of LAMMPS' `pair_style snap`, in float64.
 
-        Parameters
-        ----------
-        coeff, param : path
-            The .snapcoeff and the .snapparam file.
-
-        Returns
-        -------
-        SNAP
-            In float64. Other terms that a potential is used with (often `ZBL`) are not in the
-            files.
+        Other terms that a potential is used with (often `ZBL`) are not in the files.
 
         Raises
         ------

@@ -40,8 +40,7 @@ _KEY = re.compile(r"([^\s=]+)\s*=")
 def read_extxyz(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], Units]:
     """Frames of an extended XYZ file, compressed or not, in ASE's units."""
     blocks = _split(read_text(path), path)
-    chosen = list(range(len(blocks)))[index]
-    return _parse(path, keys, blocks, chosen), ASE_UNITS
+    return _parse(path, keys, blocks, range(len(blocks))[index]), ASE_UNITS
 
 
 def read_any(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], Units]:
@@ -54,8 +53,7 @@ def read_any(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], U
             raise DataError(f"{path} has more atom types than the '{keys.types}' given") from error
         raise DataError(f"{path} cannot be read by ASE: {_one_line(error)}") from error
     images = [images] if isinstance(images, ase.Atoms) else images
-    chosen = list(range(len(images)))[index]
-    return (_frame(path, k, images[k], keys) for k in chosen), ASE_UNITS
+    return (_frame(path, k, images[k], keys) for k in range(len(images))[index]), ASE_UNITS
 
 
 def read_database(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], Units]:
@@ -66,13 +64,11 @@ def read_database(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Fram
         rows = sorted(connect(path, append=True).select(), key=lambda row: row.id)
     except Exception as error:  # the backends raise their own errors
         raise DataError(f"{path} is not an ASE database: {_one_line(error)}") from error
-    chosen = list(range(len(rows)))[index]
 
     def frames() -> Iterator[Frame]:
-        for k in chosen:
+        for k in range(len(rows))[index]:
             atoms = rows[k].toatoms()
-            atoms.info.update(rows[k].data)
-            atoms.info.update(rows[k].key_value_pairs)
+            atoms.info |= {**rows[k].data, **rows[k].key_value_pairs}
             yield _frame(path, k, atoms, keys)
 
     return frames(), ASE_UNITS
@@ -101,8 +97,7 @@ def read_ase_lmdb(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Fram
                 atoms = AtomsRow({"id": id_, **row}).toatoms()
             except Exception as error:  # a row may lack or mangle whatever ASE expects
                 raise DataError(f"{where} is not a row of ASE: {_one_line(error)}") from error
-            atoms.info.update(row.get("data") or {})
-            atoms.info.update(row.get("key_value_pairs") or {})
+            atoms.info |= (row.get("data") or {}) | (row.get("key_value_pairs") or {})
             yield _frame(shard.path, id_, atoms, keys, where)
 
     return frames(), ASE_UNITS
@@ -182,7 +177,7 @@ def _check_keys(comment: str, where: str) -> None:
             raise DataError(f"{where} has the key '{key}' twice")
 
 
-def _parse(path: Path, keys: KeyMap, blocks: list[list[str]], chosen: list[int]) -> Iterator[Frame]:
+def _parse(path: Path, keys: KeyMap, blocks: list[list[str]], chosen: range) -> Iterator[Frame]:
     for k in chosen:
         if int(blocks[k][0]) == 0:
             raise DataError(f"{path}, frame {k} holds no atoms")

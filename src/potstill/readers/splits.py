@@ -19,12 +19,8 @@ def split_by_seed(n: int, fractions: Mapping[str, float], seed: int) -> dict[str
 
     Parameters
     ----------
-    n : int
-        Number of systems.
     fractions : mapping of str to float
         Fraction of each part; they sum to one.
-    seed : int
-        The same seed gives the same split.
 
     Returns
     -------

@@ -29,12 +29,7 @@ Progress = Callable[[int, int], None]
 def make_generator(seed: int, *key: int) -> np.random.Generator:
     """Make a random generator of its own for each (seed, key), independent of all others.
 
-    Parameters
-    ----------
-    seed : int
-        The seed of the run, not negative.
-    *key : int
-        What the generator is for, for example the number of a job and of a frame in it.
+    The key says what it is for: the number of a job and of a frame in it, say.
     """
     if seed < 0:
         raise ConfigError(f"a seed must not be negative, and {seed} is")
@@ -319,8 +314,7 @@ def one_system(start: Structures) -> Structures:
 def gaussian_step(structure: Structures, width: float, generator: np.random.Generator) -> Tensor:
     """(N, 3) Gaussian displacements of the given width in Å, zero for fixed atoms."""
     step = torch.from_numpy(generator.normal(0.0, 1.0, (structure.n_atoms, 3))) * width
-    if structure.fixed is not None:
-        step[structure.fixed] = 0.0
+    step[~structure.free] = 0.0
     return step
 
 
@@ -336,10 +330,8 @@ def as_frame(structure: Structures, group: str, origin: str) -> Structures:
 
 def as_pair(value: float | Sequence[float]) -> tuple[float, float]:
     """Read a number as the range from it to itself."""
-    if isinstance(value, Sequence):
-        low, high = value
-        return float(low), float(high)
-    return float(value), float(value)
+    low, high = value if isinstance(value, Sequence) else (value, value)
+    return float(low), float(high)
 
 
 def span(value: float | Sequence[float], digits: int = 4) -> str:

@@ -27,8 +27,6 @@ def distance_fingerprints(structures: Structures, cutoff: float = 8.0) -> Tensor
 
     Parameters
     ----------
-    structures : Structures
-        S systems.
     cutoff : float
         Å; an atom with too few neighbors within it counts the missing ones at the cutoff.
 
@@ -42,15 +40,12 @@ def distance_fingerprints(structures: Structures, cutoff: float = 8.0) -> Tensor
     n_species = len(structures.species_table)
     other = structures.species[neighbors.neighbor]
     columns = []
-    for b in range(n_species):
+    for b in torch.unique(structures.species).tolist():
         nearest = _nearest(
             neighbors.center[other == b], distance[other == b], structures.n_atoms, cutoff
         )
-        for a in range(n_species):
-            present = bool((structures.species == b).any())
-            columns.append(_binned(structures, nearest, a) if present else None)
-    full = [c for c in columns if c is not None]
-    return torch.cat(full, dim=1) if full else torch.zeros(structures.n_systems, 0)
+        columns += [_binned(structures, nearest, a) for a in range(n_species)]
+    return torch.cat(columns, dim=1) if columns else torch.zeros(structures.n_systems, 0)
 
 
 def _nearest(center: Tensor, distance: Tensor, n_atoms: int, cutoff: float) -> Tensor:
@@ -99,8 +94,6 @@ def drop_duplicates(
 
     Parameters
     ----------
-    structures : Structures
-        S systems.
     energies : Tensor, optional
         (S,) eV, NaN where unknown.
     distance_tolerance : float
@@ -136,14 +129,12 @@ def drop_duplicates(
 def farthest_points(
     fingerprints: Tensor, n: int, *, chosen: Sequence[int] = (), seed: int = 0
 ) -> Tensor:
-    """Choose points one by one, each as far as can be from all that were chosen before.
+    """Choose n points one by one, each as far as can be from all that were chosen before.
 
     Parameters
     ----------
     fingerprints : Tensor
         (S, F), for example by `distance_fingerprints`.
-    n : int
-        How many to choose.
     chosen : sequence of int
         Points that are taken already; not returned again.
     seed : int
@@ -157,22 +148,18 @@ def farthest_points(
     size = len(fingerprints)
     if n > size - len(set(chosen)):
         raise ConfigError(f"cannot choose {n} frames of {size - len(set(chosen))}")
-    picked: list[int] = []
     start = list(chosen)
-    if not start and n:
-        start = picked = [int(np.random.default_rng(seed).integers(size))]
+    picked = [] if start or not n else [int(np.random.default_rng(seed).integers(size))]
     nearest = torch.full((size,), torch.inf, dtype=torch.float64)
-    for point in start:
-        nearest = torch.minimum(nearest, _distances(fingerprints, point))
+
+    def take(point: int) -> None:
+        away = torch.linalg.vector_norm(fingerprints - fingerprints[point], dim=1)
+        nearest[:] = torch.minimum(nearest, away)
         nearest[point] = -1.0
-    picked = list(picked)
+
+    for point in start or picked:
+        take(point)
     while len(picked) < n:
-        point = int(nearest.argmax())
-        picked.append(point)
-        nearest = torch.minimum(nearest, _distances(fingerprints, point))
-        nearest[point] = -1.0
+        picked.append(int(nearest.argmax()))
+        take(picked[-1])
     return torch.tensor(picked, dtype=torch.int64)
-
-
-def _distances(fingerprints: Tensor, point: int) -> Tensor:
-    return torch.linalg.vector_norm(fingerprints - fingerprints[point], dim=1)

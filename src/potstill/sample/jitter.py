@@ -19,12 +19,7 @@ from torch import Tensor
 from potstill.checkpoint import load_potential
 from potstill.errors import ConfigError
 from potstill.models import Potential
-from potstill.sample.base import (
-    IndependentJob,
-    Maker,
-    as_pair,
-    span,
-)
+from potstill.sample.base import IndependentJob, Maker, as_pair, span
 from potstill.structures import Structures
 from potstill.teachers.ase import ask_ase_calculator
 
@@ -42,18 +37,10 @@ def random_jitter(
     *,
     norm_of: NormOf = "structure",
 ) -> Structures:
-    """Displace the free atoms of each structure in a random direction, by a fixed norm.
+    """Displace the free atoms of each structure in a random direction, by a fixed norm in Å.
 
-    Parameters
-    ----------
-    structures : Structures
-        A batch; fixed atoms stay.
-    norm : float
-        Å, of δ.
-    generator : numpy Generator
-        Draws the direction, uniform on the sphere.
-    norm_of : {"structure", "atom"}
-        Whether δ is the displacement of all atoms together, as the paper writes it, or of each.
+    The direction is uniform on the sphere. `norm_of` says whether δ is the displacement of all
+    atoms of a structure together, as the paper writes it, or of each.
     """
     return _along(structures, None, norm, generator, norm_of)
 
@@ -71,18 +58,8 @@ def ascent_jitter(
 ) -> Structures:
     """Displace the free atoms to where student and teacher differ more: one step of fixed norm.
 
-    Parameters
-    ----------
-    student, teacher : Potential, Potential or ASE calculator
-        Who differ.
-    structures : Structures
-        A batch; fixed atoms stay.
-    norm, norm_of
-        As of `random_jitter`.
-    generator : numpy Generator
-        Draws the direction where the gradient vanishes.
-    energy_weight, forces_weight : float
-        As of `discrepancy_gradient`.
+    `norm` and `norm_of` are as of `random_jitter`, the weights as of `discrepancy_gradient`. The
+    generator draws the direction where the gradient vanishes.
     """
     weights = {"energy_weight": energy_weight, "forces_weight": forces_weight}
     gradient = discrepancy_gradient(student, teacher, structures, **weights)
@@ -111,27 +88,15 @@ def displaced(
     norm_of: NormOf = "structure",
     spare: Tensor | None = None,
 ) -> Structures:
-    """Move the free atoms along a direction by a fixed norm.
+    """Move the free atoms along a direction, (N, 3) of any length, by a fixed norm in Å.
 
-    Parameters
-    ----------
-    structures : Structures
-        A batch.
-    direction : Tensor
-        (N, 3), of any length.
-    norm : float
-        Å.
-    norm_of : {"structure", "atom"}
-        What is scaled to `norm`.
-    spare : Tensor, optional
-        (N, 3), taken where the direction vanishes.
+    Where the direction vanishes, `spare` (N, 3) takes its place.
     """
     if norm < 0.0:
         raise ConfigError(f"the norm of a jitter must not be negative, and {norm:g} Å is")
     if spare is not None:
         direction = torch.where(_lengths(direction, structures, norm_of) > 0, direction, spare)
-    if structures.fixed is not None:
-        direction = torch.where(structures.fixed.unsqueeze(1), 0.0, direction)
+    direction = torch.where(structures.free[:, None], direction, 0.0)
     length = _lengths(direction, structures, norm_of)
     step = norm * direction / torch.where(length > 0, length, 1.0)
     return replace(structures, positions=structures.positions + step)
@@ -139,9 +104,7 @@ def displaced(
 
 def _lengths(direction: Tensor, structures: Structures, norm_of: NormOf) -> Tensor:
     """(N, 1) norm of the displacement that each atom's is scaled with, of free atoms."""
-    square = direction.square().sum(dim=1)
-    if structures.fixed is not None:
-        square = torch.where(structures.fixed, 0.0, square)
+    square = torch.where(structures.free, direction.square().sum(dim=1), 0.0)
     if norm_of == "structure":
         total = square.new_zeros(structures.n_systems)
         square = total.index_add(0, structures.system_index, square)[structures.system_index]
@@ -159,9 +122,7 @@ def discrepancy(
     Half the squared difference of energies plus half the mean squared difference of the force
     components of free atoms, each with its weight.
     """
-    free = torch.ones_like(forces[:, 0])
-    if structures.fixed is not None:
-        free = (~structures.fixed).to(forces.dtype)
+    free = structures.free.to(forces.dtype)
     zeros = energy.new_zeros(structures.n_systems)
     n_free = zeros.index_add(0, structures.system_index, free).clamp(min=1.0)
     square = zeros.index_add(0, structures.system_index, free * forces.square().sum(dim=1))
@@ -184,10 +145,6 @@ def discrepancy_gradient(
 
     Parameters
     ----------
-    student, teacher : Potential, Potential or ASE calculator
-        Who differ.
-    structures : Structures
-        A batch.
     energy_weight : float
         1/eV², of half the squared difference of energies.
     forces_weight : float
@@ -210,9 +167,7 @@ def discrepancy_gradient(
         return torch.zeros_like(at.positions) if gradient is None else gradient.detach()
     energy, forces = _difference(student, teacher, structures)
     gradient = -energy_weight * energy[structures.system_index, None] * forces
-    free = torch.ones(structures.n_atoms, dtype=torch.bool)
-    if structures.fixed is not None:
-        free = ~structures.fixed
+    free = structures.free
     along = torch.where(free.unsqueeze(1), forces, 0.0)
     # Steps of this width on average over the atoms of a structure.
     n_atoms = structures.n_atoms_per_system.clamp(min=1).sqrt()[structures.system_index, None]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -58,9 +58,8 @@ class SamplingPlan:
 
     def fingerprint(self) -> str:
         """Short hash of the starting structures, the jobs and the seed."""
-        digest = hashlib.blake2b(digest_size=8)
-        digest.update(json.dumps(self.to_json(), sort_keys=True).encode())
-        return digest.hexdigest()
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def to_json(self) -> dict:
         """Seed, jobs and fingerprints of the starting structures as plain values."""
@@ -87,25 +86,16 @@ def run_plan(
 
     Parameters
     ----------
-    plan : SamplingPlan
-        What to sample.
     calculator : ase calculator, optional
         Drives molecular dynamics; it must be deterministic for runs to be the same bit for bit.
     out_folder : path
         Holds `plan.json`, one file of frames per finished job, and the checkpoints.
-    progress : callable, optional
-        Called with (calls of the calculator done, in all).
     driver : str
         Name or fingerprint of what the calculator computes, if known: a folder that was begun
         with another one is refused.
     on_divergence : callable, optional
         Called with the error of each job that becomes unstable; all frames of the job are left out,
         and the other jobs are run. Without it the error is raised.
-
-    Returns
-    -------
-    SampledFrames
-        The frames of all jobs in order.
 
     Raises
     ------
@@ -120,7 +110,11 @@ def run_plan(
     _claim(folder, plan, driver)
     parts, done = [], 0
     for number, job in enumerate(plan.jobs):
-        report = _shifted(progress, done, plan.n_evaluations)
+
+        def report(own: int, _: int, before: int = done) -> None:
+            if progress is not None:
+                progress(before + own, plan.n_evaluations)
+
         try:
             parts.append(_run_job(plan, number, calculator, folder, report))
         except DivergenceError as error:
@@ -158,15 +152,7 @@ def _run_job(
             folder=scratch,
             progress=progress,
         )
-        numbered = SampledFrames(
-            structures=frames.structures,
-            temperature=frames.temperature,
-            pressure=frames.pressure,
-            energy=frames.energy,
-            job=torch.full((len(frames),), number, dtype=torch.int64),
-            time=frames.time,
-        )
-        numbered.save(path)
+        replace(frames, job=torch.full_like(frames.job, number)).save(path)
     shutil.rmtree(scratch, ignore_errors=True)
     return SampledFrames.load(path)
 
@@ -190,9 +176,3 @@ def _claim(folder: Path, plan: SamplingPlan, driver: str) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(mine, indent=1))
-
-
-def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda done, _: progress(before + done, total)

@@ -11,14 +11,7 @@ from ase.calculators.calculator import BaseCalculator
 
 from potstill.errors import ConfigError
 from potstill.neighbors import build_neighbor_list, shortest_distances
-from potstill.sample.base import (
-    IndependentJob,
-    Maker,
-    as_pair,
-    gaussian_step,
-    one_system,
-    span,
-)
+from potstill.sample.base import IndependentJob, Maker, as_pair, gaussian_step, one_system, span
 from potstill.structures import Structures
 
 _TRIES = 100
@@ -31,18 +24,9 @@ def rattle(
     *,
     closest: float | None = None,
 ) -> Structures:
-    """Displace every free atom by a Gaussian of the given width.
+    """Displace every free atom of one system by a Gaussian of width `displacement` along each axis.
 
-    Parameters
-    ----------
-    start : Structures
-        One system; its fixed atoms stay.
-    displacement : float
-        Å, standard deviation along each axis.
-    generator : numpy Generator
-        Draws the displacements.
-    closest : float, optional
-        Å; displacements that bring two atoms closer than this are drawn again.
+    Displacements that bring two atoms closer than `closest` are drawn again. Both are in Å.
 
     Raises
     ------

@@ -118,18 +118,10 @@ class RelaxJob(Job):
         optimizer.run(fmax=self.fmax, steps=self.max_steps)
         n = min(self.n_frames, len(path))
         drawn = np.sort(generator.choice(len(path), n, replace=False)).tolist()
-        return self._frames(start, [path[k] for k in drawn], [energies[k] for k in drawn], drawn)
-
-    def _frames(
-        self,
-        start: Structures,
-        path: list[np.ndarray],
-        energies: list[float],
-        steps: list[int],
-    ) -> SampledFrames:
         frames = []
-        for positions, step in zip(path, steps, strict=True):
-            moved = replace(start, positions=torch.from_numpy(positions))
+        for step in drawn:
+            moved = replace(start, positions=torch.from_numpy(path[step]))
             frames.append(as_frame(moved, self.name, f"{self.name}: step {step}"))
         found = SampledFrames.independent(Structures.concatenate(frames))
-        return replace(found, energy=torch.tensor(energies, dtype=torch.float64))
+        energy = torch.tensor([energies[step] for step in drawn], dtype=torch.float64)
+        return replace(found, energy=energy)

@@ -13,13 +13,7 @@ from ase.calculators.calculator import BaseCalculator
 from torch import Tensor
 
 from potstill.errors import ConfigError
-from potstill.sample.base import (
-    IndependentJob,
-    Maker,
-    as_pair,
-    gaussian_step,
-    span,
-)
+from potstill.sample.base import IndependentJob, Maker, as_pair, gaussian_step, span
 from potstill.structures import Structures
 
 
@@ -35,17 +29,7 @@ def deform(structure: Structures, deformation: Tensor) -> Structures:
 def random_strain(
     structure: Structures, max_strain: float, generator: np.random.Generator
 ) -> Structures:
-    """Apply a symmetric strain with components even in [-max_strain, max_strain].
-
-    Parameters
-    ----------
-    structure : Structures
-        One system.
-    max_strain : float
-        Dimensionless; 0.05 is five percent.
-    generator : numpy Generator
-        Draws the six components.
-    """
+    """Apply a symmetric strain with components even in [-max_strain, max_strain]."""
     xx, yy, zz, yz, xz, xy = generator.uniform(-max_strain, max_strain, 6)
     strain = torch.tensor([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]], dtype=torch.float64)
     return deform(structure, torch.eye(3, dtype=torch.float64) + strain)

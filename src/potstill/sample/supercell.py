@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -14,14 +15,7 @@ from potstill.structures import Structures
 
 
 def make_supercell(structure: Structures, repeats: tuple[int, int, int]) -> Structures:
-    """Repeat one system along its lattice vectors.
-
-    Parameters
-    ----------
-    structure : Structures
-        One system.
-    repeats : (int, int, int)
-        How often along each lattice vector; the copies follow one another whole.
+    """Repeat one system along its lattice vectors; the copies follow one another whole.
 
     Raises
     ------
@@ -40,7 +34,10 @@ def make_supercell(structure: Structures, repeats: tuple[int, int, int]) -> Stru
     offsets = cells @ cell  # (copies, 3)
     copies = len(offsets)
     positions = (structure.positions[None] + offsets[:, None]).reshape(-1, 3)
-    changes: dict = {"positions": positions, "cell": structure.cell * _column(repeats)}
+    changes: dict = {
+        "positions": positions,
+        "cell": structure.cell * structure.cell.new_tensor(repeats)[:, None],
+    }
     for name in ("species", "system_index", "velocities", "fixed", "tags"):
         value = getattr(structure, name)
         if value is not None:
@@ -61,8 +58,6 @@ def smallest_supercell(
 
     Parameters
     ----------
-    structure : Structures
-        One system.
     min_atoms : int
         The least number of atoms; ignored if the system is not periodic.
     min_length : float
@@ -81,14 +76,11 @@ def smallest_supercell(
     periodic = [axis for axis in range(3) if bool(structure.pbc[0, axis])]
     repeats = [1, 1, 1]
 
-    def thinnest() -> int:
-        return min(periodic, key=lambda axis: (round(heights[axis] * repeats[axis], 6), axis))
-
     def n_atoms() -> int:
-        return structure.n_atoms * repeats[0] * repeats[1] * repeats[2]
+        return structure.n_atoms * math.prod(repeats)
 
     while periodic:
-        axis = thinnest()
+        axis = min(periodic, key=lambda axis: (round(heights[axis] * repeats[axis], 6), axis))
         # A rounding error must not double a cell that is exactly long enough.
         long_enough = heights[axis] * repeats[axis] >= min_length - 1e-6
         if long_enough and n_atoms() >= min_atoms:
@@ -113,7 +105,3 @@ def cell_heights(structures: Structures) -> Tensor:
     flat = structures.volume < 1e-8
     heights = torch.where(flat[:, None], lengths, structures.volume[:, None] / areas)
     return torch.where(structures.pbc, heights, torch.inf)
-
-
-def _column(repeats: tuple[int, int, int]) -> Tensor:
-    return torch.tensor(repeats, dtype=torch.float64)[None, :, None]

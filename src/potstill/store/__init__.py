@@ -206,15 +206,7 @@ class LabeledStore:
         return get_structures(self._columns, self._record, start, stop)
 
     def labels(self, source: str, start: int = 0, stop: int | None = None) -> Properties:
-        """Read the labels of the systems start..stop-1; NaN and not present where absent.
-
-        Parameters
-        ----------
-        source : str
-            "reference" or a teacher's name.
-        start, stop : int, optional
-            All systems by default.
-        """
+        """Read the labels of the systems start..stop-1, all by default; NaN where absent."""
         self._source(source)
         start, stop = self._range(start, stop)
         return get_labels(self._columns, self._record, source, start, stop)
@@ -257,10 +249,6 @@ class LabeledStore:
 
         Parameters
         ----------
-        structures : Structures
-            The batch.
-        reference : Properties, optional
-            Labels of this batch.
         skip_existing : bool
             Leave out structures that the store has already, so that an interrupted run can
             simply append everything again.
@@ -339,11 +327,7 @@ class LabeledStore:
         source : str
             A label set opened by `begin_labels`.
         start : int
-            Position in the store of the first of `structures`.
-        properties : Properties
-            Labels of these structures.
-        structures : Structures
-            The same systems as in the store at this place.
+            Position in the store of the first of `structures`, which are the same as there.
         failed : iterable of mapping
             Frames without labels: `system` (counted within `structures`) and `reason`.
 
@@ -354,9 +338,9 @@ class LabeledStore:
         DataError
             If the labels do not fit the structures or are not finite.
         """
-        failures = {int(entry["system"]): str(entry["reason"]) for entry in failed}
-        structures = structures.to("cpu")
-        properties = without(properties.to("cpu"), structures, list(failures))
+        failed, structures = list(failed), structures.to("cpu")
+        gone = [int(entry["system"]) for entry in failed]
+        properties = without(properties.to("cpu"), structures, gone)
         check_rows(properties, structures)
         with self._writing() as record:
             done, n = self._source(source)["n_done"], structures.n_systems
@@ -370,8 +354,7 @@ class LabeledStore:
             if start < done:
                 properties = properties.select(structures.rows(fresh))
             put_labels(self._columns, record, source, done, properties, part)
-            entries = _failures(start, structures, failures, after=done - start)
-            own = record["sources"][source]
+            own, entries = record["sources"][source], _failures(start, structures, failed, done)
             self._columns.write_failures(record, f"labels/{source}", own, entries)
 
     # -- features ------------------------------------------------------------------------------
@@ -387,8 +370,7 @@ class LabeledStore:
         Each has `kind`, `width`, `recipe` (of the graph, for features of pairs), `default` (whether
         it is the teacher's own choice), `n_done` (frames gone through) and `n_failed`.
         """
-        own = self._record["features"].get(source)
-        return {} if own is None else copy.deepcopy(own["taps"])
+        return copy.deepcopy(self._record["features"].get(source, {"taps": {}})["taps"])
 
     def feature_info(self, source: str) -> dict[str, Any]:
         """Fingerprint, licence, citation and so on of the teacher of stored features."""
@@ -453,13 +435,11 @@ class LabeledStore:
         source, tap : str
             Opened by `begin_features`.
         start : int
-            Position in the store of the first of `structures`; must be the next one.
+            Position in the store of the first of `structures`, the next one without the feature.
         feature : Feature
             Of these structures; systems that failed are not present.
-        structures : Structures
-            The same systems as in the store at this place.
         failed : iterable of mapping
-            `system` (counted within `structures`) and `reason`.
+            As of `write_labels`.
 
         Raises
         ------
@@ -485,9 +465,7 @@ class LabeledStore:
                     )
             base = f"features/{source}/{tap}"
             put_feature(self._columns, record, base, own, feature, structures)
-            reasons = {int(entry["system"]): str(entry["reason"]) for entry in failed}
-            entries = _failures(start, structures, reasons)
-            self._columns.write_failures(record, base, own, entries)
+            self._columns.write_failures(record, base, own, _failures(start, structures, failed))
 
     def _tap(self, source: str, tap: str) -> dict[str, Any]:
         known = self._record["features"]
@@ -569,11 +547,12 @@ class LabeledStore:
 
 
 def _failures(
-    start: int, structures: Structures, reasons: Mapping[int, str], after: int = 0
+    start: int, structures: Structures, failed: Iterable[Mapping[str, Any]], first: int = 0
 ) -> list[dict[str, Any]]:
-    """Entries of failed systems, which are counted within `structures`, from `after` on."""
+    """Entries of failed systems, which are counted within `structures`, from frame `first` on."""
+    reasons = {int(entry["system"]): str(entry["reason"]) for entry in failed}
     return [
         {"system": start + s, "frame_id": structures.name_of(s), "reason": reasons[s]}
         for s in sorted(reasons)
-        if s >= after
+        if start + s >= first
     ]

@@ -42,15 +42,7 @@ Record = dict[str, Any]
 
 
 class Columns:
-    """The arrays of a store. A record says how many of their rows count.
-
-    Parameters
-    ----------
-    path : Path
-        The folder of the store.
-    writable : bool
-        Whether rows can be added.
-    """
+    """The arrays of a store. A record says how many of their rows count."""
 
     def __init__(self, path: Path, *, writable: bool) -> None:
         self.path = path
@@ -88,29 +80,16 @@ class Columns:
         *,
         skipped: Any = None,
     ) -> None:
-        """Put rows at `start`, behind those that count, and count them.
+        """Put rows at `start`, behind those that count, and count them in the record.
 
-        Parameters
-        ----------
-        record : dict
-            The record to be committed.
-        name : str
-            Of the column, which is made if it is not there.
-        start : int
-            The first row.
-        values : ndarray
-            The rows.
-        fill : scalar
-            The column's neutral value, for rows that nobody wrote.
-        skipped : scalar, optional
-            What rows between the last that counts and `start` are, where not neutral.
+        A column that is not there is made. `fill` is its neutral value, for rows that nobody wrote;
+        rows between the last that counts and `start` are `skipped`, if given, instead.
         """
         stop, known = start + len(values), record["columns"].get(name)
         row_bytes = values.dtype.itemsize * int(np.prod(values.shape[1:]))
         chunk = max(1, _CHUNK_BYTES // max(row_bytes, 1))
-        capacity = (
-            -(-max(stop, 1) // chunk) * chunk
-        )  # whole chunks, so that few writes must grow it
+        # Whole chunks, so that few writes must grow it.
+        capacity = -(-max(stop, 1) // chunk) * chunk
         if known is None:
             self._arrays[name] = self._group.create_array(
                 name,
@@ -231,12 +210,11 @@ def read_record(path: Path) -> Record:
         raise StoreError(f"there is no store at {path}")
     try:
         record = json.loads((path / _COMMIT).read_text(encoding="utf-8"))
-        is_store = record["format"] == FORMAT
+        if record["format"] != FORMAT:
+            raise ValueError(record["format"])
         version = int(record["version"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path} is not a store of potstill") from error
-    if not is_store:
-        raise StoreError(f"{path} is not a store of potstill")
     if version > FORMAT_VERSION:
         raise StoreError(
             f"{path} has format version {version}, and this potstill knows {FORMAT_VERSION}: "

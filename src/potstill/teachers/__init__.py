@@ -89,10 +89,8 @@ def make_teacher(spec: str, args: Mapping[str, Any] | None = None) -> Teacher:
 
 def _checkpoints(spec: str) -> list[Path]:
     """Paths that a spec names, or an empty list if it does not name checkpoints."""
-    paths: list[Path] = []
-    for part in spec.split(","):
-        found = sorted(Path(p) for p in glob.glob(part)) or [Path(part)]
-        paths += found
+    parts = spec.split(",")
+    paths = [Path(path) for part in parts for path in sorted(glob.glob(part)) or [part]]
     missing = [p for p in paths if not p.is_file()]
     if not missing:
         return paths

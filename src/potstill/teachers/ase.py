@@ -110,8 +110,6 @@ def ask_ase_calculator(
     ----------
     calculator : ase calculator
         Its raw results are taken: constraints do not zero forces.
-    structures : Structures
-        The batch.
     properties : sequence of str
         Names among `ASE_NAMES`.
     force_consistent : bool

@@ -97,13 +97,6 @@ class Teacher(ABC):
     def compute(self, structures: Structures, properties: Sequence[str]) -> dict[str, Tensor]:
         """Compute properties of a batch, raising whatever goes wrong.
 
-        Parameters
-        ----------
-        structures : Structures
-            The batch.
-        properties : sequence of str
-            Names among `self.properties`.
-
         Returns
         -------
         dict of str to Tensor
@@ -125,8 +118,6 @@ class Teacher(ABC):
 
         Parameters
         ----------
-        structures : Structures
-            The batch.
         taps : sequence of str
             Names among `self.taps`, or paths of submodules where the teacher is a torch module.
 
@@ -147,8 +138,6 @@ class Teacher(ABC):
 
         Parameters
         ----------
-        structures : Structures
-            The batch, on the CPU.
         taps : sequence of str
             As of `compute_features`.
         like : mapping, optional
@@ -216,13 +205,6 @@ class Teacher(ABC):
         self, structures: Structures, properties: Sequence[str]
     ) -> tuple[Properties, list[Failure]]:
         """Label a batch.
-
-        Parameters
-        ----------
-        structures : Structures
-            The batch.
-        properties : sequence of str
-            What to compute.
 
         Returns
         -------

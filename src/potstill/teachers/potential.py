@@ -80,12 +80,11 @@ def describe_potential(potential: Potential, name: str, info: Mapping[str, Any])
     A distilled potential inherits the licence and the level of theory of its own teacher.
     """
     origin = info.get("teacher") or info
+    words = ("licence", "citation", "level_of_theory")
     return TeacherInfo(
         name=name,
         fingerprint=potential_fingerprint(potential),
-        licence=origin.get("licence", "unknown"),
-        citation=origin.get("citation", "unknown"),
-        level_of_theory=origin.get("level_of_theory", "unknown"),
+        **{key: origin[key] for key in words if key in origin},
         versions={"potstill": __version__} | versions_of("torch"),
         conservative=not potential.direct_forces,
     )
@@ -94,10 +93,7 @@ def describe_potential(potential: Potential, name: str, info: Mapping[str, Any])
 def ensemble_members(potential: Potential) -> list[Potential]:
     """Take an ensemble apart: ANI with several members, alone or as the network of a sum.
 
-    Returns
-    -------
-    list of Potential
-        One per member; empty if the potential is no ensemble.
+    Empty if the potential is no ensemble.
     """
     if isinstance(potential, ANI) and potential.n_members > 1:
         return [potential.member(k) for k in range(potential.n_members)]

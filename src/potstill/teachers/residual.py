@@ -70,8 +70,6 @@ def nonconservative_residual(
         How many (atom, axis) pairs; each costs two energies.
     step : float
         Displacement, Å.
-    seed : int
-        Of the sample.
 
     Raises
     ------
@@ -117,10 +115,6 @@ def check_derivatives(teacher: Teacher, structures: Structures, properties: Sequ
 
     Parameters
     ----------
-    teacher : Teacher
-        Who is to label.
-    structures : Structures
-        Where to look.
     properties : sequence of str
         What it is asked for; forces and stress among them are checked.
 

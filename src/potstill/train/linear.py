@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -72,8 +72,6 @@ def fit_linear(
     ----------
     model : SNAP
         Its coefficients are replaced by the solution, in its own dtype.
-    structures : Structures
-        What the labels belong to.
     properties : Properties
         The labels; systems without one contribute no rows for it.
     weights : mapping
@@ -87,10 +85,6 @@ def fit_linear(
         Directions with singular values below this part of the largest are set to zero.
     batch_atoms : int
         Atoms per batch, at least one system.
-
-    Returns
-    -------
-    LinearFit
 
     Raises
     ------
@@ -109,12 +103,11 @@ def fit_linear(
     n = work.coefficients.numel()
     triangle = torch.zeros(0, n + 1, dtype=torch.float64)
     n_rows = 0
-    for systems in _batches(structures, batch_atoms):
+    for systems in structures.batches(batch_atoms):
         part = structures.select(systems)
         labels = _labels(part, properties.select(structures.rows(systems)), list(scale), baseline)
         for name, matrix in _design(work, part, list(scale)).items():
-            weight = scale[name][systems]
-            weight = weight[part.system_index] if name == "forces" else weight
+            weight = part.per_row(name, scale[name][systems])
             rows = torch.cat([matrix, labels[name][:, :, None]], dim=2) * weight[:, None, None]
             rows = rows[weight != 0.0].flatten(0, 1)
             n_rows += len(rows)
@@ -142,19 +135,6 @@ def _by_system(name: str, weight: Weight, structures: Structures, properties: Pr
         weight = torch.tensor([weight[group] for group in groups], dtype=torch.float64)
     values = torch.as_tensor(weight, dtype=torch.float64).expand(structures.n_systems)
     return torch.where(properties.presence(name, structures.n_systems), values, 0.0)
-
-
-def _batches(structures: Structures, batch_atoms: int) -> Iterator[Tensor]:
-    """Consecutive systems with at most so many atoms, but one system at least."""
-    counts = structures.n_atoms_per_system.tolist()
-    start, atoms = 0, 0
-    for s, count in enumerate(counts):
-        if s > start and atoms + count > batch_atoms:
-            yield torch.arange(start, s)
-            start, atoms = s, 0
-        atoms += count
-    if counts:
-        yield torch.arange(start, len(counts))
 
 
 def _labels(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +13,7 @@ from potstill.errors import DataError, suggest
 from potstill.evaluate.errors import evaluate_errors
 from potstill.models import SNAP, ZBL, Potential, SumPotential
 from potstill.models.linear import SNAPHyperparameters
-from potstill.train import LinearFit, TrainingSet, fit_linear
+from potstill.train import LinearFit, fit_linear
 from potstill.workflows.base import Display, Settings, claim_folder, potential_info, write_json
 from potstill.workflows.data import DataSettings, load_parts
 from potstill.workflows.training import show_errors
@@ -89,22 +88,11 @@ def fit(config: FitConfig, display: Display | None = None) -> LinearFit:
     info = potential_info(structures, teacher=sources.get(config.source))
     save_potential(folder / "best.pt", potential, info)
     deploy(potential, "lammps-snap", folder, "best")
-    _tell_errors(folder, potential, parts, config.source, display)
-    return found
-
-
-def _tell_errors(
-    folder: Path,
-    potential: Potential,
-    parts: Mapping[str, TrainingSet],
-    source: str,
-    display: Display,
-) -> None:
-    """Write and show errors on all parts."""
-    channel = "reference" if source == "reference" else "teacher"
+    channel = "reference" if config.source == "reference" else "teacher"
     reports = {
-        name: evaluate_errors(potential, part.structures, {channel: part.labels[source]})
+        name: evaluate_errors(potential, part.structures, {channel: part.labels[config.source]})
         for name, part in parts.items()
     }
-    write_json(folder / "errors.json", {name: found.to_json() for name, found in reports.items()})
-    show_errors(display, "errors", {name: found.own for name, found in reports.items()})
+    write_json(folder / "errors.json", {name: report.to_json() for name, report in reports.items()})
+    show_errors(display, "errors", {name: report.own for name, report in reports.items()})
+    return found

@@ -67,25 +67,14 @@ def label(config: LabelConfig, display: Display | None = None) -> LabelReport:
     if properties:
         report = label_with_progress(store, teacher, properties, display, chunk=config.chunk)
     if config.taps:
-        features = _store_features(store, teacher, config, display)
+        with display.task(f"features of {teacher.name}", store.n_systems) as task:
+            features = label_features(
+                store, teacher, config.taps, chunk=config.chunk, progress=task.update
+            )
+        taps = ", ".join(config.taps)
+        display.say(f"features {taps} of {features.n_labeled} structures are stored")
         report = report or features
     assert report is not None
-    return report
-
-
-def _store_features(
-    store: LabeledStore, teacher: Teacher, config: LabelConfig, display: Display
-) -> LabelReport:
-    """`label_features` with a display."""
-    with display.task(f"features of {teacher.name}", store.n_systems) as task:
-        report = label_features(
-            store,
-            teacher,
-            config.taps,
-            chunk=config.chunk,
-            progress=lambda done, total: task.update(done, total),
-        )
-    display.say(f"features {', '.join(config.taps)} of {report.n_labeled} structures are stored")
     return report
 
 
@@ -123,13 +112,7 @@ def label_with_progress(
         with display.task(f"comparing derivatives of {teacher.name}"):
             check_derivatives(teacher, sample, properties)
     with display.task(title or f"labeling with {teacher.name}", store.n_systems) as task:
-        report = label_store(
-            store,
-            teacher,
-            properties,
-            chunk=chunk,
-            progress=lambda done, total: task.update(done, total),
-        )
+        report = label_store(store, teacher, properties, chunk=chunk, progress=task.update)
     _tell_failures(store, teacher, report, display)
     return report
 
@@ -158,16 +141,14 @@ def _tell_failures(
 
 def _open_store(config: LabelConfig) -> LabeledStore:
     path = Path(config.store).absolute()
-    if path.exists():
-        store = LabeledStore.open(path, "a")
-    elif not config.files:
+    known = path.exists()
+    if not known and not config.files:
         raise ConfigError(f"{path}: no such store, and no files to make it of")
-    else:
-        parts = read_files(config.files)  # before the store is made: a bad file leaves nothing
+    if known:
+        store = LabeledStore.open(path, "a")
+    parts = read_files(config.files)  # before a store is made: a bad file leaves nothing
+    if not known:
         store = LabeledStore.create(path)
-        for structures, labels in parts:
-            store.append(structures, labels)
-        return store
-    for structures, labels in read_files(config.files):
-        store.append(structures, labels, skip_existing=True)
+    for structures, labels in parts:
+        store.append(structures, labels, skip_existing=known)
     return store

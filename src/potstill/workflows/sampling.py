@@ -102,9 +102,8 @@ def write_structures(path: Path, structures: Structures) -> None:
         values = getattr(structures, name)
         if values is not None:
             columns.append(name)
-            for atoms, part in zip(
-                images, values.split(structures.n_atoms_per_system.tolist()), strict=True
-            ):
+            parts = values.split(structures.n_atoms_per_system.tolist())
+            for atoms, part in zip(images, parts, strict=True):
                 atoms.arrays[name] = part.numpy().astype(int)
     text = io.StringIO()
     write(text, images, format="extxyz", columns=columns)
