@@ -25,7 +25,7 @@ from potstill.distill.aggregate import edges_to_nodes, match_pairs
 from potstill.distill.auxiliary import AuxiliaryHead
 from potstill.distill.strategies import PRESETS, STRATEGIES
 from potstill.distill.terms import Batch
-from potstill.errors import ConfigError, MissingLabelError, ModelError, StoreError
+from potstill.errors import ConfigError, MissingLabelError, ModelError, StoreError, TeacherError
 from potstill.features import Feature, pairs_within
 from potstill.label import label_features
 from potstill.models import HIPNN
@@ -562,6 +562,18 @@ def test_frames_that_a_teacher_fails_on_are_listed(
     store.verify()
     result = train(settings(LINES["n2n"]), data, data, tmp_path / "r", teachers={"big": failing})
     assert result.status == "finished"
+
+
+def test_a_teacher_that_fails_on_the_first_frames_is_refused_in_words(
+    teacher: PotentialTeacher, store: LabeledStore
+) -> None:
+    class Dead(PotentialTeacher):
+        def compute_features(self, structures, taps):  # type: ignore[no-untyped-def]
+            raise RuntimeError("out of order")
+
+    dead = Dead(teacher.potential, teacher.info)
+    with pytest.raises(TeacherError, match="features of none of the structures: out of order"):
+        label_features(store, dead, ["update"], chunk=2)
 
 
 # -- the validation set ----------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from potstill.errors import ConfigError, DataError, MissingLabelError
 from potstill.neighbors import check_cell, system_pairs
 from potstill.properties import PROPERTIES, property_spec
 from potstill.species import SpeciesTable
-from potstill.structures import Properties, Structures
+from potstill.structures import NEUTRAL, Properties, Structures
 
 
 class DataWarning(UserWarning):
@@ -214,19 +214,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Checks:
-    """What a run demands of a file.
-
-    Parameters
-    ----------
-    require : sequence of str
-        Properties that must be there.
-    allow_partial : bool
-        Whether some frames may lack labels that others have.
-    species : SpeciesTable, optional
-        The species that may occur; all if absent.
-    min_distance : float
-        Å; atoms closer than this overlap.
-    """
+    """What a run demands of a file, as of `read`."""
 
     require: Sequence[str] = ()
     allow_partial: bool = False
@@ -542,23 +530,21 @@ def _join_structures(frames: Sequence[Frame], table: SpeciesTable | None) -> Str
 def _optional_fields(frames: Sequence[Frame]) -> dict[str, torch.Tensor]:
     """Fields that some frames have; an atom is free, has tag 0, a frame charge 0 if not said."""
     result: dict[str, torch.Tensor] = {}
-    for name, neutral, dtype in (("fixed", False, bool), ("tags", 0, np.int64)):
-        columns = [getattr(frame, name) for frame in frames]
-        if any(column is not None and np.any(column) for column in columns):
-            rows = [
-                np.full(len(frame.numbers), neutral, dtype)
-                if column is None
-                else np.asarray(column, dtype).reshape(len(frame.numbers))
-                for frame, column in zip(frames, columns, strict=True)
-            ]
-            result[name] = torch.from_numpy(np.concatenate(rows))
+    for name, dtype in (("fixed", bool), ("tags", np.int64)):
+        held = [(getattr(frame, name), len(frame.numbers)) for frame in frames]
+        rows = [
+            np.zeros(n, dtype) if column is None else np.reshape(column, n) for column, n in held
+        ]
+        joined = np.concatenate(rows).astype(dtype)
+        if joined.any():
+            result[name] = torch.from_numpy(joined)
     if all(frame.velocities is not None for frame in frames):
         velocities = [np.asarray(frame.velocities, dtype=np.float64) for frame in frames]
         result["velocities"] = torch.from_numpy(np.concatenate(velocities))
-    for name, usual in (("charge", 0.0), ("spin_multiplicity", 1.0)):
+    for name in ("charge", "spin_multiplicity"):
         numbers = [getattr(frame, name) for frame in frames]
         if any(number is not None for number in numbers):
-            filled = [usual if number is None else float(number) for number in numbers]
+            filled = [float(NEUTRAL[name] if number is None else number) for number in numbers]
             result[name] = torch.tensor(filled, dtype=torch.float64)
     return result
 

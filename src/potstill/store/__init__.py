@@ -28,7 +28,6 @@ from potstill.store.features import (
     feature_digests,
     feature_facts,
     get_feature,
-    new_tap,
     put_feature,
 )
 from potstill.store.labels import (
@@ -417,7 +416,8 @@ class LabeledStore:
         with self._writing() as record:
             self._check_teacher(record, source, plain)
             own = record["features"].setdefault(source, {"info": plain, "taps": {}})
-            return own["taps"].setdefault(tap, new_tap(default=default))["n_done"]
+            new = {"n_done": 0, "n_failed": 0, "digest": "", "default": default}
+            return own["taps"].setdefault(tap, new)["n_done"]
 
     def write_features(
         self,

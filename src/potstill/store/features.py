@@ -16,11 +16,6 @@ from potstill.store.record import Columns, Record, atom_offsets, chain
 from potstill.structures import NeighborList, Structures
 
 
-def new_tap(*, default: bool) -> Record:
-    """Entry of an empty tap."""
-    return {"n_done": 0, "n_failed": 0, "digest": "", "default": default}
-
-
 def put_feature(
     columns: Columns,
     record: Record,

@@ -108,11 +108,10 @@ class Columns:
             array[start:stop] = values
         record["columns"][name] = stop
 
-    def append_bytes(self, record: Record, name: str, raw: bytes) -> int:
-        """Add bytes to a column of them; return its length."""
+    def append_bytes(self, record: Record, name: str, raw: bytes) -> None:
+        """Add bytes to a column of them."""
         start = record["columns"].get(name, 0)
         self.write(record, name, start, np.frombuffer(raw, dtype="u1"))
-        return start + len(raw)
 
     def offsets(self, record: Record, name: str, start: int, stop: int) -> np.ndarray:
         """(stop - start + 1,) where the parts of systems begin and end.

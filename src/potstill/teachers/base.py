@@ -157,29 +157,26 @@ class Teacher(ABC):
             an earlier feature.
         """
         names = tuple(dict.fromkeys(taps))
-        parts: list[tuple[Structures, dict[str, Feature] | None]] = []
-        failures: list[Failure] = []
+        sizes: list[Structures] = []
+        answers: list[dict[str, Feature] | Failure] = []
         for _, part, result in self._batched(structures, self.compute_features, names):
-            if isinstance(result, Failure):
-                failures.append(result)
-            parts.append((part, None if isinstance(result, Failure) else result))
-        example = next((found for _, found in parts if found is not None), like)
-        if example is None:
+            sizes.append(part)
+            answers.append(result)
+        failures = [answer for answer in answers if isinstance(answer, Failure)]
+        example = next((answer for answer in answers if not isinstance(answer, Failure)), like)
+        if not example:
             reason = failures[0].reason if failures else "there are none"
             raise TeacherError(f"{self.name} has features of none of the structures: {reason}")
-        if not parts:
+        if not answers:
             return {name: example[name].absent(structures) for name in names}, failures
-        sizes = [part for part, _ in parts]
-        return {
-            name: Feature.concatenate(
-                [
-                    example[name].absent(part) if found is None else found[name]
-                    for part, found in parts
-                ],
-                sizes,
-            )
-            for name in names
-        }, failures
+        features = {}
+        for name in names:
+            parts = [
+                example[name].absent(part) if isinstance(answer, Failure) else answer[name]
+                for part, answer in zip(sizes, answers, strict=True)
+            ]
+            features[name] = Feature.concatenate(parts, sizes)
+        return features, failures
 
     def to(self, device: torch.device | str) -> Teacher:
         """Compute on another device, where the teacher can choose; returns itself."""
