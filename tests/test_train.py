@@ -27,8 +27,9 @@ from potstill.errors import ConfigError, DivergenceError, MissingLabelError
 from potstill.readers import read
 from potstill.structures import Properties, Structures
 from potstill.train import TrainingSet, TrainSettings, train
-from potstill.train.data import epoch_batches, fit_offsets
+from potstill.train.data import fit_offsets
 from potstill.train.initialize import initial_student
+from potstill.train.mixing import mixed_batches
 from potstill.train.settings import EnergySettings, ModelSettings, OptimizerSettings
 from potstill.workflows.training import in_digits, train_from_config
 
@@ -458,16 +459,15 @@ def test_data_and_a_folder_are_enough_and_errors_of_the_best_epoch_are_shown(
 
 def test_batches_cover_everything_once_and_respect_the_atom_budget() -> None:
     structures = emt_set(7).structures  # 4 and 8 atoms in turn
-    for batches in (
-        epoch_batches(structures, batch_size=3, batch_atoms=None, seed=1, epoch=2),
-        epoch_batches(structures, batch_size=3, batch_atoms=12, seed=1, epoch=2),
-    ):
+    plain, filled = TrainSettings(batch_size=3, seed=1), TrainSettings(batch_atoms=12, seed=1)
+    for settings in (plain, filled):
+        batches = mixed_batches(structures, None, settings, epoch=2)
         assert sorted(torch.cat(batches).tolist()) == list(range(7))
     sizes = structures.n_atoms_per_system
-    budgeted = epoch_batches(structures, batch_size=3, batch_atoms=12, seed=1, epoch=2)
+    budgeted = mixed_batches(structures, None, filled, epoch=2)
     assert max(int(sizes[b].sum()) for b in budgeted) <= 12
-    again = epoch_batches(structures, batch_size=3, batch_atoms=12, seed=1, epoch=2)
+    again = mixed_batches(structures, None, filled, epoch=2)
     assert all(torch.equal(a, b) for a, b in zip(budgeted, again, strict=True))
-    other = epoch_batches(structures, batch_size=7, batch_atoms=None, seed=1, epoch=3)
-    same = epoch_batches(structures, batch_size=7, batch_atoms=None, seed=1, epoch=2)
+    whole = TrainSettings(batch_size=7, seed=1)
+    other, same = (mixed_batches(structures, None, whole, epoch) for epoch in (3, 2))
     assert not torch.equal(other[0], same[0])

@@ -25,16 +25,9 @@ UPGRADES: dict[int, Callable[[dict], dict]] = {}
 
 
 def save_potential(path: str | Path, potential: Potential, info: dict[str, Any]) -> None:
-    """Write a potential to a file, atomically.
+    """Write a potential, with its offsets and prior if it is a sum, to a file (`*.pt`), atomically.
 
-    Parameters
-    ----------
-    path : path
-        Usually `*.pt`.
-    potential : Potential
-        Any model; a sum carries its offsets and prior along.
-    info : dict
-        JSON-able: what it was trained on, its teacher, versions, seed.
+    `info` is JSON-able: what it was trained on, its teacher, versions, seed.
     """
     header = {
         "kind": potential.spec,

@@ -19,8 +19,6 @@ class PropertySpec:
 
     Parameters
     ----------
-    name : str
-        The field's name for it.
     level : {"system", "atom"}
         Whether there is one value per system or one per atom.
     shape : tuple of int

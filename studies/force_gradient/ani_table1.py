@@ -39,7 +39,8 @@ from potstill.models import ANI, Edges, SpeciesOffsets, SumPotential
 from potstill.neighbors import pair_vectors
 from potstill.structures import Structures
 from potstill.train import TrainingSet, TrainSettings, train
-from potstill.train.data import epoch_batches, fit_offsets
+from potstill.train.data import fit_offsets
+from potstill.train.mixing import mixed_batches
 from potstill.train.settings import EnergySettings, ModelSettings, ScoreSettings
 from potstill.train.state import versions
 from potstill.units import ENERGY
@@ -173,13 +174,7 @@ def train_on_energies(
     best = torch.full((network.n_members,), torch.inf, dtype=torch.float64)
     weights = {name: value.detach().clone() for name, value in network.state_dict().items()}
     for epoch in range(1, settings.epochs + 1):
-        for systems in epoch_batches(
-            training.structures,
-            batch_size=settings.batch_size,
-            batch_atoms=settings.batch_atoms,
-            seed=settings.seed,
-            epoch=epoch,
-        ):
+        for systems in mixed_batches(training.structures, None, settings, epoch):
             penalty = sum(w.square().sum() for w in network.regularized_weights())
             loss = training.select(systems).losses(network).sum()
             loss = loss + settings.regularization.l2 * penalty

@@ -15,9 +15,9 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from potstill.distill.terms import Batch, Line, TeacherTaps, Term
-from potstill.errors import ConfigError, suggest
+from potstill.errors import suggest
 from potstill.models import Potential
-from potstill.properties import LEARNABLE, property_spec
+from potstill.properties import LEARNABLE, PROPERTIES, property_spec
 from potstill.structures import Properties
 
 
@@ -128,11 +128,8 @@ class LossTerm(Line):
     @field_validator("spread")
     @classmethod
     def _known_spread(cls, name: str | None) -> str | None:
-        if name is not None:
-            try:
-                property_spec(name)
-            except ConfigError as error:
-                raise ValueError(str(error)) from None
+        if name is not None and name not in PROPERTIES:
+            raise ValueError(f"unknown property '{name}'{suggest(name, PROPERTIES)}")
         return name
 
     @model_validator(mode="after")

@@ -87,7 +87,7 @@ def captured(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tens
         if path not in known or not path:
             raise ModelError(
                 f"{type(module).__name__} has no feature tap or submodule '{path}'"
-                f"{suggest(path, [name for name in known if name])}"
+                f"{suggest(path, [*getattr(module, 'taps', ()), *filter(None, known)])}"
             )
 
         def record(_module: nn.Module, _inputs: Any, output: Any, path: str = path) -> None:
@@ -119,12 +119,6 @@ def potential_features(
     neighbors = build_neighbor_list(structures, potential.cutoff)
     named = [tap for tap in taps if tap in potential.taps]
     paths = [tap for tap in taps if tap not in potential.taps]
-    for path in paths:
-        if path not in dict(potential.named_modules()):
-            raise ModelError(
-                f"{potential.kind} has no feature tap or submodule '{path}'"
-                f"{suggest(path, potential.taps)}"
-            )
     chooses = CHOSEN_PAIRS in potential.taps and any(
         potential.taps[tap].kind == "edge_scalar" for tap in named
     )

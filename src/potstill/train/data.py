@@ -162,24 +162,6 @@ class TrainingSet:
         return labels + features
 
 
-def epoch_batches(
-    structures: Structures, *, batch_size: int, batch_atoms: int | None, seed: int, epoch: int
-) -> list[Tensor]:
-    """Shuffle the configurations and cut their indices into batches, one tensor per step.
-
-    The order depends on seed and epoch alone, so that a resumed run draws the same batches.
-    """
-    order = torch.randperm(structures.n_systems, generator=epoch_generator(seed, epoch))
-    if batch_atoms is None:
-        return list(order.split(batch_size))
-    return structures.batches(batch_atoms, order)
-
-
-def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """The generator of an epoch's order."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-
-
 def fit_offsets(structures: Structures, energy: Tensor) -> tuple[Tensor, int]:
     """Least-squares energies per species.
 

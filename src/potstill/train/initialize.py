@@ -18,8 +18,8 @@ from potstill.models import (
     build_model,
 )
 from potstill.species import SpeciesTable
-from potstill.structures import Structures
 from potstill.train.data import TrainingSet, fit_offsets
+from potstill.train.mixing import cut
 from potstill.train.settings import TrainSettings, WeightsSettings
 
 #: How many batches of the training set a network sees in `initialize_from`.
@@ -54,22 +54,15 @@ def initial_student(
     if settings.energy.prior == "zbl":
         components["prior"] = _zbl(settings, table)
     residual = data.minus(SumPotential(components))
-    batches = _typical_batches(settings, residual.structures)
+    # A few batches of configurations from all over the training set.
+    n = len(residual)
+    spread = torch.linspace(0, n - 1, min(n, _TYPICAL_BATCHES * settings.batch_size)).long()
+    cuts = cut(residual.structures, spread, settings)[:_TYPICAL_BATCHES]
+    batches = [residual.structures.select(systems) for systems in cuts]
     network.initialize_from(StartingData(_fitted_offsets(settings, residual), batches))
     if settings.model.initialize is not None:
         initialize_weights(network, settings.model.initialize)
     return SumPotential({**components, "network": network}), residual
-
-
-def _typical_batches(settings: TrainSettings, structures: Structures) -> list[Structures]:
-    """A few batches of configurations from all over the training set."""
-    n = structures.n_systems
-    spread = torch.linspace(0, n - 1, min(n, _TYPICAL_BATCHES * settings.batch_size)).long()
-    if settings.batch_atoms is not None:
-        batches = structures.batches(settings.batch_atoms, spread)
-    else:
-        batches = list(spread.split(settings.batch_size))
-    return [structures.select(batch) for batch in batches[:_TYPICAL_BATCHES]]
 
 
 def _zbl(settings: TrainSettings, table: SpeciesTable) -> ZBL:

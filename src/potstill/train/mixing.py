@@ -13,7 +13,6 @@ from torch import Tensor
 
 from potstill.errors import ConfigError
 from potstill.structures import Structures
-from potstill.train.data import epoch_batches, epoch_generator
 from potstill.train.settings import TrainSettings
 
 
@@ -31,16 +30,11 @@ def mixed_batches(
         If a share of a set is asked for that is empty.
     """
     alpha = None if settings.mixing is None else settings.mixing.alpha
-    if alpha is None:
-        return epoch_batches(
-            structures,
-            batch_size=settings.batch_size,
-            batch_atoms=settings.batch_atoms,
-            seed=settings.seed,
-            epoch=epoch,
-        )
-    synthetic = _origins(structures, synthetic)
     n = structures.n_systems
+    order = torch.randperm(n, generator=_generator(settings.seed, epoch))
+    if alpha is None:
+        return cut(structures, order, settings)
+    synthetic = _origins(structures, synthetic)
     n_synthetic = round(alpha * n)
     drawn = []
     for origin, count in ((True, n_synthetic), (False, n - n_synthetic)):
@@ -49,11 +43,18 @@ def mixed_batches(
             which = "synthetic" if origin else "reference"
             raise ConfigError(f"mixing.alpha = {alpha:g} asks for {which} data, and there are none")
         drawn.append(_in_passes(pool, count, settings.seed, epoch, origin))
-    order = torch.cat(drawn)
-    order = order[torch.randperm(n, generator=epoch_generator(settings.seed, epoch))]
+    return cut(structures, torch.cat(drawn)[order], settings)
+
+
+def cut(structures: Structures, order: Tensor, settings: TrainSettings) -> list[Tensor]:
+    """Cut an order of configurations into batches, of so many or up to so many atoms."""
     if settings.batch_atoms is not None:
         return structures.batches(settings.batch_atoms, order)
     return list(order.split(settings.batch_size))
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
 def _in_passes(pool: Tensor, count: int, seed: int, epoch: int, origin: bool) -> Tensor:
@@ -63,7 +64,7 @@ def _in_passes(pool: Tensor, count: int, seed: int, epoch: int, origin: bool) ->
     start, size = (epoch - 1) * count, len(pool)
     passes = range(start // size, (start + count - 1) // size + 1)
     # Passes of the two sets are numbered alternately, away from the generators of the epochs.
-    generators = [epoch_generator(seed, -1 - (2 * k + origin)) for k in passes]
+    generators = [_generator(seed, -1 - (2 * k + origin)) for k in passes]
     stream = torch.cat([pool[torch.randperm(size, generator=g)] for g in generators])
     skipped = start - passes[0] * size
     return stream[skipped : skipped + count]

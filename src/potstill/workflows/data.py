@@ -213,14 +213,8 @@ def load_store(
 ) -> tuple[TrainingSet, Mapping[str, Mapping[str, Any]]]:
     """All structures of a store with labels by source, and what is known of the sources.
 
-    Parameters
-    ----------
-    path : str
-        The store.
-    sources : sequence of str, optional
-        Label sets to read; all by default.
-    terms : sequence of FeatureTerm
-        Terms of a loss whose teachers' features are read, too, as far as they are stored.
+    All sources are read unless some are named. Of `terms` of a loss the teachers' features are read, too, as far as
+    they are stored.
 
     Raises
     ------
@@ -263,16 +257,7 @@ def load_parts(
     *,
     complete: Callable[[TrainingSet], TrainingSet] = lambda data: data,
 ) -> tuple[dict[str, TrainingSet], dict[str, Any]]:
-    """Read and split.
-
-    Parameters
-    ----------
-    settings : DataSettings
-        What, and how.
-    terms : sequence of FeatureTerm
-        As of `load_store`; the test set gets no features.
-    complete : callable, optional
-        Adds labels to what is split, before it is.
+    """Read, add labels by `complete`, and split; terms are as of `load_store`.
 
     Returns
     -------
@@ -295,12 +280,14 @@ def load_parts(
     indices = dict(settings.split.split(data.structures))
     apart = {"validation": settings.validation_files, "test": settings.test_files}
     for name, files in apart.items():
-        if files and settings.split.file is None and settings.split.groups is None:
-            # A random split gives back what a file of its own provides.
-            indices["train"] = _union(indices["train"], indices.pop(name, None))
+        random = settings.split.file is None and settings.split.groups is None
+        if files and random and name in indices:  # what a file of its own provides is given back
+            freed = indices.pop(name)
+            indices["train"] = torch.cat([indices["train"], freed]).sort().values
     parts = {name: data.select(index) for name, index in indices.items() if len(index)}
     parts |= {name: _joined(files) for name, files in apart.items() if files}
-    parts |= {k: replace(p, features={}) for k, p in parts.items() if k == "test"}
+    if "test" in parts:
+        parts["test"] = replace(parts["test"], features={})
     for name in ("train", "validation"):
         if name not in parts:
             raise DataError(f"the split leaves nothing for '{name}'")
@@ -314,7 +301,3 @@ def _joined(files: Sequence[FileData]) -> TrainingSet:
     structures = [part[0] for part in parts]
     labels = Properties.concatenate([part[1] for part in parts], structures)
     return TrainingSet(Structures.concatenate(structures), {"reference": labels})
-
-
-def _union(first: Tensor, second: Tensor | None) -> Tensor:
-    return first if second is None else torch.cat([first, second]).sort().values

@@ -18,7 +18,7 @@ from potstill.report.tables import Table
 from potstill.train import TrainingSet, TrainSettings
 from potstill.train.epsilon import EpsilonScan, scan_epsilon
 from potstill.train.initialize import initial_student
-from potstill.workflows.base import Display, Settings, claim_folder, write_json
+from potstill.workflows.base import Display, Settings, claim_folder, draw, write_json
 from potstill.workflows.data import DataSettings, load_parts
 
 
@@ -75,7 +75,7 @@ def find_epsilon(config: EpsilonConfig, display: Display | None = None) -> Epsil
     check_signals(terms, data.labels, "training set")
     claim_folder(folder, config)
     student, data = initial_student(config.train, data, initial)
-    drawn = _draw(data, terms, config.n_structures, config.train.seed)
+    drawn = _labeled(data, terms, config.n_structures, config.train.seed)
     with display.task("epsilon", len(drawn)) as task:
         scan = scan_epsilon(
             student["network"],
@@ -87,8 +87,7 @@ def find_epsilon(config: EpsilonConfig, display: Display | None = None) -> Epsil
             on_point=task.update,
         )
     write_json(folder / "epsilon.json", scan.to_json())
-    table = scan_table(scan).csv()
-    write_atomically(folder / "epsilon.csv", table)
+    write_atomically(folder / "epsilon.csv", scan_table(scan).csv())
     plot_scan(folder, scan)
     return scan
 
@@ -101,18 +100,14 @@ def scan_table(scan: EpsilonScan) -> Table:
     return Table("epsilon", "Errors of central differences", columns, rows)
 
 
-def _looks(scan: EpsilonScan) -> dict[str, Look]:
-    """Crosses and circles, as in the paper's Fig. 1."""
+def plot_scan(folder: Path, scan: EpsilonScan) -> Figure:
+    """Draw both errors against epsilon: crosses and circles, as in the paper's Fig. 1."""
     proxy = "Eq. 14" if scan.loss == "quadratic" else "slope of the energy"
-    return {
+    looks = {
         "proxy": Look(f"proxy ({proxy})", "#D55E00", "X"),
         "gradient": Look("gradient (Eq. 11)", "#0072B2", "o"),
         "backpropagation": Look("backpropagation in this precision", "#222222", "*", ":"),
     }
-
-
-def plot_scan(folder: Path, scan: EpsilonScan) -> Figure:
-    """Draw both errors against epsilon."""
     series = [_points("proxy", scan.epsilons, scan.proxy)]
     if scan.gradient is not None:
         series.append(_points("gradient", scan.epsilons, scan.gradient))
@@ -125,15 +120,8 @@ def plot_scan(folder: Path, scan: EpsilonScan) -> Figure:
         f"Errors of central differences over {scan.n_structures} structures; the proxy recommends "
         f"epsilon = {scan.recommended:.1e}."
     )
-    return write_figure(
-        folder,
-        "epsilon_scan",
-        "Choice of epsilon",
-        caption,
-        [panel],
-        looks_of=_looks(scan),
-        height=3.8,
-    )
+    title = "Choice of epsilon"
+    return write_figure(folder, "epsilon_scan", title, caption, [panel], looks_of=looks, height=3.8)
 
 
 def _points(name: str, x: tuple[float, ...], y: tuple[float, ...]) -> Series:
@@ -142,7 +130,7 @@ def _points(name: str, x: tuple[float, ...], y: tuple[float, ...]) -> Series:
     return Series(name, [a for a, _ in kept], [b for _, b in kept], joined=True)
 
 
-def _draw(
+def _labeled(
     data: TrainingSet, terms: tuple[LossTerm, ...], n_structures: int, seed: int
 ) -> TrainingSet:
     """Some structures that have a label of the loss."""
@@ -150,6 +138,4 @@ def _draw(
     for term in terms:
         labeled |= data.labels[term.source].presence(term.property, len(data))
     systems = labeled.nonzero()[:, 0]
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(systems), generator=generator)[:n_structures]
-    return data.select(systems[order.sort().values])
+    return data.select(systems[draw(len(systems), n_structures, seed)])

@@ -214,20 +214,9 @@ def cka_trackers(
 ) -> list[CKATracker | None]:
     """What records CKA in each stage; nothing without the section `cka`.
 
-    Parameters
-    ----------
-    config : TrainConfig
-        The run's settings.
-    stages : sequence of mapping of str to TrainingSet
-        Parts of each stage's data; one entry if there are no stages.
-    initial : Potential, optional
-        What the first stage starts from. Later stages keep the first one's network.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such checkpoint, a model has no such taps, or the teacher does not know a
-        species: all of that before the first epoch.
+    `stages` are the parts of each stage's data, one entry if there are no stages; the first starts
+    from `initial`, and later ones keep its network. What cannot be compared is a ConfigError before
+    the first epoch.
     """
     asked = config.cka
     if asked is None:
@@ -324,16 +313,8 @@ def train_with_progress(
 def write_test_errors(
     potential: Potential, data: TrainingSet, settings: TrainSettings, folder: Path
 ) -> dict[str, float]:
-    """Write errors on a test set to `test.json`, against every source that the loss names.
-
-    Returns
-    -------
-    dict of str to float
-        Metrics against the source of the score.
-    """
-    sources = dict.fromkeys(
-        (settings.score.source, *(term.source for term in settings.label_terms))
-    )
+    """Write errors on a test set against every source of the loss; return those of the score's."""
+    sources = dict.fromkeys([settings.score.source, *(t.source for t in settings.label_terms)])
     reports = {
         source: evaluate_errors(
             potential,
@@ -351,11 +332,9 @@ def write_test_errors(
 def _note(record: Mapping[str, Any]) -> str:
     """Force and energy error of an epoch in a few words."""
     metrics = record["validation"]
-    words = []
-    if math.isfinite(metrics.get("forces_rmse", math.nan)):
-        words.append(f"forces {metrics['forces_rmse']:.3f} eV/Å")
-    if math.isfinite(metrics.get("energy_per_atom_rmse", math.nan)):
-        words.append(f"energy {1000.0 * metrics['energy_per_atom_rmse']:.1f} meV/atom")
+    forces, energy = (metrics.get(k, math.nan) for k in ("forces_rmse", "energy_per_atom_rmse"))
+    words = [f"forces {forces:.3f} eV/Å"] if math.isfinite(forces) else []
+    words += [f"energy {1000.0 * energy:.1f} meV/atom"] if math.isfinite(energy) else []
     return ", ".join(words)
 
 
