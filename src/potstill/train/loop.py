@@ -121,7 +121,7 @@ def train(
     """
     p = prepare(settings, training, validation, folder, initial, teachers or {}, say, fabric)
     run, trainee = p.run, p.trainee
-    with Interruption() as interruption, run.event_log(settings, trainee) as events:
+    with Interruption() as interruption, run.event_log(settings, trainee) as log_events:
         while trainee.epoch <= settings.epochs and not trainee.should_stop(settings):
             # -- one pass over the training set ------------------------------------------------
             started = now()
@@ -174,8 +174,7 @@ def train(
             }
             trainee.next_epoch(settings)
             run.log(record)
-            if events is not None:
-                events.log(record)
+            log_events(record)
             snapshot(run, trainee)
             if on_epoch is not None and p.fabric.is_global_zero:
                 on_epoch(record)

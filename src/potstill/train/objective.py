@@ -15,17 +15,10 @@ from potstill.distill.terms import Batch, Terms
 
 @dataclass(frozen=True)
 class LossValue:
-    """A loss on a batch.
+    """A loss on a batch, of scalars.
 
-    Parameters
-    ----------
-    data : Tensor
-        Scalar, a function of the predicted values.
-    penalty : Tensor
-        Scalar, a function of the parameters alone (L2).
-    parts : dict of str to Tensor
-        What goes into the log, scalars without a graph that stay on their device; `loss` is the sum
-        of all.
+    `data` is a function of the predicted values, `penalty` (L2) of the parameters alone. `parts` go
+    into the log, have no graph and stay on their device; `loss` is the sum of all.
     """
 
     data: Tensor

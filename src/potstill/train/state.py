@@ -7,8 +7,8 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
@@ -22,11 +22,10 @@ from potstill import __version__
 from potstill.checkpoint import FORMAT_VERSION, read_payload
 from potstill.distill.taps import TapPair
 from potstill.distill.terms import Terms
-from potstill.errors import ConfigError, DivergenceError
+from potstill.errors import ConfigError, DivergenceError, require
 from potstill.files import write_atomically
 from potstill.models import SumPotential
 from potstill.train.data import TrainingSet
-from potstill.train.events import EventLog
 from potstill.train.settings import OptimizerSettings, TrainSettings
 
 
@@ -277,13 +276,31 @@ class RunFolder:
                 file.write(json.dumps(record) + "\n")
 
     @contextmanager
-    def event_log(self, settings: TrainSettings, trainee: Trainee) -> Iterator[EventLog | None]:
-        """TensorBoard's log while the run lasts, if the settings ask for one."""
+    def event_log(
+        self, settings: TrainSettings, trainee: Trainee
+    ) -> Iterator[Callable[[dict[str, Any]], None]]:
+        """What takes the records of epochs into TensorBoard's `events/`, if settings ask for them.
+
+        Raises OptionalDependencyError if tensorboard is not installed.
+        """
         if not (settings.tensorboard and self.writes):
-            yield None
+            yield lambda record: None
             return
-        with closing(EventLog(self.path / "events", trainee.epoch)) as events:
-            yield events
+        require("tensorboard", extra="tensorboard", purpose="to write TensorBoard's event files")
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What an earlier process wrote from the first epoch of a resumed run on is dropped.
+        with SummaryWriter(str(self.path / "events"), purge_step=trainee.epoch) as writer:
+
+            def log(record: dict[str, Any]) -> None:
+                scalars = {name: record[name] for name in ("score", "learning_rate")}
+                for part in ("train", "validation"):
+                    scalars |= {f"{part}/{name}": value for name, value in record[part].items()}
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, record["epoch"])
+                writer.flush()
+
+            yield log
 
     def drop_records_from(self, epoch: int) -> None:
         """Remove records of epochs that a resumed run will do again."""

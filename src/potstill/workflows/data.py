@@ -213,8 +213,8 @@ def load_store(
 ) -> tuple[TrainingSet, Mapping[str, Mapping[str, Any]]]:
     """All structures of a store with labels by source, and what is known of the sources.
 
-    All sources are read unless some are named. Of `terms` of a loss the teachers' features are read, too, as far as
-    they are stored.
+    All sources are read unless some are named, and of the teachers of the `terms` of a loss the
+    features that are stored.
 
     Raises
     ------
