@@ -611,7 +611,7 @@ def test_structures_that_the_teacher_fails_on_have_no_part():
     data = TrainingSet(replace(structures, positions=start, fixed=None), {})
     run = augmented(loss=LABELS)
     augmentation = Augmentation(run, student(), {"big": Failing(hipnn(3))}, "cpu")
-    with pytest.warns(UserWarning, match="no part in the loss then: to the right"):
+    with pytest.warns(UserWarning, match="left out of the loss: to the right"):
         batch = augmentation(batch_of(data), 1, 0, range(6))
     right = batch.structures.positions[offsets, 0] > 0
     assert 0 < int(right.sum()) < 6
@@ -714,7 +714,7 @@ def test_augmentation_that_cannot_work_is_told(tmp_path):
     emt = make_teacher("ase.calculators.emt:EMT", {})
     with pytest.raises(ConfigError, match="there is no such teacher: name it under 'teachers'"):
         train(augmented(), data, data, tmp_path / "a")
-    with pytest.raises(ConfigError, match=r"'big' is no potential of potstill: take .*random"):
+    with pytest.raises(ConfigError, match=r"'big' is not a potstill potential: use .*random"):
         train(augmented(kind="ascent"), data, data, tmp_path / "b", teachers={"big": emt})
     dipoles = augmented(loss=(*LABELS, {"learn": "dipole"}))
     with pytest.raises(TeacherError, match="does not give 'dipole'"):

@@ -267,9 +267,9 @@ def test_cka_during_training_is_that_of_the_snapshots(run):
     structures = read(run / "data.extxyz")[0]
     now = cka_matrix(student, hipnn(1), structures.select([0, 1]))
     assert now.first == history[3].first
-    with pytest.raises(DataError, match="was not compared"):
+    with pytest.raises(DataError, match="was not recorded"):
         read_cka_history(run)
-    with pytest.raises(ConfigError, match="at least one, not 0"):
+    with pytest.raises(ConfigError, match="at least one epoch, not 0"):
         CKATracker(run, hipnn(1), structures, every=0)
 
 

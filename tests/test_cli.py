@@ -219,7 +219,7 @@ def test_doctor_is_loud_about_missing_kernels(monkeypatch):
     text = call("doctor", code=1).output
     assert "FAILS" in text
     assert "compiling failed" in text
-    assert "this installation has a fault: native kernels" in text
+    assert "this installation has a problem: native kernels" in text
 
 
 def test_doctor_knows_all_extras():

@@ -134,7 +134,7 @@ def test_training_goes_on_where_compiling_fails(use: Callable) -> None:
     network = MODELS["hipnn"](data.structures.species_table)
     compiled = CompiledPasses(network)
     expected = gradient_by(NetworkPasses(network), data, [0, 1])
-    with pytest.warns(UserWarning, match="goes on without it: no compiler is here$"):
+    with pytest.warns(UserWarning, match="continues without it: no compiler is here$"):
         found = gradient_by(compiled, data, [0, 1])
     assert torch.equal(found, expected)
     with warnings.catch_warnings():
@@ -173,7 +173,7 @@ def test_what_cannot_be_compiled_is_refused_or_said(tmp_path: Path) -> None:
     passes = network_passes(network, automatic, compiled=True, say=said.append)
     native = network.uses_native
     assert isinstance(passes, CompiledPasses) != native
-    assert said == ["nothing is compiled: native kernels serve hipnn"] * native
+    assert said == ["nothing is compiled: hipnn runs on native kernels"] * native
     network.use_core("torch")
     automatic = ForceGradient(ForceGradientSettings(), network)
     assert isinstance(network_passes(network, automatic, compiled=True), CompiledPasses)

@@ -96,7 +96,7 @@ def test_quantities(file):
         (DistillConfig, "budget: soon", "'budget': input should be a valid number"),
         (DistillConfig, "budget: -3", "'budget': input should be greater than 0 (it is -3)"),
         (DistillConfig, "temperature: 3:4:5", "'temperature'"),
-        (DistillConfig, "- 1\n- 2", "a config is a mapping of names to values"),
+        (DistillConfig, "- 1\n- 2", "a config must be a mapping of keys to values"),
         (DistillConfig, "seed: 1\nseed: 2", 'line 2: not YAML (found duplicate key "seed"'),
         (DistillConfig, "seed: [1", "not YAML"),
         (TrainConfig, "out: x", "there is no 'data' section"),

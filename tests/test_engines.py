@@ -257,7 +257,7 @@ def test_atoms_at_one_place_are_named(name: str, core_name: str) -> None:
     potential.use_core(core_name)
     atoms = shaken_crystal()
     atoms.positions[5] = atoms.positions[2] + atoms.cell[0]  # by way of a periodic image
-    sentence = r"atoms 2 \(Al\) and 5 \(Al\) are at one place"
+    sentence = r"atoms 2 \(Al\) and 5 \(Al\) are at the same position"
     for properties in (("energy",), ("forces",)):
         with pytest.raises(DataError, match=sentence):
             potential.predict(Structures.from_ase([shaken_crystal(), atoms]), properties=properties)
@@ -272,6 +272,6 @@ def test_atoms_that_meet_while_a_list_is_reused_are_named() -> None:
     atoms.calc = PotstillCalculator(SchNet(table, 4, 4, 1, 6, 4.0), skin=3.0)
     atoms.get_forces()
     atoms.positions[1] = atoms.positions[0]
-    with pytest.raises(DataError, match=r"atoms 0 .* and 1 .* are at one place"):
+    with pytest.raises(DataError, match=r"atoms 0 .* and 1 .* are at the same position"):
         atoms.get_forces()
     assert atoms.calc.n_neighbor_lists == 1

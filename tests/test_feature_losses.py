@@ -246,5 +246,5 @@ def test_linear_maps_of_vectors_turn_with_them() -> None:
     torch.testing.assert_close(
         linear(torch.einsum("ab,nbf->naf", q, x)), torch.einsum("ab,nbf->naf", q, linear(x))
     )
-    with pytest.raises(ConfigError, match="would not turn"):
+    with pytest.raises(ConfigError, match="would break equivariance"):
         make_transform("mlp", 4, 3, vector=True)

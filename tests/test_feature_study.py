@@ -337,7 +337,7 @@ def test_shares_of_the_gap_follow_from_the_means() -> None:
         "energy −25 % (better), force −25 % (better)",
     )
     assert sentences(pairs_of(rows))[0] == (
-        "p, Energy MAE, beside the control: better: n2n (−25 %)."
+        "p, Energy MAE, compared with the control: better: n2n (−25 %)."
     )
 
 

@@ -93,7 +93,7 @@ def test_a_checkpoint_whose_model_is_gone_says_so(tmp_path: Path) -> None:
         ("{kind: schnet, hyperparameters: {cutoff: -1}}", "cutoff: .*greater than 0"),
         ("{kind: zbl}", "model 'zbl': missing a required argument: 'inner'"),
         ("{kind: 'foreign_model:Spring'}", "'foreign_model:Spring' cannot be imported"),
-        ("{kind: 'foreign_model:SpeciesTable'}", "no subclass of potstill.models.Potential"),
+        ("{kind: 'foreign_model:SpeciesTable'}", "not a subclass of potstill.models.Potential"),
         (
             "{kind: 'foreign_model:Springs', hyperparameters: {stiffnes: 2}}",
             "'stiffnes'; did you mean 'stiffness'",

@@ -60,7 +60,7 @@ def test_sampling(start, tmp_path):
     assert "structures | 2" in text(out)
     assert "finished jobs | 1 of 1" in text(out / "jobs")
     (out / "structures.extxyz").unlink()
-    assert "the same command continues" in text(out)
+    assert "run the same command to resume" in text(out)
 
 
 def test_evaluation(start, tmp_path):
@@ -84,7 +84,7 @@ def training(folder: Path, *, done: bool) -> Path:
 
 def test_training_and_its_checkpoint(tmp_path):
     folder = training(tmp_path / "run", done=False)
-    assert "not finished: the same command continues" in text(folder)
+    assert "not finished: run the same command to resume" in text(folder)
     write_json(folder / "result.json", {"status": "finished", "best_score": 0.25})
     radii = {"dist_soft_min": 1.5, "dist_soft_max": 3.5, "dist_hard_max": 4.0}
     shape = {"n_features": 4, "n_sensitivities": 4, "n_atom_layers": 1}

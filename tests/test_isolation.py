@@ -92,9 +92,11 @@ def test_a_factory_beside_the_user_is_found_and_its_files_too(tmp_path, monkeypa
 
 
 def test_what_cannot_be_made_is_said_in_a_sentence():
-    with pytest.raises(TeacherError, match="could not be made: its process ended with exit code 7"):
+    with pytest.raises(
+        TeacherError, match="could not be created: its process ended with exit code 7"
+    ):
         make_teacher("misbehaving:deadly")
-    with pytest.raises(TeacherError, match="cannot be handed to its process"):
+    with pytest.raises(TeacherError, match="cannot be passed to its process"):
         make_teacher("misbehaving:Misbehaving", {"how": lambda: None})
 
 

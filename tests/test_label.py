@@ -97,7 +97,7 @@ def test_what_the_teacher_cannot_give_is_refused_first(store):
 
 def test_another_teacher_or_other_properties_under_the_name_are_refused(store):
     label_store(store, PartialLennardJones(), ("energy",))
-    with pytest.raises(StoreError, match=r"begun with the properties \['energy'\]"):
+    with pytest.raises(StoreError, match=r"started with the properties \['energy'\]"):
         label_store(store, PartialLennardJones(), ALL)
     other = PartialLennardJones()
     other.info = TeacherInfo("lj", "another-fingerprint")

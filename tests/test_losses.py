@@ -100,7 +100,7 @@ def test_l2mae_is_the_mean_length_of_the_error_vectors() -> None:
 
 
 def test_a_property_that_no_potential_predicts_is_refused() -> None:
-    with pytest.raises(ValidationError, match="a loss knows energy, forces, stress"):
+    with pytest.raises(ValidationError, match="a loss can use energy, forces, stress"):
         LossTerm(property="charges")
     with pytest.raises(ValidationError, match="did you mean 'forces'"):
         LossTerm(property="force")
@@ -196,12 +196,12 @@ def test_needs_follow_from_the_terms_that_ever_weigh() -> None:
 
 def test_a_label_that_the_loss_asks_for_and_that_is_absent_is_refused_by_name() -> None:
     energy = Properties({"energy": torch.zeros(1, dtype=torch.float64)})
-    with pytest.raises(MissingLabelError, match="asks for labels from 'teacher'"):
+    with pytest.raises(MissingLabelError, match="needs labels from 'teacher'"):
         check_signals([LossTerm(property="energy", source="teacher")], {"reference": energy}, "x")
-    with pytest.raises(MissingLabelError, match="asks for 'forces' from 'reference'"):
+    with pytest.raises(MissingLabelError, match="needs 'forces' from 'reference'"):
         check_signals([LossTerm(property="forces")], {"reference": energy}, "x")
     nowhere = Properties(
         {"forces": torch.full((1, 3), torch.nan)}, {"forces": torch.zeros(1, dtype=torch.bool)}
     )
-    with pytest.raises(MissingLabelError, match="asks for 'forces'"):
+    with pytest.raises(MissingLabelError, match="needs 'forces'"):
         check_signals([LossTerm(property="forces")], {"reference": nowhere}, "x")

@@ -521,7 +521,7 @@ STORES = {
     "no store": (lambda s: LabeledStore.open(s.path / "x"), "there is no store at"),
     "another folder": (lambda s: LabeledStore.open(s.path.parent), "is not a store"),
     "a damaged record": (damaged, "damaged.store is not a store"),
-    "a newer format": (newer, "format version 99, and this potstill knows 2"),
+    "a newer format": (newer, "format version 99, this potstill reads up to 2"),
     "an unknown mode": (lambda s: LabeledStore.open(s.path, "w"), "mode 'r' or 'a', not 'w'"),
     "writing a store opened to read": (
         lambda s: LabeledStore.open(s.path).append(other_structures()),
@@ -533,7 +533,7 @@ STORES = {
     ),
     "other properties under the same name": (
         lambda s: s.begin_labels("teacher", {"fingerprint": "abc", "properties": ["forces"]}),
-        "begun with the properties",
+        "started with the properties",
     ),
     "a teacher called reference": (
         lambda s: s.begin_labels("reference", {"fingerprint": "x"}),
@@ -545,7 +545,7 @@ STORES = {
     ),
     "a teacher without a fingerprint": (
         lambda s: s.begin_labels("new", {}),
-        "needs the teacher's fingerprint",
+        "need the teacher's fingerprint",
     ),
     "facts that are not JSON": (
         lambda s: s.begin_labels("new", {"fingerprint": "x", "seed": object()}),

@@ -299,7 +299,7 @@ def test_summary_is_computed(page):
     for text in ("<dd>6.20 <", "to 6.20 % (RMSE", "below the bar of 10 %",
                  "0.0500 eV/Å against 0.0600 eV/Å: "
                  "the student is better than the control (w_F = 10) by 17 %",
-                 "one run each, so the part of chance is not known",
+                 "one run each, so the role of chance is unknown",
                  "155 times faster", "drifts by +0.080 ± 0.0080 meV/atom",
                  "2.01 Å apart, 0.96 times", "strains of 0.005",
                  "C11 151 (150) GPa, C12 60.0 (60.0) GPa, C44 76.0 (75.0) GPa; close to",
@@ -550,9 +550,9 @@ def test_sizes_verdicts_follow_the_numbers():
     equal = sizes_verdicts(study_rows(control=1.003))[0]
     assert "none of these differences is beyond the spread over seeds" in equal
     mixed = [r for r in study_rows() if r.strategy != "student" or r.run.seed == 0]
-    assert "one of them has a single run, so the part" in sizes_verdicts(mixed)[0]
+    assert "one of them has a single run, so the role" in sizes_verdicts(mixed)[0]
     single = sizes_verdicts(study_rows(seeds=1))[0]
-    assert "one run each, so the part of chance is not known" in single
+    assert "one run each, so the role of chance is unknown" in single
 
 
 @pytest.fixture(scope="module")

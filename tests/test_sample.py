@@ -389,7 +389,7 @@ def test_plan_refuses_a_folder_of_another_plan(tmp_path):
     assert_same(run_plan(plan, None, tmp_path, driver="emt"), frames)
     with pytest.raises(ConfigError, match="another sampling plan"):
         run_plan(replace(plan, seed=1), None, tmp_path, driver="emt")
-    with pytest.raises(ConfigError, match="'emt' drove, not 'chgnet'"):
+    with pytest.raises(ConfigError, match="frames sampled with 'emt', not 'chgnet'"):
         run_plan(plan, None, tmp_path, driver="chgnet")
 
 

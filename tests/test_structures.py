@@ -253,7 +253,7 @@ def test_weights_per_system_and_per_atom_mix(rows):
 def test_wrong_shapes_and_names_are_refused():
     with pytest.raises(DataError, match="forces has shape"):
         Properties({"forces": torch.zeros(3)})
-    with pytest.raises(DataError, match="'stress' is not there; there are energy"):
+    with pytest.raises(DataError, match="'stress' is missing; there are energy"):
         Properties({"energy": torch.zeros(1)})["stress"]
 
 

@@ -90,7 +90,7 @@ def test_a_kind_of_term_from_another_package_is_trained_on_logged_and_validated(
     ("line", "words"),
     [
         ({"term": "test_terms:Nothing"}, "there is no term 'test_terms:Nothing'"),
-        ({"term": "test_terms:NetForceTerm"}, "no class derived from"),
+        ({"term": "test_terms:NetForceTerm"}, "is not a subclass of"),
         ({**CUSTOM, "flor": 1.0}, "'loss"),
     ],
 )

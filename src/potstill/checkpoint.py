@@ -72,7 +72,7 @@ def load_potential(path: str | Path) -> tuple[Potential, dict[str, Any]]:
         potential.load_state_dict(state)
     except RuntimeError as error:
         raise ModelError(
-            f"{path}: weights do not fit the model described beside them ({error})"
+            f"{path}: weights do not match the model described in the file ({error})"
         ) from None
     return potential.eval(), header["info"]
 

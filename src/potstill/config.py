@@ -141,7 +141,7 @@ def config_template(command: str) -> str:
     """
     if command not in SETTINGS:
         raise ConfigError(
-            f"there is no config of '{command}'{suggest(command, SETTINGS)}: "
+            f"there is no config for '{command}'{suggest(command, SETTINGS)}: "
             f"choose one of {', '.join(SETTINGS)}"
         )
     model, example = SETTINGS[command]
@@ -180,7 +180,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise ConfigError(f"{path}: a config is a mapping of names to values")
+        raise ConfigError(f"{path}: a config must be a mapping of keys to values")
     return data
 
 

@@ -79,7 +79,7 @@ class WorkerCalculator(Calculator):
             self._order = pickle.dumps((spec, dict(arguments), [*paths, home], home))
         except (pickle.PicklingError, TypeError, AttributeError) as error:
             raise TeacherError(
-                f"an argument of the teacher '{spec}' cannot be handed to its process: {error}"
+                f"an argument of the teacher '{spec}' cannot be passed to its process: {error}"
             ) from error
         self._worker: _Worker | None = None
         self._forget = False
@@ -88,7 +88,7 @@ class WorkerCalculator(Calculator):
         try:
             self.implemented_properties = self._ask(None)
         except _FailedError as error:
-            raise TeacherError(f"teacher '{spec}' could not be made: {error}") from None
+            raise TeacherError(f"teacher '{spec}' could not be created: {error}") from None
 
     def reset(self) -> None:
         """Forget all earlier frames, here and in the worker."""

@@ -77,7 +77,7 @@ def label_store(
     start_time = time.perf_counter()
     names = tuple(dict.fromkeys(properties))
     if not names:
-        raise TeacherError("labeling needs at least one property to ask the teacher for")
+        raise TeacherError("labeling needs at least one property")
     if chunk < 1:
         raise TeacherError(f"a chunk must have at least one frame, not {chunk}")
     teacher.require(names)
@@ -204,5 +204,5 @@ def label_features(
 
 def _default_tap(teacher: Teacher) -> str:
     if teacher.default_tap is None:
-        raise TeacherError(f"the teacher '{teacher.name}' has no feature tap to take by default")
+        raise TeacherError(f"the teacher '{teacher.name}' has no default feature tap")
     return teacher.default_tap

@@ -250,7 +250,7 @@ def md(
     """
     start = _structures(structure)
     if start.n_systems != 1:
-        raise DataError(f"MD starts from one structure, and here are {start.n_systems}")
+        raise DataError(f"MD starts from one structure, not {start.n_systems}")
     if isinstance(model, Potential):
         model = PotstillCalculator(model)
     if isinstance(model, BaseCalculator):
@@ -300,7 +300,7 @@ def _data(
 ) -> Data:
     for name in SPLIT:
         if not parts.get(name):
-            raise DataError(f"{len(whole)} structures are too few to have some for '{name}'")
+            raise DataError(f"{len(whole)} structures are too few to provide any for '{name}'")
     sets = {name: whole.select(torch.tensor(parts[name])) for name in SPLIT}
     return Data(**sets, source=source, teacher=teacher)
 

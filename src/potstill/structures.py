@@ -441,7 +441,7 @@ class Properties:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.values:
-            raise DataError(f"'{name}' is not there; there are {', '.join(self.values) or 'none'}")
+            raise DataError(f"'{name}' is missing; there are {', '.join(self.values) or 'none'}")
         return self.values[name]
 
     @property

@@ -35,7 +35,9 @@ def make_calculator(spec: str, arguments: Mapping[str, Any]) -> Any:
     try:
         calculator = factory(**arguments)
     except (Exception, SystemExit) as error:
-        raise CannotMakeError(f"teacher '{spec}' could not be made: {reason_of(error)}") from error
+        raise CannotMakeError(
+            f"teacher '{spec}' could not be created: {reason_of(error)}"
+        ) from error
     if inspect.isclass(calculator) or not hasattr(calculator, "implemented_properties"):
         kind = type(calculator).__name__
         raise CannotMakeError(f"teacher '{spec}' returned {kind}, not an ASE calculator")

@@ -116,9 +116,7 @@ def distill(
     out: RunFolder = None,
     seed: Seed = None,
     config: Config = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Make the plan, show it and stop.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Distill a teacher for one material: structures, labels, student, control, report, MD.
 
@@ -326,7 +324,7 @@ def epsilon(
 def study(
     config: Annotated[Path, typer.Argument(help="YAML file of a study; see `potstill config`.")],
     out: Annotated[Path, typer.Option(help="Folder of the study.")],
-    workers: Annotated[int, typer.Option(help="Trainings to run at a time.", min=1)] = 1,
+    workers: Annotated[int, typer.Option(help="Number of runs in parallel.", min=1)] = 1,
 ) -> None:
     """Train many models from one config, compare them and write a report; resumable.
 
@@ -482,7 +480,7 @@ def md(
     ] = None,
     allow_dissociation: Annotated[
         bool | None,
-        typer.Option("--allow-dissociation", help="Continue where the structure comes apart."),
+        typer.Option("--allow-dissociation", help="Continue if the structure comes apart."),
     ] = None,
     config: Config = None,
 ) -> None:
@@ -541,7 +539,7 @@ def doctor() -> None:
     display.table("self-test", ("", "", ""), rows)
     if failing := ", ".join(check.name for check in found.checks if not check.works):
         display.console.print(
-            f"potstill: this installation has a fault: {failing}", style="bold red"
+            f"potstill: this installation has a problem: {failing}", style="bold red"
         )
         raise typer.Exit(1)
 
@@ -567,7 +565,7 @@ def _teacher(spec: str | None, args: list[str] | None) -> dict[str, Any]:
     for text in args or []:
         key, equals, value = text.partition("=")
         if not equals:
-            raise typer.BadParameter(f"--teacher-arg wants key=value, not '{text}'")
+            raise typer.BadParameter(f"--teacher-arg takes key=value, not '{text}'")
         values[key] = _plain(value)
     return {"spec": spec, "args": values}
 
@@ -595,6 +593,8 @@ def _models(texts: list[str]) -> dict[str, Any]:
         if not equals:
             name, spec = Path(text).stem, text
         if name in models:
-            raise ConfigError(f"two models are called '{name}': name them, as in student={spec}")
+            raise ConfigError(
+                f"two models are called '{name}': give each its own name, as in student={spec}"
+            )
         models[name] = {"spec": spec}
     return models

@@ -27,7 +27,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("potstill.core._native"), None
     except ModuleNotFoundError:
-        return None, "this installation was made without a C++ compiler, or compiling failed"
+        return None, "potstill was installed without a C++ compiler, or compilation failed"
     except ImportError as error:  # compiled, and a library it needs is missing
         return None, f"the compiled kernels cannot be loaded: {error}"
 
@@ -55,7 +55,7 @@ def note_missing_kernels() -> None:
     """
     if available():
         return
-    remedy = f"{_REASON}; install a C++ compiler, then potstill again"
+    remedy = f"{_REASON}; install a C++ compiler, then reinstall potstill"
     if os.environ.get("POTSTILL_REQUIRE_NATIVE", "").lower() in ("1", "true", "yes", "on"):
         raise ModelError(f"POTSTILL_REQUIRE_NATIVE is set, and {remedy}")
     _tell(f"MD and training use PyTorch kernels, several times slower: {remedy}")

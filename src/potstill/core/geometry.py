@@ -78,5 +78,6 @@ def compact_forces(
 def _check(structures: Structures, neighbors: CompactNeighbors) -> None:
     if neighbors.n_local != structures.n_atoms:
         raise ModelError(
-            f"the neighbor list is of {neighbors.n_local} atoms, and there are {structures.n_atoms}"
+            f"the neighbor list is for {neighbors.n_local} atoms, but there are "
+            f"{structures.n_atoms}"
         )

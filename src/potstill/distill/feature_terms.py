@@ -84,7 +84,7 @@ class FeatureTerm(Line):
             raise ValueError("features come from a teacher: name it as the source")
         if self.distill == "v2v" and "mlp" in (self.student_transform, self.teacher_transform):
             raise ValueError(
-                "an mlp of vectors would not turn with the structure: v2v takes linear or identity"
+                "an mlp of vectors would break equivariance: use linear or identity with v2v"
             )
         if self.distill == "e2e" and not FEATURE_LOSSES[self.error].row_wise:
             raise ValueError(f"{self.error} compares atoms: e2e takes mse, mae or cka")
@@ -161,7 +161,7 @@ class FeatureHead(Term, nn.Module):
         if self.loss.same_width and all(fixed) and mine.width != theirs.width:
             raise ConfigError(
                 f"{line.name}: the student's feature has {mine.width} channels and the teacher's "
-                f"{theirs.width}, and {line.error} compares them one by one: use a linear "
+                f"{theirs.width}, and {line.error} compares them one to one: use a linear "
                 "transformation"
             )
         # The common space is the teacher's own where its features stay as they are.
@@ -238,7 +238,7 @@ class FeatureHead(Term, nn.Module):
         mine, theirs = match_pairs(own, teacher.graph)
         if own.n_pairs and teacher.graph.n_pairs and not len(mine):
             raise ConfigError(
-                f"{self.name}: student and teacher have no pair in common, so that features of "
-                "pairs cannot be compared: let both work on one graph"
+                f"{self.name}: student and teacher have no pair in common, so features of pairs "
+                f"cannot be compared: give both the same cutoff and caps"
             )
         return x[mine], teacher.values[theirs], system[own.center[mine]]

@@ -122,7 +122,7 @@ class LossTerm(Line):
     @classmethod
     def _learnable(cls, name: str) -> str:
         if name not in LEARNABLE:
-            raise ValueError(f"a loss knows {', '.join(LEARNABLE)}{suggest(name, LEARNABLE)}")
+            raise ValueError(f"a loss can use {', '.join(LEARNABLE)}{suggest(name, LEARNABLE)}")
         return name
 
     @field_validator("spread")
@@ -135,7 +135,7 @@ class LossTerm(Line):
     @model_validator(mode="after")
     def _vectors(self) -> LossTerm:
         if self.error == "l2mae" and property_spec(self.property).shape != (3,):
-            raise ValueError(f"l2mae is for vectors such as forces, and {self.property} is none")
+            raise ValueError(f"l2mae is for vectors such as forces, not for {self.property}")
         return self
 
     @builtins.property

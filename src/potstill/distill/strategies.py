@@ -128,8 +128,8 @@ def _vanilla_1(options: Mapping[str, Any], plain: Sequence[Any]) -> list[dict[st
     found = {name: _other(plain, name, options.get("source")) for name in ("energy", "forces")}
     if None in found.values():
         raise ValueError(
-            "vanilla1 repeats the terms of energy and forces with the teacher's values, and the "
-            "loss has not both: add them, or write the teacher's terms out"
+            "vanilla1 repeats the terms of energy and forces with the teacher's values, but the "
+            "loss lacks one of them: add it, or write out the teacher's terms"
         )
     return [_again(term, options) for term in found.values() if term is not None]
 
@@ -177,7 +177,7 @@ def _part(value: Any, name: str, names: Sequence[str]) -> Any:
     """An option of one of several strategies."""
     if isinstance(value, Mapping) and value and set(value) <= set(STRATEGIES):
         if name not in value:
-            raise ValueError(f"an option by strategy leaves out '{name}' of {'+'.join(names)}")
+            raise ValueError(f"an option given by strategy lacks '{name}' of {'+'.join(names)}")
         return value[name]
     return value
 

@@ -159,7 +159,7 @@ def atom_feature(output: Tensor | None, n_atoms: int, tap: str) -> Feature:
     vector = output.ndim == 3 and output.shape[1] == 3
     if output.shape[0] != n_atoms or not (output.ndim == 2 or vector):
         raise ModelError(
-            f"the submodule '{tap}' returns {tuple(output.shape)}, which are no rows of "
+            f"the submodule '{tap}' returns {tuple(output.shape)}, not one row for each of "
             f"{n_atoms} atoms: tap another one"
         )
     return Feature("node_vector" if vector else "node_scalar", output.detach())

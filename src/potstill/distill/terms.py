@@ -157,7 +157,7 @@ class CustomLine(Line):
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"there is no term '{value['term']}': {error}") from None
         if not (isinstance(found, type) and issubclass(found, CustomLine)):
-            raise ValueError(f"'{value['term']}' is no class derived from {__name__}.CustomLine")
+            raise ValueError(f"'{value['term']}' is not a subclass of {__name__}.CustomLine")
         return found.model_validate(value)
 
 
@@ -236,13 +236,14 @@ def check_signals(lines: Iterable[Line], labels: Mapping[str, Properties], where
     for source, properties in required_signals(lines).items():
         if source not in labels:
             raise MissingLabelError(
-                f"{where}: the loss asks for labels from '{source}', but there are only labels "
-                f"from {', '.join(labels) or 'nowhere'}; label the structures with it first"
+                f"{where}: the loss needs labels from '{source}', but there are "
+                f"{'only labels from ' + ', '.join(labels) if labels else 'none'}; label the "
+                "structures with it first"
             )
         for name in sorted(properties):
             if not holds(labels, source, name):
                 raise MissingLabelError(
-                    f"{where}: the loss asks for '{name}' from '{source}', which holds only "
+                    f"{where}: the loss needs '{name}' from '{source}', which holds only "
                     f"{', '.join(labels[source].names) or 'nothing'}"
                 )
 

@@ -40,6 +40,6 @@ def make_transform(kind: Transform, n_in: int, n_out: int, *, vector: bool) -> n
         return nn.Linear(n_in, n_out, bias=not vector)
     if vector:
         raise ConfigError(
-            "an mlp of vectors would not turn with the structure: use linear or identity with v2v"
+            "an mlp of vectors would break equivariance: use linear or identity with v2v"
         )
     return MLP(n_in, n_out)

@@ -299,8 +299,8 @@ SECTIONS: dict[str, tuple[str, str, str]] = {
     "Cost": (
         "table_cost",
         "Cost of molecular dynamics",
-        "Median time of ASE dynamics. Memory: slope of the peak of fresh processes against the "
-        "number of atoms. Molecules are set side by side to reach a size.",
+        "Median time of ASE MD. Memory: slope of the peak of fresh processes against the "
+        "number of atoms. Molecules are replicated to reach a size.",
     ),
     "Properties": (
         "table_properties",

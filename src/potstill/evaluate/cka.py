@@ -293,7 +293,7 @@ class CKATracker:
         teacher_taps: Sequence[str] | None = None,
     ) -> None:
         if every < 1:
-            raise ConfigError(f"CKA is compared every so many epochs, at least one, not {every}")
+            raise ConfigError(f"the interval of CKA must be at least one epoch, not {every}")
         self.folder, self.teacher, self.every = Path(folder), teacher, every
         self.structures = structures.with_species_table(teacher.species_table)
         self.taps = (student_taps, compared_taps(teacher, teacher_taps))
@@ -324,7 +324,7 @@ def read_cka_history(folder: str | Path) -> dict[int, CKAMatrix]:
     """
     path = Path(folder) / CKATracker.FILE
     if not path.is_file():
-        raise DataError(f"{path} does not exist: CKA was not compared during that training")
+        raise DataError(f"{path} does not exist: CKA was not recorded during that run")
     found = {}
     for line in path.read_text().splitlines():
         try:
@@ -333,7 +333,7 @@ def read_cka_history(folder: str | Path) -> dict[int, CKAMatrix]:
             continue
         found[int(record["epoch"])] = CKAMatrix.from_json(record["cka"])
     if not found:
-        raise DataError(f"{path} holds no comparison")
+        raise DataError(f"{path} holds no CKA")
     return dict(sorted(found.items()))
 
 

@@ -129,7 +129,7 @@ def memory_per_atom(
     n_atoms, peaks = np.array(measured).T
     if len(set(n_atoms.tolist())) < 2:
         raise DataError(
-            f"'{label}' needs too much memory for a second size beside {n_atoms[0]} atoms: choose "
+            f"'{label}' needs too much memory for sizes other than {n_atoms[0]} atoms: choose "
             "smaller sizes"
         )
     slope, intercept, error = _line(n_atoms.astype(float), peaks.astype(float))

@@ -378,9 +378,9 @@ class NVE(Evaluation):
             first = next(iter(runs.values()))
             panel = Panel("Time (ps)", "Total energy from start (meV/atom)", series, zero_line=True)
             caption = (
-                f"Total energy in NVE dynamics of {first.n_atoms} atoms at {first.temperature:g} K "
+                f"Total energy in NVE MD of {first.n_atoms} atoms at {first.temperature:g} K "
                 f"with a timestep of {first.timestep:g} fs (thin), and the fitted drift (thick). "
-                "Noise of constant width is the integrator's."
+                "Noise of constant width comes from the integrator."
             )
             yield Drawing("nve", "Energy conservation (NVE)", caption, [panel], width=7.0)
 
@@ -395,8 +395,8 @@ class NVE(Evaluation):
         if broken:
             after = f" after {run.exploded_at:g} ps" if run.exploded_at is not None else ""
             text = f"The student's NVE run ({setting}) broke down{after}: {broken}."
-            bar = f"stable NVE dynamics ({broken.split(';')[0]})"
-            yield Verdict(f"{text} Its drift says nothing.", bar, met=False)
+            bar = f"stable NVE MD ({broken.split(';')[0]})"
+            yield Verdict(f"{text} Its drift is meaningless.", bar, met=False)
             return
         met = abs(run.drift) < AIM_DRIFT
         error = run.slope_error * run.duration

@@ -326,7 +326,7 @@ class Rdf(Evaluation):
         apart = {m: compare_radial(d, g["teacher"]) for m, d in g.items() if _comparable(m, g)}
         labels = {
             "g(r): integrated distance from the teacher's (Å)": "integrated_absolute_error",
-            "g(r): that distance by chance (Å)": "expected_from_noise",
+            "g(r): distance expected from noise (Å)": "expected_from_noise",
             "g(r): sum over bins of absolute differences": "total_absolute_error",
         }
         yield from cls.attribute_rows(apart, labels)

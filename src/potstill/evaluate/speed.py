@@ -312,7 +312,7 @@ class Speed(Evaluation):
         if series:
             label = METRICS["time_per_step_atom_us"].label
             panel = Panel("Atoms", label, series, x_scale="auto", y_scale="auto")
-            yield Drawing("speed", "Time", "Time per step and atom in ASE dynamics.", [panel])
+            yield Drawing("speed", "Time", "Time per step and atom in ASE MD.", [panel])
 
     @classmethod
     def verdicts(cls, found: Findings) -> Iterable[Verdict]:
@@ -323,7 +323,7 @@ class Speed(Evaluation):
             ours, theirs = timings(found, "student")[n], timings(found, "teacher")[n]
             word, ratio = ("faster", ratios[n]) if ratios[n] >= 1 else ("slower", 1 / ratios[n])
             yield Verdict(
-                f"In the same ASE dynamics of {n:,} atoms the student is {number(ratio)} times "
+                f"In the same ASE MD of {n:,} atoms the student is {number(ratio)} times "
                 f"{word} than the teacher ({number(ours)} against {number(theirs)} µs per step and "
                 "atom)."
             )

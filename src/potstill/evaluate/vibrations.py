@@ -213,7 +213,7 @@ class VibrationsEvaluation(Evaluation):
         if not met:
             text += (
                 f"; {ours.n_imaginary} imaginary modes where the teacher has {theirs.n_imaginary}: "
-                "what the student relaxes to is no minimum"
+                "the student's relaxed structure is not a minimum"
             )
         yield Verdict(f"{text}.", "no spurious imaginary vibrations", met)
 

@@ -235,7 +235,7 @@ class LiquidSettings(Settings):
         assert reference is not None
         intact = [run for run in finished.records if "rdf" in liquids[run.name]]
         if not intact:
-            return {"failure": "no model has a liquid for it to start from"}
+            return {"failure": "no model has a stable liquid to start from"}
         teacher = TeacherSettings(spec=reference.teacher, args=reference.arguments).make()
         melt = self._melt(PotstillCalculator(load_potential(finished.best(intact[0]))[0]))
         times = (reference.equilibration, reference.production)

@@ -238,8 +238,8 @@ def model_table(measured: Mapping[str, Any]) -> Table:
     if one is not None:
         note = (
             f"Energies and forces of {one['n_samples']} structures, neighbor lists included, in "
-            f"batches of at most {one['max_atoms']} atoms; median of {one['n_rounds']} rounds, the "
-            "models taking turns. A distilled student is as fast as its control."
+            f"batches of at most {one['max_atoms']} atoms; median of {one['n_rounds']} rounds, "
+            f"alternating between models. A distilled student is as fast as its control."
         )
     columns = ("Model", "Parameters", "Structures per second", "Times slower than the fastest")
     return Table("table_models", "Size and speed of the models", columns, tuple(body), note)
@@ -432,7 +432,9 @@ def sentences(pairs: Sequence[Pair]) -> tuple[str, ...]:
                 outcomes.setdefault(how, []).append(f"{run} ({sign}{abs(100 * c.change):.0f} %)")
             words = "; ".join(f"{how}: {', '.join(runs)}" for how, runs in outcomes.items())
             if words:
-                found.append(f"{_plain(pair.name)}, {metric.name}, beside the control: {words}.")
+                found.append(
+                    f"{_plain(pair.name)}, {metric.name}, compared with the control: {words}."
+                )
     return tuple(found) or ("There is no strategy to compare.",)
 
 

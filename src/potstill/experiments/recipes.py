@@ -226,7 +226,7 @@ class SizesStudy(_Study):
         if "teacher" not in self.sizes:
             raise ValueError("sizes must name the teacher's size as 'teacher'")
         if not is_store(self.data.train) and self.data.source != "reference":
-            raise ValueError(f"a file has no labels of '{self.data.source}': make it a store")
+            raise ValueError(f"a file cannot hold labels of '{self.data.source}': use a store")
         known = {**STRATEGIES, **self.extra_strategies}
         for name in self.strategies:
             if name not in known:
@@ -234,7 +234,7 @@ class SizesStudy(_Study):
             own = known[name]
             for size in own.sizes or ():
                 if size not in self.sizes:
-                    raise ValueError(f"'{name}' names a size '{size}' that there is not")
+                    raise ValueError(f"'{name}' names an unknown size '{size}'")
             if own.role is not Role.STUDENT or self.data.atomic_energies_from is not None:
                 continue
             if own.teacher not in self.strategies or known[own.teacher].role is not Role.TEACHER:
@@ -476,7 +476,7 @@ class PairsStudy(_Study):
             for model in (pair.teacher, pair.student):
                 if model not in self.models:
                     raise ValueError(
-                        f"the pair '{name}' names a model '{model}' that there is not"
+                        f"the pair '{name}' names an unknown model '{model}'"
                         f"{suggest(model, self.models)}"
                     )
             if self.models[pair.student].checkpoint is not None:

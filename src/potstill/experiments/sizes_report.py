@@ -214,7 +214,7 @@ def sizes_figures(
     known = looks([*_sorted({row.strategy for row in rows}), *published])
     known |= {name: Look(name, known[name].color, "", ":") for name in published}
     known["front"] = Look("Pareto front", "#9a9a9a", "")
-    known["noise"] = Look("RDF error by chance", "#888888", "", "--")
+    known["noise"] = Look("RDF error from noise", "#888888", "", "--")
     if liquid is not None:
         known.setdefault(liquid[0], Look(liquid[0], "#888888", ""))
     drawings = [
@@ -249,8 +249,8 @@ def _pareto(rows: Sequence[RunRow]) -> Iterator[Drawing]:
         return
     caption = (
         "Force RMSE on the test set against the cost of molecular dynamics; lower and further left "
-        "is better. Points are means over seeds, bars standard deviations; the gray staircase "
-        "joins what no other point beats in both (Fig. 2 of the paper). A cost that is the same "
+        "is better. Points are means over seeds, bars standard deviations; the gray line is the "
+        "Pareto front (Fig. 2 of the paper). A cost that is the same "
         "for all sizes is left out."
     )
     yield Drawing("pareto", "Accuracy against cost", caption, panels)
@@ -277,7 +277,7 @@ def _capacity(rows: Sequence[RunRow], baselines: Baselines) -> Iterator[Drawing]
         "Errors against the number of trainable parameters: means over seeds, bars are standard "
         "deviations. Force and energy errors are on the test set against the reference, the RDF "
         "error is the integral of the absolute difference from the teacher's g(r) (Fig. 3 of the "
-        "paper); what lies near the line of chance cannot be told from sampling noise."
+        "paper); values near the noise line cannot be told from sampling noise."
     )
     yield Drawing("capacity", "Accuracy against size", caption, panels)
 
@@ -295,7 +295,7 @@ def _learning(rows: Sequence[RunRow]) -> Iterator[Drawing]:
         caption = (
             "Force error while training: (A) the force term of the loss on the training set "
             "(RMSE + MAE, mean of the batches), (B) RMSE on the validation set. Thick: mean over "
-            "seeds as far as all have come, with a band of one standard deviation; thin: single "
+            "seeds up to the shortest run, with a band of one standard deviation; thin: single "
             "runs (Fig. 4 of the paper)."
         )
         name = "learning_" + "".join(c if c.isalnum() else "_" for c in size)

@@ -294,7 +294,7 @@ class Experiment:
         trained = {v.name: v.teacher for v in self.variants if v.taught}
         for name, teacher in trained.items():
             if isinstance(teacher, TrainedTeacher) and teacher.variant not in names:
-                raise ConfigError(f"'{name}' learns from '{teacher.variant}', which there is not")
+                raise ConfigError(f"'{name}' learns from '{teacher.variant}', which does not exist")
 
     @cached_property
     def by_name(self) -> dict[str, Variant]:

@@ -67,7 +67,7 @@ def model_class(spec: str) -> type[Potential]:
     except (ImportError, AttributeError) as error:
         raise ModelError(f"the model '{spec}' cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Potential)):
-        raise ModelError(f"'{spec}' is no subclass of potstill.models.Potential")
+        raise ModelError(f"'{spec}' is not a subclass of potstill.models.Potential")
     return found
 
 

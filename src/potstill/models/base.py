@@ -199,7 +199,9 @@ class Potential(nn.Module, ABC):
     def hyperparameters(self) -> dict[str, Any]:
         """JSON-able keyword arguments that rebuild the model together with the species table."""
         if self.hyper is None:
-            raise NotImplementedError(f"{type(self).__name__} does not say its hyper-parameters")
+            raise NotImplementedError(
+                f"{type(self).__name__} does not declare its hyper-parameters"
+            )
         return self.hyper.to_json()
 
     @property
@@ -363,9 +365,9 @@ class Potential(nn.Module, ABC):
         if not available():
             return why_unavailable()
         if self.device.type != "cpu":
-            return f"the model is on {self.device}, and they compute on the CPU"
+            return f"the model is on {self.device}, but they run on the CPU"
         if self.dtype not in (torch.float32, torch.float64):
-            return f"the model is in {self.dtype}, and they compute in float32 or float64"
+            return f"the model is in {self.dtype}, but they need float32 or float64"
         return None
 
     def native_parts(self) -> NativeParts | None:
@@ -531,8 +533,8 @@ class Potential(nn.Module, ABC):
         for tensor in chain(self.parameters(), self.buffers()):
             if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
                 raise ModelError(
-                    f"the potential is in {str(tensor.dtype).removeprefix('torch.')}, whose few "
-                    "digits give wrong energies: cast it to float32 or float64"
+                    f"the potential is in {str(tensor.dtype).removeprefix('torch.')}, whose low "
+                    f"precision gives wrong energies: cast it to float32 or float64"
                 )
 
     def _check_neighbors(self, structures: Structures, neighbors: Pairs | None) -> Pairs:
@@ -564,4 +566,4 @@ def refuse_ghosts(kind: str, species: Tensor, n_local: int) -> None:
         If there are more atoms than local ones.
     """
     if n_local < species.shape[0]:
-        raise ModelError(f"{kind} with several interaction layers needs its atoms without ghosts")
+        raise ModelError(f"{kind} with several interaction layers cannot work with ghost atoms")

@@ -145,7 +145,7 @@ class TorchEngine:
             nothing = r_ij.new_full((structures.n_systems, 3, 3), torch.nan)
             if direct:
                 if local.forces is None:
-                    raise ModelError(f"{self.network.kind} declares direct forces, returns none")
+                    raise ModelError(f"{self.network.kind} declares direct forces but returns none")
                 return local, local.forces.to(torch.float64), nothing
             if not derivative:
                 return local, r_ij.new_full((structures.n_atoms, 3), torch.nan), nothing
@@ -181,7 +181,7 @@ def spelled_out(neighbors: Pairs) -> NeighborList:
     """
     if isinstance(neighbors, NeighborList):
         return neighbors
-    raise ModelError("compact neighbor lists are for models that native kernels serve")
+    raise ModelError("compact neighbor lists are for models with native kernels")
 
 
 @contextmanager
@@ -198,8 +198,8 @@ def _autograd(enabled: bool, structures: Structures) -> Iterator[None]:
         if "nference tensor" not in str(error):
             raise
         raise ModelError(
-            "the potential's weights were made inside torch.inference_mode(), where nothing can be "
-            "differentiated: make, load or cast the potential outside of it"
+            "the potential's weights were created inside torch.inference_mode() and cannot be "
+            "differentiated: create, load or cast the potential outside of it"
         ) from error
 
 

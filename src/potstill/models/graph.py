@@ -191,5 +191,5 @@ def refuse_coinciding_atoms(structures: Structures, neighbors: NeighborList | No
     names = [structures.species_table.names[int(structures.species[k])] for k in (i, j)]
     raise DataError(
         f"{structures.name_of(system)}: atoms {i - first} ({names[0]}) and {j - first} "
-        f"({names[1]}) are at one place, where no energy is defined: remove one of them"
+        f"({names[1]}) are at the same position: remove one of them"
     )

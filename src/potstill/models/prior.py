@@ -62,7 +62,9 @@ class ZBL(Potential):
     ) -> None:
         super().__init__(species_table, cutoff)
         if switching not in ("factor", "lammps"):
-            raise ModelError(f"ZBL has the switching 'factor' or 'lammps', not '{switching}'")
+            raise ModelError(
+                f"the switching of ZBL must be 'factor' or 'lammps', not '{switching}'"
+            )
         self.switching = switching
         if not 0.0 <= inner < cutoff:
             raise ModelError(f"ZBL needs 0 <= inner < cutoff, not {inner} and {cutoff}")

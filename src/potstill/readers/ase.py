@@ -113,7 +113,7 @@ def _lmdb_ids(shard: Shard) -> list[int]:
 
 def _from_json(packed: bytes | None, where: str) -> Any:
     if packed is None:
-        raise DataError(f"{where} is not there: this is not an ASE database, or it is damaged")
+        raise DataError(f"{where} is missing: this is not an ASE database, or it is damaged")
     try:
         return ase.io.jsonio.decode(zlib.decompress(packed).decode("utf-8"))
     except Exception as error:  # zlib, UTF-8, JSON or ASE's own objects in it

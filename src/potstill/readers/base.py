@@ -344,7 +344,7 @@ def gather(
         property_spec(name)
     good = [_check_frame(_convert(frame, units), checks) for frame in frames]
     if not good:
-        raise DataError(f"{path} holds no frames, or none at the index that was asked for")
+        raise DataError(f"{path} holds no frames, or none at the requested index")
     _check_presence(good, path, keys, checks)
     flat = [frame for frame in good if frame.left_out]
     if flat:
@@ -486,7 +486,7 @@ def _check_presence(frames: Sequence[Frame], path: str, keys: KeyMap, checks: Ch
         if name in found:
             raise MissingLabelError(
                 f"{lacks}, which other frames have ({len(lacking)} of {len(frames)} frames lack "
-                "it): allow partly labeled data (allow_partial) if this is meant"
+                "it): allow partly labeled data (allow_partial) if this is intended"
             )
         hint = "" if name in frame.left_out else _near_miss(key, frame.keys)
         raise MissingLabelError(f"{lacks}{hint}")

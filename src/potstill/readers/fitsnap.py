@@ -110,7 +110,8 @@ def _merge_styles(styles: dict[str, str], dataset: Mapping[str, Any], file: Path
         unit = known[stated.lower()]
         if styles.setdefault(name, unit) != unit:
             raise DataError(
-                f"{file}: {name} is {unit}, but {styles[name]} in the files before: read them apart"
+                f"{file}: {name} is {unit}, but {styles[name]} in earlier files: read them "
+                f"separately"
             )
 
 

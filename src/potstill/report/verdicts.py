@@ -135,7 +135,7 @@ def sentence(comparison: Comparison, ours: str, theirs: str) -> str:
         verdict = f"the {ours} is {c.outcome} than the {theirs} by {100 * abs(c.change):,.0f} %"
     if c.tested:
         return f"{start}: {verdict} (95 % interval {_percent(c.low)} to {_percent(c.high)})."
-    return f"{start}: {verdict}; {_untested(comparison)}, so the part of chance is not known."
+    return f"{start}: {verdict}; {_untested(comparison)}, so the role of chance is unknown."
 
 
 def over_sizes(group: Sequence[tuple[str, Comparison]], ours: str, theirs: str) -> str:
@@ -156,7 +156,7 @@ def over_sizes(group: Sequence[tuple[str, Comparison]], ours: str, theirs: str) 
     start = f"{metric.name}: the mean of the {ours} is better than that of the {theirs} at "
     start = f"{start}{len(ahead)} of {len(group)} sizes (change: {changes})"
     if not any(c.tested for _, c in group):
-        return f"{start}; {_untested(group[0][1])}, so the part of chance is not known."
+        return f"{start}; {_untested(group[0][1])}, so the role of chance is unknown."
     better = [size for size, c in group if c.tested and c.outcome == "better"]
     worse = [size for size, c in group if c.tested and c.outcome == "worse"]
     beyond = [f"better at {', '.join(better)}"] if better else []

@@ -32,7 +32,7 @@ def make_generator(seed: int, *key: int) -> np.random.Generator:
     The key says what it is for: the number of a job and of a frame in it, say.
     """
     if seed < 0:
-        raise ConfigError(f"a seed must not be negative, and {seed} is")
+        raise ConfigError(f"a seed must not be negative: {seed}")
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, *key])))
 
 

@@ -93,7 +93,7 @@ def displaced(
     Where the direction vanishes, `spare` (N, 3) takes its place.
     """
     if norm < 0.0:
-        raise ConfigError(f"the norm of a jitter must not be negative, and {norm:g} Å is")
+        raise ConfigError(f"the norm of a jitter must not be negative: {norm:g} Å")
     if spare is not None:
         direction = torch.where(_lengths(direction, structures, norm_of) > 0, direction, spare)
     direction = torch.where(structures.free[:, None], direction, 0.0)
@@ -230,7 +230,9 @@ class JitterJob(IndependentJob):
         if not 0.0 < low <= high:
             raise ConfigError(f"the norm of a jitter must be 0 < low <= high, not {low} and {high}")
         if self.norm_of not in ("structure", "atom"):
-            raise ConfigError(f"a jitter's norm is of a structure or atom, not '{self.norm_of}'")
+            raise ConfigError(
+                f"the norm of a jitter is over a structure or an atom, not '{self.norm_of}'"
+            )
 
     def default_name(self) -> str:
         """Say how far atoms are displaced."""
@@ -276,7 +278,8 @@ class AscentJob(JitterJob):
         low, high = as_pair(self.norm)
         if self.n_frames > 1 and low == high:
             raise ConfigError(
-                f"'{self.name}': several steps of one norm from one structure are the same; give "
+                f"'{self.name}': several steps of the same norm from one structure are identical: "
+                f"give "
                 "a range of norms"
             )
 

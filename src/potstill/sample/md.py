@@ -299,7 +299,7 @@ def require_conservative(calculator: BaseCalculator | None, what: str) -> None:
     if not getattr(calculator, "conservative", True):
         raise ConfigError(
             f"{what} runs at constant energy, which direct forces do not conserve: use a "
-            "thermostat, or force it by force_nonconservative"
+            f"thermostat, or set force_nonconservative"
         )
 
 
@@ -509,11 +509,11 @@ def _check_sane(atoms: ase.Atoms, job: MDJob, limit: float, step: int, volume: f
         return
     ratio = atoms.get_volume() / volume
     if not 1.0 / _VOLUME_FACTOR < ratio < _VOLUME_FACTOR:
-        raise _diverged(job, f"the volume became {ratio:.2g} times what it was", step)
+        raise _diverged(job, f"the volume changed by a factor of {ratio:.2g}", step)
 
 
 def _diverged(job: MDJob, what: str, step: int) -> DivergenceError:
-    allow = ", or set allow_dissociation if that is what it should do" if "apart" in what else ""
+    allow = ", or set allow_dissociation if this is intended" if "apart" in what else ""
     return DivergenceError(
         f"the job '{job.name}' exploded after {step * job.timestep:g} fs ({what}): choose a "
         f"timestep below {job.timestep:g} fs, a lower temperature or a better starting structure"

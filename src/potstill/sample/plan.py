@@ -42,7 +42,7 @@ class SamplingPlan:
         for job in self.jobs:
             if job.system >= self.start.n_systems:
                 raise ConfigError(
-                    f"the job '{job.name}' starts from structure {job.system}, and there are "
+                    f"the job '{job.name}' starts from structure {job.system}, but there are "
                     f"{self.start.n_systems}, counted from 0"
                 )
 
@@ -170,7 +170,8 @@ def _claim(folder: Path, plan: SamplingPlan, driver: str) -> None:
             )
         if held.get("driver") != driver:
             raise ConfigError(
-                f"{folder} holds frames that '{held.get('driver')}' drove, not '{driver}': choose "
+                f"{folder} holds frames sampled with '{held.get('driver')}', not '{driver}': "
+                f"choose "
                 "another folder, or remove it"
             )
         return

@@ -106,7 +106,7 @@ class RelaxJob(Job):
             if not np.isfinite(forces).all() or np.abs(forces).max() > _EXPLODED:
                 raise DivergenceError(
                     f"'{self.name}' diverged after {len(path)} steps: choose a smaller "
-                    "displacement, or look at the calculator"
+                    "displacement, or check the calculator"
                 )
             path.append(atoms.get_positions())
             energies.append(float(atoms.get_potential_energy()))

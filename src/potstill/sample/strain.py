@@ -93,7 +93,7 @@ class StrainJob(_DeformationJob):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 <= self.max_strain < 0.5:
-            raise ConfigError(f"max_strain must lie in 0..0.5, and {self.max_strain} does not")
+            raise ConfigError(f"max_strain must be between 0 and 0.5, not {self.max_strain}")
 
     def default_name(self) -> str:
         """Say how large the strains are."""

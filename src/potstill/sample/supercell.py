@@ -90,7 +90,7 @@ def smallest_supercell(
             raise ConfigError(
                 f"a supercell of {structure.name_of(0)} with at least {min_atoms} atoms and "
                 f"{min_length:g} Å between its faces needs {n_atoms()} atoms, more than "
-                f"{max_atoms}: lower what is asked or raise the limit"
+                f"{max_atoms}: ask for less or raise the limit"
             )
     return make_supercell(structure, (repeats[0], repeats[1], repeats[2]))
 

@@ -307,7 +307,7 @@ class LabeledStore:
             known = record["sources"].setdefault(source, new_source(plain))["info"]
             if known.get("properties") != plain.get("properties"):
                 raise StoreError(
-                    f"{self.path}: the labels '{source}' were begun with the properties "
+                    f"{self.path}: the labels '{source}' were started with the properties "
                     f"{known.get('properties')}, not {plain.get('properties')}: choose another name"
                 )
 
@@ -460,7 +460,7 @@ class LabeledStore:
             for name, value in facts.items():
                 if own.setdefault(name, value) != value:
                     raise StoreError(
-                        f"{what} has {name} {own[name]!r} in {self.path}, and now {value!r}: a tap "
+                        f"{what} has {name} {own[name]!r} in {self.path}, but now {value!r}: a tap "
                         "cannot change between frames"
                     )
             base = f"features/{source}/{tap}"
@@ -471,8 +471,8 @@ class LabeledStore:
         known = self._record["features"]
         if source not in known:
             raise StoreError(
-                f"{self.path} has no features of '{source}'{suggest(source, known)}: make them "
-                "with `potstill label --taps`"
+                f"{self.path} has no features of '{source}'{suggest(source, known)}: compute them "
+                f"with `potstill label --taps`"
             )
         taps = {name: own for name, own in known[source]["taps"].items() if "kind" in own}
         if tap not in taps:
@@ -486,7 +486,7 @@ class LabeledStore:
     def _check_teacher(self, record: Record, source: str, info: Mapping[str, Any]) -> None:
         """Refuse a name under which another teacher has labels or features."""
         if not info.get("fingerprint"):
-            raise StoreError(f"what '{source}' gives needs the teacher's fingerprint")
+            raise StoreError(f"labels of '{source}' need the teacher's fingerprint")
         for kind in ("sources", "features"):
             known = record[kind].get(source, {"info": info})["info"].get("fingerprint")
             if known != info["fingerprint"]:

@@ -75,7 +75,7 @@ def feature_facts(feature: Feature, what: str) -> dict[str, Any]:
     if feature.graph is not None:
         if not feature.recipe:
             raise StoreError(
-                f"{what} lives on pairs and does not say how they were chosen: it cannot be "
+                f"{what} is on pairs and does not say how they were selected: it cannot be "
                 "stored; compute it online, by naming the teacher under 'teachers'"
             )
         facts |= {"recipe": feature.recipe, "cutoff": feature.graph.cutoff}

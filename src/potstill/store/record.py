@@ -216,8 +216,8 @@ def read_record(path: Path) -> Record:
         raise StoreError(f"{path} is not a store of potstill") from error
     if version > FORMAT_VERSION:
         raise StoreError(
-            f"{path} has format version {version}, and this potstill knows {FORMAT_VERSION}: "
-            f"update potstill"
+            f"{path} has format version {version}, this potstill reads up to {FORMAT_VERSION}: "
+            f"upgrade potstill"
         )
     return record
 

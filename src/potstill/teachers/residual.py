@@ -213,8 +213,8 @@ def _contradiction(teacher: str, move: _Move, slope: float) -> str:
     seems = f" (it seems to be {' and '.join(guess)})" if guess else ""
     return (
         f"the {move.name} of the teacher '{teacher}' {verb} {ratio:.4g} times {derivative}{seems}: "
-        f"its calculator must return {proper}; leave {move.name} out of the properties, or say "
-        "`conservative: false` among its arguments if its forces are not meant to be a gradient"
+        f"its calculator must return {proper}; leave {move.name} out of the properties, or pass "
+        f"it `conservative: false` if its forces are not meant to be a gradient"
     )
 
 

@@ -58,7 +58,8 @@ class Augmentation:
         name = self.settings.source
         if name not in teachers:
             raise ConfigError(
-                f"augment lets '{name}' label displaced structures, and there is no such teacher: "
+                f"augment asks the teacher '{name}' to label displaced structures, but there is "
+                f"no such teacher: "
                 "name it under 'teachers'"
             )
         self.teacher = teachers[name].to(device)
@@ -70,8 +71,8 @@ class Augmentation:
         if self.settings.kind == "ascent":
             if not isinstance(self.teacher, PotentialTeacher):
                 raise ConfigError(
-                    f"augment.kind = ascent differentiates the teacher, and '{name}' is no "
-                    "potential of potstill: take augment.kind = random"
+                    f"augment.kind = ascent differentiates the teacher, but '{name}' is not a "
+                    f"potstill potential: use augment.kind = random"
                 )
             fixed = copy.deepcopy(self.baseline).to(device)
             whole = SumPotential({**fixed.components, "network": student["network"].to(device)})
@@ -126,8 +127,8 @@ class Augmentation:
         if failures and not self._warned:
             self._warned = True
             warnings.warn(
-                f"the teacher '{self.settings.source}' fails on displaced structures, which have "
-                f"no part in the loss then: {failures[0].reason}",
+                f"the teacher '{self.settings.source}' fails on displaced structures, which are "
+                f"left out of the loss: {failures[0].reason}",
                 stacklevel=2,
             )
         return TrainingSet(structures, {"all": labels}).minus(self.baseline).labels["all"]

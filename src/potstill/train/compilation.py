@@ -44,7 +44,7 @@ def network_passes(
         return NetworkPasses(network)
     if force_gradient.takes_compact_lists:
         if say is not None:
-            say(f"nothing is compiled: native kernels serve {network.kind}")
+            say(f"nothing is compiled: {network.kind} runs on native kernels")
         return NetworkPasses(network)
     if force_gradient.method != "backpropagation":
         raise ConfigError(
@@ -110,7 +110,7 @@ class CompiledPasses(NetworkPasses):
         except Exception as error:  # compilers fail in many ways
             self.works = False
             warnings.warn(
-                f"torch.compile failed, and training goes on without it: {_reason(error)}",
+                f"torch.compile failed, and training continues without it: {_reason(error)}",
                 stacklevel=2,
             )
             return None
@@ -185,5 +185,5 @@ def compiler_state() -> str:
     try:
         compiler = get_cpp_compiler()
     except Exception as error:  # its type is private
-        return f"no compiler, and training goes on without it: {_reason(error)}"
+        return f"no compiler, and training continues without it: {_reason(error)}"
     return f"by {compiler}, code is kept in {cache_folder()}"

@@ -364,7 +364,7 @@ class ForceGradient:
             # A Hessian is a second derivative already: its loss' gradient takes a third.
             raise ConfigError(
                 f"a loss of '{name}' needs force_gradient.method = backpropagation: "
-                f"{self.method} knows {', '.join(FIRST_ORDER)}"
+                f"{self.method} supports {', '.join(FIRST_ORDER)}"
             )
         reach = self.network.cutoff + self.margin
         if batch.neighbors.cutoff < reach - 1e-9:
@@ -383,8 +383,8 @@ class ForceGradient:
         if error > SAFE_PROXY_ERROR[self.network.dtype]:
             self._watching = False
             warnings.warn(
-                f"central differences with epsilon = {self.epsilon:g} miss the slope of the energy "
-                f"by a share of {error:.1e}: find a better epsilon with `potstill epsilon`",
+                f"central differences with epsilon = {self.epsilon:g} have a relative error of "
+                f"{error:.1e}: find a better epsilon with `potstill epsilon`",
                 stacklevel=2,
             )
 

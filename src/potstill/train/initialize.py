@@ -121,7 +121,7 @@ def initialize_weights(network: Potential, settings: WeightsSettings) -> list[st
     ]
     if not names:
         raise ConfigError(
-            f"{settings.checkpoint} has no parameter that the student has, too, and that matches "
+            f"{settings.checkpoint} has no parameter in common with the student that matches "
             f"{', '.join(settings.names)}: its parameters are {', '.join(source)}"
         )
     with torch.no_grad():

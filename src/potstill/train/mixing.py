@@ -41,7 +41,7 @@ def mixed_batches(
         pool = (synthetic == origin).nonzero().flatten()
         if count and not len(pool):
             which = "synthetic" if origin else "reference"
-            raise ConfigError(f"mixing.alpha = {alpha:g} asks for {which} data, and there are none")
+            raise ConfigError(f"mixing.alpha = {alpha:g} asks for {which} data, but there are none")
         drawn.append(_in_passes(pool, count, settings.seed, epoch, origin))
     return cut(structures, torch.cat(drawn)[order], settings)
 
@@ -102,6 +102,7 @@ def check_mixing(settings: TrainSettings, structures: Structures, synthetic: Ten
 def _origins(structures: Structures, synthetic: Tensor | None) -> Tensor:
     if synthetic is None or synthetic.shape != (structures.n_systems,):
         raise ConfigError(
-            "'mixing' needs synthetic data beside the training set: name them in data.synthetic"
+            "'mixing' needs synthetic data in addition to the training set: name them in "
+            "data.synthetic"
         )
     return synthetic

@@ -329,7 +329,7 @@ class TrainSettings(_Settings):
         if sum(t.share or 0.0 for t in terms if isinstance(t, FeatureTerm)) >= 1.0:
             raise ValueError("the shares of the loss add up to one or more")
         if all(isinstance(t, FeatureTerm) and t.share is not None for t in terms):
-            raise ValueError("a share of the loss needs a term with a weight beside it")
+            raise ValueError("a share of the loss needs another term with a weight")
         return terms
 
     @model_validator(mode="after")
@@ -339,8 +339,8 @@ class TrainSettings(_Settings):
         for term in self.loss:
             if term.ever_active and term.source not in ("reference", self.augment.source):
                 raise ValueError(
-                    f"augment lets '{self.augment.source}' alone label displaced structures, and "
-                    f"{term.name} asks '{term.source}' about them: leave out one of the two"
+                    f"only '{self.augment.source}' labels displaced structures (augment), but "
+                    f"{term.name} needs labels of '{term.source}': leave out one of the two"
                 )
         return self
 

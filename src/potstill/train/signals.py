@@ -107,7 +107,7 @@ class FeatureSources:
         named = line.teacher_tap or ()
         if source not in self._teachers:
             raise MissingLabelError(
-                f"the loss distils {' and '.join(named) or 'features'} of '{source}' "
+                f"the loss distills {' and '.join(named) or 'features'} of '{source}' "
                 f"({line.name}), but the data hold {', '.join(stored) or 'no features'} of it: "
                 "store them with `potstill label --taps`, or name the teacher under 'teachers' to "
                 "compute them online"

@@ -118,7 +118,7 @@ def split_frames(frames: SampledFrames, seed: int) -> dict[str, torch.Tensor]:
     for name, systems in split.items():
         if not len(systems):
             raise DataError(
-                f"{len(own)} MD frames are too few to leave some for '{name}': "
+                f"{len(own)} MD frames are too few to provide any for '{name}': "
                 f"raise the budget, or n_md_frames among the counts"
             )
     split["train"] = torch.cat([split["train"], (~moving).nonzero()[:, 0]]).sort().values
@@ -152,7 +152,7 @@ def _explore(run: Run) -> str | None:
         if not unstable:
             return None
         text = f"MD with the draft student became unstable in {len(unstable)} of "
-        text += f"{len(plan.jobs)} runs, which are not taught: {unstable[0]}"
+        text += f"{len(plan.jobs)} runs, whose frames are discarded: {unstable[0]}"
         run.display.say(text)
         return text
 

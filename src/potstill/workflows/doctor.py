@@ -199,7 +199,7 @@ def _dynamics(folder: Path) -> str:
     frames = run_md(
         data.structures[0], calculator, temperature=300.0, n_frames=2, seed=0, equilibration=0.0
     )
-    return f"{float(frames.time[-1]):g} fs of dynamics"
+    return f"{float(frames.time[-1]):g} fs of MD"
 
 
 def _native(folder: Path) -> str:
@@ -207,7 +207,7 @@ def _native(folder: Path) -> str:
     if reason is not None:
         raise ModelError(
             f"{reason}. MD and training use PyTorch kernels, several times slower: install a C++ "
-            "compiler and potstill again (docs/performance.md)"
+            f"compiler and reinstall potstill (docs/performance.md)"
         )
     return describe_core()
 

@@ -90,7 +90,7 @@ class MdConfig(Settings):
     def _pressure_needs_a_barostat(self) -> MdConfig:
         if self.pressure is not None and self.ensemble != "npt":
             raise ValueError(
-                f"a pressure of {self.pressure:g} GPa needs the ensemble npt, and this one is "
+                f"a pressure of {self.pressure:g} GPa needs the ensemble npt, not "
                 f"{self.ensemble}: give --ensemble npt, or leave out the pressure"
             )
         return self

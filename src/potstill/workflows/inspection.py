@@ -103,7 +103,7 @@ def _store(path: Path) -> list[Card]:
         about.append(["labeled", f"{store.n_labeled(source)} of {store.n_systems}"])
         about.append(["failed", str(len(failed))])
         about += [[f"  {f.get('frame_id') or f['system']}", f["reason"]] for f in failed[:5]]
-        cards.append(Card(f"who gave '{source}'", about))
+        cards.append(Card(f"teacher '{source}'", about))
     return cards
 
 
@@ -135,7 +135,7 @@ def _training(path: Path) -> list[Card]:
     if (path / "result.json").is_file():
         rows += [[key, _text(value)] for key, value in read_json(path / "result.json").items()]
     else:
-        rows.append(["status", "not finished: the same command continues"])
+        rows.append(["status", "not finished: run the same command to resume"])
     cards = [Card(f"training run {path}", rows)]
     if (path / "best.pt").is_file():
         cards += _potential(path / "best.pt")
@@ -150,7 +150,7 @@ def _trainings(path: Path) -> list[Card]:
         result = read_json(done) if done.is_file() else {}
         status = str(result.get("status", "not finished"))
         rows.append([file.parent.name, status, _text(result.get("best_score", "–"))])
-    return [Card(f"trainings in {path}", rows, ("run", "status", "best score"))]
+    return [Card(f"training runs in {path}", rows, ("run", "status", "best score"))]
 
 
 def _study(path: Path) -> list[Card]:
@@ -191,14 +191,14 @@ def _unfinished_sampling(path: Path) -> list[Card]:
     done = len(list(folder.glob("job_*.npz")))
     rows = [["finished jobs", f"{done} of {len(jobs)}"]]
     rows += [[job.get("name") or job["kind"], f"{job['n_frames']} frames"] for job in jobs]
-    return [Card(f"sampling {path}: the same command continues", rows)]
+    return [Card(f"sampling {path}: run the same command to resume", rows)]
 
 
 def _evaluation(path: Path) -> list[Card]:
     found, problems = read_findings(path)
     cards = [Card(f"evaluation {path}", result_rows(found), ("", "model", "value"))]
     lines = [[line] for line in (*verdicts(found), *problems)]
-    return [*cards, Card("what it says", lines, ("",))] if lines else cards
+    return [*cards, Card("verdicts", lines, ("",))] if lines else cards
 
 
 def _features(path: Path) -> list[Card]:
@@ -230,7 +230,7 @@ def _distillation(path: Path) -> list[Card]:
     if (path / "evaluation").is_dir() and (path / "student.pt").is_file():
         summary = summarize(path)
         lines = [[line] for line in (*summary.get("verdicts", ()), *summary.get("problems", ()))]
-        cards.append(Card("what the evaluation says", lines, ("",)))
+        cards.append(Card("verdicts", lines, ("",)))
         cards.append(Card("results", summary_rows(summary), ("", "model", "value")))
     return cards
 

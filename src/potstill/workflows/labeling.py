@@ -143,7 +143,7 @@ def _open_store(config: LabelConfig) -> LabeledStore:
     path = Path(config.store).absolute()
     known = path.exists()
     if not known and not config.files:
-        raise ConfigError(f"{path}: no such store, and no files to make it of")
+        raise ConfigError(f"{path}: no such store, and no files to create it from")
     if known:
         store = LabeledStore.open(path, "a")
     parts = read_files(config.files)  # before a store is made: a bad file leaves nothing

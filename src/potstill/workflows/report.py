@@ -155,7 +155,7 @@ def _facts(found: Findings) -> Iterator[Fact]:
             yield Fact(number(100 * relative), "%", "relative force RMSE, student", whose)
     if ratios := speed_ratio(found):
         n = max(ratios)
-        yield Fact(number(ratios[n]), "×", "speed over the teacher", f"{n:,} atoms")
+        yield Fact(number(ratios[n]), "×", "speedup over the teacher", f"{n:,} atoms")
     elastic = found.of("elastic", ElasticConstants).get("student")
     if elastic is not None and not elastic.stable:
         yield Fact("unstable", "", "crystal, student", "; ".join(elastic.instabilities()))
@@ -169,7 +169,7 @@ def _facts(found: Findings) -> Iterator[Fact]:
 
 def _accuracy_text(found: Findings) -> str:
     n = max((r.n_systems for r in found.of("errors", ErrorReport).values()), default=0)
-    return f"Errors on {n:,} structures that took no part in training." if n else ""
+    return f"Errors on {n:,} structures not used in training." if n else ""
 
 
 # -- figures of several evaluations ----------------------------------------------------------------
