@@ -253,17 +253,7 @@ class ANI(Potential):
 
 
 class EnsembleMLP(nn.Module):
-    """Feed-forward networks of the same shape, evaluated side by side on the same input.
-
-    Parameters
-    ----------
-    widths : sequence of int
-        Widths from input to output.
-    celu_alpha : float
-        Parameter of the activation.
-    n_members : int
-        Number of networks M.
-    """
+    """M feed-forward networks of the same widths, evaluated side by side on the same input."""
 
     def __init__(self, widths: Sequence[int], celu_alpha: float, n_members: int) -> None:
         super().__init__()
@@ -287,40 +277,20 @@ class EnsembleMLP(nn.Module):
 
 
 class Shell(NamedTuple):
-    """Neighbors of one species within the angular cutoff, laid out as (n_local, width) slots.
+    """Neighbors of one species within the angular cutoff, laid out as (n_local, width) slots."""
 
-    Parameters
-    ----------
-    pair : Tensor
-        (n_local, width) int64, index of the pair in a slot; any pair in unused slots.
-    used : Tensor
-        (n_local, width) bool.
-    """
-
-    pair: Tensor
-    used: Tensor
+    pair: Tensor  # (n_local, width) int64, index of the pair in a slot; any pair in unused slots
+    used: Tensor  # (n_local, width) bool
 
 
 class Indices(NamedTuple):
-    """Which pairs and atoms of a batch go where.
+    """Which pairs and atoms of a batch go where."""
 
-    Parameters
-    ----------
-    near, row : Tensor
-        (R,) pairs within the radial cutoff, and the rows of the radial block that they add to.
-    shells : tuple of Shell
-        By neighbor species.
-    slot_pairs : tuple of pairs of Tensor
-        (P,) slots j and k that meet in an angle, by pair of species.
-    atoms : tuple of Tensor
-        Local atoms by species.
-    """
-
-    near: Tensor
-    row: Tensor
-    shells: tuple[Shell, ...]
-    slot_pairs: tuple[tuple[Tensor, Tensor], ...]
-    atoms: tuple[Tensor, ...]
+    near: Tensor  # (R,) pairs within the radial cutoff
+    row: Tensor  # (R,) rows of the radial block that they add to
+    shells: tuple[Shell, ...]  # by neighbor species
+    slot_pairs: tuple[tuple[Tensor, Tensor], ...]  # (P,) slots j and k of angles, by species
+    atoms: tuple[Tensor, ...]  # local atoms by species
 
 
 class _Neighbors:

@@ -58,59 +58,31 @@ class BasisEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class Angular:
-    """An angular basis of triplets or quadruplets, in the form of the efficient bilinear layer.
+    """An angular basis of triplets or quadruplets, in the form of the efficient bilinear layer."""
 
-    Parameters
-    ----------
-    groups : Groups
-        Who is summed into which outgoing edge.
-    radial : Tensor
-        (M, width, A), of the outgoing edges.
-    angular : Tensor
-        (M, K, A), of the members of each group; zero in unused places.
-    """
-
-    groups: Groups
-    radial: Tensor
-    angular: Tensor
+    groups: Groups  # who is summed into which outgoing edge
+    radial: Tensor  # (M, width, A), of the outgoing edges
+    angular: Tensor  # (M, K, A), of the members of each group; zero in unused places
 
 
 @dataclass(frozen=True)
 class Bases:
-    """All bases of a batch; None for interactions that are switched off.
+    """All bases of a batch; None for interactions that are switched off."""
 
-    Parameters
-    ----------
-    main : Tensor
-        (M, num_radial) radial basis of the main edges.
-    atom_update, output : Tensor
-        (M, emb_size_rbf) for atom updates and output blocks.
-    edge_edge_radial, edge_edge
-        Radial basis of incoming main edges, angles between main edges.
-    quad_radial, quad_middle, quad
-        Radial basis of d -> b; (T, emb_size_cbf) of d -> b -> a; angles of the paths.
-    quadruplets : Quadruplets, optional
-        The paths.
-    atom_edge_radial, atom_edge, edge_atom_radial, edge_atom
-        As for edge_edge.
-    atom_atom : Tensor, optional
-        (N, K, emb_size_rbf) radial basis by atom; zero in unused places.
-    """
-
-    main: Tensor
-    atom_update: Tensor
-    output: Tensor
-    edge_edge_radial: Tensor
-    edge_edge: Angular
-    quad_radial: Tensor | None = None
-    quad_middle: Tensor | None = None
-    quad: Angular | None = None
+    main: Tensor  # (M, num_radial), of the main edges
+    atom_update: Tensor  # (M, emb_size_rbf)
+    output: Tensor  # (M, emb_size_rbf)
+    edge_edge_radial: Tensor  # of incoming main edges
+    edge_edge: Angular  # between main edges
+    quad_radial: Tensor | None = None  # of d -> b
+    quad_middle: Tensor | None = None  # (T, emb_size_cbf), of d -> b -> a
+    quad: Angular | None = None  # of the paths
     quadruplets: Quadruplets | None = None
     atom_edge_radial: Tensor | None = None
     atom_edge: Angular | None = None
     edge_atom_radial: Tensor | None = None
     edge_atom: Angular | None = None
-    atom_atom: Tensor | None = None
+    atom_atom: Tensor | None = None  # (N, K, emb_size_rbf) by atom; zero in unused places
 
 
 class SharedBases(nn.Module):

@@ -30,22 +30,12 @@ _DIRECTION = (0.5257311121, 0.3118049513, 0.7914766507)
 
 @dataclass(frozen=True)
 class Graph:
-    """A subset of the given pairs, sorted by center as they are.
+    """A subset of the given pairs, sorted by center as they are."""
 
-    Parameters
-    ----------
-    pair : Tensor
-        (M,) int64, numbers of the given pairs, ascending.
-    center, neighbor : Tensor
-        (M,) int64, atoms.
-    n_atoms : int
-        Number of atoms N.
-    """
-
-    pair: Tensor
-    center: Tensor
-    neighbor: Tensor
-    n_atoms: int
+    pair: Tensor  # (M,) int64, numbers of the given pairs, ascending
+    center: Tensor  # (M,) int64
+    neighbor: Tensor  # (M,) int64
+    n_atoms: int  # N
 
     @classmethod
     def of(cls, chosen: Tensor, edges: Edges, n_atoms: int) -> Graph:
@@ -66,21 +56,11 @@ class Graph:
 
 @dataclass(frozen=True)
 class Groups:
-    """Which rows are summed into which groups; sorted by group.
+    """Which rows are summed into which groups; sorted by group."""
 
-    Parameters
-    ----------
-    member : Tensor
-        (T,) int64, a row of some table.
-    group : Tensor
-        (T,) int64, the group that it is summed into, non-decreasing.
-    n_groups : int
-        Number of groups G.
-    """
-
-    member: Tensor
-    group: Tensor
-    n_groups: int
+    member: Tensor  # (T,) int64, a row of some table
+    group: Tensor  # (T,) int64, the group that it is summed into, non-decreasing
+    n_groups: int  # G
 
     @cached_property
     def start(self) -> Tensor:
@@ -121,49 +101,25 @@ class Quadruplets:
     """Paths d -> b -> a <- c: the edge d -> b tells c -> a about itself, through b -> a.
 
     Edges d -> b and c -> a are of the main graph, b -> a is of the quadruplets' own graph.
-
-    Parameters
-    ----------
-    inner : Groups
-        Main edges d -> b by the edge b -> a that they arrive at.
-    outer_edge, outer_through : Tensor
-        (T,) int64, main edges c -> a and edges b -> a of the outer triplets b -> a <- c.
-    paths : Groups
-        Rows of `inner` by main edge c -> a.
-    path_outer : Tensor
-        (Q,) int64, the outer triplet of each path.
     """
 
-    inner: Groups
-    outer_edge: Tensor
-    outer_through: Tensor
-    paths: Groups
-    path_outer: Tensor
+    inner: Groups  # main edges d -> b by the edge b -> a that they arrive at
+    outer_edge: Tensor  # (T,) int64, main edges c -> a of the outer triplets b -> a <- c
+    outer_through: Tensor  # (T,) int64, edges b -> a of these
+    paths: Groups  # rows of `inner` by main edge c -> a
+    path_outer: Tensor  # (Q,) int64, the outer triplet of each path
 
 
 @dataclass(frozen=True)
 class Graphs:
-    """Everything about the connectivity of a batch.
+    """Everything about the connectivity of a batch."""
 
-    Parameters
-    ----------
-    main : Graph
-        Edges that carry embeddings; with each edge its reverse.
-    reverse : Tensor
-        (M,) int64, the reverse of each main edge.
-    aeaint, aint, qint : Graph
-        Edges of the interactions between atoms and edges, between atoms, and in the middle of
-        quadruplets.
-    given_reverse : Tensor
-        (E,) int64, the reverse of each given pair.
-    """
-
-    main: Graph
-    reverse: Tensor
-    aeaint: Graph
-    aint: Graph
-    qint: Graph
-    given_reverse: Tensor
+    main: Graph  # edges that carry embeddings; with each edge its reverse
+    reverse: Tensor  # (M,) int64, the reverse of each main edge
+    aeaint: Graph  # of the interactions between atoms and edges
+    aint: Graph  # of the interactions between atoms
+    qint: Graph  # of the middle edges of quadruplets
+    given_reverse: Tensor  # (E,) int64, the reverse of each given pair
 
     @cached_property
     def edge_edge(self) -> Groups:
@@ -187,13 +143,7 @@ class Graphs:
         return Groups(number, self.aint.center, self.aint.n_atoms)
 
     def quadruplets(self, r_ij: Tensor) -> Quadruplets:
-        """All paths d -> b -> a <- c of four different atoms (or images of atoms).
-
-        Parameters
-        ----------
-        r_ij : Tensor
-            (E, 3) Å, of the given pairs.
-        """
+        """All paths d -> b -> a <- c of four different (images of) atoms; `r_ij` is (E, 3) Å."""
         main, qint = self.main, self.qint
         through, edge = _members(qint.neighbor, main.start)  # d -> b of each b -> a
         keep = main.pair[edge] != self.given_reverse[qint.pair[through]]  # d is not a
@@ -306,15 +256,8 @@ class _Limits:
 def reverse_pairs(edges: Edges, r_ij: Tensor) -> Tensor:
     """(E,) int64: the pair (j, i, -r) of each pair (i, j, r).
 
-    Images of one pair of atoms are put in the order of their vectors' projections on a direction,
-    from the one end upwards, from the other downwards.
-
-    Parameters
-    ----------
-    edges : Edges
-        The pairs.
-    r_ij : Tensor
-        (E, 3) Å.
+    Images of one pair of atoms are put in the order of their vectors' (E, 3) projections on a
+    direction, from the one end upwards, from the other downwards.
 
     Raises
     ------

@@ -28,18 +28,9 @@ class Bilinear(nn.Module):
     def forward(
         self, basis: Angular, x: Tensor, onto: Tensor | None = None, n_onto: int = 0
     ) -> Tensor:
-        """(M, n_out), or (n_onto, n_out) with the groups summed into `onto`.
+        """(M, n_out) from (R, n_in) and a basis whose radial part is (M, n_basis, A).
 
-        Parameters
-        ----------
-        basis : Angular
-            With a radial part (M, n_basis, A).
-        x : Tensor
-            (R, n_in), of which the basis' groups have members.
-        onto : Tensor, optional
-            (M,) int64, into what the groups are summed.
-        n_onto : int
-            How many of these there are.
+        Or (n_onto, n_out), with the M groups summed into the rows that `onto` (M,) names.
         """
         angular = basis.angular.transpose(1, 2) @ basis.groups.gather(x)  # (M, A, n_in)
         product = basis.radial @ angular  # (M, n_basis, n_in)
@@ -64,14 +55,8 @@ class Messages(nn.Module):
 class TripletInteraction(nn.Module):
     """What arrives at a from its edges or atoms b, by the angle between b and c.
 
-    Parameters
-    ----------
-    n_in, n_out : int
-        Widths of what sends (atoms or edges) and of what receives.
-    settings : GemNetOCSettings
-        All other widths.
-    to_edges : bool
-        Receivers are main edges, else atoms.
+    `n_in` and `n_out` are the widths of what sends (atoms or edges) and of what receives: main
+    edges, or atoms without `to_edges`.
     """
 
     def __init__(
@@ -101,22 +86,12 @@ class TripletInteraction(nn.Module):
         reverse: Tensor | None = None,
         receiver: tuple[Tensor, int] | None = None,
     ) -> Tensor:
-        """(M, n_out) for main edges, or (N, n_out) for atoms.
+        """(M, n_out) for main edges, or (N, n_out) for atoms, from (R, n_in).
 
-        Parameters
-        ----------
-        x : Tensor
-            (R, n_in) embeddings of what sends.
-        radial : Tensor
-            (P, emb_size_rbf) radial basis of the incoming edges.
-        angular : Angular
-            Angles between incoming and outgoing edges.
-        sender : Tensor, optional
-            (P,) int64, atoms of the incoming edges, where atoms send.
-        reverse : Tensor, optional
-            (M,) int64, reverses of the main edges, where these receive.
-        receiver : tuple of Tensor and int, optional
-            (P,) int64 atoms into which outgoing edges are summed, and how many atoms there are.
+        `radial` (P, emb_size_rbf) is the basis of the incoming edges. Where atoms send, `sender`
+        (P,) are those of the incoming edges; where main edges receive, `reverse` (M,) are their
+        reverses; where atoms receive, `receiver` are those into which outgoing edges are summed,
+        (P,), and the number of all atoms.
         """
         x = self.dense(x)
         x = x if sender is None else x[sender]

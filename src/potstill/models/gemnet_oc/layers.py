@@ -71,16 +71,9 @@ class ScaleFactor(nn.Module):
         self.observer: Callable[[ScaleFactor, Tensor, Tensor], None] | None = None
 
     def forward(self, x: Tensor, reference: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Scale x.
+        """Give (R, F) values the variance of (R', F') others.
 
-        Parameters
-        ----------
-        x : Tensor
-            (R, F) values.
-        reference : Tensor
-            (R', F') values whose variance x shall have.
-        rows : Tensor, optional
-            Rows of `reference` that count, some perhaps several times.
+        `rows` of `reference` count, some perhaps several times; by default all of them.
         """
         if self.observer is not None:
             self.observer(self, x, reference if rows is None else reference[rows])

@@ -133,10 +133,7 @@ class GemNetOC(Potential):
         return LocalOutput(energies, {name: tapped[name] for name in taps}, forces)
 
     def graphs(self, edges: Edges, r_ij: Tensor, n_atoms: int) -> Graphs:
-        """Edges of all graphs, from pairs up to the cutoff at least.
-
-        Arguments and errors are those of `forward`.
-        """
+        """Edges of all graphs, from pairs up to the cutoff at least."""
         s = self.hyper
         return build_graphs(
             edges,
@@ -152,8 +149,7 @@ class GemNetOC(Potential):
     def _forces(self, of_edges: Tensor, graphs: Graphs, r_ij: Tensor) -> Tensor:
         """(N, 3) eV/Å: each edge pushes its center away from the neighbor, or pulls."""
         main = graphs.main
-        unit = nn.functional.normalize(r_ij[main.pair], dim=1)
-        push = -self.force(of_edges) * unit
+        push = -self.force(of_edges) * nn.functional.normalize(r_ij[main.pair], dim=1)
         return push.new_zeros(main.n_atoms, 3).index_add(0, main.center, push)
 
     def initialize_from(self, data: StartingData) -> None:
