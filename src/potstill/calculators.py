@@ -28,7 +28,7 @@ from potstill.units import AMU_PER_A3_IN_G_PER_CM3
 # Atoms closer than this fraction of the shortest distance in the training data are extrapolation.
 _CLOSE = 0.9
 
-# Pairs whose distances are computed at a time when a list is looked through.
+# Pairs whose distances are computed at a time: those of all pairs would need gigabytes.
 _CHUNK = 4_000_000
 
 # Tolerance of the density range: a structure of the training set must not warn for rounding.
@@ -87,9 +87,7 @@ class PotstillCalculator(Calculator):
         self.n_neighbor_lists = 0  # built so far
         self.conservative = not potential.direct_forces
         if potential.direct_forces:
-            self.implemented_properties = [
-                name for name in type(self).implemented_properties if name != "stress"
-            ]
+            self.implemented_properties = ["energy", "free_energy", "energies", "forces"]
         self._trained_on: Mapping[str, Any] = self.info.get("trained_on") or {}
         self._limits = _distance_limits(
             potential.species_table.names, self._trained_on.get("shortest_distances") or {}
@@ -269,32 +267,18 @@ def _distance_limits(names: Sequence[str], shortest: Mapping[str, float]) -> Ten
 
 def _within(structures: Structures, neighbors: NeighborList, cutoff: float) -> NeighborList:
     """Keep the pairs of one system that are closer than a cutoff."""
-    near = torch.cat(
-        [
-            first + (_distances(structures, neighbors, first) < cutoff).nonzero()[:, 0]
-            for first in range(0, max(neighbors.n_pairs, 1), _CHUNK)
-        ]
-    )
-    return NeighborList(
-        center=neighbors.center[near],
-        neighbor=neighbors.neighbor[near],
-        shifts=neighbors.shifts[near],
-        n_pairs_per_system=torch.tensor([len(near)]),
-        cutoff=cutoff,
-    )
+    near = []
+    for first in range(0, max(neighbors.n_pairs, 1), _CHUNK):
+        chunk = _some_pairs(neighbors, slice(first, first + _CHUNK), cutoff)
+        distance = torch.linalg.vector_norm(pair_vectors(structures, chunk), dim=1)
+        near.append(first + (distance < cutoff).nonzero()[:, 0])
+    return _some_pairs(neighbors, torch.cat(near), cutoff)
 
 
-def _distances(structures: Structures, neighbors: NeighborList, first: int) -> Tensor:
-    """Lengths of a chunk of pairs, Å: those of all pairs at a time would need gigabytes."""
-    part = slice(first, first + _CHUNK)
-    chunk = replace(
-        neighbors,
-        center=neighbors.center[part],
-        neighbor=neighbors.neighbor[part],
-        shifts=neighbors.shifts[part],
-        n_pairs_per_system=torch.tensor([len(neighbors.center[part])]),
-    )
-    return torch.linalg.vector_norm(pair_vectors(structures, chunk), dim=1)
+def _some_pairs(neighbors: NeighborList, rows: slice | Tensor, cutoff: float) -> NeighborList:
+    center = neighbors.center[rows]
+    count = torch.tensor([len(center)])
+    return NeighborList(center, neighbors.neighbor[rows], neighbors.shifts[rows], count, cutoff)
 
 
 def _list_holds(old: Structures, new: Structures, cutoff: float, skin: float) -> bool:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from potstill.errors import ModelError
-from potstill.models.base import Potential, Prediction
+from potstill.models.base import Edges, Potential, Prediction
+from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.properties import LEARNABLE
 from potstill.species import SpeciesTable
-from potstill.structures import Structures
+from potstill.structures import NeighborList, Structures
 
 # Step of finite differences, Å (or strain), and the fourth-order stencil: offset -> weight.
 STEP = 5e-4
@@ -44,6 +45,17 @@ def contract_structures(potential: Potential, seed: int = 0) -> Structures:
         species = (torch.arange(len(corners)) % n_species).tolist()
         parts.append(structure(potential.species_table, positions, species, cell, pbc))
     return Structures.concatenate(parts)
+
+
+def with_pairs(
+    potential: Potential, systems: Sequence[int] | None = None
+) -> tuple[Structures, NeighborList, Edges, Tensor]:
+    """Some of `contract_structures`, all by default, and their pairs within the cutoff."""
+    structures = contract_structures(potential).with_species_table(potential.species_table)
+    structures = structures if systems is None else structures.select(systems)
+    neighbors = build_neighbor_list(structures, potential.cutoff)
+    edges = Edges(neighbors.center, neighbors.neighbor)
+    return structures, neighbors, edges, pair_vectors(structures, neighbors)
 
 
 def crystals(potential: Potential) -> list[tuple[str, Structures]]:
@@ -153,11 +165,7 @@ def derivative(function: Callable[[float], Tensor]) -> Tensor:
 
 
 def same(
-    after: Prediction,
-    before: Prediction,
-    *,
-    names: Sequence[str] = LEARNABLE,
-    tolerance: float,
+    after: Prediction, before: Prediction, *, tolerance: float, names: Sequence[str] = LEARNABLE
 ) -> None:
     """Compare the properties of two predictions."""
     for name in names:

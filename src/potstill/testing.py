@@ -39,13 +39,14 @@ from potstill.contract import (
     same,
     structure,
     supercell,
+    with_pairs,
     zero,
 )
 from potstill.contract import contract_structures as contract_structures
 from potstill.errors import ModelError
 from potstill.models.base import Edges, Potential
 from potstill.models.graph import forces_from_pairs, virial_from_pairs
-from potstill.neighbors import build_neighbor_list, pair_vectors
+from potstill.neighbors import build_neighbor_list
 from potstill.structures import Structures
 
 # -- symmetry ----------------------------------------------------------------------------------
@@ -239,10 +240,7 @@ def check_force_losses_can_be_trained(potential: Potential) -> None:
 
 def check_first_order_passes(potential: Potential) -> None:
     """`evaluate` and `weighted_energy`, which kernels may serve, agree with `forward`."""
-    structures = contract_structures(potential).with_species_table(potential.species_table)
-    neighbors = build_neighbor_list(structures, potential.cutoff)
-    edges = Edges(neighbors.center, neighbors.neighbor)
-    r_ij = pair_vectors(structures, neighbors)
+    structures, neighbors, edges, r_ij = with_pairs(potential)
     n = structures.n_atoms
     found = potential.evaluate(structures, neighbors)
     partial = found.terms
@@ -283,14 +281,12 @@ def check_prepared_terms(potential: Potential) -> None:
     """Compilable potentials give the same in two parts as in one."""
     if not potential.compilable:
         return
-    structures = contract_structures(potential).with_species_table(potential.species_table)
-    neighbors = build_neighbor_list(structures, potential.cutoff)
-    edges = Edges(neighbors.center, neighbors.neighbor)
-    arguments = (structures.species, edges, pair_vectors(structures, neighbors))
-    prepared = potential.prepare(*arguments, structures.n_atoms)
+    structures, _, edges, r_ij = with_pairs(potential)
+    arguments = (structures.species, edges, r_ij, structures.n_atoms)
+    prepared = potential.prepare(*arguments)
     with torch.no_grad():
-        found = potential.prepared_terms(prepared, arguments[2])
-        expected = potential.partial_energies(*arguments, structures.n_atoms)
+        found = potential.prepared_terms(prepared, r_ij)
+        expected = potential.partial_energies(*arguments)
     close(found, expected, 1e-12, "prepared terms")
 
 
@@ -354,7 +350,7 @@ def check_no_atoms(potential: Potential) -> None:
             assert prediction["stress"].shape == (empty.n_systems, 3, 3)
 
 
-def check_perfectcrystals_have_no_forces(potential: Potential) -> None:
+def check_perfect_crystals_have_no_forces(potential: Potential) -> None:
     """Simple cubic, bcc, fcc, diamond, and two-species crystals where there are two species."""
     scale = float(predicted(potential, contract_structures(potential))["forces"].abs().max())
     for name, crystal in crystals(potential):
@@ -438,9 +434,8 @@ def check_ghosts(potential: Potential) -> None:
     A model whose atoms must know their neighbors' neighbors may refuse ghosts with `ModelError`;
     it must not be wrong.
     """
-    structures = contract_structures(potential).select([0])
+    structures, neighbors, _, r_ij = with_pairs(potential, [0])
     expected = predicted(potential, structures)
-    neighbors = build_neighbor_list(structures, potential.cutoff)
     n = structures.n_atoms
     images = torch.cat([neighbors.neighbor[:, None], neighbors.shifts], dim=1)
     outside = neighbors.shifts.any(dim=1)
@@ -450,7 +445,7 @@ def check_ghosts(potential: Potential) -> None:
     owner = torch.cat([torch.arange(n), ghosts[:, 0]])
     species = structures.species[owner]
     edges = Edges(neighbors.center, neighbor)
-    r_ij = pair_vectors(structures, neighbors).requires_grad_(True)
+    r_ij.requires_grad_(True)
     try:
         output = potential(species, edges, r_ij, n)
     except ModelError:
@@ -463,8 +458,7 @@ def check_ghosts(potential: Potential) -> None:
         return
     if not energies.requires_grad:
         return
-    (gradient,) = torch.autograd.grad(energies.sum(), r_ij, allow_unused=True)
-    gradient = torch.zeros_like(r_ij) if gradient is None else gradient
+    (gradient,) = torch.autograd.grad(energies.sum(), r_ij, materialize_grads=True)
     forces = torch.zeros(len(species), 3, dtype=torch.float64)
     forces.index_add_(0, edges.center, gradient).index_add_(0, edges.neighbor, -gradient)
     folded = torch.zeros(n, 3, dtype=torch.float64).index_add(0, owner, forces)
@@ -562,7 +556,7 @@ CONTRACT: dict[str, Callable[[Potential], None]] = {
         check_one_atom,
         check_isolated_atoms,
         check_no_atoms,
-        check_perfectcrystals_have_no_forces,
+        check_perfect_crystals_have_no_forces,
         check_continuity,
         check_batched_equals_single,
         check_longer_lists_change_nothing,

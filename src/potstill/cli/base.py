@@ -15,7 +15,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
     SpinnerColumn,
     TaskID,
     TextColumn,
@@ -57,7 +56,11 @@ class RichDisplay(Display):
     @contextmanager
     def task(self, title: str, total: float | None = None) -> Iterator[Task]:
         """Show a progress bar; its last state stays as a line."""
-        columns: list[ProgressColumn] = [
+        if not self.console.is_terminal:
+            with _Lines(self, title, total) as task:
+                yield task
+            return
+        with Progress(
             SpinnerColumn(finished_text="✓"),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -66,12 +69,8 @@ class RichDisplay(Display):
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
-        ]
-        if not self.console.is_terminal:
-            with _Lines(self.console, title, total) as task:
-                yield task
-            return
-        with Progress(*columns, console=self.console) as progress:
+            console=self.console,
+        ) as progress:
             bar = progress.add_task(title, total=total, note="")
             yield _Bar(progress, bar)
             whole = progress.tasks[0].total
@@ -94,36 +93,32 @@ class _Lines(Task):
 
     EVERY = 30.0
 
-    def __init__(self, console: Console, title: str, total: float | None) -> None:
-        self._clock = time.monotonic
-        self._console, self._title, self._total = console, title, total
-        self._began = self._last = self._clock()
+    def __init__(self, display: RichDisplay, title: str, total: float | None) -> None:
+        self._display, self._title, self._total = display, title, total
+        self._began = self._last = time.monotonic()
         self._note = ""
 
     def __enter__(self) -> _Lines:
-        self._print(f"{self._title} ...")
+        self._display.say(f"{self._title} ...")
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         words = "done" if kind is None else "stopped"
-        taken = seconds_in_words(self._clock() - self._began)
+        taken = seconds_in_words(time.monotonic() - self._began)
         note = f" ({self._note})" if self._note else ""
-        self._print(f"{self._title}: {words} after {taken}{note}")
+        self._display.say(f"{self._title}: {words} after {taken}{note}")
 
     def update(self, done: float, total: float | None = None, note: str = "") -> None:
         """Print a line if the last is half a minute old."""
         self._note, total = note, total or self._total
-        now = self._clock()
+        now = time.monotonic()
         if now - self._last < self.EVERY or not total:
             return
         self._last = now
         left = (now - self._began) * (total - done) / done if done else 0.0
         words = f", about {seconds_in_words(left)} left" if done else ""
         tail = f": {note}" if note else ""
-        self._print(f"  {100.0 * done / total:3.0f} %{words}{tail}")
-
-    def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False)
+        self._display.say(f"  {100.0 * done / total:3.0f} %{words}{tail}")
 
 
 @contextmanager
