@@ -23,6 +23,7 @@ from potstill.evaluate.tools import machine_description
 from potstill.models import GemNetOC
 from potstill.models.base import Edges
 from potstill.models.gemnet_oc import PRESETS
+from potstill.models.gemnet_oc.graphs import build_graphs
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.structures import Structures
 
@@ -68,7 +69,8 @@ def main() -> None:
             torch.manual_seed(0)
             hyperparameters = PRESETS[name] | {"direct_forces": direct}
             model = GemNetOC(structures.species_table, **hyperparameters)
-            graphs = model.graphs(Edges.of(structures, neighbors), r_ij, structures.n_atoms)
+            edges = Edges.of(structures, neighbors)
+            graphs = build_graphs(edges, r_ij, structures.n_atoms, model.hyper)
             result["main_edges"] = graphs.main.n_edges
             result["quadruplets"] = len(graphs.quadruplets(r_ij).path_outer)
 

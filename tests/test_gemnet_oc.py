@@ -26,7 +26,7 @@ from potstill.models.gemnet_oc import (
     load_published_weights,
 )
 from potstill.models.gemnet_oc.bases import Angular, circular_basis, radial_basis
-from potstill.models.gemnet_oc.graphs import TIE, Graphs, Groups, reverse_pairs
+from potstill.models.gemnet_oc.graphs import TIE, Graphs, Groups, build_graphs, reverse_pairs
 from potstill.models.gemnet_oc.interactions import Bilinear
 from potstill.models.gemnet_oc.layers import ScaleFactor, he_orthogonal_
 from potstill.models.graph import forces_from_pairs
@@ -116,7 +116,7 @@ def graphs_of(model: GemNetOC, structures: Structures) -> tuple[Graphs, Any, Ten
     neighbors = build_neighbor_list(structures, model.cutoff)
     r_ij = pair_vectors(structures, neighbors)
     edges = Edges.of(structures, neighbors)
-    return model.graphs(edges, r_ij, structures.n_atoms), neighbors, r_ij
+    return build_graphs(edges, r_ij, structures.n_atoms, model.hyper), neighbors, r_ij
 
 
 # -- basis functions and layers ------------------------------------------------------------------

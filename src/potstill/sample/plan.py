@@ -47,11 +47,6 @@ class SamplingPlan:
                 )
 
     @property
-    def n_frames(self) -> int:
-        """Frames of all jobs."""
-        return sum(job.n_frames for job in self.jobs)
-
-    @property
     def n_evaluations(self) -> int:
         """Calls of the calculator, at least: what a plan costs."""
         return sum(job.n_evaluations for job in self.jobs)

@@ -14,7 +14,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
-import ase
 import torch
 from ase.build import bulk
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -236,13 +235,8 @@ class Stages:
 # -- structures and what is known of them ----------------------------------------------------------
 
 
-def silicon() -> ase.Atoms:
-    """Diamond silicon, the conventional cell."""
-    return bulk("Si", "diamond", a=5.43, cubic=True)
-
-
 #: Structures that need no file.
-BUILT_IN = {"silicon": silicon}
+BUILT_IN = {"silicon": bulk("Si", "diamond", a=5.43, cubic=True)}
 
 
 def read_start(spec: str, *, index: str = ":") -> Structures:
@@ -254,7 +248,7 @@ def read_start(spec: str, *, index: str = ":") -> Structures:
         If there is neither.
     """
     if spec in BUILT_IN:
-        return Structures.from_ase(BUILT_IN[spec]())
+        return Structures.from_ase(BUILT_IN[spec])
     if not Path(spec).exists():
         raise DataError(
             f"{spec}: no such file, and no built-in structure of that name{suggest(spec, BUILT_IN)}"
@@ -301,11 +295,6 @@ def potential_info(
 def percent(value: float) -> str:
     """Write a fraction as percent, a dash for what is not a number."""
     return f"{100.0 * value:.1f} %" if math.isfinite(value) else "–"
-
-
-def threads() -> int:
-    """Threads that torch computes with."""
-    return torch.get_num_threads()
 
 
 def cores() -> int:

@@ -29,7 +29,7 @@ from potstill.teachers import make_teacher
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.compilation import compiler_state
 from potstill.train.settings import EnergySettings, ModelSettings, ScoreSettings
-from potstill.workflows.base import BUILT_IN, Display, limited_threads, threads
+from potstill.workflows.base import Display, limited_threads, read_start
 
 #: Extra, module to import, and what it is for.
 EXTRAS = (
@@ -83,17 +83,16 @@ def examine(display: Display | None = None) -> Diagnosis:
 
 def describe_machine() -> list[list[str]]:
     """Versions, devices, threads and how memory is kept."""
-    rows = [["Python", platform.python_version()]]
-    rows += [[name, _version(name)] for name in CORE]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    rows += [
+    return [
+        ["Python", platform.python_version()],
+        *([name, _version(name)] for name in CORE),
         ["GPU", gpu],
-        ["threads", f"{threads()} of {os.cpu_count()} cores"],
+        ["threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"],
         ["kernels", describe_core()],
         ["torch.compile", compiler_state()],
         ["memory", memory_tuning()],
     ]
-    return rows
 
 
 def describe_extras() -> list[list[str]]:
@@ -172,8 +171,7 @@ def _train(folder: Path) -> str:
 
 
 def _forces(folder: Path) -> str:
-    structures = Structures.from_ase(BUILT_IN["silicon"]())
-    structures = rattle(structures, 0.1, make_generator(0))
+    structures = rattle(read_start("silicon"), 0.1, make_generator(0))
     torch.manual_seed(0)
     network = HIPNN(structures.species_table, 8, 8, 1.6, 4.5, 5.0, 1).double()
     forces = network.predict(structures)["forces"].numpy()

@@ -27,7 +27,7 @@ from potstill.sample import RattleJob
 from potstill.structures import Structures
 from potstill.teachers import Teacher
 from potstill.train import TrainingSet, TrainSettings, train
-from potstill.workflows.base import Settings, limited_threads, seconds_in_words, threads
+from potstill.workflows.base import Settings, limited_threads, seconds_in_words
 
 #: Shares of the time that is left for sampling and training.
 TEACHER_SHARE = 0.4
@@ -407,7 +407,7 @@ def measure(
     step = _time_steps(rest, teacher.ase_calculator())
     data = TrainingSet(rest, {teacher.name: labels})
     with tempfile.TemporaryDirectory() as folder:
-        with limited_threads(max(1, threads() // at_once)):
+        with limited_threads(max(1, torch.get_num_threads() // at_once)):
             per_frame, path = _time_training(data, settings, Path(folder))
         with limited_threads(1):
             calculator = PotstillCalculator(load_potential(path)[0])

@@ -10,7 +10,7 @@ import torch
 from potstill.evaluate.learning import read_learning_curves
 from potstill.experiments.scheduler import run_jobs
 from potstill.experiments.spec import Variant
-from potstill.workflows.base import Display, potential_info, threads
+from potstill.workflows.base import Display, potential_info
 from potstill.workflows.distill_run import DistillConfig, Run
 from potstill.workflows.training import train_with_progress
 
@@ -31,7 +31,7 @@ def train_students(run: Run) -> None:
                 partial(_train_apart, run.config),
                 is_finished=lambda name: False,
                 workers=at_once,
-                threads=max(1, threads() // at_once),
+                threads=max(1, torch.get_num_threads() // at_once),
                 on_look=lambda: task.update(*_progress(run, names)),
             )
     else:

@@ -7,7 +7,6 @@ the order of the atoms.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from potstill.errors import ModelError
 from potstill.models.base import Edges
+from potstill.models.gemnet_oc.settings import GemNetOCSettings
 from potstill.ragged import offsets_from_counts
 
 #: Å. Pairs that are farther than the last one that a cap allows by less than this are kept, too.
@@ -163,71 +163,53 @@ class Graphs:
         return Quadruplets(inner, outer_edge, outer_through, paths, path_outer[keep])
 
 
-@dataclass(frozen=True)
-class Reach:
-    """Å and the number of nearest neighbors (None: all) up to which a graph has edges."""
-
-    cutoff: float
-    max_neighbors: int | None
-
-
-def build_graphs(
-    edges: Edges,
-    r_ij: Tensor,
-    n_atoms: int,
-    *,
-    main: Reach,
-    aeaint: Reach,
-    aint: Reach,
-    qint: Reach,
-    qint_tags: Sequence[int],
-) -> Graphs:
+def build_graphs(edges: Edges, r_ij: Tensor, n_atoms: int, settings: GemNetOCSettings) -> Graphs:
     """Choose the edges of all graphs.
 
     Caps keep the nearest neighbors of a center, and all those that tie with the last one within
-    `TIE`. The main graph holds a pair in both directions if either end chooses the other.
+    `TIE`. The main graph holds a pair in both directions if either end chooses the other. Middle
+    edges of quadruplets have one of the tags `qint_tags`, or none, at one end at least.
 
     Parameters
     ----------
     edges : Edges
-        The given pairs, each in both directions.
+        The given pairs, each in both directions, up to the largest cutoff at least.
     r_ij : Tensor
         (E, 3) Å.
     n_atoms : int
         Number of atoms N.
-    main, aeaint, aint, qint : Reach
-        Of each graph.
-    qint_tags : sequence of int
-        Edges of quadruplets' middles have such a tag, or none, at one end at least.
+    settings : GemNetOCSettings
+        Cutoffs, caps and tags.
 
     Raises
     ------
     ModelError
         If a pair comes without its reverse.
     """
+    s = settings
     r_ij = r_ij.detach()
     reverse = reverse_pairs(edges, r_ij)
     distance = torch.linalg.vector_norm(r_ij, dim=1)
     distance = torch.minimum(distance, distance[reverse])  # equal to the last digit both ways
     limits = _Limits(edges.center, distance, n_atoms)
 
-    def reached(reach: Reach) -> Tensor:
-        return (distance < reach.cutoff) & limits.within(reach.max_neighbors)
+    def reached(cutoff: float, max_neighbors: int | None) -> Tensor:
+        return (distance < cutoff) & limits.within(max_neighbors)
 
-    chosen = reached(main)
+    chosen = reached(s.cutoff, s.max_neighbors)
     main_graph = Graph.of(chosen | chosen[reverse], edges, n_atoms)
     number = torch.full_like(reverse, -1)
     number[main_graph.pair] = torch.arange(main_graph.n_edges, device=number.device)
-    middle = reached(qint)
+    middle = reached(s.cutoff_qint, s.max_neighbors_qint)
     if edges.tags is not None:
-        wanted = torch.tensor([-1, *qint_tags], device=edges.tags.device)
+        wanted = torch.tensor([-1, *s.qint_tags], device=edges.tags.device)
         tagged = torch.isin(edges.tags, wanted)
         middle = middle & (tagged[edges.center] | tagged[edges.neighbor])
     return Graphs(
         main=main_graph,
         reverse=number[reverse[main_graph.pair]],
-        aeaint=Graph.of(reached(aeaint), edges, n_atoms),
-        aint=Graph.of(reached(aint), edges, n_atoms),
+        aeaint=Graph.of(reached(s.cutoff_aeaint, s.max_neighbors_aeaint), edges, n_atoms),
+        aint=Graph.of(reached(s.cutoff_aint, s.max_neighbors_aint), edges, n_atoms),
         qint=Graph.of(middle, edges, n_atoms),
         given_reverse=reverse,
     )

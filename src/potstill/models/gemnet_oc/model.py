@@ -20,7 +20,7 @@ from potstill.models.base import (
     refuse_ghosts,
 )
 from potstill.models.gemnet_oc.bases import SharedBases
-from potstill.models.gemnet_oc.graphs import Graphs, Reach, build_graphs
+from potstill.models.gemnet_oc.graphs import Graphs, build_graphs
 from potstill.models.gemnet_oc.interactions import EdgeEmbedding, InteractionBlock, OutputBlock
 from potstill.models.gemnet_oc.layers import Dense, ScaleFactor, residuals
 from potstill.models.gemnet_oc.settings import GemNetOCSettings
@@ -107,7 +107,7 @@ class GemNetOC(Potential):
         Ghosts are refused, and pairs that are given in one direction only.
         """
         refuse_ghosts("GemNet-OC", species, n_local)
-        graphs = self.graphs(edges, r_ij, n_local)
+        graphs = build_graphs(edges, r_ij, n_local, self.hyper)
         r_ij = r_ij.to(self.dtype)
         bases = self.bases(graphs, r_ij)
         tapped: dict[str, Tensor] = {EDGES: graphs.main.pair.unsqueeze(1)}
@@ -131,20 +131,6 @@ class GemNetOC(Potential):
             tapped["final.edge"] = self.force_layers(torch.cat(of_edges, dim=1))
             forces = self._forces(tapped["final.edge"], graphs, r_ij)
         return LocalOutput(energies, {name: tapped[name] for name in taps}, forces)
-
-    def graphs(self, edges: Edges, r_ij: Tensor, n_atoms: int) -> Graphs:
-        """Edges of all graphs, from pairs up to the cutoff at least."""
-        s = self.hyper
-        return build_graphs(
-            edges,
-            r_ij,
-            n_atoms,
-            main=Reach(s.cutoff, s.max_neighbors),
-            aeaint=Reach(s.cutoff_aeaint, s.max_neighbors_aeaint),
-            aint=Reach(s.cutoff_aint, s.max_neighbors_aint),
-            qint=Reach(s.cutoff_qint, s.max_neighbors_qint),
-            qint_tags=s.qint_tags,
-        )
 
     def _forces(self, of_edges: Tensor, graphs: Graphs, r_ij: Tensor) -> Tensor:
         """(N, 3) eV/Å: each edge pushes its center away from the neighbor, or pulls."""
