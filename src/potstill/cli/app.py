@@ -437,7 +437,7 @@ def cka(
 
       potstill cka n2n/best.pt teacher/best.pt labels.zarr --before control/best.pt --out cka
     """
-    given = _named(locals(), teacher=teacher)
+    given = _named(locals(), teacher=teacher)  # a checkpoint, no other teacher
     from potstill.config import CKAConfig, load_config
     from potstill.workflows.cka import compare_features
 
