@@ -23,7 +23,7 @@ class PartialLennardJones(Teacher):
     """Lennard-Jones argon that cannot do every seventh frame."""
 
     def __init__(self) -> None:
-        self.info = TeacherInfo("lj", "fingerprint-of-lj", licence="none", versions={"ase": "any"})
+        self.info = TeacherInfo("lj", "fingerprint-of-lj", license="none", versions={"ase": "any"})
         self.properties = frozenset({"energy", "forces", "stress", "atomic_energies"})
 
     def compute(self, structures, properties):
@@ -50,7 +50,7 @@ def fill(path: str) -> LabeledStore:
     try:
         store = LabeledStore.open(path, "a")
     except Exception:
-        store = LabeledStore.create(path, info={"licence": "none", "seed": 0})
+        store = LabeledStore.create(path, info={"license": "none", "seed": 0})
     structures, reference = argon()
     for start in range(0, N_FRAMES, APPENDED_AT_ONCE):
         part = range(start, start + APPENDED_AT_ONCE)

@@ -728,7 +728,7 @@ def test_augmentation_that_cannot_work_is_told(tmp_path):
 
 def test_configs_name_the_teacher_of_displaced_structures(tmp_path):
     ase.io.write(tmp_path / "dft.extxyz", rattled_copper(10, 0.1))
-    save_potential(tmp_path / "big.pt", big().potential, {"licence": "that of big"})
+    save_potential(tmp_path / "big.pt", big().potential, {"license": "that of big"})
     config = {
         "out": str(tmp_path / "run"),
         "data": {"files": [{"path": str(tmp_path / "dft.extxyz")}]},
@@ -737,7 +737,7 @@ def test_configs_name_the_teacher_of_displaced_structures(tmp_path):
     }
     result = train_from_config(validate(config, TrainConfig))
     teacher = load_potential(result.best)[1]["teacher"]
-    assert (teacher["name"], teacher["licence"]) == ("big", "that of big")
+    assert (teacher["name"], teacher["license"]) == ("big", "that of big")
     bare = {**config, "out": str(tmp_path / "bare"), "teachers": {}}
     with pytest.raises(ConfigError, match="no such teacher"):
         train_from_config(validate(bare, TrainConfig))

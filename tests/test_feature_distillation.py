@@ -933,7 +933,7 @@ def test_chgnet_is_distilled_into_hipnn_from_one_config(tmp_path: Path) -> None:
         potential, info = load_potential(result.best)
         assert potential["network"].kind == "hipnn"
         assert info["teacher"]["name"] == "chgnet"
-        assert info["teacher"]["licence"].startswith("Modified BSD")
+        assert info["teacher"]["license"].startswith("Modified BSD")
         kept = json.loads((tmp_path / name / "settings.json").read_text())
         assert kept["features"] == {
             "n2n:chgnet": {"student": ["block_0"], "teacher": ["mlp.layers.6"]}

@@ -457,7 +457,7 @@ def store(tmp_path_factory):
     frames = [good_frame(k) for k in range(4)]
     structures = Structures.from_ase(frames)
     store = LabeledStore.create(
-        tmp_path_factory.mktemp("out") / "kept.store", info={"licence": "CC0"}
+        tmp_path_factory.mktemp("out") / "kept.store", info={"license": "CC0"}
     )
     energy = torch.arange(4, dtype=torch.float64)
     store.append(structures, Properties({"energy": energy}))

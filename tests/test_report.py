@@ -179,7 +179,7 @@ def write_run(folder):
     info = {
         "trained_on": {"elements": ["Si"], "n_frames": 300, "temperature_K": [300.0, 1200.0],
                        "density_g_cm3": [2.1, 2.5], "shortest_distances": {"Si-Si": 2.1}},
-        "teacher": {"name": "chgnet", "licence": "BSD-3-Clause <all>", "citation": "Deng 2023",
+        "teacher": {"name": "chgnet", "license": "BSD-3-Clause <all>", "citation": "Deng 2023",
                     "level_of_theory": "PBE+U", "fingerprint": "abc123"},
         "versions": {"potstill": "0.1", "torch": "2.13.0"},
         "seed": 7,

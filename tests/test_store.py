@@ -67,7 +67,7 @@ def assert_same_labels(one, other, structures):
 
 def test_round_trip(tmp_path, batch):
     labels = random_labels(batch)
-    store = LabeledStore.create(tmp_path / "s", info={"licence": "CC0", "seed": 3})
+    store = LabeledStore.create(tmp_path / "s", info={"license": "CC0", "seed": 3})
     assert store.append(batch, labels) == 6
     for again in (store, LabeledStore.open(tmp_path / "s")):
         assert (again.n_systems, again.n_atoms) == (6, 15)
@@ -75,7 +75,7 @@ def test_round_trip(tmp_path, batch):
         assert_same_labels(again.labels("reference"), labels, batch)
         assert again.sources == ("reference",)
         info = again.source_info("reference")
-        assert info["licence"] == "CC0"
+        assert info["license"] == "CC0"
         assert info["units"] == {"energy": "eV", "forces": "eV/Å", "stress": "eV/Å³"}
         again.verify()
     assert_same_structures(store.structures(2, 5), batch.select([2, 3, 4]))
@@ -220,7 +220,7 @@ def test_skip_existing(tmp_path, batch):
 def test_labels_of_a_teacher(tmp_path, batch):
     store = LabeledStore.create(tmp_path / "s")
     store.append(batch)
-    info = {"fingerprint": "x", "licence": "MIT", "citation": "a paper", "versions": {"b": "1"}}
+    info = {"fingerprint": "x", "license": "MIT", "citation": "a paper", "versions": {"b": "1"}}
     store.begin_labels("t", info)
     store.begin_labels("u", {"fingerprint": "y"})
     labels = random_labels(batch)

@@ -176,12 +176,13 @@ def test_teachers_drive_molecular_dynamics():
 # -- potentials and committees -------------------------------------------------------------------
 
 
-def test_checkpoints(tmp_path):
+@pytest.mark.parametrize("spelling", ["license", "licence"])  # the latter in older files
+def test_checkpoints(tmp_path, spelling):
     model = potential()
-    origin = {"licence": "L", "citation": "C", "level_of_theory": "PBE", "name": "x"}
+    origin = {spelling: "L", "citation": "C", "level_of_theory": "PBE", "name": "x"}
     save_potential(tmp_path / "student.pt", model, {"teacher": origin})
     teacher = make_teacher(str(tmp_path / "student.pt"))
-    assert (teacher.name, teacher.info.licence, teacher.info.level_of_theory) == (
+    assert (teacher.name, teacher.info.license, teacher.info.level_of_theory) == (
         "student",
         "L",
         "PBE",
@@ -267,7 +268,7 @@ def test_published_aluminium_ensemble():
     total = torch.zeros(len(reference), dtype=torch.float64)
     total = total.index_add(0, structures.system_index, labels["atomic_energies"])
     torch.testing.assert_close(total, labels["energy"])
-    assert "CC BY 4.0" in teacher.info.licence
+    assert "CC BY 4.0" in teacher.info.license
     residual = nonconservative_residual(teacher, structures.select([34]), n_components=4, step=1e-3)
     assert residual.max < 1e-4 * max(1.0, residual.force_rms)
 
@@ -310,8 +311,11 @@ def test_ase_calculator_by_its_name():
     teacher = make_teacher("ase.calculators.emt:EMT", {"level_of_theory": "EMT", "name": "emt"})
     assert teacher.name == "emt"
     assert teacher.info.level_of_theory == "EMT"
-    assert teacher.info.licence == "unknown"
+    assert teacher.info.license == "unknown"
     assert "ase" in teacher.info.versions
+    for spelling in ("license", "licence"):
+        described = make_teacher("ase.calculators.emt:EMT", {spelling: "LGPL"})
+        assert described.info.license == "LGPL"
     structures = frames()
     labels, failures = teacher.label(structures.select([0, 1, 2]), SIGNALS)
     assert not failures
@@ -565,7 +569,7 @@ def test_chgnet_labels_open_systems_and_refuses_lone_atoms(chgnet):
 
 
 def test_chgnet_says_who_it_is(chgnet):
-    assert chgnet.info.licence.startswith("Modified BSD")
+    assert chgnet.info.license.startswith("Modified BSD")
     assert "PBE" in chgnet.info.level_of_theory
     assert {"chgnet", "torch"} <= set(chgnet.info.versions)
     other = make_teacher("chgnet", {"model": "r2scan"})

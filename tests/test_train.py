@@ -115,13 +115,13 @@ def test_training_lowers_the_error_and_saves_a_usable_potential(tmp_path: Path) 
         optimizer=OptimizerSettings(learning_rate=5e-3, ema_decay=0.9, clip_norm=100.0),
         energy=EnergySettings(zero="least_squares", prior="zbl"),
     )
-    result = train(run, data, held_out, tmp_path / "run", info={"licence": "none"})
+    result = train(run, data, held_out, tmp_path / "run", info={"license": "none"})
     records = records_of(tmp_path / "run")
     assert len(records) == result.epochs == 25
     assert records[-1]["validation"]["forces_rmse"] < 0.5 * records[0]["validation"]["forces_rmse"]
     potential, info = load_potential(result.best)
     assert set(potential.components) == {"offsets", "prior", "network"}
-    assert info["licence"] == "none"
+    assert info["license"] == "none"
     prediction = potential.predict(held_out.structures, properties=("energy", "forces"))
     error = (prediction["forces"] - held_out.labels["reference"]["forces"]).square().mean().sqrt()
     expected = records[result.best_epoch - 1]["validation"]["forces_rmse"]

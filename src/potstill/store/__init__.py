@@ -101,7 +101,7 @@ class LabeledStore:
         species_table : SpeciesTable, optional
             The species that may occur; without it the store takes what it is given.
         info : mapping, optional
-            JSON-able facts about the reference data: licence, citation, level_of_theory, versions,
+            JSON-able facts about the reference data: license, citation, level_of_theory, versions,
             seed.
 
         Raises
@@ -166,7 +166,7 @@ class LabeledStore:
         return tuple(name for name in sources if name != REFERENCE or sources[name]["properties"])
 
     def source_info(self, source: str) -> dict[str, Any]:
-        """Return fingerprint, licence, citation, level of theory, versions and units of a set."""
+        """Return fingerprint, license, citation, level of theory, versions and units of a set."""
         state = self._source(source)
         units = {name: PROPERTIES[name].unit for name in state["properties"]}
         info = self._record["info"] if source == REFERENCE else state["info"]
@@ -288,7 +288,7 @@ class LabeledStore:
         source : str
             The teacher's name: letters, digits and `._+-`.
         info : mapping
-            JSON-able; must hold the teacher's `fingerprint`, and should hold licence, citation,
+            JSON-able; must hold the teacher's `fingerprint`, and should hold license, citation,
             level_of_theory, versions and seed. If `properties` is given, it is part of identity.
 
         Raises
@@ -372,7 +372,7 @@ class LabeledStore:
         return copy.deepcopy(self._record["features"].get(source, {"taps": {}})["taps"])
 
     def feature_info(self, source: str) -> dict[str, Any]:
-        """Fingerprint, licence, citation and so on of the teacher of stored features."""
+        """Fingerprint, license, citation and so on of the teacher of stored features."""
         return copy.deepcopy(self._record["features"][source]["info"])
 
     def features(self, source: str, tap: str, start: int = 0, stop: int | None = None) -> Feature:

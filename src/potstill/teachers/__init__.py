@@ -61,7 +61,7 @@ def make_teacher(spec: str, args: Mapping[str, Any] | None = None) -> Teacher:
         commas between, or a pattern with `*` (a committee); or "module:factory" for a function
         that returns an ASE calculator.
     args : mapping, optional
-        Keyword arguments: of the named teacher; of the factory, with `name`, `licence`, `citation`,
+        Keyword arguments: of the named teacher; of the factory, with `name`, `license`, `citation`,
         `level_of_theory`, `conservative` and `force_consistent` taken out. Checkpoints take `name`
         only.
 

@@ -16,7 +16,7 @@ N_LAYERS = 4
 
 #: What its authors say of it, in the shape of a checkpoint's information.
 INFO = {
-    "licence": "none stated in the authors' repository (github.com/atomistic-ml/ani-al); "
+    "license": "none stated in the authors' repository (github.com/atomistic-ml/ani-al); "
     "the paper is CC BY 4.0",
     "citation": "Smith et al., Nat. Commun. 12, 1257 (2021), doi:10.1038/s41467-021-21376-0",
     "level_of_theory": "PBE",

@@ -20,10 +20,10 @@ from potstill.properties import ASE_NAMES, property_spec
 from potstill.structures import Structures
 from potstill.teachers.base import Teacher, TeacherInfo, fingerprint_of, versions_of
 
-_WORDS = ("licence", "citation", "level_of_theory")
+_WORDS = ("license", "citation", "level_of_theory")
 
 #: Arguments that describe the teacher; all others go to the factory.
-DESCRIPTION = ("name", *_WORDS, "conservative", "force_consistent")
+DESCRIPTION = ("name", *_WORDS, "licence", "conservative", "force_consistent")
 
 
 class AseTeacher(Teacher):
@@ -69,6 +69,8 @@ class AseTeacher(Teacher):
         """
         args = dict(args or {})
         about = {key: args.pop(key) for key in DESCRIPTION if key in args}
+        if "licence" in about:
+            about["license"] = about["licence"]
         name = str(about.get("name", spec.rpartition(":")[2]))
         conservative = bool(about.get("conservative", True))
         calculator = WorkerCalculator(spec, args, name, conservative=conservative)
@@ -200,7 +202,7 @@ class TBLiteTeacher(AseTeacher):
         info = TeacherInfo(
             name=method.lower(),
             fingerprint=fingerprint_of("tblite", method, settings, versions),
-            licence="LGPL-3.0-or-later",
+            license="LGPL-3.0-or-later",
             citation=_CITATIONS[method],
             level_of_theory=method,
             versions=versions,

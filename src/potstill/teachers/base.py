@@ -43,7 +43,7 @@ class TeacherInfo:
     fingerprint : str
         Hash of all that decides its answers: weights and hyper-parameters, or method, settings and
         version.
-    licence, citation, level_of_theory : str
+    license, citation, level_of_theory : str
         In words; "unknown" where nobody said.
     versions : dict of str to str
         Packages that compute the labels.
@@ -53,7 +53,7 @@ class TeacherInfo:
 
     name: str
     fingerprint: str
-    licence: str = "unknown"
+    license: str = "unknown"
     citation: str = "unknown"
     level_of_theory: str = "unknown"
     versions: dict[str, str] = field(default_factory=dict)

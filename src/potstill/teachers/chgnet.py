@@ -60,7 +60,7 @@ class CHGNetTeacher(Teacher):
             fingerprint=fingerprint_of(
                 "chgnet", *(part for k in sorted(weights) for part in (k, _bytes(weights[k])))
             ),
-            licence="Modified BSD (University of California)",
+            license="Modified BSD (University of California)",
             citation="Deng et al., Nat. Mach. Intell. 5, 1031 (2023), "
             "doi:10.1038/s42256-023-00716-3",
             level_of_theory=_LEVELS[model],

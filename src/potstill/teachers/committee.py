@@ -76,7 +76,7 @@ def _gather(members: Sequence[Teacher], name: str) -> TeacherInfo:
         members[0].info,
         name=name,
         fingerprint=fingerprint_of("committee", [m.info.fingerprint for m in members]),
-        licence=joined("licence"),
+        license=joined("license"),
         citation=joined("citation"),
         level_of_theory=joined("level_of_theory"),
         versions=versions,

@@ -77,10 +77,12 @@ class PotentialTeacher(Teacher):
 def describe_potential(potential: Potential, name: str, info: Mapping[str, Any]) -> TeacherInfo:
     """Who a potential is, from what its checkpoint says.
 
-    A distilled potential inherits the licence and the level of theory of its own teacher.
+    A distilled potential inherits the license and the level of theory of its own teacher.
     """
-    origin = info.get("teacher") or info
-    words = ("licence", "citation", "level_of_theory")
+    origin = dict(info.get("teacher") or info)
+    if "licence" in origin:  # its spelling in older files
+        origin["license"] = origin["licence"]
+    words = ("license", "citation", "level_of_theory")
     return TeacherInfo(
         name=name,
         fingerprint=potential_fingerprint(potential),

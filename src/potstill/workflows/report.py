@@ -313,7 +313,7 @@ def _about(
             [teacher.get("name"), teacher.get("level_of_theory"), _known("fingerprint", teacher)]
         ),
         "Labels": _labels(folder / "labels.zarr"),
-        "License": teacher.get("licence"),
+        "License": teacher.get("license", teacher.get("licence")),
         "Citation": teacher.get("citation"),
         "Versions": ", ".join(f"{name} {v}" for name, v in versions.items()),
         "Machine": _machine(machine),
