@@ -192,7 +192,7 @@ def test_relaxations_go_downhill_and_frames_are_drawn_from_them():
     frames = job.run(start, EMT(), seed=3)
     assert len(frames) == 4
     assert torch.equal(frames.energy, frames.energy.sort(descending=True).values)
-    steps = [int(text.rpartition(" ")[2]) for text in frames.origin]
+    steps = [int(text.rpartition(" ")[2]) for text in frames.structures.frame_id]
     assert steps == sorted(set(steps))
     for atoms, energy in zip(frames.structures.to_ase(), frames.energy, strict=True):
         atoms.calc = EMT()

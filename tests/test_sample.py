@@ -77,7 +77,7 @@ def assert_same(a: SampledFrames, b: SampledFrames):
     for name in ("positions", "velocities", "cell", "species", "system_index", "pbc"):
         assert torch.equal(getattr(a.structures, name), getattr(b.structures, name)), name
     assert a.structures.group == b.structures.group
-    assert a.origin == b.origin
+    assert a.structures.frame_id == b.structures.frame_id
     for name in ("temperature", "pressure", "energy", "job", "time"):
         x, y = getattr(a, name).numpy(), getattr(b, name).numpy()
         assert x.tobytes() == y.tobytes(), name
@@ -281,7 +281,7 @@ def test_ramp_and_times():
     )
     assert frames.temperature.tolist() == [300.0, 400.0, 500.0, 600.0, 700.0]
     assert frames.time.tolist() == [60.0, 80.0, 100.0, 120.0, 140.0]
-    assert frames.origin[0] == "md 300-700 K: 60 fs"
+    assert frames.structures.frame_id[0] == "md 300-700 K: 60 fs"
 
 
 def test_energies_belong_to_frames():

@@ -88,13 +88,6 @@ class Feature:
             present=None if self.present is None else self.present.to(device),
         )
 
-    def within(self, structures: Structures, cutoff: float) -> Feature:
-        """The feature without pairs from `cutoff` (Å) on, which a longer list may hold."""
-        if self.graph is None:
-            return self
-        graph, near = pairs_within(structures, self.graph, cutoff)
-        return replace(self, values=self.values[near], graph=graph)
-
     @classmethod
     def concatenate(cls, parts: Sequence[Feature], sizes: Sequence[Structures]) -> Feature:
         """Join the features of batches that follow one another."""

@@ -47,8 +47,6 @@ class WorkerCalculator(Calculator):
         "module:factory", importable from `sys.path` or the working directory.
     arguments : mapping
         Keyword arguments of the factory; they must be picklable.
-    name : str
-        For messages.
     conservative : bool
         Whether forces are the negative gradient of the energy.
     settings_of : callable, optional

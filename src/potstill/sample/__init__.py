@@ -80,14 +80,10 @@ def standard_plan(
 
     Parameters
     ----------
-    start : Structures
-        The starting structures.
     temperature : float or (lowest, highest)
         K.
     n_frames : int
         How many frames in all.
-    seed : int
-        Seed of the plan.
     pressure : sequence of float
         GPa, pressures of the constant-pressure runs; the calculator must then give stress.
     n_temperatures : int

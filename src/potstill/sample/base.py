@@ -106,11 +106,6 @@ class SampledFrames:
     def __len__(self) -> int:
         return self.structures.n_systems
 
-    @property
-    def origin(self) -> tuple[str, ...]:
-        """Where each frame comes from, in words."""
-        return self.structures.frame_id or ("",) * len(self)
-
     @classmethod
     def independent(cls, structures: Structures) -> SampledFrames:
         """Frames that no dynamics made: no temperature, pressure, energy or time."""

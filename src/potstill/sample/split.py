@@ -76,8 +76,6 @@ def even_in_temperature(frames: SampledFrames, n: int, *, n_bins: int = 8, seed:
     ----------
     frames : SampledFrames
         S frames; those without a temperature form a bin of their own.
-    n : int
-        How many to choose.
     n_bins : int
         Bins of equal width between the lowest and the highest temperature.
     seed : int

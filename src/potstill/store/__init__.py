@@ -358,11 +358,6 @@ class LabeledStore:
 
     # -- features ------------------------------------------------------------------------------
 
-    @property
-    def feature_sources(self) -> tuple[str, ...]:
-        """Names of the teachers with stored features."""
-        return tuple(self._record["features"])
-
     def taps(self, source: str) -> dict[str, dict[str, Any]]:
         """What is known of the stored taps of a teacher, by name.
 
@@ -391,8 +386,6 @@ class LabeledStore:
 
         Parameters
         ----------
-        source : str
-            The teacher's name, as of `begin_labels`.
         tap : str
             Name of the feature: letters, digits and `._-`.
         info : mapping

@@ -25,8 +25,6 @@ class CommitteeTeacher(Teacher):
     ----------
     members : sequence of Teacher
         At least two. A frame fails if one of them fails.
-    name : str
-        Short name.
     whole : Teacher, optional
         A teacher that gives the members' mean at once, such as an ensemble within one model. It
         answers when no spread is asked for.
