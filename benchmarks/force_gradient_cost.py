@@ -41,7 +41,7 @@ from potstill.distill import LossTerm
 from potstill.evaluate.tools import machine_description
 from potstill.models import Potential, build_model
 from potstill.models.base import Core
-from potstill.report.panels import Look, Panel, Series
+from potstill.report.panels import Drawing, Look, Panel, Series
 from potstill.report.plots import write_figure
 from potstill.species import SpeciesTable
 from potstill.structures import Properties, Structures
@@ -297,17 +297,12 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
             panels.append(
                 Panel("atoms", label, series, TITLES[model], x_scale="log", y_scale="log")
             )
+    title = "Cost of force training"
+    drawing = Drawing(
+        "force_gradient_cost", title, "", panels, n_columns=len(panels) // 2, width=3.3
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        drawn = write_figure(
-            Path(scratch),
-            "force_gradient_cost",
-            "Cost of force training",
-            "",
-            panels,
-            looks_of=STYLES,
-            n_columns=len(panels) // 2,
-            width=3.3,
-        )
+        drawn = write_figure(Path(scratch), drawing, STYLES)
         (folder / drawn.png.name).write_bytes(drawn.png.read_bytes())
 
 

@@ -38,7 +38,7 @@ from potstill.core import describe_core
 from potstill.evaluate.tools import machine_description
 from potstill.models import HIPNN
 from potstill.neighbors import build_neighbor_list
-from potstill.report.panels import Look, Panel, Series
+from potstill.report.panels import Drawing, Look, Panel, Series
 from potstill.report.plots import write_figure
 from potstill.species import SpeciesTable
 from potstill.structures import Structures
@@ -167,17 +167,9 @@ def draw(panels: dict[str, Any], folder: Path) -> None:
         ]
         label = "processor time (µs per atom)"
         drawn.append(Panel(name, label, series, x_scale="log", y_scale="log"))
+    drawing = Drawing("scaling", "Cost per atom", "", drawn, n_columns=2, height=2.8)
     with tempfile.TemporaryDirectory() as scratch:
-        figure = write_figure(
-            Path(scratch),
-            "scaling",
-            "Cost per atom",
-            "",
-            drawn,
-            looks_of=STYLES,
-            n_columns=2,
-            height=2.8,
-        )
+        figure = write_figure(Path(scratch), drawing, STYLES)
         (folder / figure.png.name).write_bytes(figure.png.read_bytes())
 
 

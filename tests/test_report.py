@@ -40,7 +40,7 @@ from potstill.experiments.spec import Role, Run, Variant
 from potstill.metrics import METRICS
 from potstill.models import HIPNN, SpeciesOffsets, SumPotential
 from potstill.report.page import Page, write_page
-from potstill.report.panels import Panel, Series, looks
+from potstill.report.panels import Drawing, Panel, Series, looks
 from potstill.report.plots import write_figure
 from potstill.report.tables import Spread, Table, number
 from potstill.report.verdicts import compare, over_sizes, sentence
@@ -693,7 +693,7 @@ def test_figures_leave_matplotlib_alone(tmp_path):
     before = dict(matplotlib.rcParams)
     backend = matplotlib.get_backend()
     panel = Panel("x (Å)", "y (eV)", [Series("student", [1, 2], [1.0, math.nan])], x_scale="auto")
-    write_figure(tmp_path, "f", "F", "Caption.", [panel])
+    write_figure(tmp_path, Drawing("f", "F", "Caption.", [panel]))
     assert dict(matplotlib.rcParams) == before
     assert matplotlib.get_backend() == backend
 

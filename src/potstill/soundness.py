@@ -64,7 +64,11 @@ class Connectivity:
         """
         center, neighbor, ratio = _bond_ratios(frame)
         if ratio.min(initial=math.inf) < min(FUSED_RADII, FUSED * self.closest):
-            return _fused_pair(frame, center, neighbor, ratio)
+            k = int(ratio.argmin())
+            pair = [int(center[k]), int(neighbor[k])]
+            first, second = (frame.species_table.names[int(frame.species[i])] for i in pair)
+            distance = ratio[k] * _radii(frame)[pair].sum()
+            return f"atoms fused: {first} and {second} at {distance:.2f} Å"
         if not apart:
             return ""
         n_fragments, n_alone = _fragments(frame.n_atoms, center, neighbor, ratio < TORN)
@@ -115,16 +119,6 @@ def _radii(structures: Structures) -> np.ndarray:
     """(N,) covalent radii in Å; zero for beads, which then have no bonds."""
     numbers = structures.atomic_numbers.cpu().numpy()
     return np.where(numbers > 0, covalent_radii[numbers.clip(min=0)], 0.0)
-
-
-def _fused_pair(
-    frame: Structures, center: np.ndarray, neighbor: np.ndarray, ratio: np.ndarray
-) -> str:
-    k = int(ratio.argmin())
-    pair = [int(center[k]), int(neighbor[k])]
-    names = [frame.species_table.names[int(frame.species[i])] for i in pair]
-    distance = ratio[k] * _radii(frame)[pair].sum()
-    return f"atoms fused: {names[0]} and {names[1]} at {distance:.2f} Å"
 
 
 def _bond_ratios(system: Structures) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -34,7 +34,7 @@ from potstill.evaluate.tools import machine_description
 from potstill.models import SNAP, ZBL, Edges, Potential, SumPotential
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.readers import read
-from potstill.report.panels import Look, Panel, Series
+from potstill.report.panels import Drawing, Look, Panel, Series
 from potstill.report.plots import write_figure
 from potstill.species import SpeciesTable
 from potstill.structures import NeighborList, Properties, Structures
@@ -391,16 +391,15 @@ def draw(results: dict[str, Any], folder: Path) -> None:
                 )
             )
         with tempfile.TemporaryDirectory() as scratch:
-            drawn = write_figure(
-                Path(scratch),
+            drawing = Drawing(
                 f"tantalum_epsilon_{name}",
                 "Errors of the directional derivative",
                 caption,
                 panels,
-                looks_of=looks,
                 width=5.2,
                 height=4.2,
             )
+            drawn = write_figure(Path(scratch), drawing, looks)
             (folder / drawn.png.name).write_bytes(drawn.png.read_bytes())
 
 

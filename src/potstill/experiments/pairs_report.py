@@ -23,6 +23,7 @@ from potstill.experiments.spec import GridPoint
 from potstill.metrics import Estimate, Metric
 from potstill.report.heatmaps import Heatmap, write_heatmaps
 from potstill.report.page import Section
+from potstill.report.panels import Drawing
 from potstill.report.plots import Figure, write_figure
 from potstill.report.tables import Cell, Spread, Table
 from potstill.report.verdicts import Comparison, compare
@@ -305,8 +306,7 @@ def progress_figure(pair: Pair, folder: Path, grid: str | None = None) -> Figure
         *progress_panels(curves, "processor_seconds"),
         *progress_panels(curves, "steps"),
     ]
-    return write_figure(
-        folder,
+    drawing = Drawing(
         f"progress_{_file(pair.name)}{what}",
         f"{title}: validation error while students are trained",
         "Against the processor time of training and validation on one thread, without the one pass "
@@ -314,6 +314,7 @@ def progress_figure(pair: Pair, folder: Path, grid: str | None = None) -> Figure
         panels,
         n_columns=2,
     )
+    return write_figure(folder, drawing)
 
 
 def grid_figure(pair: Pair, grid: str, folder: Path) -> Figure | None:

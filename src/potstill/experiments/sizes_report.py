@@ -225,7 +225,7 @@ def sizes_figures(
         *_seeds(rows, known),
         *_liquids(rows, liquid),
     ]
-    return tuple(write_figure(folder, **vars(one), looks_of=known) for one in drawings)
+    return tuple(write_figure(folder, one, known) for one in drawings)
 
 
 def _pareto(rows: Sequence[RunRow]) -> Iterator[Drawing]:

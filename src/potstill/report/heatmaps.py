@@ -57,15 +57,6 @@ def write_heatmaps(
     """Draw fields and write `<name>.png`, `.svg` and `.csv`.
 
     They stand side by side, or below one another where that is too wide.
-
-    Parameters
-    ----------
-    folder : Path
-        Exists.
-    name, title, caption : str
-        See `potstill.report.plots.Figure`.
-    maps : sequence of Heatmap
-        At least one.
     """
     widest = max(len(one.columns) for one in maps)
     tallest = max(len(one.rows) for one in maps)
@@ -79,8 +70,8 @@ def write_heatmaps(
         axes = canvas.subplots(down, across, squeeze=False).flatten()
         for one, axis in zip(maps, axes, strict=True):
             _draw(canvas, axis, one)
-        png, svg, csv = save_canvas(canvas, folder, _data(name, maps))
-    return Figure(name, title, caption, png, svg, csv)
+        files = save_canvas(canvas, folder, _data(name, maps))
+    return Figure(name, title, caption, *files)
 
 
 def _draw(canvas: Canvas, axis: Axes, one: Heatmap) -> None:

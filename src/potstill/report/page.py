@@ -76,8 +76,8 @@ class Page:
     sections: tuple[Section, ...]
 
 
-def render_page(page: Page) -> str:
-    """HTML of the page, with all figures inside."""
+def write_page(page: Page, path: Path) -> Path:
+    """Write HTML with all figures inside, in one step, so that no reader sees half of it."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("potstill.report"),
         autoescape=True,
@@ -89,12 +89,7 @@ def render_page(page: Page) -> str:
     environment.filters["tidy"] = _tidy
     sections = [s for s in page.sections if s.text or s.figures or s.tables]
     template = environment.get_template("page.html")
-    return template.render(page=page, sections=sections, version=__version__)
-
-
-def write_page(page: Page, path: Path) -> Path:
-    """Render and write the page in one step, so that no reader sees half of it."""
-    write_atomically(path, render_page(page))
+    write_atomically(path, template.render(page=page, sections=sections, version=__version__))
     return path
 
 

@@ -6,7 +6,8 @@ Nothing here draws, so that an evaluation can say what its figures hold without 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Literal
 
 from numpy.typing import ArrayLike
@@ -51,15 +52,10 @@ def looks(names: Iterable[str], labels: Mapping[str, str] | None = None) -> dict
         What to call some of them in legends; by default a known name in words, or the name.
     """
     found: dict[str, Look] = {}
-    spare = 0
+    spare = cycle(zip(_SPARE, _SPARE_MARKERS, strict=True))
     for name in dict.fromkeys(names):
-        look = LOOKS.get(name)
-        if look is None:
-            k = spare % len(_SPARE)
-            look = Look(name.replace("_", " "), _SPARE[k], _SPARE_MARKERS[k])
-            spare += 1
-        label = (labels or {}).get(name, look.label)
-        found[name] = Look(label, look.color, look.marker, look.line)
+        look = LOOKS.get(name) or Look(name.replace("_", " "), *next(spare))
+        found[name] = replace(look, label=(labels or {}).get(name, look.label))
     return found
 
 
@@ -144,7 +140,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure that is yet to be drawn: the arguments of `potstill.report.plots.write_figure`.
+    """A figure that is yet to be drawn (`potstill.report.plots.write_figure`).
 
     Parameters
     ----------

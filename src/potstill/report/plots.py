@@ -23,7 +23,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from potstill.report.panels import Line, Look, Panel, Series, looks
+from potstill.report.panels import Drawing, Line, Look, Panel, Series, looks
 from potstill.report.tables import Cell, Table
 
 #: matplotlib settings of all figures.
@@ -72,42 +72,18 @@ class Figure:
 
 
 def write_figure(
-    folder: Path,
-    name: str,
-    title: str,
-    caption: str,
-    panels: Sequence[Panel],
-    *,
-    looks_of: Mapping[str, Look] | None = None,
-    n_columns: int = 0,
-    height: float = 3.3,
-    width: float = 0.0,
-    legend: bool = True,
+    folder: Path, drawing: Drawing, looks_of: Mapping[str, Look] | None = None
 ) -> Figure:
-    """Draw panels and write `<name>.png`, `.svg` and `.csv`.
+    """Draw panels and write `<name>.png`, `.svg` and `.csv` into a folder that exists.
 
-    Parameters
-    ----------
-    folder : Path
-        Exists.
-    name, title, caption : str
-        See `Figure`.
-    panels : sequence of Panel
-        At least one.
-    looks_of : mapping, optional
-        Looks of all series of the report.
-    n_columns : int
-        Panels side by side; all of up to three if zero.
-    height, width : float
-        Of one panel in inches.
-    legend : bool
-        False where the categories name everything.
+    `looks_of` are the looks of all series of the report; what is not in it gets spare ones.
     """
+    panels, height = drawing.panels, drawing.height
     names = [series.name for panel in panels for series in panel.series]
-    known = looks(names) if looks_of is None else {**looks(names), **looks_of}
-    n_columns = n_columns or min(len(panels), 3)
+    known = {**looks(names), **(looks_of or {})}
+    n_columns = drawing.n_columns or min(len(panels), 3)
     n_rows = math.ceil(len(panels) / n_columns)
-    width = width or {1: 5.6, 2: 4.3}.get(n_columns, 3.5)
+    width = drawing.width or {1: 5.6, 2: 4.3}.get(n_columns, 3.5)
     with matplotlib.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.08, wspace=0.03)
         canvas = Canvas((width * n_columns, height * n_rows + 0.4), layout=layout)
@@ -119,10 +95,10 @@ def write_figure(
             axis.set_title(letter + panel.title, loc="left", fontweight="bold")
         for axis in axes[len(panels) :]:
             axis.remove()
-        if legend:
+        if drawing.legend:
             _draw_legend(canvas, panels, known)
-        png, svg, csv = save_canvas(canvas, folder, _data(name, panels))
-    return Figure(name, title, caption, png, svg, csv)
+        files = save_canvas(canvas, folder, _data(drawing.name, panels))
+    return Figure(drawing.name, drawing.title, drawing.caption, *files)
 
 
 def save_canvas(canvas: Canvas, folder: Path, data: Table) -> tuple[Path, Path, Path]:
@@ -140,8 +116,11 @@ def save_canvas(canvas: Canvas, folder: Path, data: Table) -> tuple[Path, Path, 
 def _draw_panel(axis: Axes, panel: Panel, known: Mapping[str, Look]) -> None:
     for direction in ("x", "y"):
         if _is_log(panel, direction):
-            (axis.set_xscale if direction == "x" else axis.set_yscale)("log")
-    _widen_single_values(axis, panel)
+            getattr(axis, f"set_{direction}scale")("log")
+            values = _finite_values(panel, direction)
+            if len(values) and values.min() == values.max():
+                # matplotlib widens the axis of a single value with a warning
+                getattr(axis, f"set_{direction}lim")(0.5 * values[0], 2.0 * values[0])
     for series in panel.series:
         _draw_series(axis, series, known[series.name])
     axis.set_xlabel(panel.x_label)
@@ -201,16 +180,6 @@ def _draw_series(axis: Axes, series: Series, look: Look) -> None:
     )  # fmt: skip
 
 
-def _widen_single_values(axis: Axes, panel: Panel) -> None:
-    """Give logarithmic axes with one value only a width, which matplotlib does with a warning."""
-    directions: tuple[Literal["x", "y"], ...] = ("x", "y")
-    for direction in directions:
-        values = _finite_values(panel, direction)
-        if _is_log(panel, direction) and len(values) and values.min() == values.max():
-            limits = (0.5 * values[0], 2.0 * values[0])
-            (axis.set_xlim if direction == "x" else axis.set_ylim)(*limits)
-
-
 def _marker_size(look: Look) -> float:
     return 11.0 if look.marker == "*" else 6.5
 
@@ -263,22 +232,19 @@ def _legend_columns(labels: Sequence[str], width: float) -> int:
 # -- axes --------------------------------------------------------------------------------------
 
 
-def _is_log(panel: Panel, direction: Literal["x", "y"]) -> bool:
-    scale = panel.x_scale if direction == "x" else panel.y_scale
+def _is_log(panel: Panel, direction: str) -> bool:
+    scale = getattr(panel, f"{direction}_scale")
     if scale != "auto":
         return scale == "log"
     values = _finite_values(panel, direction)
-    return bool(len(values)) and bool(values.min() > 0) and bool(values.max() > 10 * values.min())
+    return bool(len(values) and values.min() > 0 and values.max() > 10 * values.min())
 
 
-def _finite_values(panel: Panel, direction: Literal["x", "y"]) -> np.ndarray:
+def _finite_values(panel: Panel, direction: str) -> np.ndarray:
     """All finite coordinates of a panel along one direction."""
-    values = [
-        np.ravel(np.asarray(series.x if direction == "x" else series.y, dtype=float))
-        for series in panel.series
-        if not (series.kind == "level" and direction == "x")
-    ]
-    joined = np.concatenate(values) if values else np.zeros(0)
+    parts = [s for s in panel.series if not (s.kind == "level" and direction == "x")]
+    values = [np.ravel(np.asarray(getattr(s, direction), dtype=float)) for s in parts]
+    joined = np.concatenate([np.zeros(0), *values])
     return joined[np.isfinite(joined)]
 
 
@@ -287,8 +253,8 @@ def _set_ticks(axis: Axes, panel: Panel) -> None:
     for direction, ticks in (("x", axis.xaxis), ("y", axis.yaxis)):
         if direction == "y" and panel.categories:
             continue
-        if _is_log(panel, direction):  # type: ignore[arg-type]
-            limits = axis.get_xlim() if direction == "x" else axis.get_ylim()
+        if _is_log(panel, direction):
+            limits = getattr(axis, f"get_{direction}lim")()
             ticks.set_major_locator(FixedLocator(_log_ticks(*limits)))
             ticks.set_minor_locator(NullLocator())
         else:
@@ -329,18 +295,14 @@ def _data(name: str, panels: Sequence[Panel]) -> Table:
     for k, panel in enumerate(panels):
         letter = chr(ord("A") + k)
         for series in panel.series:
-            y = np.asarray(series.y, dtype=float)
-            blank: list[float | None] = [None] * len(y)
-            x = blank if series.kind == "level" else np.asarray(series.x, dtype=float).tolist()
-            spreads = [
-                blank if s is None else np.asarray(s, dtype=float).tolist()
-                for s in (series.x_spread, series.y_spread)
+            x = None if series.kind == "level" else series.x
+            drawn = [
+                [None] * len(np.asarray(series.y)) if v is None else np.asarray(v, float).tolist()
+                for v in (x, series.x_spread, series.y, series.y_spread)
             ]
-            for x_k, y_k, dx, dy in zip(x, y.tolist(), *spreads, strict=True):
-                category: Cell = y_k
-                if panel.categories:
-                    category = panel.categories[round(y_k)]
-                what = (letter, panel.title, series.name, series.kind)
-                rows.append((*what, panel.x_label, x_k, dx, panel.y_label, category, dy))
+            what = (letter, panel.title, series.name, series.kind)
+            for x_k, dx, y_k, dy in zip(*drawn, strict=True):
+                y: Cell = panel.categories[round(y_k)] if panel.categories else y_k
+                rows.append((*what, panel.x_label, x_k, dx, panel.y_label, y, dy))
     columns = ("panel", "title", "series", "kind", "x quantity", "x", "x spread")
     return Table(name, name, (*columns, "y quantity", "y", "y spread"), tuple(rows))

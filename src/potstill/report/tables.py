@@ -113,7 +113,8 @@ class Table:
 
     def csv(self) -> str:
         """All digits; a mean with spread fills three columns (value, `_sd`, `_n`)."""
-        spread = [any(isinstance(row[k], Spread) for row in self.rows) for k in range(self._width)]
+        columns = range(len(self.columns))
+        spread = [any(isinstance(row[k], Spread) for row in self.rows) for k in columns]
         header: list[str] = []
         for column, wide in zip(self.columns, spread, strict=True):
             header += [column, f"{column} sd", f"{column} n"] if wide else [column]
@@ -134,10 +135,6 @@ class Table:
             path.write_text(text, encoding="utf-8")
         return paths
 
-    @property
-    def _width(self) -> int:
-        return len(self.columns)
-
     def _html_class(self, column: int, left: bool) -> str:
         """`number` and `text` stay on one line, `words` may break."""
         longest = max((len(self._shown(row[column])) for row in self.rows), default=0)
@@ -150,7 +147,7 @@ class Table:
         """Whether a column holds text."""
         return [
             any(isinstance(row[k], str) for row in self.rows) or not self.rows
-            for k in range(self._width)
+            for k in range(len(self.columns))
         ]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -232,19 +232,12 @@ class MDJob(Job):
         while len(history.taken) < self.n_frames:
             segment = history.n_segments
             state = advance(atoms, state, self, self.target(segment), float(start.volume[0]))
-            frame = replace(
-                start,
-                positions=torch.from_numpy(state.positions),
-                cell=torch.from_numpy(state.cell[None]),
-            )
-            if symptom := whole.symptom(frame, apart=not self.allow_dissociation):
+            if symptom := whole.symptom(_moved(start, state), apart=not self.allow_dissociation):
                 raise _diverged(self, symptom, state.step)
             history.append(state, taken=self._takes(state, segment, history))
             if progress is not None:
-                progress(
-                    min((segment + 1) * (self.steps_per_segment + 1), self.n_evaluations),
-                    self.n_evaluations,
-                )
+                done = (segment + 1) * (self.steps_per_segment + 1)
+                progress(min(done, self.n_evaluations), self.n_evaluations)
         return self._frames(start, history.taken)
 
     def frames_so_far(self, start: Structures, folder: Path) -> SampledFrames | None:
@@ -267,10 +260,8 @@ class MDJob(Job):
         masses = start.masses.numpy()[:, None]
         frames = [
             replace(
-                start,
-                positions=torch.from_numpy(state.positions),
+                _moved(start, state),
                 velocities=torch.from_numpy(state.momenta / masses * FS_IN_ASE_TIME),
-                cell=torch.from_numpy(state.cell[None]),
                 group=(self.name,),
                 frame_id=(f"{self.name}: {state.step * self.timestep:g} fs",),
             )
@@ -286,6 +277,12 @@ class MDJob(Job):
             job=torch.zeros(n, dtype=torch.int64),
             time=torch.tensor([s.step * self.timestep for s in states], dtype=torch.float64),
         )
+
+
+def _moved(start: Structures, state: MDState) -> Structures:
+    """The starting structure with positions and cell of a state."""
+    positions, cell = torch.from_numpy(state.positions), torch.from_numpy(state.cell[None])
+    return replace(start, positions=positions, cell=cell)
 
 
 def require_conservative(calculator: BaseCalculator | None, what: str) -> None:
@@ -383,15 +380,8 @@ def draw_momenta(
     """(N, 3) momenta of a thermal ensemble, ASE's unit; none for fixed atoms.
 
     The momentum of the whole is part of the ensemble, and of that of a Langevin thermostat.
-
-    Parameters
-    ----------
-    masses, fixed : ndarray
-        (N,) amu; (N,) bool.
-    temperature : float
-        K.
-    generator : numpy Generator
-        Drawn from for all atoms, fixed or not.
+    `masses` (N,) in amu, `fixed` (N,) bool, temperature in K; the generator is drawn from for all
+    atoms, fixed or not.
     """
     momenta = np.sqrt(masses * BOLTZMANN * temperature)[:, None]
     momenta = momenta * generator.normal(size=(len(masses), 3))
@@ -402,16 +392,12 @@ def draw_momenta(
 def advance(
     atoms: ase.Atoms, state: MDState, job: MDJob, temperature: float, volume: float
 ) -> MDState:
-    """Run one segment from a state.
+    """Run one segment from a state, which is not changed.
 
     Parameters
     ----------
     atoms : ase.Atoms
         Brings species, constraints and the calculator; all else comes from the state.
-    state : MDState
-        Where to start; not changed.
-    job : MDJob
-        Settings.
     temperature : float
         K, the thermostat's target.
     volume : float
@@ -473,10 +459,13 @@ def _integrator(
     atoms: ase.Atoms, job: MDJob, temperature: float, generator: np.random.Generator
 ) -> LangevinBAOAB:
     arguments: dict = {}
+    if job.thermostat_time is not None:
+        time = job.thermostat_time * FS_IN_ASE_TIME
+        arguments = {"temperature_K": temperature, "T_tau": time}
     if job.pressure is not None:
         tau = job.barostat_time * FS_IN_ASE_TIME
         hottest = max(as_pair(job.temperature))
-        arguments = {
+        arguments |= {
             "externalstress": -job.pressure * GPA,
             "hydrostatic": job.isotropic,
             "P_tau": tau,
@@ -486,14 +475,8 @@ def _integrator(
     with warnings.catch_warnings():
         # ASE warns that constraints are untested: fixed atoms at constant volume are.
         warnings.filterwarnings("ignore", message=".*has not been.*", category=UserWarning)
-        return LangevinBAOAB(
-            atoms,
-            timestep=job.timestep * FS_IN_ASE_TIME,
-            temperature_K=None if job.thermostat_time is None else temperature,
-            T_tau=None if job.thermostat_time is None else job.thermostat_time * FS_IN_ASE_TIME,
-            rng=generator,
-            **arguments,
-        )
+        timestep = job.timestep * FS_IN_ASE_TIME
+        return LangevinBAOAB(atoms, timestep=timestep, rng=generator, **arguments)
 
 
 def _check_sane(atoms: ase.Atoms, job: MDJob, limit: float, step: int, volume: float) -> None:
@@ -552,8 +535,7 @@ class History:
 
     def append(self, state: MDState, *, taken: bool) -> None:
         """Keep the state at the end of a segment."""
-        path = None
-        spare = self._spare
+        path, spare = None, self._spare
         if self.folder is not None:
             path = self.folder / f"segment_{self.n_segments:06d}.npz"
             arrays = {name: np.array(value) for name, value in vars(state).items()}
@@ -577,14 +559,6 @@ class History:
 
 
 def _state_from_arrays(arrays: dict[str, np.ndarray]) -> MDState:
-    return MDState(
-        positions=arrays["positions"],
-        momenta=arrays["momenta"],
-        cell=arrays["cell"],
-        cell_momentum=arrays["cell_momentum"],
-        generator=str(arrays["generator"]),
-        step=int(arrays["step"]),
-        energy=float(arrays["energy"]),
-        forces=arrays["forces"],
-        temperature=float(arrays["temperature"]),
-    )
+    scalars: dict[str, Any] = {"generator": str, "step": int, "energy": float, "temperature": float}
+    values = {field.name: arrays[field.name] for field in fields(MDState)}
+    return MDState(**{name: scalars.get(name, np.asarray)(x) for name, x in values.items()})

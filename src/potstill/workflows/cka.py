@@ -11,6 +11,7 @@ from pydantic import Field
 
 from potstill.checkpoint import load_potential
 from potstill.errors import DataError
+from potstill.evaluate.base import as_json
 from potstill.evaluate.cka import (
     CKAMatrix,
     ProbeScore,
@@ -116,17 +117,15 @@ class CKAReport:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain values."""
-        matrices = {
+        stored = {
             "student_teacher": self.after,
             "student_student": self.student,
             "teacher_teacher": self.teacher,
             "before_teacher": self.before,
             "gain": self.gain,
+            "probes": self.probes,
         }
-        return {
-            **{name: m.to_json() for name, m in matrices.items() if m is not None},
-            "probes": {name: [s.to_json() for s in found] for name, found in self.probes.items()},
-        }
+        return {name: as_json(value) for name, value in stored.items() if value is not None}
 
 
 def compare_features(config: CKAConfig, display: Display | None = None) -> CKAReport:
@@ -146,18 +145,13 @@ def compare_features(config: CKAConfig, display: Display | None = None) -> CKARe
         models["before"] = load_potential(config.before)[0]
     structures, labels = _drawn(config)
     claim_folder(folder, config)
-    taps = {"student": config.student_taps, "teacher": config.teacher_taps}
-    taps["before"] = config.student_taps
+    own = config.student_taps
+    taps = {"student": own, "before": own, "teacher": config.teacher_taps}
 
     def compare(first: str, second: str) -> CKAMatrix:
         display.say(f"comparing {first} and {second} on {len(structures)} structures")
-        return cka_matrix(
-            models[first],
-            models[second],
-            structures,
-            first_taps=taps[first],
-            second_taps=taps[second],
-        )
+        pair, own, its = (models[first], models[second]), taps[first], taps[second]
+        return cka_matrix(*pair, structures, first_taps=own, second_taps=its)
 
     after = compare("student", "teacher")
     before = compare("before", "teacher") if "before" in models else None
@@ -218,4 +212,4 @@ def _draw(config: CKAConfig, report: CKAReport, folder: Path) -> None:
     ]
     write_heatmaps(folder, "cka_within", "Similarity within each model", caption, own)
     if config.run is not None:
-        write_figure(folder, **vars(cka_history_drawing(read_cka_history(config.run))))
+        write_figure(folder, cka_history_drawing(read_cka_history(config.run)))

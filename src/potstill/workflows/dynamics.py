@@ -271,17 +271,6 @@ def write_thermo(path: Path, frames: SampledFrames) -> None:
     The temperature is that of the free atoms, and what is not periodic along all three axes has no
     density: its cells are empty.
     """
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(THERMO)
-    table.writerows(
-        ["" if math.isnan(x) else f"{x:.10g}" for x in row] for row in thermo_rows(frames)
-    )
-    write_atomically(path, text.getvalue())
-
-
-def thermo_rows(frames: SampledFrames) -> list[list[float]]:
-    """One row per frame, as named in `THERMO`."""
     structures = frames.structures
     assert structures.velocities is not None
     masses = structures.masses
@@ -293,12 +282,11 @@ def thermo_rows(frames: SampledFrames) -> list[list[float]]:
     mass = structures.composition() @ structures.species_table.masses
     density = AMU_PER_A3_IN_G_PER_CM3 * mass / structures.volume
     density = torch.where(structures.pbc.all(dim=1), density, torch.nan)
-    columns = (
-        frames.time,
-        temperature,
-        frames.energy,
-        kinetic,
-        frames.energy + kinetic,
-        density,
-    )
-    return torch.stack(columns, dim=1).tolist()
+    total = frames.energy + kinetic
+    columns = (frames.time, temperature, frames.energy, kinetic, total, density)
+    rows = torch.stack(columns, dim=1).tolist()
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(THERMO)
+    table.writerows(["" if math.isnan(x) else f"{x:.10g}" for x in row] for row in rows)
+    write_atomically(path, text.getvalue())

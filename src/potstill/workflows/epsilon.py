@@ -12,7 +12,7 @@ from potstill.checkpoint import load_potential
 from potstill.distill import LossTerm
 from potstill.distill.terms import check_signals
 from potstill.files import write_atomically
-from potstill.report.panels import Look, Panel, Series
+from potstill.report.panels import Drawing, Look, Panel, Series
 from potstill.report.plots import Figure, write_figure
 from potstill.report.tables import Table
 from potstill.train import TrainingSet, TrainSettings
@@ -120,8 +120,8 @@ def plot_scan(folder: Path, scan: EpsilonScan) -> Figure:
         f"Errors of central differences over {scan.n_structures} structures; the proxy recommends "
         f"epsilon = {scan.recommended:.1e}."
     )
-    title = "Choice of epsilon"
-    return write_figure(folder, "epsilon_scan", title, caption, [panel], looks_of=looks, height=3.8)
+    drawing = Drawing("epsilon_scan", "Choice of epsilon", caption, [panel], height=3.8)
+    return write_figure(folder, drawing, looks)
 
 
 def _points(name: str, x: tuple[float, ...], y: tuple[float, ...]) -> Series:

@@ -53,6 +53,11 @@ def inspect(path: str | Path) -> list[Card]:
     return [Card(str(path), _structures(structures)), _labels("labels in the file", labels)]
 
 
+def _items(values: Mapping[str, Any]) -> list[list[str]]:
+    """A row for each key and its value in words."""
+    return [[key, _text(value)] for key, value in values.items()]
+
+
 def _structures(structures: Structures) -> list[list[str]]:
     counts = structures.n_atoms_per_system
     known = trained_on(structures)
@@ -66,14 +71,11 @@ def _structures(structures: Structures) -> list[list[str]]:
     if known["density_g_cm3"]:
         rows.append(["density", "{:.3f} to {:.3f} g/cm³".format(*known["density_g_cm3"])])
     if known["shortest_distances"]:
-        rows.append(["shortest distances", _pairs(known["shortest_distances"])])
+        pairs = [f"{pair} {value:.2f} Å" for pair, value in known["shortest_distances"].items()]
+        rows.append(["shortest distances", ", ".join(pairs)])
     if groups:
         rows.append(["groups", ", ".join(groups[:12]) + (", ..." if len(groups) > 12 else "")])
     return rows
-
-
-def _pairs(distances: Mapping[str, float]) -> str:
-    return ", ".join(f"{pair} {value:.2f} Å" for pair, value in distances.items())
 
 
 def _labels(title: str, labels: Properties) -> Card:
@@ -89,16 +91,14 @@ def _labels(title: str, labels: Properties) -> Card:
 
 def _store(path: Path) -> list[Card]:
     store = LabeledStore.open(path)
-    rows = [["fingerprint", store.fingerprint()]]
-    rows += [[key, _text(value)] for key, value in store.info.items()]
-    cards = [Card(f"label store {path}", rows)]
+    about = [["fingerprint", store.fingerprint()], *_items(store.info)]
+    cards = [Card(f"label store {path}", about)]
     if not store.n_systems:
         return cards
     cards.append(Card("structures", _structures(store.structures())))
     for source in store.sources:
-        info = store.source_info(source)
         cards.append(_labels(f"labels of '{source}'", store.labels(source)))
-        about = [[key, _text(value)] for key, value in info.items() if key != "units"]
+        about = [row for row in _items(store.source_info(source)) if row[0] != "units"]
         failed = store.failures(source)
         about.append(["labeled", f"{store.n_labeled(source)} of {store.n_systems}"])
         about.append(["failed", str(len(failed))])
@@ -119,7 +119,7 @@ def _potential(path: Path) -> list[Card]:
     for key in ("trained_on", "teacher", "training", "versions"):
         value = info.get(key)
         if isinstance(value, Mapping):
-            cards.append(Card(key.replace("_", " "), [[k, _text(v)] for k, v in value.items()]))
+            cards.append(Card(key.replace("_", " "), _items(value)))
     return cards
 
 
@@ -133,7 +133,7 @@ def _training(path: Path) -> list[Card]:
     ]
     rows = [["model", model["kind"]], ["loss", ", ".join(terms)]]
     if (path / "result.json").is_file():
-        rows += [[key, _text(value)] for key, value in read_json(path / "result.json").items()]
+        rows += _items(read_json(path / "result.json"))
     else:
         rows.append(["status", "not finished: run the same command to resume"])
     cards = [Card(f"training run {path}", rows)]
@@ -156,7 +156,7 @@ def _trainings(path: Path) -> list[Card]:
 def _study(path: Path) -> list[Card]:
     stored = read_json(path / "results.json")
     records = stored.get("runs") or stored.get("cells") or {}
-    about = [[key, _text(stored[key])] for key in ("study", "title", "date") if key in stored]
+    about = _items({key: stored[key] for key in ("study", "title", "date") if key in stored})
     rows = []
     for name, record in records.items():
         metrics = record.get("metrics", {})
@@ -212,8 +212,8 @@ def _features(path: Path) -> list[Card]:
 
 def _epsilon(path: Path) -> list[Card]:
     stored = read_json(path / "epsilon.json")
-    rows = [[key, _text(value)] for key, value in stored.items() if not isinstance(value, list)]
-    return [Card(f"epsilon scan {path}", rows)]
+    single = {key: value for key, value in stored.items() if not isinstance(value, list)}
+    return [Card(f"epsilon scan {path}", _items(single))]
 
 
 def _distillation(path: Path) -> list[Card]:
@@ -222,8 +222,7 @@ def _distillation(path: Path) -> list[Card]:
         plan = read_json(path / "plan.json")
         if "jobs" in plan:
             return _unfinished_sampling(path)
-        rows = [[key, _text(value)] for key, value in plan["counts"].items()]
-        cards.append(Card(f"distillation {path}: plan", rows))
+        cards.append(Card(f"distillation {path}: plan", _items(plan["counts"])))
     stages = Stages(path).seconds
     rows = [[name, seconds_in_words(seconds)] for name, seconds in stages.items()]
     cards.append(Card("finished stages", rows))

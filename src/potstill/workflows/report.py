@@ -83,11 +83,6 @@ def write_report(run: str | Path | ReportData, *, about: Mapping[str, str] | Non
     about : mapping, optional
         What to add to the list at the top, the command for instance.
 
-    Returns
-    -------
-    Path
-        Of `report.html`, in the run folder.
-
     Raises
     ------
     DataError
@@ -101,17 +96,18 @@ def write_report(run: str | Path | ReportData, *, about: Mapping[str, str] | Non
     sections = []
     for title in SECTIONS:
         drawings = [d for e in _evaluations(title) for d in e.drawings(data.found)]
+        text = ""
         if title == "Accuracy":
             drawings += _learning(data)
+            n = max((r.n_systems for r in data.found.of("errors", ErrorReport).values()), default=0)
+            text = f"Errors on {n:,} structures not used in training." if n else ""
         elif title == "Cost":
             drawings = [*_pareto(data.found), *drawings]
-        figures = [write_figure(parts, looks_of=known, **vars(drawing)) for drawing in drawings]
+        figures = [write_figure(parts, drawing, known) for drawing in drawings]
         table = section_table(title, data.found)
-        tables = () if table is None else (table,)
-        text = _accuracy_text(data.found) if title == "Accuracy" else ""
-        sections.append(Section(title, text, tuple(figures), tables))
-        for one in tables:
-            one.write(parts)
+        if table is not None:
+            table.write(parts)
+        sections.append(Section(title, text, tuple(figures), (table,) if table else ()))
     page = Page(
         title=data.title,
         about=tuple({**(about or {}), **data.about}.items()),
@@ -165,11 +161,6 @@ def _facts(found: Findings) -> Iterator[Fact]:
         yield Fact(signed(run.drift), "meV/atom", "NVE drift, student", note)
     elif run is not None:
         yield Fact("unstable", "", "NVE, student", f"after {run.exploded_at:g} ps")
-
-
-def _accuracy_text(found: Findings) -> str:
-    n = max((r.n_systems for r in found.of("errors", ErrorReport).values()), default=0)
-    return f"Errors on {n:,} structures not used in training." if n else ""
 
 
 # -- figures of several evaluations ----------------------------------------------------------------
@@ -227,12 +218,7 @@ def _pareto(found: Findings) -> list[Drawing]:
 
 
 def collect(folder: str | Path) -> ReportData:
-    """Read what a run folder holds.
-
-    Parameters
-    ----------
-    folder : path
-        The folder of `potstill distill`.
+    """Read what the folder of `potstill distill` holds.
 
     Raises
     ------
@@ -303,27 +289,27 @@ def _about(
     machine = next((r.machine for r in found.of("speed", SpeedTable).values()), {})
     versions = info.get("versions") or machine.get("versions") or {}
     seconds = {name: entry.get("seconds") for name, entry in stages.items() if entry}
+    # config.yaml holds all settings, defaults included.
+    command = f"potstill distill --config {folder / 'config.yaml'} --out another-folder"
+    known = teacher.get("fingerprint")
+    fingerprint = f"fingerprint {known}" if known else None
+    threads = machine.get("threads")
+    parts = [machine.get("gpu"), machine.get("cpu"), f"{threads} threads" if threads else None]
     entries = {
-        "Repeat with": _command(folder) if config else None,
+        "Repeat with": command if config else "",
         "Run": str(folder.resolve()),
         "Written": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "Seed": str(config.get("seed", info.get("seed", ""))),
         "Trained on": _trained_on(info.get("trained_on") or {}),
-        "Teacher": _joined(
-            [teacher.get("name"), teacher.get("level_of_theory"), _known("fingerprint", teacher)]
-        ),
+        "Teacher": _joined([teacher.get("name"), teacher.get("level_of_theory"), fingerprint]),
         "Labels": _labels(folder / "labels.zarr"),
         "License": teacher.get("license", teacher.get("licence")),
         "Citation": teacher.get("citation"),
         "Versions": ", ".join(f"{name} {v}" for name, v in versions.items()),
-        "Machine": _machine(machine),
+        "Machine": _joined(parts),
         "Durations": ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items() if v is not None),
     }
     return {name: str(text) for name, text in entries.items() if text}
-
-
-def _known(key: str, values: Mapping[str, Any]) -> str | None:
-    return f"{key} {values[key]}" if values.get(key) else None
 
 
 def _joined(parts: Sequence[str | None]) -> str:
@@ -341,11 +327,6 @@ def _trained_on(known: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _command(folder: Path) -> str:
-    """The command that repeats the run; `config.yaml` holds all settings, defaults included."""
-    return f"potstill distill --config {folder / 'config.yaml'} --out another-folder"
-
-
 def _labels(path: Path) -> str:
     """Fingerprint of the label store, as far as there is one."""
     if not path.is_dir():
@@ -355,11 +336,3 @@ def _labels(path: Path) -> str:
     except PotstillError:
         return ""
     return f"{store.n_systems:,} structures, fingerprint {store.fingerprint()}"
-
-
-def _machine(machine: Mapping[str, Any]) -> str:
-    if not machine:
-        return ""
-    threads = machine.get("threads")
-    parts = [machine.get("gpu"), machine.get("cpu"), f"{threads} threads" if threads else None]
-    return _joined(parts)

@@ -264,7 +264,7 @@ def _draw_cka(place: Path) -> None:
     """Draw what was recorded, in one process alone if there are several."""
     if int(os.environ.get("RANK", 0)) == 0:
         with contextlib.suppress(DataError):  # interrupted before the first comparison
-            write_figure(place, **vars(cka_history_drawing(read_cka_history(place))))
+            write_figure(place, cka_history_drawing(read_cka_history(place)))
 
 
 def train_with_progress(
