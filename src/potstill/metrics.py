@@ -203,13 +203,6 @@ class ErrorAccumulator(_Sums):
         where both are present and no number of the label is NaN. A predicted NaN does count, and
         makes the metric NaN: a model that blows up must not look good.
 
-        Parameters
-        ----------
-        prediction, label : Properties
-            Values for the batch.
-        structures : Structures
-            The batch that both belong to.
-
         Raises
         ------
         DataError

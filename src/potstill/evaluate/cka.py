@@ -66,16 +66,7 @@ def compared_taps(potential: Potential, taps: Sequence[str] | None = None) -> tu
 def node_features(
     potential: Potential, structures: Structures, taps: Sequence[str] | None = None
 ) -> dict[str, Tensor]:
-    """Features of a batch with one row per atom.
-
-    Parameters
-    ----------
-    potential : Potential
-        The model; its mode is left alone.
-    structures : Structures
-        The batch.
-    taps : sequence of str, optional
-        Which taps; all that hold features by default.
+    """Features of a batch with one row per atom, of the given taps or all that hold features.
 
     Returns
     -------
@@ -210,18 +201,9 @@ def cka_matrix(
     second_taps: Sequence[str] | None = None,
     max_atoms: int = 1024,
 ) -> CKAMatrix:
-    """CKA between taps of two models on the same structures.
+    """CKA between taps (by default all that hold features) of two models on the same atoms.
 
-    Parameters
-    ----------
-    first, second : Potential
-        Student and teacher, say.
-    structures : Structures
-        Their atoms are the examples.
-    first_taps, second_taps : sequence of str, optional
-        Which taps; all that hold features by default.
-    max_atoms : int
-        Atoms per batch; the result does not depend on it.
+    The result does not depend on `max_atoms`, the number of atoms per batch.
 
     Raises
     ------
@@ -412,8 +394,6 @@ def linear_probes(
 
     Parameters
     ----------
-    potential : Potential
-        The model.
     structures, labels : Structures, Properties
         With energies and forces, all present.
     taps : sequence of str, optional
@@ -422,8 +402,6 @@ def linear_probes(
         Share of the structures that is held out.
     seed : int
         Of the split, and of the atoms where there are more than 20,000.
-    max_atoms : int
-        Atoms per batch.
 
     Raises
     ------
@@ -447,6 +425,7 @@ def linear_probes(
     test[order[:n_test]] = True
     energy = _energy_target(structures, labels["energy"], ~test)
     rows = _force_rows(structures, seed)
+    held_out = test[structures.system_index[rows]]
     found = []
     for tap in names:
         feature = torch.cat(parts[tap])
@@ -454,16 +433,10 @@ def linear_probes(
         pooled.index_add_(0, structures.system_index, feature)
         pooled /= structures.n_atoms_per_system.clamp(min=1).unsqueeze(1)
         vector = potential.taps[tap].kind == "node_vector"
-        found.append(
-            ProbeScore(
-                tap=tap,
-                energy_r2=ridge_r2(pooled, energy, test),
-                forces_r2=_forces_r2(feature, labels["forces"], rows, test, structures, vector),
-                forces_target="vector" if vector else "length",
-                n_train=n - n_test,
-                n_test=n_test,
-            )
-        )
+        forces_r2 = _forces_r2(feature[rows], labels["forces"][rows], held_out, vector)
+        target = "vector" if vector else "length"
+        energy_r2 = ridge_r2(pooled, energy, test)
+        found.append(ProbeScore(tap, energy_r2, forces_r2, target, n - n_test, n_test))
     return found
 
 
@@ -522,20 +495,10 @@ def _force_rows(structures: Structures, seed: int) -> Tensor:
     return atoms[order[:_MOST_PROBE_ROWS]].sort().values
 
 
-def _forces_r2(
-    feature: Tensor,
-    forces: Tensor,
-    rows: Tensor,
-    test: Tensor,
-    structures: Structures,
-    vector: bool,
-) -> float:
-    held_out = test[structures.system_index[rows]]
+def _forces_r2(feature: Tensor, forces: Tensor, held_out: Tensor, vector: bool) -> float:
+    """Score of (n, F) or (n, 3F) features for the (n, 3) forces on the same atoms."""
     if not vector:
-        lengths = torch.linalg.vector_norm(forces[rows], dim=1)
-        return ridge_r2(feature[rows], lengths, held_out)
+        return ridge_r2(feature, torch.linalg.vector_norm(forces, dim=1), held_out)
     # One weight per channel for all three axes: what turns with the structure stays so.
-    axes = feature[rows].reshape(len(rows), 3, -1)
-    flat = axes.reshape(3 * len(rows), -1)
-    held_out = held_out.repeat_interleave(3)
-    return ridge_r2(flat, forces[rows].flatten(), held_out, intercept=False)
+    axes, held_out = feature.reshape(forces.numel(), -1), held_out.repeat_interleave(3)
+    return ridge_r2(axes, forces.flatten(), held_out, intercept=False)

@@ -47,19 +47,7 @@ def parity_points(
     max_points: int = 3000,
     seed: int = 0,
 ) -> ParityPoints:
-    """Pairs of labels and predictions for parity plots.
-
-    Parameters
-    ----------
-    prediction, label : Properties
-        Of all of `structures`; what both have is taken.
-    structures : Structures
-        The held-out structures.
-    max_points : int
-        Pairs to keep of each property.
-    seed : int
-        Of the sample.
-    """
+    """Pairs of labels and predictions of what both have, `max_points` at most of each property."""
     points = {}
     for name in ("energy", "forces", "atomic_energies"):
         if name not in prediction or name not in label:

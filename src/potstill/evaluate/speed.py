@@ -178,16 +178,8 @@ def inference_throughput(
 ) -> dict[str, Throughput]:
     """Time predictions of energies and forces, neighbor lists included, taking turns.
 
-    Parameters
-    ----------
-    potentials : mapping
-        Names to potentials, each on the device it is to be timed on.
-    structures : Structures
-        What to predict in each round.
-    max_atoms : int
-        Atoms per batch.
-    rounds : int
-        Turns of each potential; the median counts. One batch beforehand is not counted.
+    Potentials are timed on the device that each is on, in batches of `max_atoms` atoms. The median
+    over rounds counts, one batch beforehand does not.
     """
     if not potentials or rounds < 1 or not len(structures):
         raise ConfigError("timing needs at least one potential, one structure and one round")

@@ -44,12 +44,7 @@ _SPARE_MARKERS = ("X", ">", "h", "p", "d", "8", "H")
 def looks(names: Iterable[str], labels: Mapping[str, str] | None = None) -> dict[str, Look]:
     """Looks of all series of a report: fixed ones where known, spare ones in the given order.
 
-    Parameters
-    ----------
-    names : iterable of str
-        Names of models or strategies.
-    labels : mapping, optional
-        What to call some of them in legends; by default a known name in words, or the name.
+    `labels` are what legends call some of them: by default a known name in words, or the name.
     """
     found: dict[str, Look] = {}
     spare = cycle(zip(_SPARE, _SPARE_MARKERS, strict=True))

@@ -110,12 +110,7 @@ def compare(metric: Metric, ours: Sequence[float], theirs: Sequence[float]) -> C
 def sentence(comparison: Comparison, ours: str, theirs: str) -> str:
     """One sentence: both values, the difference, and what to make of it.
 
-    Parameters
-    ----------
-    comparison : Comparison
-        See `compare`.
-    ours, theirs : str
-        What the two are called, without article.
+    `ours` and `theirs` are what the two are called, without article.
     """
     metric, c = comparison.metric, comparison
     name = metric.name[0].lower() + metric.name[1:] if metric.name[1].islower() else metric.name
@@ -141,12 +136,8 @@ def sentence(comparison: Comparison, ours: str, theirs: str) -> str:
 def over_sizes(group: Sequence[tuple[str, Comparison]], ours: str, theirs: str) -> str:
     """One sentence over several sizes: where the first is ahead, and by how much.
 
-    Parameters
-    ----------
-    group : sequence of (str, Comparison)
-        Label of the size and the comparison at that size, all of one metric.
-    ours, theirs : str
-        What the two are called, without article.
+    `group` holds the label of each size with the comparison at it, all of one metric; names are
+    those of `sentence`.
     """
     if len(group) == 1:
         return sentence(group[0][1], ours, theirs)

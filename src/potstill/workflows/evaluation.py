@@ -124,17 +124,8 @@ def run_evaluations(
 ) -> Findings:
     """Evaluate candidates, skip what `folder` holds already, and return all results.
 
-    Parameters
-    ----------
-    bench : Bench
-        What they work on. Evaluations that do not apply to it are skipped, and `skipped.json` says
-        so.
-    chosen : iterable of (Evaluation, sequence of Candidate)
-        What is done with whom.
-    folder : Path
-        Gets one file per evaluation.
-    display : Display
-        Where progress is shown.
+    The folder gets one file per evaluation. Those that do not apply to the bench are skipped, and
+    `skipped.json` says so.
     """
     chosen = list(chosen)
     skipped = {e.name: lacking for e, _ in chosen if (lacking := e.lacks(bench))}
