@@ -76,7 +76,8 @@ class CompiledPasses(NetworkPasses):
     ) -> dict[str, Tensor]:
         if self.works and set(wanted) <= set(FIRST_ORDER):
             point = Point.of(self.network, structures, neighbors)
-            arguments = (point.species, point.edges, point.r_ij, point.n_local)
+            structures = point.structures
+            arguments = (structures.species, point.edges, point.r_ij, structures.n_atoms)
             prepared = self.network.prepare(*arguments)
             if all(size > 1 for tensor in tree_leaves(prepared) for size in tensor.shape):
                 derivative = not {"forces", "stress"}.isdisjoint(wanted)
@@ -84,8 +85,8 @@ class CompiledPasses(NetworkPasses):
                 if found is not None:
                     values = energies(found[0], structures)
                     if "forces" in wanted:
-                        forces = forces_from_pairs(found[1], point.edges, point.n_local)
-                        values["forces"] = forces
+                        n_atoms = structures.n_atoms
+                        values["forces"] = forces_from_pairs(found[1], point.edges, n_atoms)
                     if "stress" in wanted:
                         virial = virial_from_pairs(found[1], point.r_ij, point.edges, structures)
                         values["stress"] = stress_from_virial(virial, structures)

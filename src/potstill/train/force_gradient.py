@@ -161,8 +161,9 @@ class _TorchEnergy(nn.Module):
         self.network = network
 
     def forward(self, point: Point, r_ij: Tensor, weights: Tensor) -> Tensor:
-        partial = self.network.partial_energies(point.species, point.edges, r_ij, point.n_local)
-        return (weights * partial).sum()
+        species, n_atoms = point.structures.species, point.structures.n_atoms
+        terms = self.network.partial_energies(species, point.edges, r_ij, n_atoms)
+        return (weights * terms).sum()
 
 
 @dataclass(frozen=True)
@@ -176,16 +177,6 @@ class Point:
     def of(cls, network: Potential, structures: Structures, neighbors: Pairs) -> Point:
         """The point where a batch stands."""
         return cls(structures.with_species_table(network.species_table), neighbors)
-
-    @property
-    def species(self) -> Tensor:
-        """(N,) int64."""
-        return self.structures.species
-
-    @property
-    def n_local(self) -> int:
-        """Number of atoms."""
-        return self.structures.n_atoms
 
     @cached_property
     def edges(self) -> Edges:
@@ -350,7 +341,7 @@ class ForceGradient:
         else:
             c, direction = cotangents.partial, -cotangents.direction(point)
             if c is None:
-                c = point.r_ij.new_zeros(point.n_local, self.network.n_terms)
+                c = point.r_ij.new_zeros(point.structures.n_atoms, self.network.n_terms)
             *earlier, last = [partial(module, "directional", point, direction, c)]
         if cotangents.features:
             tapped = (point.structures, point.neighbors, cotangents.features)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from potstill.checkpoint import save_potential
 from potstill.distill.terms import Batch
-from potstill.models import Potential, SumPotential
+from potstill.models import Potential
 from potstill.teachers.base import Teacher
 from potstill.train.augment import Augmentation
 from potstill.train.compilation import network_passes
@@ -157,7 +157,7 @@ def train(
                 if improved and p.fabric.is_global_zero:
                     about = {"seed": settings.seed, "settings": settings.model_dump(mode="json")}
                     about["training"] = {"epoch": epoch, "validation": metrics}
-                    save_potential(run.best, p.student, {**(info or {}), **about})
+                    save_potential(run.best, trainee.student, {**(info or {}), **about})
             trainee.count_time(started)
             record = {
                 "epoch": epoch,
@@ -189,7 +189,6 @@ class Prepared:
 
     settings: TrainSettings
     fabric: lightning_fabric.Fabric
-    student: SumPotential
     network: Potential
     data: TrainingSet
     features: FeatureSources
@@ -251,7 +250,6 @@ def prepare(
     p = Prepared(
         settings,
         fabric,
-        student,
         network,
         training,
         features,
