@@ -198,7 +198,7 @@ def test_a_template_has_all_keys_and_reads_back_as_the_defaults(command, file):
 def test_a_template_says_what_docstrings_say():
     lines = config_template("md").splitlines()
     assert "# Settings of `potstill md`." in lines[0]
-    assert lines[lines.index("stride: 50.0") - 1] == "# fs between frames."
+    assert lines[lines.index("stride: 50.0") - 1] == "# Time between frames in fs."
     above = " ".join(lines[: lines.index("ensemble: langevin")]).replace(" # ", " ")
     assert above.endswith("(nve | langevin | npt)")
 

@@ -24,13 +24,13 @@ class WeightsSettings(_Settings):
     Parameters
     ----------
     checkpoint : str
-        A potential of the same kind, the teacher's say.
+        A potential of the same kind, for example the teacher's.
     names : tuple of str
-        Patterns of the names of parameters, such as `blocks.*` for the interaction layers; what
-        only one of the two networks has is left alone.
+        Patterns of parameter names, such as `blocks.*` for the interaction layers; parameters of
+        only one of the two networks are skipped.
     first_channels : bool
-        Let layers that are wider in the checkpoint be cut down to their first channels. The same
-        channels are kept in all layers, so that the layers still fit one another.
+        Truncate layers that are wider in the checkpoint to their first channels, the same ones in
+        all layers.
     """
 
     checkpoint: str
@@ -47,10 +47,10 @@ class ModelSettings(_Settings):
         One of hipnn, ani, gemnet_oc, schnet, painn, snap; or `module:Class`, a subclass of
         `potstill.models.Potential` that can be imported.
     hyperparameters : dict
-        What differs from the defaults of the kind; `potstill.models.model_class(kind).hyper_class`
-        documents them.
+        Hyper-parameters that differ from the defaults of the kind, which
+        `potstill.models.model_class(kind).hyper_class` documents.
     initialize : WeightsSettings, optional
-        Start from weights of another network in place of random ones.
+        Start from the weights of another network instead of random ones.
     """
 
     kind: str = "hipnn"
@@ -67,19 +67,19 @@ class ModelSettings(_Settings):
 
 
 class EnergySettings(_Settings):
-    """Where the energy zero lies, and what holds atoms apart.
+    """Energy zero and short-range repulsion.
 
     Parameters
     ----------
     zero : {"none", "least_squares"} or dict of str to float
         The per-species energies that are subtracted from energies and atomic energies before
-        training and added again in the saved model: a least-squares fit, given values (isolated
-        atoms, say) in eV per atom, or none, as Matin et al. train. HIP-NN's first term E0 is fitted
-        to what is left, and its hierarchicality regularizer depends on this choice.
+        training and added back in the saved model: a least-squares fit, given values (for example
+        of isolated atoms) in eV per atom, or none, as in Matin et al. HIP-NN's first term E0 is
+        fitted to the remainder, and its hierarchicality regularizer depends on this choice.
     prior : {"none", "zbl"}
         A short-range repulsion, subtracted from the labels and part of the saved model.
     prior_inner, prior_cutoff : float, optional
-        Radii of the switch in Å; chosen from covalent radii if absent.
+        Inner and outer switching radius in Å; by default from covalent radii.
     """
 
     zero: Literal["none", "least_squares"] | dict[str, float] = "least_squares"
@@ -89,20 +89,20 @@ class EnergySettings(_Settings):
 
 
 class OptimizerSettings(_Settings):
-    """Adam or AdamW (with AMSGrad), gradient clipping and the moving average of weights.
+    """Optimizer, gradient clipping and moving average of the weights.
 
     Parameters
     ----------
     name : {"adam", "adamw", "amsgrad_adamw"}
-        The optimizer.
+        Adam, AdamW, or AdamW with AMSGrad.
     learning_rate : float
-        At the start.
+        Initial learning rate.
     weight_decay : float
-        As of the optimizer: decoupled from the gradient with AdamW.
+        Weight decay; decoupled from the gradient with AdamW.
     clip_norm : float, optional
-        Largest norm of the gradient of all parameters together.
+        Clip the norm of the gradient of all parameters to this value.
     ema_decay : float, optional
-        Per step, of an exponential moving average of the weights, which is validated and saved.
+        Decay per step of a moving average of the weights, which is then validated and saved.
     """
 
     name: Literal["adam", "adamw", "amsgrad_adamw"] = "adam"
@@ -113,23 +113,23 @@ class OptimizerSettings(_Settings):
 
 
 class LearningRateSettings(_Settings):
-    """How the learning rate changes with the epochs.
+    """Learning-rate schedule.
 
     Parameters
     ----------
     schedule : {"plateau", "step", "exponential", "constant"}
-        When it is multiplied by `factor`: after `patience` epochs without a better score, every
-        `step_epochs`, every epoch, or never.
+        When the learning rate is multiplied by `factor`: after `patience` epochs without a better
+        score, every `step_epochs`, every epoch, or never.
     factor : float
-        What it is multiplied by.
+        Factor by which the learning rate is reduced.
     patience : int
-        Epochs, of `plateau`.
+        Epochs without improvement before a reduction (`plateau`).
     step_epochs : int
-        Epochs, of `step`.
+        Epochs between reductions (`step`).
     warmup_epochs : int
-        Epochs before the schedule, in which it grows from almost nothing.
+        Epochs of linear warm-up before the schedule.
     minimum : float
-        It does not fall below.
+        Lower bound of the learning rate.
     """
 
     schedule: Literal["plateau", "step", "exponential", "constant"] = "plateau"
@@ -141,14 +141,14 @@ class LearningRateSettings(_Settings):
 
 
 class RegularizationSettings(_Settings):
-    """Weights of the L2 term and of what models want of their energies, by its name.
+    """Weights of regularization terms: L2, and those of the model by name.
 
     Parameters
     ----------
     l2 : float
         Weight of the sum of all squared weights.
     hierarchicality : float
-        Of HIP-NN's energies, Eq. 2 of Matin et al.; see `Potential.regularizers`.
+        Weight of HIP-NN's hierarchicality term, Eq. 2 of Matin et al.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -159,18 +159,18 @@ class RegularizationSettings(_Settings):
 
 
 class ForceGradientSettings(_Settings):
-    """How the gradient of a loss of forces and stress is taken; see docs/force-gradients.md.
+    """How gradients of force and stress losses are computed; see docs/force-gradients.md.
 
     Parameters
     ----------
     method : {"auto", "backpropagation", "central_difference", "forward_over_reverse"}
-        Central differences where native kernels serve the model, else backpropagation; or one of
-        them: backpropagate twice; or take the loss' gradient as a directional derivative of the
-        energy's gradient, by a central difference (needs first derivatives only) or exactly.
+        `auto`: central differences where native kernels support the model, else backpropagation.
+        `backpropagation`: twice through the model. The others take a directional derivative of the
+        energy's gradient, by a central difference (first derivatives only) or exactly.
     epsilon : float, optional
-        Of the central difference: the largest displacement of an atom in Å; by precision if absent.
+        Largest displacement of an atom in Å (`central_difference`); by default from the precision.
     folded : bool
-        Of the central difference: two passes over the parameters instead of three.
+        Two passes over the parameters instead of three (`central_difference`).
     """
 
     method: Literal["auto", "backpropagation", "central_difference", "forward_over_reverse"] = (
@@ -181,17 +181,17 @@ class ForceGradientSettings(_Settings):
 
 
 class ScoreSettings(_Settings):
-    """The validation score that plateau, early stopping and the choice of the best weights use.
+    """Validation score for learning rate, early stopping and the selection of the best weights.
 
-    It is a weighted sum of metrics (keys of `potstill.metrics`) against one source. It knows no
-    schedule, so that it stays comparable over a run and between student and control.
+    It is a weighted sum of metrics (keys of `potstill.metrics`) against one source. It has no
+    schedule, so it is comparable over a run and between student and control.
 
     Parameters
     ----------
     source : str
-        The label set that is compared with.
+        Label set to compare with.
     weights : dict of str to float
-        By metric.
+        Weights by metric.
     """
 
     source: str = "reference"
@@ -211,10 +211,10 @@ class MixingSettings(_Settings):
     Parameters
     ----------
     alpha : float, optional
-        Share of synthetic samples in an epoch, from 0 to 1; by their number where it is not given.
-        With 0.5, twice as many reference as synthetic data are gone through half as often.
+        Fraction of synthetic samples in an epoch, from 0 to 1; by default that of the data. With
+        0.5 and twice as many reference as synthetic data, the former are seen half as often.
     r : float
-        How much a synthetic sample weighs in the loss relative to another one (Eqs. 9-11).
+        Weight of a synthetic sample in the loss relative to a reference sample (Eqs. 9-11).
     """
 
     alpha: float | None = Field(default=None, ge=0, le=1)
@@ -227,15 +227,15 @@ class AugmentSettings(_Settings):
     Parameters
     ----------
     source : str
-        Name of the teacher. Of displaced structures its labels count as `reference`, too.
+        Name of the teacher; its labels replace `reference` for displaced structures.
     norm : float
-        Å, of the displacement.
+        Norm of the displacement in Å.
     norm_of : {"structure", "atom"}
-        Whether that is the norm of the displacement of all atoms together or of each.
+        Norm over all atoms of a structure, or of each atom.
     kind : {"random", "ascent"}
-        The direction: at random, or where student and teacher differ more (a potstill potential).
+        Random directions, or toward larger disagreement with the (potstill) teacher.
     fraction : float
-        Share of the samples that are displaced, each by a draw of its own.
+        Fraction of the samples that are displaced, drawn at random.
     """
 
     source: str
@@ -261,35 +261,35 @@ def paper_loss(w_forces: float = 10.0) -> tuple[LossTerm, ...]:
 
 
 class TrainSettings(_Settings):
-    """All settings of one training run but its data.
+    """All settings of one training run except its data.
 
     Parameters
     ----------
     mixing : MixingSettings, optional
-        Sampling and weighting ratio of synthetic data.
+        Sampling and weighting of synthetic data.
     augment : AugmentSettings, optional
-        Displace the structures of every batch, and let a teacher label them.
+        Displace the structures of every batch and have a teacher label them.
     loss : tuple of LossTerm, FeatureTerm, AuxiliaryTerm or CustomLine
-        Its lines; those with `distill` name strategies (`potstill.distill.strategies`).
+        Terms of the loss; those with `distill` name a strategy of feature distillation.
     epochs : int
-        At most this many.
+        Maximum number of epochs.
     batch_size : int
-        Configurations per step, over all processes.
+        Structures per step, over all processes.
     batch_atoms : int, optional
-        Atom budget per step instead: batches are filled up to it.
+        Atoms per step, instead of a number of structures.
     early_stopping : int, optional
-        Stop after so many epochs without a better score, but not before all schedules have ended.
+        Stop after this many epochs without improvement, but not before all schedules have ended.
     precision : {"float32", "float64"}
-        Of the network; geometry and energy sums are in float64 always.
+        Precision of the network; geometry and energy sums are always in float64.
     core : {"auto", "native", "torch"}
-        Kernels: native ones where they serve the model, always, or never.
+        Native kernels where they support the model, always, or never.
     compile : bool
-        Let torch.compile make the code of backpropagation where native kernels do not serve: a
-        minute once, for faster steps; see docs/performance.md.
+        Use torch.compile for backpropagation where native kernels do not support the model: about a
+        minute once, then faster steps; see docs/performance.md.
     seed : int
-        Initial weights and the order of configurations.
+        Seed of initial weights and of the order of structures.
     tensorboard : bool
-        Write `events/` for TensorBoard beside `metrics.jsonl`; needs the extra of that name.
+        Write TensorBoard files to `events/`; needs the extra `tensorboard`.
     """
 
     model: ModelSettings = Field(default_factory=ModelSettings)

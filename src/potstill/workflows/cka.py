@@ -1,4 +1,4 @@
-"""`potstill cka`: how alike the features of a student and its teacher are, and what they tell."""
+"""`potstill cka`: similarity of the features of a student and its teacher, and linear probes."""
 
 from __future__ import annotations
 

@@ -31,13 +31,13 @@ class FileData(Settings):
     path : str
         Relative to the working directory.
     format, index, species, allow_partial
-        As of `read`.
+        As in `potstill.readers.read`.
     keys : dict
-        Names in the file, as of `KeyMap`: `{energy: dft_energy}`.
+        Names of the labels in the file, as in `KeyMap`: `{energy: dft_energy}`.
     units : dict
-        Units of the file, as of `Units`: `{energy: Hartree, length: Angstrom}`.
+        Units of the file, as in `Units`: `{energy: Hartree, length: Angstrom}`.
     require : tuple of str
-        Labels that must be there.
+        Labels that every frame must have.
     """
 
     path: str
@@ -87,9 +87,9 @@ class SplitData(Settings):
     fractions : dict of str to float
         Share of each part; parts other than train, validation and test are not used.
     of_every_group : bool
-        Take the share of validation of every group of structures; the rest is for training.
+        Hold out the validation fraction of every group; the rest is for training.
     groups : dict of str to tuple of str, optional
-        Names or patterns of groups by part; all others are for training.
+        Names or patterns of the groups of each part; the others are for training.
     file : str, optional
         Path of a split file.
     """
@@ -115,19 +115,19 @@ class SplitData(Settings):
 
 
 class SyntheticData(Settings):
-    """Structures that a model has made, beside the training set; see `train.mixing`.
+    """Structures generated with a model, in addition to the training set; see `train.mixing`.
 
     Parameters
     ----------
     store : str, optional
-        A labeled store.
+        A label store.
     files : tuple of FileData
         Files with labels, instead.
     source : str
         Label set of the store whose labels count.
     counts_as : str
-        What these labels count as in the loss: `reference` puts them beside the reference labels
-        of the training set, as the paper does. They keep their own name, too.
+        Source that these labels count as in the loss: with `reference` they join the reference
+        labels, as in the paper. They keep their own name as well.
     """
 
     store: str | None = None
@@ -158,7 +158,7 @@ class DataSettings(Settings):
     Parameters
     ----------
     store : str, optional
-        A labeled store: reference labels and those of teachers.
+        A label store, with reference labels and those of teachers.
     files : tuple of FileData
         Files with reference labels, instead of a store.
     validation_files, test_files : tuple of FileData

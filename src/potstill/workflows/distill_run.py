@@ -59,7 +59,7 @@ class Weights(Settings):
     Parameters
     ----------
     energy, forces, stress, atomic_energies : float
-        Of the errors in eV, eV/Å, eV/Å³ and eV.
+        Weights of the error terms, which are in eV, eV/Å, eV/Å³ and eV.
     """
 
     energy: float = Field(default=1.0, ge=0)
@@ -145,7 +145,7 @@ class DistillConfig(Settings):
     tests : dict of str to tuple of str
         Evaluations, and what they are done for: `student`, `control`, `teacher`.
     trainings_at_once : int
-        Trainings that run side by side; by default one per core.
+        Number of training runs in parallel; by default one per core.
     seed : int
         Seed of all random numbers.
     """

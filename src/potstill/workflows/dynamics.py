@@ -41,33 +41,33 @@ class MdConfig(Settings):
     Parameters
     ----------
     model : TeacherSettings
-        A checkpoint, or whatever names a teacher.
+        A checkpoint, or a teacher.
     structure : str
-        Where to start: a file, or a built-in structure.
+        Starting structure: a file, or a built-in structure.
     out : str
         The folder of the trajectory.
     ensemble : {"nve", "langevin", "npt"}
-        Constant energy; constant temperature; constant temperature and pressure.
+        Constant energy, constant temperature, or constant temperature and pressure.
     temperature : float or (first, last)
-        K; two numbers make a ramp (not with `nve`).
+        Temperature in K; two numbers make a ramp (not with `nve`).
     pressure : float, optional
-        GPa, only with `npt`, where zero is the default.
+        Pressure in GPa, only with `npt` (default 0).
     duration, equilibration : float
-        ps; equilibration is at constant temperature and is not written.
+        In ps; equilibration is at constant temperature and is not written.
     stride : float
-        fs between frames.
+        Time between frames in fs.
     timestep : float
-        fs.
+        In fs.
     thermostat_time : float
-        fs.
+        In fs.
     n_atoms : int
-        Repeat a periodic structure until it has so many atoms.
+        Repeat a periodic structure until it has this many atoms.
     seed : int
-        Of velocities and thermostat.
+        Seed of velocities and thermostat.
     force_nonconservative : bool
-        Allow `nve` for a model with direct forces, which conserve no energy.
+        Allow `nve` for a model with direct forces, which do not conserve energy.
     allow_dissociation : bool
-        Go on where the structure comes apart; else the run ends there, as where it explodes.
+        Continue if the structure comes apart; otherwise the run ends there, as for an explosion.
     """
 
     model: TeacherSettings

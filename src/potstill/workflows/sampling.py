@@ -29,14 +29,14 @@ class SampleConfig(Settings):
     start : str
         A file with starting structures, or a built-in one.
     index : str
-        Which of them, as of `read`: `::10`.
+        Which of them, as in `read`: `::10`.
     jobs : tuple of dict
         Each with its `kind` (rattle, jitter, ascent, strain, volume, md, relax) and its settings. A
-        job that names no `system` is done for every starting structure.
+        job that names no `system` runs for every starting structure.
     out : str
         Folder for the structures.
     teacher : TeacherSettings, optional
-        What drives MD and relaxations, and what gradient ascent moves away from.
+        Potential for MD and relaxations, and the reference of gradient ascent.
     seed : int
         Seed of all random numbers.
     """

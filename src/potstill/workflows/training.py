@@ -95,15 +95,15 @@ class TrainConfig(Settings):
     train : TrainSettings
         Model, loss, optimizer and so on.
     stages : tuple of StageConfig
-        Train in stages, say on synthetic structures that a teacher has labeled, then on reference
+        Train in stages, for example on structures labeled by a teacher, then on reference
         data; each starts from the best network of the one before.
     initial : str, optional
         Start from this checkpoint.
     teachers : dict of str to TeacherSettings
         Teachers by source that compute during training: their internal features, where the loss
-        distils some that the data do not hold, and labels of displaced structures (`augment`).
+        distills some that the data do not contain, and labels of displaced structures (`augment`).
     cka : CKASettings, optional
-        Record how alike the features of the student and another model are.
+        Record the similarity (CKA) of the features of the student and another model.
     """
 
     out: str
