@@ -24,12 +24,12 @@ from potstill.cli.app import app
 from potstill.config import load_study, validate
 from potstill.errors import ConfigError
 from potstill.evaluate.errors import S2EFErrors
-from potstill.experiments.pairs_report import pairs_of, result_table, seed_table, sentences
 from potstill.experiments.recipes import PairsStudy
-from potstill.experiments.report import report_experiment
-from potstill.experiments.rows import RunRow
+from potstill.experiments.report import report_experiment, verdicts
+from potstill.experiments.results import Results, RunRow
 from potstill.experiments.run import run_experiment
 from potstill.experiments.spec import Role, Run, TrainedTeacher, Variant
+from potstill.experiments.tables import result_table, seed_table
 from potstill.metrics import Estimate
 from potstill.train import TrainSettings
 from test_train import emt_set
@@ -327,7 +327,7 @@ def test_shares_of_the_gap_follow_from_the_means() -> None:
         *three("big", "alone", 0.050, 0.201),
         *three("small", "n2n", 0.075, 0.150, pair="p"),
     ]
-    table = result_table(pairs_of(rows))
+    table = result_table(Results(rows))
     assert [line[1] for line in table.rows] == ["control (small)", "teacher (big)", "n2n"]
     assert table.columns[2:4] == ("Energy MAE (meV)", "Force MAE (meV/Å)")
     # The gap in forces, 1 meV/Å, is below two standard errors.
@@ -336,7 +336,7 @@ def test_shares_of_the_gap_follow_from_the_means() -> None:
         "151.0 ± 1.0",
         "energy −25 % (better), force −25 % (better)",
     )
-    assert sentences(pairs_of(rows))[0] == (
+    assert verdicts(Results(rows))[0] == (
         "p, Energy MAE, compared with the control: better: n2n (−25 %)."
     )
 
@@ -352,7 +352,7 @@ def test_each_seed_stands_beside_the_control_of_its_own_seed() -> None:
         for one in rows
         if one.tests is not None
     ]
-    table = seed_table(pairs_of(rows), ["test"])
+    table = seed_table(Results(rows))
     assert [line[:3] for line in table.rows] == [("p", "n2n", 0), ("p", "n2n", 1)]
     assert [line[3] for line in table.rows] == pytest.approx([10.0, -45.0])
     assert [line[4] for line in table.rows] == pytest.approx([-25.0, -25.0])
@@ -364,7 +364,7 @@ def test_a_single_seed_takes_the_errors_over_frames() -> None:
         row("big", "alone", 0, 0.090, 0.100),
         row("small", "n2n", 0, 0.095, 0.150, pair="p"),
     ]
-    line = result_table(pairs_of(rows)).rows[2]
+    line = result_table(Results(rows)).rows[2]
     assert line[2] == "95.0"  # the gap is 10 +- 14 meV
     assert line[3] == "150 (50 ± 12 %)"
     assert line[-1] == "energy −5 %, force −25 %"

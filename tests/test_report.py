@@ -29,14 +29,12 @@ from potstill.evaluate.nve import NVERun
 from potstill.evaluate.parity import parity_points
 from potstill.evaluate.rdf import RadialDistribution
 from potstill.evaluate.speed import SpeedRow, SpeedTable
-from potstill.experiments.rows import RunRow
-from potstill.experiments.sizes_report import (
-    sizes_figures,
-    sizes_sections,
-    sizes_tables,
-    sizes_verdicts,
-)
+from potstill.experiments.figures import main_figures
+from potstill.experiments.report import main_tables, report_sections
+from potstill.experiments.report import verdicts as study_verdicts
+from potstill.experiments.results import Results, RunRow
 from potstill.experiments.spec import Role, Run, Variant
+from potstill.experiments.tables import runs_tables
 from potstill.metrics import METRICS
 from potstill.models import HIPNN, SpeciesOffsets, SumPotential
 from potstill.report.page import Page, write_page
@@ -520,8 +518,10 @@ def study_rows(control=1.2, seeds=3, sizes=(("small", 3000), ("large", 20000))):
 BASELINES = {"SNAP": {"forces_rmse": 0.376}}
 
 
-def test_sizes_tables_are_means_and_deviations():
-    table, cost, comparisons, runs = sizes_tables(study_rows(), BASELINES)
+def test_study_tables_are_means_and_deviations():
+    results = Results(study_rows(), BASELINES)
+    table, cost, comparisons = main_tables(results)
+    runs, _ = runs_tables(results)
     assert table.name == "table_errors"
     row = next(r for r in table.rows if r[:2] == ("control (w_F = 10)", "small"))
     assert row[2:4] == (3000, 3)
@@ -540,31 +540,32 @@ def test_sizes_tables_are_means_and_deviations():
     assert len(runs.rows) == 13
 
 
-def test_sizes_verdicts_follow_the_numbers():
-    better = sizes_verdicts(study_rows(control=1.2))[0]
+def test_study_verdicts_follow_the_numbers():
+    better = study_verdicts(Results(study_rows(control=1.2)))[0]
     assert "better than that of the control (w_F = 10) at 2 of 2 sizes" in better
     assert "beyond the spread over seeds it is better at small, large" in better
-    worse = sizes_verdicts(study_rows(control=0.8))[0]
+    worse = study_verdicts(Results(study_rows(control=0.8)))[0]
     assert "at 0 of 2 sizes" in worse
     assert "it is worse at small, large" in worse
-    equal = sizes_verdicts(study_rows(control=1.003))[0]
+    equal = study_verdicts(Results(study_rows(control=1.003)))[0]
     assert "none of these differences is beyond the spread over seeds" in equal
-    mixed = [r for r in study_rows() if r.strategy != "student" or r.run.seed == 0]
-    assert "one of them has a single run, so the role" in sizes_verdicts(mixed)[0]
-    single = sizes_verdicts(study_rows(seeds=1))[0]
+    mixed = [r for r in study_rows() if r.run.variant.strategy != "student" or r.run.seed == 0]
+    assert "one of them has a single run, so the role" in study_verdicts(Results(mixed))[0]
+    single = study_verdicts(Results(study_rows(seeds=1)))[0]
     assert "one run each, so the role of chance is unknown" in single
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    verdicts, sections = sizes_sections(study_rows(), folder / "report", BASELINES)
+    results = Results(study_rows(), BASELINES)
+    sections = report_sections(results, folder / "report")
     about = (("Command", "potstill study x.yaml"),)
-    page = Page("A & B", about, verdicts, (), ("A note.",), tuple(sections))
+    page = Page("A & B", about, study_verdicts(results), (), ("A note.",), sections)
     return write_page(page, folder / "report.html").read_text(), folder / "report"
 
 
-def test_sizes_figures(study):
+def test_study_figures(study):
     folder = study[1]
     names = ["pareto", "capacity", "learning_small", "learning_large", "learning_teacher", "cost",
              "seeds"]  # fmt: skip
@@ -581,13 +582,11 @@ def test_sizes_figures(study):
 def test_liquids_are_compared_with_the_reference(tmp_path):
     reference = RadialDistribution.from_json(rdf("teacher").to_json())
     shifts = {"teacher": 0.0, "student": 0.1, "control_wf10": 0.2}
-    rows = [
-        replace(
-            row, rdf=replace(reference, g=reference.g + shifts[row.strategy] + 0.01 * row.run.seed)
-        )
-        for row in study_rows()
-    ]
-    figures = sizes_figures(rows, tmp_path, liquid=("ANI-Al", reference))
+    rows = []
+    for row in study_rows():
+        shift = shifts[row.run.variant.strategy] + 0.01 * row.run.seed
+        rows.append(replace(row, rdf=replace(reference, g=reference.g + shift)))
+    figures = main_figures(Results(rows, liquid=("ANI-Al", reference)), tmp_path)
     assert "rdf" in [figure.name for figure in figures]
     check_figure(tmp_path, "rdf")
     student = [
@@ -597,7 +596,10 @@ def test_liquids_are_compared_with_the_reference(tmp_path):
     ]
     assert float(student[10]["y"]) == pytest.approx(0.11)  # mean of three seeds
     assert float(student[10]["y spread"]) == pytest.approx(0.01)
-    sizes_figures(rows, tmp_path / "without")  # the teacher's is what others are compared with
+    (tmp_path / "without").mkdir()
+    main_figures(
+        Results(rows), tmp_path / "without"
+    )  # the teacher's is what others are compared with
     lines = read_csv(tmp_path / "without" / "rdf.csv")
     differences = [row for row in lines if row["panel"] != "A"]
     assert {row["series"] for row in differences} == {"student", "control_wf10"}
@@ -622,27 +624,26 @@ def test_study_report(study):
     assert (folder / "table_errors.md").is_file()
 
 
-def test_sizes_figures_without_a_page(tmp_path):
-    rows = [row for row in study_rows() if row.group == "teacher"]
-    figures = sizes_figures(rows, tmp_path / "made")
+def test_study_figures_without_a_page(tmp_path):
+    rows = [row for row in study_rows() if row.run.variant.group == "teacher"]
+    figures = report_sections(Results(rows), tmp_path / "made")[0].figures
     assert [figure.name for figure in figures] == ["capacity", "learning_teacher", "seeds"]
     assert all(figure.png.is_file() and figure.caption for figure in figures)
 
 
 def test_one_row_of_an_unknown_strategy_is_enough(tmp_path):
     rows = [study_row("novel_idea", "s", 100, metrics={"forces_rmse": 0.1})]
-    verdicts, sections = sizes_sections(rows, tmp_path)
-    assert verdicts == ("There is no pair of strategies to compare.",)
+    sections = report_sections(Results(rows), tmp_path)
+    assert study_verdicts(Results(rows)) == ("There is no pair of strategies to compare.",)
     assert "novel idea" in sections[1].tables[0].markdown()
 
 
-def test_bad_studies_are_refused(tmp_path):
+def test_bad_studies_are_refused():
     with pytest.raises(DataError, match="at least one run"):
-        sizes_tables([])
+        Results([])
     row = study_row("student", "s", 100)
     with pytest.raises(DataError, match="two runs of the study are called 'student-s-0'"):
-        sizes_sections([row, row], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        Results([row, row])
 
 
 # -- parts -------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""The report of an experiment: one row per run, measured values beside it, one page."""
+"""The report of an experiment: one row per run, one page of sections.
+
+A section is there when the runs have what it shows: several sizes, curves, a teacher, taps.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,35 @@ from typing import Any
 
 from potstill.evaluate.errors import S2EFErrors
 from potstill.evaluate.learning import read_learning_curves
+from potstill.experiments.figures import (
+    JUDGED,
+    cka_figure,
+    grid_figure,
+    main_figures,
+    progress_figure,
+)
 from potstill.experiments.measures import Finished, stored_distribution
-from potstill.experiments.pairs_report import pairs_sections
-from potstill.experiments.rows import RunRow
+from potstill.experiments.results import Results, RunRow
 from potstill.experiments.run import finished_runs, write_results
-from potstill.experiments.sizes_report import sizes_sections, summary_table
-from potstill.experiments.spec import Errors, Experiment, Role, Run, Variant
+from potstill.experiments.spec import Experiment, Role, Run, Variant
+from potstill.experiments.tables import (
+    COSTS,
+    ERRORS,
+    S2EF_JUDGED,
+    comparison_table,
+    grid_table,
+    model_table,
+    percent,
+    plain,
+    result_table,
+    runs_tables,
+    seed_table,
+    summary_table,
+)
 from potstill.report.page import Page, Section, write_page
+from potstill.report.panels import plain_label
+from potstill.report.tables import Table
+from potstill.report.verdicts import over_sizes
 from potstill.train import TrainSettings
 
 
@@ -48,26 +73,18 @@ def report_experiment(
     records = finished_runs(experiment, folder)
     finished = Finished(experiment, folder, records, on_model)
     measured = {name: measure.measure(finished) for name, measure in experiment.measures.items()}
-    rows = [row_of(finished, run, measured) for run in records]
     result, about = write_results(experiment, folder, command, records, measures=measured)
-    parts = folder / "report"
-    parts.mkdir(exist_ok=True)
-    if experiment.errors is Errors.S2EF:
-        similarity = measured.get("similarity", {})
-        given = similarity.get("teachers", {})
-        rows += [_given_teacher(name, errors) for name, errors in given.items()]
-        verdicts, sections = pairs_sections(rows, similarity, parts)
-    else:
-        liquid = stored_distribution(folder, "reference")
-        settings: Any = experiment.measures.get("liquid")
-        named = (settings.reference.name, liquid) if liquid and settings.reference else None
-        verdicts, sections = sizes_sections(rows, parts, experiment.baselines, named)
+    similarity = measured.get("similarity", {})
+    rows = [row_of(finished, run, measured) for run in records]
+    rows += [_given_teacher(*given) for given in similarity.get("teachers", {}).items()]
+    liquid = stored_distribution(folder, "reference")
+    settings: Any = experiment.measures.get("liquid")
+    named = (settings.reference.name, liquid) if liquid and settings.reference else None
+    results = Results(rows, experiment.baselines, named, similarity)
     evaluated = measured.get("evaluations", {}).get("runs", {})
-    if keys := dict.fromkeys(key for numbers in evaluated.values() for key in numbers):
-        table = summary_table(rows, keys, "table_evaluations", "Evaluations")
-        table.write(parts)
-        sections.append(Section("Evaluations", tables=(table,)))
-    page = Page(experiment.title, tuple(about.items()), verdicts, (), (), tuple(sections))
+    keys = list(dict.fromkeys(key for numbers in evaluated.values() for key in numbers))
+    sections = report_sections(results, folder / "report", keys)
+    page = Page(experiment.title, tuple(about.items()), verdicts(results), (), (), sections)
     write_page(page, folder / "report.html")
     return result
 
@@ -97,3 +114,101 @@ def row_of(finished: Finished, run: Run, measured: Mapping[str, Any]) -> RunRow:
 def _given_teacher(name: str, errors: Mapping[str, Any]) -> RunRow:
     teacher = Variant(name, Role.TEACHER, name, "", TrainSettings())
     return RunRow(Run(teacher, -1), 0, tests=S2EFErrors.from_json(errors))
+
+
+def report_sections(
+    results: Results, folder: str | Path, evaluated: list[str] | None = None
+) -> tuple[Section, ...]:
+    """Sections of the page; tables and figures are written into the folder, made if absent.
+
+    Parameters
+    ----------
+    results : Results
+        The runs.
+    folder : path
+        Gets the files.
+    evaluated : list of str
+        Metrics that evaluations have found.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    full, short = runs_tables(results)
+    by_split: list[Table] = []
+    if results.pairs:
+        by_split += [result_table(results, split) for split in results.splits]
+        by_split.append(seed_table(results))
+    grids = tuple(grid_table(results, *grid) for grid in results.grids)
+    evaluations: tuple[Table, ...] = ()
+    if evaluated:
+        evaluations = (summary_table(results, evaluated, "table_evaluations", "Evaluations"),)
+    main = main_tables(results)
+    for table in (*main, *by_split, *grids, *evaluations, full):
+        table.write(folder)
+    students = [student for pair in results.pairs.values() for student in pair]
+    ablations = [
+        figure
+        for pair, grid in results.grids
+        for figure in (
+            progress_figure(results, pair, folder, grid),
+            grid_figure(results, pair, grid, folder),
+        )
+    ]
+    similar = [cka_figure(results, student, folder) for student in students]
+    progress = [progress_figure(results, pair, folder) for pair in results.pairs]
+    return (
+        Section("Figures", figures=main_figures(results, folder)),
+        Section("Tables", tables=main),
+        Section("Progress", figures=tuple(progress)),
+        Section("Similarity", figures=tuple(one for one in similar if one is not None)),
+        Section("Ablations", figures=tuple(a for a in ablations if a is not None), tables=grids),
+        Section("By test set", tables=tuple(by_split)),
+        Section("Every run", tables=(short,)),
+        Section("Evaluations", tables=evaluations),
+    )
+
+
+def main_tables(results: Results) -> tuple[Table, ...]:
+    """Errors, costs and comparisons, as far as known."""
+    tables = []
+    if results.pairs:
+        tables.append(result_table(results))
+    if not results.splits:
+        title = "Errors on the test set"
+        tables.append(summary_table(results, ERRORS, "table_errors", title, results.baselines))
+    if results.measured(COSTS):
+        tables.append(summary_table(results, COSTS, "table_cost", "Cost of molecular dynamics"))
+    if (comparisons := comparison_table(results)).rows:
+        tables.append(comparisons)
+    if results.similarity.get("throughput"):
+        tables.append(model_table(results))
+    return tuple(tables)
+
+
+def verdicts(results: Results) -> tuple[str, ...]:
+    """Sentences: which students are better than their controls, beyond chance or not.
+
+    One for each pair of strategies and metric, over all sizes; one for each pair of models and
+    metric, over all strategies.
+    """
+    over: dict[tuple[str, str, str], list[tuple[str, Any]]] = {}
+    for one in results.comparisons(results.measured(JUDGED)):
+        if one.comparison.outcome != "unknown":
+            key = (one.comparison.metric.key, one.ours.strategy, one.theirs.strategy)
+            over.setdefault(key, []).append((one.ours.size, one.comparison))
+    found = [
+        over_sizes(group, plain_label(ours), plain_label(theirs))
+        for (_, ours, theirs), group in over.items()
+    ]
+    for pair, students in results.pairs.items():
+        for metric in S2EF_JUDGED:
+            outcomes: dict[str, list[str]] = {}
+            for student in students:
+                c = results.change(student, metric)
+                if c.outcome != "unknown":
+                    how = c.outcome if c.tested else f"{c.outcome} in one run"
+                    words = f"{student.strategy} ({percent(c.change)})"
+                    outcomes.setdefault(how, []).append(words)
+            if outcomes:
+                words = "; ".join(f"{how}: {', '.join(runs)}" for how, runs in outcomes.items())
+                found.append(f"{plain(pair)}, {metric.name}, compared with the control: {words}.")
+    return tuple(found) or ("There is no pair of strategies to compare.",)
