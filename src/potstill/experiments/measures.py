@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +78,14 @@ class Finished:
     records: Mapping[Run, RunRecord]
     say: Callable[[str], None] | None = None
 
-    def cached(self, name: str, measure: Callable[[], Any]) -> Any:
-        """Read a measure, or take and keep it."""
-        file = self.folder / "measures" / f"{name}.json"
+    def cached(self, kind: str, of: str, measure: Callable[..., Any], *args: Any) -> Any:
+        """Read a measure of a run, size or model, or take it with these arguments and keep it."""
+        file = self.folder / "measures" / f"{kind}-{of}.json"
         if not file.is_file():
             file.parent.mkdir(exist_ok=True)
             if self.say is not None:
-                self.say(name)
-            write_json(file, measure())
+                self.say(file.stem)
+            write_json(file, measure(*args))
         return read_json(file)
 
     def best(self, run: Run) -> Path:
@@ -181,13 +180,12 @@ class LiquidSettings(Settings):
         """
         runs = list(finished.records)
         liquids = {
-            run.name: finished.cached(f"rdf-{run.name}", partial(self._liquid, finished.best(run)))
+            run.name: finished.cached("rdf", run.name, self._liquid, finished.best(run))
             for run in runs
         }
         if self.reference is not None:
-            liquids[REFERENCE] = finished.cached(
-                f"rdf-{REFERENCE}", partial(self._reference, finished, liquids)
-            )
+            own = finished.cached("rdf", REFERENCE, self._reference, finished, liquids)
+            liquids[REFERENCE] = own
         rdfs = {name: _distribution(found) for name, found in liquids.items()}
         found: dict[str, dict[str, Any]] = {run.name: {} for run in runs}
         for run in runs:
@@ -201,9 +199,9 @@ class LiquidSettings(Settings):
                     found[run.name] |= _difference(f"rdf_error{key}", own, other)
         # All sizes are timed in one go, so that they can be compared: a new one means new timings.
         models = {run.variant.group: finished.best(run) for run in reversed(runs)}
-        speeds = finished.cached(f"speed-{'-'.join(sorted(models))}", partial(self._speeds, models))
+        speeds = finished.cached("speed", "-".join(sorted(models)), self._speeds, models)
         for size, path in models.items():
-            memory = finished.cached(f"memory-{size}", partial(self._memory, path))
+            memory = finished.cached("memory", size, self._memory, path)
             for run in runs:
                 if run.variant.group == size:
                     found[run.name]["time_per_step_atom_us"] = speeds[size]
@@ -216,8 +214,7 @@ class LiquidSettings(Settings):
         potential, info = load_potential(path)
         calculator = PotstillCalculator(potential)
         try:
-            melt = self._melt(calculator)
-            frames = self._sample(melt, calculator, self.equilibration, self.production, None)
+            frames = self._sample(self._melt(calculator), calculator, self)
         except PotstillError as error:
             return {"failure": str(error)}
         closest = _closest(frames)
@@ -238,9 +235,8 @@ class LiquidSettings(Settings):
             return {"failure": "no model has a stable liquid to start from"}
         teacher = TeacherSettings(spec=reference.teacher, args=reference.arguments).make()
         melt = self._melt(PotstillCalculator(load_potential(finished.best(intact[0]))[0]))
-        times = (reference.equilibration, reference.production)
         folder = finished.folder / "measures" / REFERENCE
-        frames = self._sample(melt, TeacherCalculator(teacher), *times, folder)
+        frames = self._sample(melt, TeacherCalculator(teacher), reference, folder)
         return {"rdf": radial_distribution(frames).to_json()}
 
     def _melt(self, calculator: BaseCalculator) -> Structures:
@@ -263,9 +259,8 @@ class LiquidSettings(Settings):
         self,
         melt: Structures,
         calculator: BaseCalculator,
-        equilibration: float,
-        production: float,
-        folder: Path | None,
+        times: ReferenceLiquid | LiquidSettings,
+        folder: Path | None = None,
     ) -> Structures:
         """Frames of the liquid at the temperature of the distribution."""
         stride = _STRIDE * self.timestep
@@ -273,9 +268,9 @@ class LiquidSettings(Settings):
             melt,
             calculator,
             temperature=self.temperature,
-            n_frames=round(production / stride),
+            n_frames=round(times.production / stride),
             seed=self.seed + 1,
-            equilibration=equilibration,
+            equilibration=times.equilibration,
             timestep=self.timestep,
             stride=stride,
             folder=folder,
@@ -391,9 +386,7 @@ class EvaluationsSettings(Settings):
                 raise ConfigError(f"the evaluation '{name}' needs {lacking}")
             for run in finished.records:
                 candidate = Candidate(run.name, str(finished.best(run)))
-                found = finished.cached(
-                    f"{name}-{run.name}", partial(attempt, evaluation, bench, candidate)
-                )
+                found = finished.cached(name, run.name, attempt, evaluation, bench, candidate)
                 results[name][run.name] = found
                 if set(found) != {"error"}:
                     result = evaluation.result.from_json(found)
@@ -442,8 +435,11 @@ class SimilaritySettings(Settings):
         # All models are timed in one go, so that they can be compared: another set is timed anew.
         found: dict[str, Any] = {
             "throughput": finished.cached(
-                f"throughput-{'-'.join(sorted(models))}",
-                partial(self._throughput, models, validation.structures),
+                "throughput",
+                "-".join(sorted(models)),
+                self._throughput,
+                models,
+                validation.structures,
             ),
             "cka": {},
             "probes": {},
@@ -458,16 +454,16 @@ class SimilaritySettings(Settings):
             two = {"after": files[run.name], "before": models[control]}
             taps = finished.records[run].distilled
             found["cka"][run.name] = finished.cached(
-                f"cka-{run.name}", partial(_similarity, two, teacher, taps, some.structures)
+                "cka", run.name, _similarity, two, teacher, taps, some.structures
             )
         if self.probes:
             for name, file in files.items():
                 labels = some.labels["reference"]
                 found["probes"][name] = finished.cached(
-                    f"probes-{name}", partial(_probes, file, some.structures, labels)
+                    "probes", name, _probes, file, some.structures, labels
                 )
         found["teachers"] = {
-            name: finished.cached(f"teacher-{name}", partial(_errors_of_teacher, experiment, model))
+            name: finished.cached("teacher", name, _errors_of_teacher, experiment, model)
             for name, model in experiment.given_teachers.items()
         }
         return found

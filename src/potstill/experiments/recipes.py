@@ -8,7 +8,7 @@ distillation, and grids of their options.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
@@ -72,10 +72,22 @@ class _Study(Settings):
     measure: LiquidSettings | SimilaritySettings | None = None
     evaluations: EvaluationsSettings | None = None
 
-    def measures(self, name: str) -> dict[str, Measure]:
-        """What is measured, by name."""
-        own: dict[str, Measure | None] = {name: self.measure, "evaluations": self.evaluations}
-        return {name: measure for name, measure in own.items() if measure is not None}
+    def _experiment(
+        self, data: ExperimentData, variants: Iterable[Variant], **own: Any
+    ) -> Experiment:
+        """Variants on data, with what studies of both kinds have."""
+        name = "similarity" if isinstance(self.measure, SimilaritySettings) else "liquid"
+        asked: dict[str, Measure | None] = {name: self.measure, "evaluations": self.evaluations}
+        return Experiment(
+            self.name,
+            self.title,
+            data,
+            tuple(variants),
+            self.seeds,
+            measures={name: measure for name, measure in asked.items() if measure is not None},
+            config=self,
+            **own,
+        )
 
     @model_validator(mode="before")
     @classmethod
@@ -227,7 +239,7 @@ class SizesStudy(_Study):
             raise ValueError("sizes must name the teacher's size as 'teacher'")
         if not is_store(self.data.train) and self.data.source != "reference":
             raise ValueError(f"a file cannot hold labels of '{self.data.source}': use a store")
-        known = {**STRATEGIES, **self.extra_strategies}
+        known = self._known
         for name in self.strategies:
             if name not in known:
                 raise ValueError(f"unknown strategy '{name}'{suggest(name, STRATEGIES)}")
@@ -247,8 +259,7 @@ class SizesStudy(_Study):
     @cached_property
     def experiment(self) -> Experiment:
         """Its variants: every strategy at every size; teachers at their own."""
-        known = {**STRATEGIES, **self.extra_strategies}
-        strategies = {name: known[name] for name in self.strategies}
+        strategies = {name: self._known[name] for name in self.strategies}
         variants = [
             self.variant(name, size)
             for name, own in strategies.items()
@@ -260,16 +271,11 @@ class SizesStudy(_Study):
             {name: HeldOutSet.at(path) for name, path in self.data.tests.items()},
             self.data.source,
         )
-        return Experiment(
-            self.name,
-            self.title,
-            data,
-            tuple(variants),
-            self.seeds,
-            measures=self.measures("liquid"),
-            baselines=self.baselines,
-            config=self,
-        )
+        return self._experiment(data, variants, baselines=self.baselines)
+
+    @property
+    def _known(self) -> dict[str, Strategy]:
+        return {**STRATEGIES, **self.extra_strategies}
 
     def _sizes(self, own: Strategy) -> Sequence[str]:
         if own.role is Role.TEACHER:
@@ -278,10 +284,9 @@ class SizesStudy(_Study):
 
     def variant(self, name: str, size: str) -> Variant:
         """One strategy at one size; a control is the first student without its teacher."""
-        known = {**STRATEGIES, **self.extra_strategies}
-        own = known[name]
+        own = self._known[name]
         if own.role is Role.CONTROL:
-            students = (s for s in self.strategies if known[s].role is Role.STUDENT)
+            students = (s for s in self.strategies if self._known[s].role is Role.STUDENT)
             student = self.variant(next(students, "student"), size)
             weights = {"energy": own.w_energy, "forces": own.w_forces}
             return student.control(f"{name}-{size}", strategy=name, **weights)
@@ -494,16 +499,8 @@ class PairsStudy(_Study):
             for name, model in self.models.items()
             if name in used and model.checkpoint is None
         ]
-        return Experiment(
-            self.name,
-            self.title,
-            ExperimentData(self.data, self.tests, features=self.features),
-            (*alone, *students),
-            self.seeds,
-            errors=Errors.S2EF,
-            measures=self.measures("similarity"),
-            config=self,
-        )
+        data = ExperimentData(self.data, self.tests, features=self.features)
+        return self._experiment(data, (*alone, *students), errors=Errors.S2EF)
 
     def _students(self, name: str) -> list[Variant]:
         """The strategies of a pair, then its grids."""
@@ -519,14 +516,16 @@ class PairsStudy(_Study):
     def _student(self, name: str, strategy: str, line: Mapping[str, Any]) -> Variant:
         pair = self.pairs[name]
         settings = self._settings(pair.student, line)
+        own = [term for term in settings.loss if term.source != TEACHER]
+        taught = [term for term in settings.loss if term.source == TEACHER]
         teacher = self.models[pair.teacher].checkpoint
         return Variant(
             f"{name}.{strategy}",
             Role.STUDENT,
             strategy=strategy,
             group=name,
-            settings=_with(settings, lambda source: source != TEACHER),
-            taught=_with(settings, lambda source: source == TEACHER).loss,
+            settings=settings.model_copy(update={"loss": tuple(own)}),
+            taught=tuple(taught),
             teacher=TrainedTeacher(pair.teacher)
             if teacher is None
             else GivenTeacher(pair.teacher, teacher),
@@ -552,9 +551,3 @@ class PairsStudy(_Study):
         own = [term for term in settings["loss"] if term.get("source", "reference") != TEACHER]
         settings["loss"] = own if line is None else [*own, {**line, "source": TEACHER}]
         return TrainSettings.model_validate(settings)
-
-
-def _with(settings: TrainSettings, wanted: Any) -> TrainSettings:
-    """Settings with the terms whose source is wanted."""
-    loss = tuple(term for term in settings.loss if wanted(term.source))
-    return settings.model_copy(update={"loss": loss})
