@@ -171,7 +171,7 @@ class SizesData(Settings):
     Parameters
     ----------
     train : str
-        A structure file or a labelled store.
+        A structure file or a label store.
     tests : dict of str to str
         Held-out files or stores by name; the first is the one that tables show.
     source : str

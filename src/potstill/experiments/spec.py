@@ -186,7 +186,7 @@ class HeldOutSet(Settings):
     file : FileData, optional
         Structures with labels.
     store : str, optional
-        A labelled store, instead.
+        A label store, instead.
     forces_only : bool
         Judge forces alone, where energies cannot be known.
     """

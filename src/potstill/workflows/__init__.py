@@ -1,1 +1,1 @@
-"""Studies and main jobs, composed of sampling, labelling, training, evaluation and reports."""
+"""Studies and main jobs, composed of sampling, labeling, training, evaluation and reports."""

@@ -187,7 +187,7 @@ class DataSettings(Settings):
 
 
 def is_store(path: str) -> bool:
-    """Whether a path is that of a labelled store, not of a file with structures."""
+    """Whether a path is that of a label store, not of a file with structures."""
     return Path(path).is_dir() or Path(path).suffix == ".zarr"
 
 

@@ -26,7 +26,7 @@ class LabelConfig(Settings):
     Parameters
     ----------
     store : str
-        The labelled store; made from `files` if it does not exist.
+        The label store; made from `files` if it does not exist.
     files : tuple of FileData
         Structures (and reference labels, if any) to put into the store first; what the store holds
         already is left out.
