@@ -211,6 +211,7 @@ def test_the_report_shows_tables_and_figures(done: Path) -> None:
         "table_results.md",
         "table_results_near.csv",
         "table_models.csv",
+        "table_runs.csv",
         "table_similar_taps.md",
         "progress_similar.png",
         "progress_similar_taps.png",
