@@ -720,7 +720,7 @@ def test_augmentation_that_cannot_work_is_told(tmp_path):
     with pytest.raises(TeacherError, match="does not give 'dipole'"):
         train(dipoles, data, data, tmp_path / "c", teachers={"big": big()})
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="energy:other asks 'other' about them"):
+    with pytest.raises(ValueError, match="energy:other needs labels of 'other'"):
         augmented(loss=(*LABELS, LossTerm(property="energy", source="other")))
     with pytest.raises(ValueError, match="no reference labels: name a teacher"):
         augmented(augment={"source": "reference"})

@@ -722,7 +722,7 @@ def test_a_wrong_line_is_told_in_a_sentence(changes: dict, words: str) -> None:
 
 
 def test_vanilla_needs_terms_to_repeat() -> None:
-    with pytest.raises(ValueError, match="has not both"):
+    with pytest.raises(ValueError, match="lacks one of them"):
         TrainSettings(loss=[{"property": "energy"}, line("vanilla1")])
 
 

@@ -375,7 +375,7 @@ def test_damaged_ase_databases_are_refused(tmp_path):
         read(good)
     with pytest.raises(DataError, match="row 1 is not a row of ASE"):
         read(write_lmdb(tmp_path / "b.lmdb", _rows(b'{"energy": 1}')))
-    with pytest.raises(DataError, match="row 1 is not there"):
+    with pytest.raises(DataError, match="row 1 is missing"):
         read(write_lmdb(tmp_path / "c.lmdb", {"nextid": zlib.compress(b"2")}))
 
 

@@ -377,7 +377,7 @@ def _blocks(
 
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
         for atoms in order.split(size):
-            width = int(n_neighbors[atoms[0]])
+            width = int(n_neighbors[atoms].max()) if len(atoms) else 0
             yield pair[atoms, :width].T, used[atoms, :width].T
 
     return order, blocks()
