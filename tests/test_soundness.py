@@ -166,3 +166,10 @@ def test_nve_of_a_slab_has_the_temperature_of_its_free_atoms():
                   thermalization=0.0, sample_every=1)  # fmt: skip
     # At the very start all energy is kinetic: 12 atoms would make it 267 K.
     assert run.mean_temperature == pytest.approx(400.0, rel=0.05)
+
+
+def test_a_crystal_that_is_pulled_apart_is_not_sampled() -> None:
+    start = Structures.from_ase(bulk("Cu", cubic=True) * (2, 2, 2))
+    job = MDJob(n_frames=40, temperature=300.0, pressure=-40.0, stride=20.0, equilibration=0.0)
+    with pytest.raises(DivergenceError, match=r"the volume changed by a factor of 1\.5"):
+        job.run(start, EMT(), seed=0)

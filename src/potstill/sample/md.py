@@ -46,8 +46,9 @@ EXPLODED = 10.0
 #: Below this temperature in K the limit stays where it is here: a strained start may heat a
 #: cold run for a moment.
 _COLD = 300.0
-#: A cell that changes its volume by this factor evaporates or collapses.
-_VOLUME_FACTOR = 3.0
+#: A cell whose volume falls or grows by these factors collapses or boils: liquids at ambient
+#: pressure stay far below the second, high pressure reaches the inverse of the first at most.
+_COLLAPSED, _BOILED = 1.0 / 3.0, 1.5
 #: Segments that force decorrelation may wait for before a frame is taken all the same.
 _LONGEST_WAIT = 20
 
@@ -491,7 +492,7 @@ def _check_sane(atoms: ase.Atoms, job: MDJob, limit: float, step: int, volume: f
     if job.pressure is None:
         return
     ratio = atoms.get_volume() / volume
-    if not 1.0 / _VOLUME_FACTOR < ratio < _VOLUME_FACTOR:
+    if not _COLLAPSED < ratio < _BOILED:
         raise _diverged(job, f"the volume changed by a factor of {ratio:.2g}", step)
 
 
