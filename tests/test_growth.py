@@ -217,3 +217,4 @@ def test_what_lammps_snap_cannot_run_is_refused(tmp_path: Path) -> None:
     prior = ZBL(snap.species_table, 1.5, 2.0)
     with pytest.raises(ModelError, match="switched differently"):
         deploy(SumPotential({"network": snap, "prior": prior}), "lammps-snap", tmp_path)
+    assert list(tmp_path.iterdir()) == []

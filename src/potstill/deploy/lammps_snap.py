@@ -39,10 +39,11 @@ def write_lammps_snap(potential: Potential, folder: Path, stem: str) -> list[Pat
         kinds = ", ".join(part.kind for part in parts.values())
         raise ModelError(f"LAMMPS' pair style snap runs SNAP, offsets and ZBL, not {kinds}")
     assert isinstance(snap, SNAP)
+    assert prior is None or isinstance(prior, ZBL)
+    commands = _commands(snap, prior, stem)  # may refuse: before anything is written
     files = [folder / f"{stem}{suffix}" for suffix in (".snapcoeff", ".snapparam", ".in")]
     _with_offsets(snap, offsets).to_lammps(files[0], files[1])
-    assert prior is None or isinstance(prior, ZBL)
-    write_atomically(files[2], _commands(snap, prior, stem))
+    write_atomically(files[2], commands)
     return files
 
 
