@@ -25,7 +25,6 @@ from potstill.properties import PropertySpec
 from potstill.readers import FORMATS, Frame, KeyMap, Units, read
 from potstill.sample import JOBS, make_job
 from potstill.sample.base import IndependentJob, Maker
-from potstill.sample.strain import deform
 from potstill.species import SpeciesTable
 from potstill.store import LabeledStore
 from potstill.structures import Structures
@@ -156,7 +155,7 @@ class ShearJob(IndependentJob):
         def make(k: int, generator: np.random.Generator) -> tuple[Structures, str]:
             shear = torch.eye(3, dtype=torch.float64)
             shear[0, 1] = self.spread((0.0, self.largest))[k]
-            return deform(start, shear), ""
+            return start.deformed(shear), ""
 
         return make
 

@@ -30,7 +30,6 @@ from potstill.sample import (
     even_in_temperature,
     farthest_points,
     make_job,
-    make_supercell,
     rattle,
     run_md,
     run_plan,
@@ -173,7 +172,7 @@ def test_strain_refuses_a_molecule():
 
 def test_supercell_repeats_like_ase():
     atoms = bulk("NaCl", "rocksalt", a=5.6)
-    ours = make_supercell(Structures.from_ase(atoms), (2, 1, 3))
+    ours = Structures.from_ase(atoms).repeat((2, 1, 3))
     theirs = Structures.from_ase(atoms * (2, 1, 3))
     assert torch.allclose(ours.positions, theirs.positions)
     assert torch.allclose(ours.cell, theirs.cell)
@@ -502,7 +501,7 @@ def test_fingerprints_ignore_what_does_not_matter():
         replace(start, positions=start.positions + 0.3),
         replace(start, positions=start.positions @ turn, cell=start.cell @ turn),
         replace(start, positions=start.positions[[2, 0, 3, 1]]),
-        make_supercell(start, (2, 1, 1)),
+        start.repeat((2, 1, 1)),
     ]
     reference = distance_fingerprints(start)
     for other in same:

@@ -109,21 +109,6 @@ def structure(
     )
 
 
-def supercell(structures: Structures, repeats: tuple[int, int, int]) -> Structures:
-    """Repeat one periodic system; copies follow one another."""
-    axes = [torch.arange(k, dtype=torch.float64) for k in repeats]
-    shifts = torch.cartesian_prod(*axes) @ structures.cell[0]  # (n, 3)
-    positions = (shifts[:, None] + structures.positions).flatten(0, 1)
-    scale = torch.tensor(repeats, dtype=torch.float64)[:, None]
-    return structure(
-        structures.species_table,
-        positions,
-        structures.species.repeat(len(shifts)).tolist(),
-        structures.cell[0] * scale,
-        (True, True, True),
-    )
-
-
 def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Normal numbers in float64."""
     return torch.randn(shape, generator=generator, dtype=torch.float64)

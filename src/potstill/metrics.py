@@ -349,17 +349,20 @@ class S2EFAccumulator(_Sums):
         energy = _aligned("energy", prediction, label, structures)
         forces = _aligned("forces", prediction, label, structures)
         within, present = _within_thresholds(energy, forces, structures)
-        free = torch.ones_like(forces[2]) if structures.fixed is None else ~structures.fixed
+        free = structures.free
         difference = (forces[0] - forces[1]).abs().sum(dim=1)
         cosine = cosine_similarity(forces[0], forces[1], dim=1)
-        n_free = _per_system(free.to(torch.float64), structures)
+        n_free = structures.sum_by_system(free.to(torch.float64))
         rows = {
             "energy_mae": ((energy[0] - energy[1]).abs().flatten(), torch.ones_like(n_free)),
             "free_forces_mae": (
-                _per_system(torch.where(free, difference, 0.0), structures),
+                structures.sum_by_system(torch.where(free, difference, 0.0)),
                 3 * n_free,
             ),
-            "free_forces_cosine": (_per_system(torch.where(free, cosine, 0.0), structures), n_free),
+            "free_forces_cosine": (
+                structures.sum_by_system(torch.where(free, cosine, 0.0)),
+                n_free,
+            ),
             "efwt": (100.0 * within, torch.ones_like(n_free)),
         }
         for k, name in enumerate(S2EF_METRICS):
@@ -391,17 +394,11 @@ def _within_thresholds(
     if structures.fixed is not None:
         force_error = torch.where(structures.fixed, 0.0, force_error)
     # "not within" also catches NaN, which "within" and amax would treat differently by device
-    n_beyond = _per_system((~(force_error < EFWT_FORCE)).to(energy_error), structures)
-    n_present = _per_system(forces[2].to(energy_error), structures)
+    n_beyond = structures.sum_by_system((~(force_error < EFWT_FORCE)).to(energy_error))
+    n_present = structures.sum_by_system(forces[2].to(energy_error))
     n_atoms = structures.n_atoms_per_system
     present = energy[2] & (n_present == n_atoms) & (n_atoms > 0)
     return present & (energy_error < EFWT_ENERGY) & (n_beyond == 0), present
-
-
-def _per_system(values: Tensor, structures: Structures) -> Tensor:
-    """(S,) sums of (N,) values over the atoms of each system."""
-    total = values.new_zeros(structures.n_systems)
-    return total.index_add(0, structures.system_index, values)
 
 
 def _aligned(
@@ -409,8 +406,7 @@ def _aligned(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(rows, n) prediction and label in float64, and the (rows,) mask of what is compared."""
     spec = property_spec(name)
-    level, width = spec.level, math.prod(spec.shape)
-    rows = structures.n_systems if level == "system" else structures.n_atoms
+    level, width, rows = spec.level, math.prod(spec.shape), structures.n_rows(name)
     predicted, labeled = prediction[name], label[name]
     for what, value in (("prediction", predicted), ("label", labeled)):
         if value.shape[0] != rows:
@@ -424,8 +420,7 @@ def _aligned(
     known = ~labeled.isnan().any(dim=1)
     if level == "system":
         return predicted, labeled, present & known
-    unknown = torch.zeros(n_systems, dtype=torch.int64, device=known.device)
-    unknown = unknown.index_add(0, structures.system_index, (~known).to(torch.int64))
+    unknown = structures.sum_by_system((~known).to(torch.int64))
     return predicted, labeled, (present & (unknown == 0))[structures.system_index]
 
 

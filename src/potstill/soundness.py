@@ -151,8 +151,4 @@ def degrees_of_freedom(structures: Structures) -> torch.Tensor:
     Dynamics with a thermostat, and what starts from it, moves as a whole as well; where the
     velocity of the whole was taken off, three fewer count.
     """
-    free = torch.ones(structures.n_atoms, dtype=torch.float64)
-    if structures.fixed is not None:
-        free[structures.fixed] = 0.0
-    count = torch.zeros(structures.n_systems, dtype=torch.float64)
-    return 3.0 * count.index_add(0, structures.system_index, free)
+    return 3.0 * structures.sum_by_system(structures.free.to(torch.float64))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from potstill.ase_bridge import fields_of, make_atoms
-from potstill.errors import DataError
+from potstill.errors import ConfigError, DataError
 from potstill.properties import property_spec
 from potstill.ragged import Rows, as_indices, expand_ranges, offsets_from_counts
 from potstill.species import SpeciesTable, merge_species_tables
@@ -148,10 +148,8 @@ class Structures:
     @property
     def free(self) -> Tensor:
         """(N,) bool: atoms that are not held in place."""
-        held = (
-            torch.zeros_like(self.species, dtype=torch.bool) if self.fixed is None else self.fixed
-        )
-        return ~held
+        everything = torch.ones_like(self.species, dtype=torch.bool)
+        return everything if self.fixed is None else ~self.fixed
 
     @property
     def volume(self) -> Tensor:
@@ -180,6 +178,15 @@ class Structures:
         return self.frame_id[system] if self.frame_id is not None else f"frame {system}"
 
     # -- selecting and joining ---------------------------------------------------------------
+
+    def n_rows(self, name: str) -> int:
+        """Rows of a property's values: one per system, or one per atom."""
+        return self.n_systems if property_spec(name).level == "system" else self.n_atoms
+
+    def sum_by_system(self, values: Tensor) -> Tensor:
+        """(S, ...) sums of (N, ...) values over the atoms of each system."""
+        total = values.new_zeros(self.n_systems, *values.shape[1:])
+        return total.index_add(0, self.system_index, values)
 
     def per_row(self, name: str, value: Tensor) -> Tensor:
         """What (S, ...) values mean for each row of a property's: (S, ...) or (N, ...)."""
@@ -244,6 +251,39 @@ class Structures:
             is_text = name in ("group", "frame_id")
             values[name] = tuple(chain.from_iterable(column)) if is_text else torch.cat(column)
         return cls(**values)
+
+    def repeat(self, repeats: tuple[int, int, int]) -> Structures:
+        """Repeat one system along its lattice vectors; the copies follow one another whole.
+
+        Raises
+        ------
+        ConfigError
+            If it is repeated along a direction that is not periodic.
+        """
+        for axis, count in enumerate(repeats):
+            if count < 1 or (count > 1 and not bool(self.pbc[0, axis])):
+                raise ConfigError(
+                    f"{self.name_of(0)} cannot be repeated {count} times along lattice vector "
+                    f"{axis + 1}: it must be periodic there and the number positive"
+                )
+        axes = [torch.arange(n, dtype=torch.float64) for n in repeats]
+        offsets = torch.cartesian_prod(*axes) @ self.cell[0]  # (copies, 3)
+        copies = len(offsets)
+        changes: dict = {
+            "positions": (self.positions[None] + offsets[:, None]).reshape(-1, 3),
+            "cell": self.cell * self.cell.new_tensor(repeats)[:, None],
+        }
+        for name in ("species", *ATOM_FIELDS):
+            value = getattr(self, name)
+            if value is not None:
+                changes[name] = value.repeat(copies, *(1,) * (value.dim() - 1))
+        if self.charge is not None:
+            changes["charge"] = self.charge * copies
+        return replace(self, **changes)
+
+    def deformed(self, gradient: Tensor) -> Structures:
+        """Apply a (3, 3) deformation gradient: positions r and cells become r @ gradient."""
+        return replace(self, positions=self.positions @ gradient, cell=self.cell @ gradient)
 
     def with_species_table(self, table: SpeciesTable) -> Structures:
         """Re-index species into another table.
@@ -459,8 +499,7 @@ class Properties:
 
     def row_weights(self, name: str, structures: Structures) -> Tensor:
         """Weights with one row per value of the property: (S,) or (N,) by its level, float64."""
-        rows = structures.n_atoms if property_spec(name).level == "atom" else structures.n_systems
-        weight = self.weights.get(name)
+        rows, weight = structures.n_rows(name), self.weights.get(name)
         if weight is None:
             return torch.ones(rows, dtype=torch.float64, device=structures.cell.device)
         return weight if weight.shape[0] == rows else structures.per_row(name, weight)
@@ -496,17 +535,21 @@ class Properties:
         pairs = list(zip(parts, sizes, strict=True))
         values, present, weights = {}, {}, {}
         for name in names:
-            spec = property_spec(name)
-            columns = []
-            for part, size in pairs:
-                rows = size.n_systems if spec.level == "system" else size.n_atoms
-                nan = torch.full((rows, *spec.shape), torch.nan, dtype=torch.float64)
-                columns.append(part.values.get(name, nan))
+            columns = [
+                part.values[name] if name in part.values else absent(name, size)
+                for part, size in pairs
+            ]
             values[name] = torch.cat(columns)
             present[name] = torch.cat([p.presence(name, size.n_systems) for p, size in pairs])
             if any(name in part.weights for part in parts):
                 weights[name] = torch.cat([p.row_weights(name, size) for p, size in pairs])
         return cls(values, present, weights)
+
+
+def absent(name: str, structures: Structures) -> Tensor:
+    """Values of a property that no system has: NaN, float64."""
+    shape = (structures.n_rows(name), *property_spec(name).shape)
+    return torch.full(shape, torch.nan, dtype=torch.float64)
 
 
 def _moved(values: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:

@@ -38,7 +38,6 @@ from potstill.contract import (
     refused,
     same,
     structure,
-    supercell,
     with_pairs,
     zero,
 )
@@ -60,10 +59,7 @@ def check_rotation_and_reflection(potential: Potential) -> None:
     for determinant in (1.0, -1.0):
         q, _ = torch.linalg.qr(normal((3, 3), generator))
         q = q * determinant * torch.linalg.det(q)  # in three dimensions, -q flips the sign
-        turned = replace(
-            structures, positions=structures.positions @ q.T, cell=structures.cell @ q.T
-        )
-        after = predicted(potential, turned)
+        after = predicted(potential, structures.deformed(q.T))
         same(after, before, names=("energy", "atomic_energies"), tolerance=1e-9)
         close(after["forces"], before["forces"] @ q.T, 1e-8, "forces")
         if not potential.direct_forces:
@@ -113,7 +109,7 @@ def check_extensivity(potential: Potential) -> None:
     before = predicted(potential, small)
     for repeats in ((2, 1, 1), (1, 3, 2)):
         n = repeats[0] * repeats[1] * repeats[2]
-        after = predicted(potential, supercell(small, repeats))
+        after = predicted(potential, small.repeat(repeats))
         close(after["energy"], n * before["energy"], 1e-9, "energy")
         same(after, before, names=("stress",), tolerance=1e-9)
         close(after["forces"], before["forces"].repeat(n, 1), 1e-9, "forces")
@@ -132,8 +128,7 @@ def check_atomic_energies_sum_to_the_energy(potential: Potential) -> None:
         values = penalty(prediction.terms)
         assert values.shape == (structures.n_atoms,), f"{name} gives {tuple(values.shape)}"
         assert bool(torch.isfinite(values).all()), f"{name} is not finite"
-    total = torch.zeros(structures.n_systems, dtype=torch.float64)
-    total = total.index_add(0, structures.system_index, prediction["atomic_energies"])
+    total = structures.sum_by_system(prediction["atomic_energies"])
     close(prediction["energy"], total, 1e-12, "energy")
 
 
@@ -154,8 +149,7 @@ def check_forces_are_the_gradient(potential: Potential) -> None:
             moved = replace(structures, positions=structures.positions + t * direction)
             return potential.predict(moved, properties=["energy"])["energy"]
 
-        slope = torch.zeros(structures.n_systems, dtype=torch.float64)
-        slope = slope.index_add(0, structures.system_index, (forces * direction).sum(dim=1))
+        slope = structures.sum_by_system((forces * direction).sum(dim=1))
         close(-slope, derivative(energy), 1e-6, "force along a direction")
 
 
@@ -176,10 +170,7 @@ def check_stress_is_the_strain_derivative(potential: Potential) -> None:
 
         def energy(t: float, strain: Tensor = strain) -> Tensor:
             deform = torch.eye(3, dtype=torch.float64) + t * strain
-            strained = replace(
-                structures, positions=structures.positions @ deform, cell=structures.cell @ deform
-            )
-            return potential.predict(strained, properties=["energy"])["energy"]
+            return potential.predict(structures.deformed(deform), properties=["energy"])["energy"]
 
         close(stress[:, a, b], derivative(energy) / structures.volume, 1e-6, f"stress {a}{b}")
 

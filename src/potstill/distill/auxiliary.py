@@ -98,11 +98,9 @@ class AuxiliaryHead(Term, nn.Module):
             present = present & ~host.structures.pbc.any(dim=1)
             if host.structures.charge is not None:
                 present = present & (host.structures.charge == 0)
-            n_systems, sizes = structures.n_systems, structures.n_atoms_per_system
-            total = charges.new_zeros(n_systems).index_add(0, system, charges)
+            total, sizes = structures.sum_by_system(charges), structures.n_atoms_per_system
             neutral = charges - (total / sizes.clamp(min=1))[system]
-            moments = neutral.unsqueeze(1) * structures.positions
-            dipole = moments.new_zeros(n_systems, 3).index_add(0, system, moments)
+            dipole = structures.sum_by_system(neutral.unsqueeze(1) * structures.positions)
             rows = batch.rows(present)
             predicted, label = dipole[rows], labels["dipole"][rows]
             weights = None if batch.weights is None else batch.weights[rows]

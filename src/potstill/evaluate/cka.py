@@ -429,8 +429,7 @@ def linear_probes(
     found = []
     for tap in names:
         feature = torch.cat(parts[tap])
-        pooled = torch.zeros(n, feature.shape[1], dtype=torch.float64)
-        pooled.index_add_(0, structures.system_index, feature)
+        pooled = structures.sum_by_system(feature)
         pooled /= structures.n_atoms_per_system.clamp(min=1).unsqueeze(1)
         vector = potential.taps[tap].kind == "node_vector"
         forces_r2 = _forces_r2(feature[rows], labels["forces"][rows], held_out, vector)
@@ -487,10 +486,7 @@ def _energy_target(structures: Structures, energy: Tensor, train: Tensor) -> Ten
 
 def _force_rows(structures: Structures, seed: int) -> Tensor:
     """Free atoms, drawn at random where there are very many."""
-    free = torch.ones(structures.n_atoms, dtype=torch.bool)
-    if structures.fixed is not None:
-        free = ~structures.fixed
-    atoms = free.nonzero().flatten()
+    atoms = structures.free.nonzero().flatten()
     order = torch.randperm(len(atoms), generator=torch.Generator().manual_seed(seed))
     return atoms[order[:_MOST_PROBE_ROWS]].sort().values
 

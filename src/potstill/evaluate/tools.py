@@ -33,8 +33,7 @@ def with_calculator(atoms: ase.Atoms, calculator: BaseCalculator) -> ase.Atoms:
 
 def fixed_atoms(atoms: ase.Atoms) -> np.ndarray:
     """(N,) bool, which atoms a constraint fixes."""
-    fixed = Structures.from_ase(atoms).fixed
-    return np.zeros(len(atoms), bool) if fixed is None else fixed.numpy()
+    return ~Structures.from_ase(atoms).free.numpy()
 
 
 def require_periodic(atoms: ase.Atoms, purpose: str) -> None:

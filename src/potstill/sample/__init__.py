@@ -23,7 +23,7 @@ from potstill.sample.rattle import RattleJob, rattle
 from potstill.sample.relax import RelaxJob
 from potstill.sample.split import even_in_temperature, split_in_blocks
 from potstill.sample.strain import StrainJob, VolumeJob, random_strain, scale_volume
-from potstill.sample.supercell import make_supercell, smallest_supercell
+from potstill.sample.supercell import smallest_supercell
 from potstill.structures import Structures
 
 #: Kinds of jobs by name.
@@ -145,7 +145,6 @@ __all__ = [
     "discrepancy_gradient",
     "random_strain",
     "scale_volume",
-    "make_supercell",
     "smallest_supercell",
     "distance_fingerprints",
     "drop_duplicates",

@@ -106,8 +106,7 @@ def _lengths(direction: Tensor, structures: Structures, norm_of: NormOf) -> Tens
     """(N, 1) norm of the displacement that each atom's is scaled with, of free atoms."""
     square = torch.where(structures.free, direction.square().sum(dim=1), 0.0)
     if norm_of == "structure":
-        total = square.new_zeros(structures.n_systems)
-        square = total.index_add(0, structures.system_index, square)[structures.system_index]
+        square = structures.sum_by_system(square)[structures.system_index]
     return square.sqrt().unsqueeze(1)
 
 
@@ -123,9 +122,8 @@ def discrepancy(
     components of free atoms, each with its weight.
     """
     free = structures.free.to(forces.dtype)
-    zeros = energy.new_zeros(structures.n_systems)
-    n_free = zeros.index_add(0, structures.system_index, free).clamp(min=1.0)
-    square = zeros.index_add(0, structures.system_index, free * forces.square().sum(dim=1))
+    n_free = structures.sum_by_system(free).clamp(min=1.0)
+    square = structures.sum_by_system(free * forces.square().sum(dim=1))
     return 0.5 * (weights[0] * energy.square() + weights[1] * square / (3.0 * n_free))
 
 
@@ -279,8 +277,7 @@ class AscentJob(JitterJob):
         if self.n_frames > 1 and low == high:
             raise ConfigError(
                 f"'{self.name}': several steps of the same norm from one structure are identical: "
-                f"give "
-                "a range of norms"
+                "give a range of norms"
             )
 
     @property

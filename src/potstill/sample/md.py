@@ -357,7 +357,7 @@ def first_state(
     With `keep_velocities` the structure's own are taken, if it moves.
     """
     masses = start.masses.numpy()
-    fixed = np.zeros(start.n_atoms, bool) if start.fixed is None else start.fixed.numpy()
+    fixed = ~start.free.numpy()
     momenta = draw_momenta(masses, fixed, temperature, generator)
     if keep_velocities and start.velocities is not None and bool(start.velocities.any()):
         momenta = masses[:, None] * start.velocities.numpy() / FS_IN_ASE_TIME

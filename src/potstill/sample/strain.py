@@ -10,20 +10,10 @@ from typing import ClassVar
 import numpy as np
 import torch
 from ase.calculators.calculator import BaseCalculator
-from torch import Tensor
 
 from potstill.errors import ConfigError
 from potstill.sample.base import IndependentJob, Maker, as_pair, gaussian_step, span
 from potstill.structures import Structures
-
-
-def deform(structure: Structures, deformation: Tensor) -> Structures:
-    """Apply a (3, 3) deformation gradient to positions and cell: r becomes r @ deformation."""
-    return replace(
-        structure,
-        positions=structure.positions @ deformation,
-        cell=structure.cell @ deformation,
-    )
 
 
 def random_strain(
@@ -32,12 +22,12 @@ def random_strain(
     """Apply a symmetric strain with components even in [-max_strain, max_strain]."""
     xx, yy, zz, yz, xz, xy = generator.uniform(-max_strain, max_strain, 6)
     strain = torch.tensor([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]], dtype=torch.float64)
-    return deform(structure, torch.eye(3, dtype=torch.float64) + strain)
+    return structure.deformed(torch.eye(3, dtype=torch.float64) + strain)
 
 
 def scale_volume(structure: Structures, ratio: float) -> Structures:
     """Scale all lengths alike, so that the volume becomes `ratio` times what it was."""
-    return deform(structure, ratio ** (1.0 / 3.0) * torch.eye(3, dtype=torch.float64))
+    return structure.deformed(ratio ** (1.0 / 3.0) * torch.eye(3, dtype=torch.float64))
 
 
 @dataclass(frozen=True, kw_only=True)

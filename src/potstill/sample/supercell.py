@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -12,39 +10,6 @@ from torch import Tensor
 from potstill.errors import ConfigError
 from potstill.sample.base import one_system
 from potstill.structures import Structures
-
-
-def make_supercell(structure: Structures, repeats: tuple[int, int, int]) -> Structures:
-    """Repeat one system along its lattice vectors; the copies follow one another whole.
-
-    Raises
-    ------
-    ConfigError
-        If it is repeated along a direction that is not periodic.
-    """
-    one_system(structure)
-    for axis, count in enumerate(repeats):
-        if count < 1 or (count > 1 and not bool(structure.pbc[0, axis])):
-            raise ConfigError(
-                f"{structure.name_of(0)} cannot be repeated {count} times along lattice vector "
-                f"{axis + 1}: it must be periodic there and the number positive"
-            )
-    cell = structure.cell[0]
-    cells = torch.tensor(list(product(*(range(n) for n in repeats))), dtype=torch.float64)
-    offsets = cells @ cell  # (copies, 3)
-    copies = len(offsets)
-    positions = (structure.positions[None] + offsets[:, None]).reshape(-1, 3)
-    changes: dict = {
-        "positions": positions,
-        "cell": structure.cell * structure.cell.new_tensor(repeats)[:, None],
-    }
-    for name in ("species", "system_index", "velocities", "fixed", "tags"):
-        value = getattr(structure, name)
-        if value is not None:
-            changes[name] = value.repeat(copies, *(1,) * (value.dim() - 1))
-    if structure.charge is not None:
-        changes["charge"] = structure.charge * copies
-    return replace(structure, **changes)
 
 
 def smallest_supercell(
@@ -92,7 +57,7 @@ def smallest_supercell(
                 f"{min_length:g} Å between its faces needs {n_atoms()} atoms, more than "
                 f"{max_atoms}: ask for less or raise the limit"
             )
-    return make_supercell(structure, (repeats[0], repeats[1], repeats[2]))
+    return structure.repeat((repeats[0], repeats[1], repeats[2]))
 
 
 def cell_heights(structures: Structures) -> Tensor:

@@ -64,8 +64,7 @@ def get_labels(columns: Columns, record: Record, source: str, start: int, stop: 
 def check_rows(properties: Properties, structures: Structures) -> None:
     """Refuse labels that do not fit the structures or are not finite where present."""
     for name in properties.names:
-        level = property_spec(name).level
-        rows = structures.n_atoms if level == "atom" else structures.n_systems
+        level, rows = property_spec(name).level, structures.n_rows(name)
         value = properties[name]
         if value.shape[0] != rows:
             raise DataError(f"'{name}' has {value.shape[0]} rows for {rows} {level}s")

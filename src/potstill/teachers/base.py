@@ -24,7 +24,7 @@ from potstill.isolation import FrameError
 from potstill.models import TapSpec
 from potstill.properties import ASE_NAMES, property_spec
 from potstill.ragged import Rows
-from potstill.structures import Properties, Structures
+from potstill.structures import Properties, Structures, absent
 from potstill.worker import reason_of
 
 #: Atomic energies must add up to the energy within this, in eV/atom, or within the same fraction
@@ -223,7 +223,7 @@ class Teacher(ABC):
             labels, failures = self.label(structures, ("energy", *names))
             present = {name: labels.present[name] for name in names}
             return Properties({name: labels[name] for name in names}, present), failures
-        values = {name: _absent(name, structures) for name in names}
+        values = {name: absent(name, structures) for name in names}
         done = torch.zeros(structures.n_systems, dtype=torch.bool)
         failures = []
 
@@ -303,8 +303,7 @@ class Teacher(ABC):
         if "energy" not in labels or "atomic_energies" not in labels:
             return
         energy = labels["energy"]
-        total = torch.zeros_like(energy)
-        total.index_add_(0, structures.system_index, labels["atomic_energies"])
+        total = structures.sum_by_system(labels["atomic_energies"])
         per_atom = structures.n_atoms_per_system.clamp(min=1)
         gap = (total - energy).abs() / per_atom
         limit = SUM_TOLERANCE * (energy.abs() / per_atom).clamp(min=1.0)
@@ -368,9 +367,3 @@ def versions_of(*packages: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _absent(name: str, structures: Structures) -> Tensor:
-    spec = property_spec(name)
-    rows = structures.n_systems if spec.level == "system" else structures.n_atoms
-    return torch.full((rows, *spec.shape), torch.nan, dtype=torch.float64)

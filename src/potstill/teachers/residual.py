@@ -183,12 +183,9 @@ def _moves(name: str, label: torch.Tensor, probe: Structures) -> Iterator[_Move]
     shear = stress - stress.trace() / 3.0 * unit
     volume = float(probe.volume[0])
     for along in (unit, shear / shear.abs().max().clamp(min=1e-300)):
-        forth, back = (
-            replace(probe, positions=probe.positions @ strained, cell=probe.cell @ strained)
-            for strained in (unit + _STRAIN * along, unit - _STRAIN * along)
-        )
+        ends = (probe.deformed(unit + _STRAIN * along), probe.deformed(unit - _STRAIN * along))
         slope = volume * float((stress * along).sum())
-        yield _Move(name, (forth, back), _STRAIN, slope, volume)
+        yield _Move(name, ends, _STRAIN, slope, volume)
 
 
 def _agree(label: float, slope: float, noise: float) -> bool:

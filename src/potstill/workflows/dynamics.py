@@ -275,8 +275,7 @@ def write_thermo(path: Path, frames: SampledFrames) -> None:
     assert structures.velocities is not None
     masses = structures.masses
     twice = masses * structures.velocities.square().sum(1) / FS_IN_ASE_TIME**2
-    kinetic = torch.zeros(len(frames), dtype=torch.float64)
-    kinetic = kinetic.index_add(0, structures.system_index, 0.5 * twice)
+    kinetic = structures.sum_by_system(0.5 * twice)
     degrees = degrees_of_freedom(structures).clamp(min=1.0)
     temperature = 2.0 * kinetic / (degrees * BOLTZMANN)
     mass = structures.composition() @ structures.species_table.masses
