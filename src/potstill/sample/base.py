@@ -172,6 +172,25 @@ def structures_from_arrays(arrays: dict[str, np.ndarray]) -> Structures:
 # -- jobs ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Call:
+    """How a job is run, as of `Job.run`: seed and number, folder for checkpoints, progress."""
+
+    seed: int
+    number: int = 0
+    folder: Path | None = None
+    progress: Progress | None = None
+
+    def generator(self, *key: int) -> np.random.Generator:
+        """The job's own random generator, or one for a key within it."""
+        return make_generator(self.seed, self.number, *key)
+
+    def tell(self, done: int, total: int) -> None:
+        """Report progress to whoever asked for it."""
+        if self.progress is not None:
+            self.progress(done, total)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job(ABC):
     """One way of making frames from one starting structure.
@@ -223,11 +242,10 @@ class Job(ABC):
         if self.n_evaluations and calculator is None:
             raise ConfigError(f"the job '{self.name}' needs a calculator")
 
-    @abstractmethod
     def run(
         self,
         start: Structures,
-        calculator: BaseCalculator | None,
+        calculator: BaseCalculator | None = None,
         *,
         seed: int,
         number: int = 0,
@@ -251,9 +269,19 @@ class Job(ABC):
 
         Raises
         ------
+        ConfigError
+            If the job cannot use the start or the calculator.
         DivergenceError
             If atoms leave the finite numbers.
         """
+        self.check(one_system(start), calculator)
+        return self.make(start, calculator, Call(seed, number, folder, progress))
+
+    @abstractmethod
+    def make(
+        self, start: Structures, calculator: BaseCalculator | None, call: Call
+    ) -> SampledFrames:
+        """Make the frames from a start and with a calculator that have been checked."""
 
     def to_json(self) -> dict[str, Any]:
         """Settings as plain values, with the kind."""
@@ -272,22 +300,14 @@ class IndependentJob(Job):
     def maker(self, start: Structures, calculator: BaseCalculator | None) -> Maker:
         """Get ready to make frames."""
 
-    def run(
-        self,
-        start: Structures,
-        calculator: BaseCalculator | None = None,
-        *,
-        seed: int,
-        number: int = 0,
-        folder: Path | None = None,
-        progress: Progress | None = None,
+    def make(
+        self, start: Structures, calculator: BaseCalculator | None, call: Call
     ) -> SampledFrames:
         """Make the frames one by one."""
-        self.check(one_system(start), calculator)
         make = self.maker(start, calculator)
         frames = []
         for k in range(self.n_frames):
-            frame, words = make(k, make_generator(seed, number, k))
+            frame, words = make(k, call.generator(k))
             frames.append(as_frame(frame, self.name, f"{self.name}: frame {k}{words}"))
         return SampledFrames.independent(Structures.concatenate(frames))
 

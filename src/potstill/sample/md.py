@@ -25,14 +25,13 @@ from ase.md.langevinbaoab import LangevinBAOAB
 
 from potstill.errors import ConfigError, DivergenceError
 from potstill.sample.base import (
+    Call,
     Job,
     Progress,
     SampledFrames,
     as_pair,
     dump_generator,
     load_generator,
-    make_generator,
-    one_system,
     read_arrays,
     span,
     write_arrays,
@@ -211,21 +210,12 @@ class MDJob(Job):
             return first
         return first + (last - first) * min(done / (self.n_frames - 1), 1.0)
 
-    def run(
-        self,
-        start: Structures,
-        calculator: BaseCalculator | None,
-        *,
-        seed: int,
-        number: int = 0,
-        folder: Path | None = None,
-        progress: Progress | None = None,
+    def make(
+        self, start: Structures, calculator: BaseCalculator | None, call: Call
     ) -> SampledFrames:
-        """Run to the end, or go on where the files in `folder` end."""
-        self.check(one_system(start), calculator)
-        history = History(folder)
+        """Run to the end, or resume where the files in the call's folder end."""
+        history, generator = History(call.folder), call.generator()
         keep = self.thermostat_time is None
-        generator = make_generator(seed, number)
         state = history.last or first_state(start, self.target(0), generator, keep_velocities=keep)
         atoms = start.to_ase()[0]
         atoms.calc = calculator
@@ -236,15 +226,14 @@ class MDJob(Job):
             if symptom := whole.symptom(_moved(start, state), apart=not self.allow_dissociation):
                 raise _diverged(self, symptom, state.step)
             history.append(state, taken=self._takes(state, segment, history))
-            if progress is not None:
-                done = (segment + 1) * (self.steps_per_segment + 1)
-                progress(min(done, self.n_evaluations), self.n_evaluations)
+            done = (segment + 1) * (self.steps_per_segment + 1)
+            call.tell(min(done, self.n_evaluations), self.n_evaluations)
         return self._frames(start, history.taken)
 
     def frames_so_far(self, start: Structures, folder: Path) -> SampledFrames | None:
         """Frames that a run which did not come to its end has left in its folder; None if none."""
         taken = History(folder).taken
-        return self._frames(one_system(start), taken) if taken else None
+        return self._frames(start, taken) if taken else None
 
     def _takes(self, state: MDState, segment: int, history: History) -> bool:
         """Decide whether the end of a segment becomes a frame."""

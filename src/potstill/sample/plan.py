@@ -166,8 +166,7 @@ def _claim(folder: Path, plan: SamplingPlan, driver: str) -> None:
         if held.get("driver") != driver:
             raise ConfigError(
                 f"{folder} holds frames sampled with '{held.get('driver')}', not '{driver}': "
-                f"choose "
-                "another folder, or remove it"
+                "choose another folder, or remove it"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ trained teacher, of whose frames about a tenth are drawn at random.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -16,15 +15,7 @@ from ase.calculators.calculator import BaseCalculator
 from ase.optimize import BFGS
 
 from potstill.errors import ConfigError, DivergenceError
-from potstill.sample.base import (
-    Job,
-    Progress,
-    SampledFrames,
-    as_frame,
-    gaussian_step,
-    make_generator,
-    one_system,
-)
+from potstill.sample.base import Call, Job, SampledFrames, as_frame, gaussian_step
 from potstill.structures import Structures
 
 #: A force in eV/Å that no relaxation recovers from.
@@ -75,15 +66,8 @@ class RelaxJob(Job):
         """Calls of the calculator, at most."""
         return self.max_steps + 1
 
-    def run(
-        self,
-        start: Structures,
-        calculator: BaseCalculator | None,
-        *,
-        seed: int,
-        number: int = 0,
-        folder: Path | None = None,
-        progress: Progress | None = None,
+    def make(
+        self, start: Structures, calculator: BaseCalculator | None, call: Call
     ) -> SampledFrames:
         """Relax, and draw the frames.
 
@@ -92,8 +76,7 @@ class RelaxJob(Job):
         DivergenceError
             If forces leave the finite numbers or exceed 10,000 eV/Å.
         """
-        self.check(one_system(start), calculator)
-        generator = make_generator(seed, number)
+        generator = call.generator()
         atoms = start.to_ase()[0]
         step = gaussian_step(start, self.displacement, generator).numpy()
         atoms.set_positions(atoms.positions + step, apply_constraint=False)
@@ -110,8 +93,7 @@ class RelaxJob(Job):
                 )
             path.append(atoms.get_positions())
             energies.append(float(atoms.get_potential_energy()))
-            if progress is not None:
-                progress(len(path), self.n_evaluations)
+            call.tell(len(path), self.n_evaluations)
 
         optimizer = BFGS(atoms, logfile=None)
         optimizer.attach(note)
