@@ -497,6 +497,11 @@ class Properties:
             return self.present[name]
         return torch.ones(n_systems, dtype=torch.bool, device=self.values[name].device)
 
+    def only(self, names: Sequence[str]) -> Properties:
+        """Those of the named properties that are there."""
+        kinds = vars(self).values()
+        return Properties(*({k: v for k, v in kind.items() if k in names} for kind in kinds))
+
     def row_weights(self, name: str, structures: Structures) -> Tensor:
         """Weights with one row per value of the property: (S,) or (N,) by its level, float64."""
         rows, weight = structures.n_rows(name), self.weights.get(name)

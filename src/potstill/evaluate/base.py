@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential
-from potstill.errors import DataError
+from potstill.errors import ConfigError, DataError
 from potstill.evaluate.tools import is_checkpoint, make_calculator
 from potstill.metrics import metric_of
 from potstill.models.base import Potential
@@ -356,6 +356,11 @@ class Evaluation(BaseModel, ABC):
         }
         there, what = wanted[self.needs]
         return "" if there else what
+
+    def require(self, bench: Bench) -> None:
+        """Raise `ConfigError` where the evaluation does not apply to a bench."""
+        if lacking := self.lacks(bench):
+            raise ConfigError(f"the evaluation '{self.name}' needs {lacking}")
 
     @abstractmethod
     def run(self, bench: Bench, candidate: Candidate) -> Result:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
-import ase
 import lightning_fabric
 import numpy as np
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from potstill.errors import DataError, suggest
 from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
-from potstill.evaluate.tools import with_calculator
 from potstill.metrics import (
     METRICS,
     S2EF_METRICS,
@@ -32,12 +30,13 @@ from potstill.metrics import (
     metric_of,
 )
 from potstill.models.base import Potential
-from potstill.properties import ASE_NAMES, LEARNABLE, property_spec
+from potstill.properties import ASE_NAMES, LEARNABLE
 from potstill.report.panels import Drawing, Panel, Series, plain_label
 from potstill.report.tables import Row, number
 from potstill.report.verdicts import Verdict, sentence
 from potstill.report.verdicts import compare as compare_values
 from potstill.structures import Properties, Structures
+from potstill.teachers.ase import ask_ase_calculator
 
 #: Sources of labels that have a channel of their own.
 SOURCES = ("teacher", "reference")
@@ -115,7 +114,7 @@ def evaluate_errors(
 
     def channels(systems: Sequence[int] | None) -> dict[str, dict[str, float]]:
         found = {
-            f"{a}-{b}": compare(_only(sides[a], wanted), sides[b], structures, systems)
+            f"{a}-{b}": compare(sides[a].only(wanted), sides[b], structures, systems)
             for a, b in pairs
         }
         return {channel: metrics for channel, metrics in found.items() if metrics}
@@ -175,7 +174,9 @@ def predict_all(
     """
     wanted = list(properties)
     if not isinstance(predictor, Potential):
-        return _predict_with_ase(predictor, structures, wanted)
+        names = [p for p in wanted if ASE_NAMES.get(p) in predictor.implemented_properties]
+        values = ask_ase_calculator(predictor, structures, names, force_consistent=False)
+        return Properties(values, {"stress": structures.pbc.all(dim=1).cpu()}).only(names)
     device = next((p.device for p in predictor.parameters()), torch.device("cpu"))
     parts, sizes = [], []
     for systems in structures.batches(max_atoms):
@@ -329,44 +330,6 @@ def share_of_gap(student: Estimate, control: Estimate, teacher: Estimate) -> Gap
     share = (control.value - student.value) / gap
     error = math.hypot(s, (1.0 - share) * c, share * t) / abs(gap)
     return GapShare(100.0 * share, 100.0 * error, gap, gap_error)
-
-
-def _predict_with_ase(
-    calculator: BaseCalculator, structures: Structures, properties: list[str]
-) -> Properties:
-    names = [p for p in properties if ASE_NAMES.get(p, p) in calculator.implemented_properties]
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for atoms in structures.to_ase():
-        atoms = with_calculator(atoms, calculator)
-        for name in names:
-            columns[name].append(_ask(atoms, name))
-    values = {}
-    for name, column in columns.items():
-        shape = (-1, *property_spec(name).shape)
-        values[name] = torch.from_numpy(np.concatenate(column).astype(np.float64).reshape(shape))
-    present = {"stress": structures.pbc.all(dim=1).cpu()} if "stress" in values else {}
-    return Properties(values, present)
-
-
-def _ask(atoms: ase.Atoms, name: str) -> np.ndarray:
-    """One property of one structure as rows."""
-    if name == "energy":
-        return np.array([atoms.get_potential_energy()])
-    if name == "forces":
-        return atoms.get_forces(apply_constraint=False)
-    if name == "stress":
-        if not atoms.pbc.all():
-            return np.full((1, 3, 3), np.nan)
-        return atoms.get_stress(voigt=False, apply_constraint=False)[None]
-    return np.asarray(atoms.get_potential_energies())
-
-
-def _only(values: Properties, names: Sequence[str]) -> Properties:
-    """The named properties that are there."""
-    return Properties(
-        {k: v for k, v in values.values.items() if k in names},
-        {k: v for k, v in values.present.items() if k in names},
-    )
 
 
 # -- the evaluations -----------------------------------------------------------------------------

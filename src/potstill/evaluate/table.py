@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 from potstill.errors import PotstillError, suggest
 from potstill.evaluate.base import Bench, Candidate, Evaluation
@@ -47,6 +50,26 @@ def evaluation_class(name: str) -> type[Evaluation]:
     if name not in EVALUATIONS:
         raise ValueError(f"there is no evaluation '{name}'{suggest(name, EVALUATIONS)}")
     return EVALUATIONS[name]
+
+
+def make_evaluations(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Evaluation]:
+    """Make evaluations, by name, with settings of theirs.
+
+    Raises
+    ------
+    ValueError
+        If there is none of a name, or a setting is wrong.
+    """
+    return {name: evaluation_class(name).model_validate(own) for name, own in options.items()}
+
+
+def _checked(options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    make_evaluations(options)
+    return options
+
+
+#: Settings by evaluation, in configs.
+Options = Annotated[dict[str, dict[str, Any]], AfterValidator(_checked)]
 
 
 def attempt(evaluation: Evaluation, bench: Bench, candidate: Candidate) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from potstill.errors import DataError, ModelError
 from potstill.sample.md import draw_momenta
 from potstill.sample.supercell import smallest_supercell
 from potstill.structures import Structures
+from potstill.teachers import make_teacher
+from potstill.teachers.base import versions_of
 from potstill.units import BOLTZMANN
 
 
@@ -133,19 +134,12 @@ def make_calculator(spec: str, args: dict[str, Any] | None = None) -> BaseCalcul
     """
     if is_checkpoint(spec):
         return PotstillCalculator(Path(spec), **(args or {}))
-    from potstill.teachers import make_teacher
-
     return make_teacher(spec, args).ase_calculator()
 
 
 def machine_description() -> dict[str, Any]:
     """Say what timings and memory figures were taken on: processor, threads, versions."""
-    versions = {"python": platform.python_version()}
-    for package in ("potstill", "torch", "numpy", "ase", "vesin"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    packages = versions_of("potstill", "torch", "numpy", "ase", "vesin")
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -153,7 +147,7 @@ def machine_description() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **packages},
     }
 
 

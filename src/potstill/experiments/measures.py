@@ -15,23 +15,23 @@ import ase
 import torch
 from ase.build import bulk
 from ase.calculators.calculator import BaseCalculator
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential
 from potstill.distill.taps import CHOSEN_PAIRS, TapPair
-from potstill.errors import ConfigError, PotstillError
+from potstill.errors import PotstillError
 from potstill.evaluate.base import Bench, BenchSettings, Candidate
 from potstill.evaluate.cka import cka_matrix, linear_probes
 from potstill.evaluate.memory import memory_per_atom
 from potstill.evaluate.rdf import RadialDistribution, compare_radial, radial_distribution
 from potstill.evaluate.speed import inference_throughput, md_speed
-from potstill.evaluate.table import EVALUATIONS, attempt, evaluation_class
+from potstill.evaluate.table import EVALUATIONS, Options, attempt, make_evaluations
 from potstill.experiments.run import RunRecord, best_of, held_out_errors
 from potstill.experiments.spec import Experiment, GivenTeacher, Run, TrainedTeacher
 from potstill.models import Potential
-from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.sample.md import run_md
+from potstill.soundness import closest_pairs, fused
 from potstill.structures import Structures
 from potstill.teachers.base import TeacherCalculator
 from potstill.workflows.base import (
@@ -45,13 +45,6 @@ from potstill.workflows.data import load_parts
 
 #: Timesteps between two frames of a distribution.
 _STRIDE = 20
-
-#: Atoms have fused where they come closer than this share of the shortest distance in training:
-#: no potential knows what is there, and some have a hole.
-_FUSED = 0.7
-
-#: Å; shorter distances are looked for.
-_NEAR = 2.5
 
 #: Stands for the reference liquid among those of the runs.
 REFERENCE = "reference"
@@ -217,14 +210,14 @@ class LiquidSettings(Settings):
             frames = self._sample(self._melt(calculator), calculator, self)
         except PotstillError as error:
             return {"failure": str(error)}
-        closest = _closest(frames)
-        trained = min(info["trained_on"]["shortest_distances"].values())
-        if closest < _FUSED * trained:
-            return {
-                "failure": f"atoms fused: a pair came to {closest:.2f} Å, where the training data "
-                f"have none below {trained:.2f} Å"
-            }
-        return {"rdf": radial_distribution(frames).to_json(), "closest": closest}
+        # No potential knows what is there once atoms have fused, and some have a hole.
+        distances = closest_pairs(frames)
+        if symptom := fused(distances, info["trained_on"]["shortest_distances"]):
+            return {"failure": symptom}
+        return {
+            "rdf": radial_distribution(frames).to_json(),
+            "closest": min(distances.values(), default=None),
+        }
 
     def _reference(self, finished: Finished, liquids: Mapping[str, Any]) -> dict[str, Any]:
         """RDF of the reference liquid; an interrupted one resumes where it stopped."""
@@ -296,8 +289,7 @@ class LiquidSettings(Settings):
 
 def stored_distribution(folder: Path, name: str) -> RadialDistribution | None:
     """The g(r) of a run, or of the `REFERENCE`; None where it failed or was not measured."""
-    file = folder / "measures" / f"rdf-{name}.json"
-    return _distribution(read_json(file)) if file.is_file() else None
+    return _distribution(read_json(folder / "measures" / f"rdf-{name}.json", {}))
 
 
 def _distribution(found: Mapping[str, Any]) -> RadialDistribution | None:
@@ -313,14 +305,6 @@ def _difference(
         f"{key}_sum": difference.total_absolute_error,
         f"{key}_noise": difference.expected_from_noise,
     }
-
-
-def _closest(frames: Structures) -> float:
-    """Shortest distance in any frame, Å."""
-    neighbors = build_neighbor_list(frames, _NEAR)
-    if neighbors.n_pairs == 0:
-        return _NEAR
-    return float(torch.linalg.vector_norm(pair_vectors(frames, neighbors), dim=1).min())
 
 
 # -- any evaluation --------------------------------------------------------------------------------
@@ -339,16 +323,9 @@ class EvaluationsSettings(Settings):
         What they share.
     """
 
-    tests: dict[str, dict[str, Any]] = Field(min_length=1)
+    tests: Options = Field(min_length=1)
     structure: str | None = None
     settings: BenchSettings = Field(default_factory=BenchSettings)
-
-    @field_validator("tests")
-    @classmethod
-    def _known(cls, tests: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        for name, own in tests.items():
-            evaluation_class(name).model_validate(own)
-        return tests
 
     @model_validator(mode="after")
     def _applicable(self) -> EvaluationsSettings:
@@ -380,10 +357,8 @@ class EvaluationsSettings(Settings):
         )
         results: dict[str, dict[str, Any]] = {name: {} for name in self.tests}
         numbers: dict[str, dict[str, float]] = {run.name: {} for run in finished.records}
-        for name, own in self.tests.items():
-            evaluation = EVALUATIONS[name].model_validate(own)
-            if lacking := evaluation.lacks(bench):
-                raise ConfigError(f"the evaluation '{name}' needs {lacking}")
+        for name, evaluation in make_evaluations(self.tests).items():
+            evaluation.require(bench)
             for run in finished.records:
                 candidate = Candidate(run.name, str(finished.best(run)))
                 found = finished.cached(name, run.name, attempt, evaluation, bench, candidate)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 import time
@@ -10,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from ase.calculators.calculator import BaseCalculator
@@ -19,6 +18,7 @@ from pydantic import ValidationError
 from potstill.checkpoint import load_potential
 from potstill.distill.taps import TapPair, resolve_taps
 from potstill.errors import ConfigError, DataError
+from potstill.evaluate.base import Result
 from potstill.evaluate.errors import (
     S2EFErrors,
     average_estimates,
@@ -53,7 +53,7 @@ _FORCE_METRICS = ("free_forces_mae", "free_forces_cosine")
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class RunRecord(Result):
     """What a finished run leaves: `run.json` in its folder, one entry of `results.json`.
 
     Parameters
@@ -93,22 +93,12 @@ class RunRecord:
         """The first taps that learn from a teacher's."""
         return next((pair for pair in self.taps.values() if pair.teacher), None)
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        taps = {term: pair.to_json() for term, pair in self.taps.items()}
-        return values | {"tests": self.tests and self.tests.to_json(), "taps": taps}
-
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> RunRecord:
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `to_json`; also reads `cell.json`, as earlier versions wrote it."""
-        if "variant" not in data:
-            data = _upgraded(data)
-        known = {f.name: data[f.name] for f in dataclasses.fields(cls)}
-        tests = known["tests"]
-        known["tests"] = None if tests is None else S2EFErrors.from_json(tests)
-        known["taps"] = {term: TapPair.from_json(pair) for term, pair in known["taps"].items()}
-        return cls(**known)
+        data = data if "variant" in data else _upgraded(data)
+        taps = {term: TapPair.from_json(pair).to_json() for term, pair in data["taps"].items()}
+        return super().from_json({**data, "taps": taps})
 
 
 def _upgraded(cell: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,13 +132,10 @@ def best_of(folder: Path, run: Run) -> Path:
     return folder / run.name / "best.pt"
 
 
-def record_of(folder: Path, run: Run) -> RunRecord | None:
-    """What a run has left; None if it is not finished."""
-    for name in ("run.json", "cell.json"):  # earlier versions wrote the second
-        file = folder / run.name / name
-        if file.is_file():
-            return RunRecord.from_json(read_json(file))
-    return None
+def _record_file(folder: Path, run: Run) -> Path | None:
+    """Where the record of a finished run is; earlier versions wrote `cell.json`."""
+    files = (folder / run.name / name for name in ("run.json", "cell.json"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def finished_runs(experiment: Experiment, folder: Path) -> dict[Run, RunRecord]:
@@ -159,8 +146,8 @@ def finished_runs(experiment: Experiment, folder: Path) -> dict[Run, RunRecord]:
     ConfigError
         If there are none.
     """
-    found = {run: record_of(folder, run) for run in experiment.runs()}
-    records = {run: record for run, record in found.items() if record is not None}
+    found = {run: _record_file(folder, run) for run in experiment.runs()}
+    records = {run: RunRecord.from_json(read_json(file)) for run, file in found.items() if file}
     if not records:
         raise ConfigError(f"{folder} holds no finished run of the study '{experiment.name}'")
     return records
@@ -168,7 +155,7 @@ def finished_runs(experiment: Experiment, folder: Path) -> dict[Run, RunRecord]:
 
 def is_finished(folder: Path, run: Run) -> bool:
     """Whether a run is done."""
-    return any((folder / run.name / name).is_file() for name in ("run.json", "cell.json"))
+    return _record_file(folder, run) is not None
 
 
 def claim(experiment: Experiment, folder: Path) -> None:

@@ -21,7 +21,7 @@ from potstill.errors import ConfigError
 from potstill.structures import Properties, Structures
 from potstill.train import TrainSettings
 from potstill.workflows.base import Settings, TeacherSettings
-from potstill.workflows.data import DataSettings, FileData, is_store, load_store
+from potstill.workflows.data import DataSettings, FileData, is_store, read_labeled
 
 #: The source of everything that a student learns from its teacher.
 TEACHER = "teacher"
@@ -210,10 +210,7 @@ class HeldOutSet(Settings):
 
     def read(self, source: str) -> tuple[Structures, Properties]:
         """Structures, and their labels of a source."""
-        if self.file is not None:
-            return self.file.read()
-        data, _ = load_store(str(self.store), [source])
-        return data.structures, data.labels[source]
+        return read_labeled(self.store, [self.file] if self.file else [], source)
 
 
 @dataclass(frozen=True)

@@ -221,8 +221,7 @@ class Teacher(ABC):
         self.require(names)
         if "atomic_energies" in names and "energy" not in names and "energy" in self.properties:
             labels, failures = self.label(structures, ("energy", *names))
-            present = {name: labels.present[name] for name in names}
-            return Properties({name: labels[name] for name in names}, present), failures
+            return labels.only(names), failures
         values = {name: absent(name, structures) for name in names}
         done = torch.zeros(structures.n_systems, dtype=torch.bool)
         failures = []

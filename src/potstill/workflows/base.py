@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
+import ase
 import torch
 from ase.build import bulk
+from ase.io import write
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 
@@ -104,18 +105,27 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read what `write_json` wrote.
+def read_json(path: Path, absent: Any = None) -> Any:
+    """Read what `write_json` wrote; without a file, `absent` if it is given.
 
     Raises
     ------
     DataError
         If the file is not JSON.
     """
+    if absent is not None and not path.is_file():
+        return absent
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a JSON file ({error})") from error
+
+
+def write_extxyz(path: Path, images: Sequence[ase.Atoms], columns: Sequence[str]) -> None:
+    """Write frames as extended XYZ, atomically."""
+    text = StringIO()
+    write(text, images, format="extxyz", columns=list(columns))
+    write_atomically(path, text.getvalue())
 
 
 def write_settings(path: Path, settings: BaseModel) -> None:
@@ -207,7 +217,7 @@ class Stages:
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "stages.json"
-        self._done: dict[str, Any] = read_json(self._file) if self._file.is_file() else {}
+        self._done: dict[str, Any] = read_json(self._file, {})
 
     def __contains__(self, name: str) -> bool:
         return name in self._done
@@ -290,11 +300,6 @@ def potential_info(
         "teacher": dict(teacher) if teacher else None,
         "versions": versions(),
     }
-
-
-def percent(value: float) -> str:
-    """Write a fraction as percent, a dash for what is not a number."""
-    return f"{100.0 * value:.1f} %" if math.isfinite(value) else "–"
 
 
 def cores() -> int:

@@ -143,13 +143,8 @@ class SyntheticData(Settings):
 
     def load(self) -> TrainingSet:
         """Read it, with the labels under both names."""
-        if self.store is not None:
-            data, _ = load_store(self.store, [self.source])
-            labels = data.labels[self.source]
-        else:
-            data = _joined(self.files)
-            labels = data.labels["reference"]
-        return TrainingSet(data.structures, {self.source: labels, self.counts_as: labels})
+        structures, labels = read_labeled(self.store, self.files, self.source)
+        return TrainingSet(structures, {self.source: labels, self.counts_as: labels})
 
 
 class DataSettings(Settings):
@@ -203,9 +198,15 @@ def share_of_groups(structures: Structures, fraction: float, seed: int) -> Tenso
     return chosen
 
 
-def read_files(files: Sequence[FileData]) -> list[tuple[Structures, Properties]]:
-    """Read all files."""
-    return [file.read() for file in files]
+def read_labeled(
+    store: str | None, files: Sequence[FileData] = (), source: str = "reference"
+) -> tuple[Structures, Properties]:
+    """Structures of a store with the labels of a source or, without a store, those of files."""
+    if store is not None:
+        data, _ = load_store(store, [source])
+        return data.structures, data.labels[source]
+    structures, labels = zip(*(file.read() for file in files), strict=True)
+    return Structures.concatenate(structures), Properties.concatenate(labels, structures)
 
 
 def load_store(
@@ -297,7 +298,5 @@ def load_parts(
 
 
 def _joined(files: Sequence[FileData]) -> TrainingSet:
-    parts = read_files(files)
-    structures = [part[0] for part in parts]
-    labels = Properties.concatenate([part[1] for part in parts], structures)
-    return TrainingSet(Structures.concatenate(structures), {"reference": labels})
+    structures, labels = read_labeled(None, files)
+    return TrainingSet(structures, {"reference": labels})

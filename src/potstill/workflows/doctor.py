@@ -9,11 +9,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
+from ase.build import bulk
+from ase.calculators.fd import calculate_numerical_forces
 
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential
@@ -26,6 +27,7 @@ from potstill.sample import rattle, run_md
 from potstill.sample.base import make_generator
 from potstill.structures import Structures
 from potstill.teachers import make_teacher
+from potstill.teachers.base import versions_of
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.compilation import compiler_state
 from potstill.train.settings import EnergySettings, ModelSettings, ScoreSettings
@@ -86,7 +88,7 @@ def describe_machine() -> list[list[str]]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return [
         ["Python", platform.python_version()],
-        *([name, _version(name)] for name in CORE),
+        *map(list, versions_of(*CORE).items()),
         ["GPU", gpu],
         ["threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"],
         ["kernels", describe_core()],
@@ -101,7 +103,7 @@ def describe_extras() -> list[list[str]]:
     for extra, module, purpose in EXTRAS:
         try:
             importlib.import_module(module)
-            state = _version(module)
+            state = versions_of(module).get(module, "?")
         except ImportError:
             state = f"not installed: pip install 'potstill[{extra}]'"
         except Exception as error:  # installed, and broken in its own way
@@ -110,20 +112,11 @@ def describe_extras() -> list[list[str]]:
     return rows
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "?"
-
-
 # -- the self-test: a tiny chain with ASE's EMT as the teacher -------------------------------------
 
 
 def _data() -> tuple[TrainingSet, str]:
     teacher = make_teacher("ase.calculators.emt:EMT")
-    from ase.build import bulk
-
     start = Structures.from_ase(bulk("Cu", cubic=True).repeat(2))
     frames = [rattle(start, 0.15, make_generator(0, k)) for k in range(12)]
     structures = Structures.concatenate(frames)
@@ -177,14 +170,8 @@ def _forces(folder: Path) -> str:
     forces = network.predict(structures)["forces"].numpy()
     atoms = structures.to_ase()[0]
     atoms.calc = PotstillCalculator(network)
-    step, energies = 1e-4, []
-    for sign in (1.0, -1.0):
-        moved = atoms.copy()
-        moved.calc = atoms.calc
-        moved.positions[0, 0] += sign * step
-        energies.append(moved.get_potential_energy())
-    numerical = -(energies[0] - energies[1]) / (2.0 * step)
-    error = abs(numerical - forces[0, 0])
+    numerical = calculate_numerical_forces(atoms, eps=1e-4, iatoms=[0], icarts=[0])
+    error = abs(numerical[0, 0] - forces[0, 0])
     if error > 1e-5 * max(1.0, float(np.abs(forces).max())):
         raise DivergenceError(f"forces differ from the energy's slope by {error:.2g} eV/Å")
     return f"forces equal the energy's slope to {error:.0e} eV/Å"

@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 from ase.calculators.calculator import BaseCalculator
-from ase.io import write
 from pydantic import Field, model_validator
 
 from potstill.errors import ConfigError, DivergenceError
@@ -32,6 +31,7 @@ from potstill.workflows.base import (
     TeacherSettings,
     claim_folder,
     read_start,
+    write_extxyz,
 )
 
 
@@ -257,9 +257,7 @@ def write_trajectory(path: Path, frames: SampledFrames) -> None:
     for atoms, time, energy in zip(images, frames.time, frames.energy, strict=True):
         atoms.info["time_fs"] = float(time)
         atoms.info["potential_energy"] = float(energy)
-    text = io.StringIO()
-    write(text, images, format="extxyz", columns=["symbols", "positions", "momenta"])
-    write_atomically(path, text.getvalue())
+    write_extxyz(path, images, ("symbols", "positions", "momenta"))
 
 
 THERMO = ("time_fs", "temperature_K", "potential_eV", "kinetic_eV", "total_eV", "density_g_cm3")

@@ -15,8 +15,13 @@ from pydantic import Field, field_validator, model_validator
 
 from potstill.errors import ConfigError, DataError
 from potstill.evaluate.base import Bench, BenchSettings, Candidate, Evaluation, Findings, Result
-from potstill.evaluate.table import EVALUATIONS, attempt, evaluation_class
-from potstill.structures import Properties, Structures
+from potstill.evaluate.table import (
+    EVALUATIONS,
+    Options,
+    attempt,
+    evaluation_class,
+    make_evaluations,
+)
 from potstill.train import TrainingSet
 from potstill.workflows.base import (
     Display,
@@ -27,7 +32,7 @@ from potstill.workflows.base import (
     read_start,
     write_json,
 )
-from potstill.workflows.data import FileData, load_store, read_files
+from potstill.workflows.data import FileData, read_labeled
 
 #: File of the evaluations that do not apply.
 SKIPPED = "skipped.json"
@@ -79,7 +84,7 @@ class EvaluateConfig(Settings):
     splits: dict[str, FileData] = Field(default_factory=dict)
     structure: str | None = None
     tests: tuple[str, ...] | None = None
-    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
     settings: BenchSettings = Field(default_factory=BenchSettings)
 
     @model_validator(mode="before")
@@ -108,13 +113,6 @@ class EvaluateConfig(Settings):
             evaluation_class(name)
         return names
 
-    @field_validator("options")
-    @classmethod
-    def _known_options(cls, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        for name, own in options.items():
-            evaluation_class(name).model_validate(own)
-        return options
-
 
 def run_evaluations(
     bench: Bench,
@@ -137,7 +135,7 @@ def run_evaluations(
         for done, (evaluation, candidate) in enumerate(work):
             task.update(done, note=f"{evaluation.title}: {candidate.name}")
             file = folder / f"{evaluation.name}.json"
-            results = read_json(file) if file.is_file() else {}
+            results = read_json(file, {})
             if candidate.name not in results:
                 write_json(file, {**results, candidate.name: attempt(evaluation, bench, candidate)})
         task.update(len(work))
@@ -156,7 +154,7 @@ def read_findings(folder: Path) -> tuple[Findings, list[str]]:
     failed: dict[tuple[str, str], list[str]] = {}
     for name, evaluation in EVALUATIONS.items():
         file = folder / f"{name}.json"
-        for model, stored in (read_json(file) if file.is_file() else {}).items():
+        for model, stored in read_json(file, {}).items():
             if not isinstance(stored, dict):
                 raise DataError(f"{file}: the result of '{model}' is not a JSON object")
             if set(stored) == {"error"}:  # some results have a field of that name
@@ -164,8 +162,8 @@ def read_findings(folder: Path) -> tuple[Findings, list[str]]:
             else:
                 results.setdefault(name, {})[model] = evaluation.result.from_json(stored)
     problems = []
-    if (folder / SKIPPED).is_file():
-        problems.append(_does_not_apply(read_json(folder / SKIPPED)))
+    if skipped := read_json(folder / SKIPPED, {}):
+        problems.append(_does_not_apply(skipped))
     for (name, reason), models in failed.items():
         whose = ", ".join(models)
         problems.append(f"Not done: {EVALUATIONS[name].title} of {whose} ({reason}).")
@@ -199,10 +197,7 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
         splits={name: file.read() for name, file in config.splits.items()},
         **_held_out(config),
     )
-    every = {
-        name: evaluation.model_validate(config.options.get(name, {}))
-        for name, evaluation in EVALUATIONS.items()
-    }
+    every = make_evaluations({name: config.options.get(name, {}) for name in EVALUATIONS})
     asked = {"s2ef"} if bench.splits else set()
     names = config.tests or [
         name
@@ -210,8 +205,7 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
         if not e.lacks(bench) and (not e.on_request or name in asked)
     ]
     for name in names:
-        if lacking := every[name].lacks(bench):
-            raise ConfigError(f"the evaluation '{name}' needs {lacking}")
+        every[name].require(bench)
     candidates = [Candidate(name, m.spec, m.args) for name, m in config.models.items()]
     claim_folder(Path(config.out), config)
     chosen = [(every[name], candidates) for name in names]
@@ -219,14 +213,9 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
 
 
 def _held_out(config: EvaluateConfig) -> dict[str, Any]:
-    if config.store is not None:
-        data, _ = load_store(config.store, [config.source])
-        return {"structures": data.structures, "labels": data.labels[config.source]}
-    if config.files:
-        parts = read_files(config.files)
-        structures = [part[0] for part in parts]
-        labels = Properties.concatenate([part[1] for part in parts], structures)
-        return {"structures": Structures.concatenate(structures), "labels": labels}
+    if config.store is not None or config.files:
+        structures, labels = read_labeled(config.store, config.files, config.source)
+        return {"structures": structures, "labels": labels}
     if config.structure is None and not config.splits:
         raise ConfigError("there is nothing to evaluate on: give data with labels or a structure")
     return {}

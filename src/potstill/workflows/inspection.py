@@ -146,8 +146,7 @@ def _trainings(path: Path) -> list[Card]:
     """A study, or a training in stages: one line per training."""
     rows = []
     for file in sorted(path.glob("*/settings.json")):
-        done = file.with_name("result.json")
-        result = read_json(done) if done.is_file() else {}
+        result = read_json(file.with_name("result.json"), {})
         status = str(result.get("status", "not finished"))
         rows.append([file.parent.name, status, _text(result.get("best_score", "–"))])
     return [Card(f"training runs in {path}", rows, ("run", "status", "best score"))]

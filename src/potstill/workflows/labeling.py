@@ -14,7 +14,7 @@ from potstill.store import LabeledStore
 from potstill.structures import Structures
 from potstill.teachers import Teacher, check_derivatives
 from potstill.workflows.base import Display, Settings, TeacherSettings
-from potstill.workflows.data import FileData, read_files
+from potstill.workflows.data import FileData
 
 #: Frames among which the smallest is taken to compare derivatives on.
 _CHECKED_FRAMES = 256
@@ -146,7 +146,8 @@ def _open_store(config: LabelConfig) -> LabeledStore:
         raise ConfigError(f"{path}: no such store, and no files to create it from")
     if known:
         store = LabeledStore.open(path, "a")
-    parts = read_files(config.files)  # before a store is made: a bad file leaves nothing
+    # Before a store is made: a bad file leaves nothing.
+    parts = [file.read() for file in config.files]
     if not known:
         store = LabeledStore.create(path)
     for structures, labels in parts:

@@ -242,7 +242,7 @@ def collect(folder: str | Path) -> ReportData:
             info = info or other
             if n_parameters is not None:
                 parameters[part.name] = n_parameters
-    stages = read_json(folder / "stages.json") if (folder / "stages.json").is_file() else {}
+    stages = read_json(folder / "stages.json", {})
     trained_on = info.get("trained_on") or {}
     found = replace(found, n_parameters=parameters, trained_on=trained_on)
     about = _about(folder, _config(folder / "config.yaml"), info, stages, found)

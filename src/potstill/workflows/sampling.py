@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ase.io import write
 from pydantic import Field, field_validator
 
 from potstill.errors import ConfigError
 from potstill.evaluate.tools import make_calculator
-from potstill.files import write_atomically
 from potstill.sample import Job, SampledFrames, SamplingPlan, make_job, run_plan
 from potstill.structures import Structures
-from potstill.workflows.base import Display, Settings, TeacherSettings, claim_folder, read_start
+from potstill.workflows.base import (
+    Display,
+    Settings,
+    TeacherSettings,
+    claim_folder,
+    read_start,
+    write_extxyz,
+)
 
 #: What `sample` writes.
 FILE = "structures.extxyz"
@@ -105,6 +109,4 @@ def write_structures(path: Path, structures: Structures) -> None:
             parts = values.split(structures.n_atoms_per_system.tolist())
             for atoms, part in zip(images, parts, strict=True):
                 atoms.arrays[name] = part.numpy().astype(int)
-    text = io.StringIO()
-    write(text, images, format="extxyz", columns=columns)
-    write_atomically(path, text.getvalue())
+    write_extxyz(path, images, columns)

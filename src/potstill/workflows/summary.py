@@ -30,14 +30,13 @@ def summarize(folder: Path) -> dict[str, Any]:
         `model` that it is, and the `validation_scores` by which it was chosen).
     """
     data = collect(folder)
-    choice = folder / "choice.json"
     summary = {
         "verdicts": list(verdicts(data.found)),
         "problems": list(data.problems),
         "metrics": as_json(metrics_of(data.found)),
         "speed_ratio": {str(n): ratio for n, ratio in speed_ratio(data.found).items()},
         "seconds": Stages(folder).seconds,
-        "student.pt": read_json(choice) if choice.is_file() else {},
+        "student.pt": read_json(folder / "choice.json", {}),
     }
     return {key: value for key, value in summary.items() if value}
 
