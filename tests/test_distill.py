@@ -192,8 +192,8 @@ def order(budget, n_atoms=64, fixed=None):
         at_once=2,
         on_policy=True,
         fixed=fixed or Counts(),
-        unit_cell_atoms=8,
-        teacher_tests=("eos", "elastic", "speed"),
+        unit_cell=read_start("silicon"),
+        teacher_tests=("eos", "elastic", "phonons", "speed"),
     )
 
 

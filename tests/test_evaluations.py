@@ -18,7 +18,7 @@ from ase.io import write
 from potstill.errors import DataError
 from potstill.evaluate import lattice
 from potstill.evaluate.base import Bench, BenchSettings, Candidate, Evaluation, Findings, Result
-from potstill.evaluate.elastic import Elastic, ElasticConstants
+from potstill.evaluate.elastic import Elastic, ElasticConstants, ElasticScan
 from potstill.evaluate.eos import EquationOfState, equation_of_state
 from potstill.evaluate.errors import ErrorReport, Errors, S2EFErrors, evaluate_errors
 from potstill.evaluate.memory import MemoryUse
@@ -101,11 +101,12 @@ def test_born_criteria_are_named(constants, broken):
     result = ElasticConstants(tensor, 0.0, 0.0, "stress", True, 0.003)
     assert [text.partition(" =")[0] for text in result.instabilities()] == list(broken)
     assert result.stable == (not broken)
-    lines = ordered_verdicts(list(Elastic.verdicts(Findings({"elastic": {"student": result}}))))
+    scan = ElasticScan((result,))
+    lines = ordered_verdicts(list(Elastic.verdicts(Findings({"elastic": {"student": scan}}))))
     assert len(lines) == (2 if broken else 0)
     if broken:
         assert "mechanically unstable" in lines[1]
-        assert "(strain 0.003)" in lines[1]
+        assert lines[1].endswith("at strain 0.003.")
         assert lines[0].startswith(f"Bars missed (1 of 1): mechanical stability ({broken[0]}")
 
 
@@ -146,13 +147,19 @@ def test_plans_count_the_calls_of_vibrations():
             self.n_calls += 1
             super().calculate(*args, **kwargs)
 
-    calculator = Counting()
-    vibrations(bulk("Cu", cubic=True), calculator)
-    start = Structures.from_ase(bulk("Cu", cubic=True))
-    order = Order(start, 4, 600.0, 0, 0, 1, False, Counts(), 4, ("vibrations",))
+    calculator, slab = Counting(), fcc111("Cu", (1, 1, 4), vacuum=6.0)
+    vibrations(slab, calculator)
+    start = Structures.from_ase(slab)
+    order = Order(start, 4, 600.0, 0, 0, 1, False, Counts(), start, ("vibrations",))
     assert 24 < calculator.n_calls <= order.teacher_calls(lean=False) <= 40
-    large = replace(order, unit_cell_atoms=VibrationsEvaluation().max_atoms + 1)
-    assert large.teacher_calls(lean=False) == 0
+    large = slab * (1, 1 + VibrationsEvaluation().max_atoms // 4, 1)
+    order = replace(order, unit_cell=Structures.from_ase(large))
+    assert order.teacher_calls(lean=False) == 0
+    # Of crystals there are phonons instead: one displacement of 64 atoms, and a relaxation.
+    silicon = Structures.from_ase(bulk("Si", cubic=True))
+    order = replace(order, unit_cell=silicon, teacher_tests=("vibrations", "phonons"))
+    assert order.teacher_calls(lean=False) == (64 + 10 * 8) / 4
+    assert VibrationsEvaluation().lacks(Bench(BenchSettings(), silicon)).endswith("have phonons")
 
 
 def test_crystal_vibrations_against_forces_along_the_mode():
@@ -280,7 +287,7 @@ def test_every_kind_of_result_survives_json():
         MemoryUse("a", np.array([1, 2]), np.array([3, 4]), 1.0, math.nan, 2.0, (5,)),
         run_nve(bulk("Cu"), EMT(), temperature=10.0, duration=0.05, thermalization=0.0),
         equation_of_state(bulk("Cu"), EMT(), n_points=5),
-        ElasticConstants(np.eye(6), 0.1, 0.0, "stress", True, 0.003),
+        ElasticScan((ElasticConstants(np.eye(6), 0.1, 0.0, "stress", True, 0.003),)),
         Vibrations(np.array([-1.0, 2.0]), 0.01),
         ParityPoints({"energy": {"label": [1.0], "prediction": [2.0], "n": 1}}),
     ]
@@ -305,17 +312,19 @@ def test_metrics_of_old_files_have_todays_names():
 
 def test_all_numbers_have_a_name():
     """Every metric of every built-in evaluation is in the vocabulary."""
-    eos, elastic = equation_of_state(bulk("Cu"), EMT(), n_points=5), np.eye(6)
+    eos = equation_of_state(bulk("Cu"), EMT(), n_points=5)
+    strains = [ElasticConstants(np.eye(6), 0.0, 0.0, "stress", True, s) for s in (0.005, 0.02)]
     results = {
         "eos": eos,
-        "elastic": ElasticConstants(elastic, 0.0, 0.0, "stress", True, 0.003),
+        "elastic": ElasticScan(tuple(strains)),
         "vibrations": Vibrations(np.array([1.0, 2.0]), 0.01),
         "speed": SpeedTable((SpeedRow("a", 8, 1.0, 0.9, 1.1, 3, 5),), 1.0, 300.0),
         "memory": MemoryUse("a", np.array([1, 2]), np.array([3, 4]), 1.0, 0.1, 2.0),
         "throughput": Throughput(1.0, 1.0, 1.0, 1, 1, 1, 1),
     }
     for name, result in results.items():
-        metrics = EVALUATIONS[name].metrics(result)
+        evaluation = EVALUATIONS[name]
+        metrics = evaluation.metrics(result) | evaluation.against(result, result)
         assert metrics
         assert set(metrics) <= set(METRICS)
 

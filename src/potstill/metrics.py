@@ -110,8 +110,22 @@ def _vocabulary() -> tuple[Metric, ...]:
         Metric("c12", "C12", "GPa"),
         Metric("c44", "C44", "GPa"),
         Metric("elastic_bulk_modulus", "Bulk modulus, elastic", "GPa"),
+        Metric(
+            "elastic_change_with_strain",
+            "Elastic constants: largest change with strain",
+            "%",
+            100.0,
+        ),
+        Metric(
+            "elastic_deviation", "Elastic constants: largest deviation from the teacher", "%", 100.0
+        ),
         Metric("lowest_frequency", "Lowest vibration", "1/cm"),
         Metric("highest_frequency", "Highest vibration", "1/cm"),
+        Metric("vibrations_rmse", "RMS deviation of vibrations from the teacher's", "1/cm"),
+        Metric("phonon_lowest", "Lowest phonon", "THz"),
+        Metric("phonon_highest", "Highest phonon", "THz"),
+        Metric("phonon_rmse", "Phonon RMSE against the teacher", "THz"),
+        Metric("phonon_largest_deviation", "Largest phonon deviation from the teacher", "THz"),
         Metric("nve_drift", "NVE drift", "meV/atom"),
         Metric("nve_slope", "NVE slope", "meV/atom/ps"),
         Metric("nve_fluctuation", "NVE fluctuation", "meV/atom"),

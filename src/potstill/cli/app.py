@@ -373,8 +373,8 @@ def evaluate(
     tests: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: errors, s2ef, throughput, eos, elastic, vibrations, speed, "
-            "memory, nve."
+            help="Comma-separated: errors, s2ef, throughput, eos, elastic, vibrations, phonons, "
+            "speed, memory, nve."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,

@@ -306,7 +306,8 @@ SECTIONS: dict[str, tuple[str, str, str]] = {
         "table_properties",
         "Properties at 0 K",
         "E(V): Birch-Murnaghan fit; the lattice constant is that of the conventional cell. Elastic "
-        "constants: averages over the cubic axes, at the strain stated.",
+        "constants: of cubic crystals averages over the axes, at the strain stated. Phonons: each "
+        "model at its own minimum, RMSE over a mesh of the Brillouin zone.",
     ),
     "Dynamics": (
         "table_dynamics",
@@ -322,7 +323,8 @@ class Evaluation(BaseModel, ABC):
 
     To add one, write a subclass and put it into `potstill.evaluate.table.EVALUATIONS`. Give its
     numbers by the keys of `potstill.metrics.METRICS` (with a row there for a new one): `metrics`
-    alone puts them into the terminal, the summary, the report's table and studies.
+    alone puts them into the terminal, the summary, the report's table and studies; `against` adds
+    those that take the teacher's result.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -378,13 +380,33 @@ class Evaluation(BaseModel, ABC):
         return {key: getattr(result, attribute) for key, attribute in cls.numbers.items()}
 
     @classmethod
-    def rows(cls, found: Findings) -> Iterable[Row]:
-        """Rows of the section's table: one per metric, with a column per model."""
-        numbers = {m: cls.metrics(r) for m, r in found.of(cls.name, cls.result).items()}
+    def against(cls, result: Any, teacher: Any) -> dict[str, float]:
+        """Numbers of a result beside the teacher's, by the same keys; none by default."""
+        return {}
+
+    @classmethod
+    def numbers_of(cls, found: Findings) -> dict[str, dict[str, float]]:
+        """Model to its `metrics`, and for others than the teacher to those `against` it."""
+        results = found.of(cls.name, cls.result)
+        numbers = {model: cls.metrics(result) for model, result in results.items()}
+        if "teacher" in results:
+            for model in results.keys() - {"teacher"}:
+                numbers[model] |= cls.against(results[model], results["teacher"])
+        return numbers
+
+    @classmethod
+    def metric_rows(cls, found: Findings) -> Iterable[tuple[str, Row]]:
+        """Key and row of every metric, with a column per model."""
+        numbers = cls.numbers_of(found)
         for key in dict.fromkeys(key for metrics in numbers.values() for key in metrics):
             metric = metric_of(key)
             scaled = {m: v[key] * metric.scale for m, v in numbers.items() if key in v}
-            yield Row(metric.label, scaled)
+            yield key, Row(metric.label, scaled)
+
+    @classmethod
+    def rows(cls, found: Findings) -> Iterable[Row]:
+        """Rows of the section's table: one per metric, with a column per model."""
+        return (row for _, row in cls.metric_rows(found))
 
     @staticmethod
     def attribute_rows(results: Mapping[str, Result], labels: Mapping[str, str]) -> Iterable[Row]:

@@ -1,18 +1,21 @@
-"""Elastic constants by finite strains."""
+"""Elastic constants by finite strains, at several of them: a rough potential gives itself away."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from itertools import combinations
+from typing import Annotated, Any, Literal, Self
 
 import ase
 import numpy as np
 from ase.calculators.calculator import BaseCalculator
+from pydantic import Field
 
 from potstill.errors import ConfigError
 from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
 from potstill.evaluate.tools import relax, require_periodic, with_calculator
+from potstill.report.panels import plain_label
 from potstill.report.tables import Row, number
 from potstill.report.verdicts import Verdict
 from potstill.units import GPA
@@ -73,6 +76,24 @@ class ElasticConstants(Result):
         return float(np.abs(self.tensor - cubic).max())
 
     @property
+    def cubic(self) -> bool:
+        """Whether the tensor is that of a cubic crystal along the axes, to five percent."""
+        return self.cubic_deviation <= 0.05 * float(np.abs(self.tensor).max())
+
+    def named(self, *, cubic: bool | None = None, every: bool = False) -> dict[str, float]:
+        """Constants by name, GPa: C11, C12 and C44 of a cubic crystal, else elements of the tensor.
+
+        `cubic` says what the crystal is where another tensor decides; without `every` elements
+        below a tenth of the largest are left out.
+        """
+        if self.cubic if cubic is None else cubic:
+            return {"C11": self.c11, "C12": self.c12, "C44": self.c44}
+        least = 0.0 if every else _FLOOR * float(np.abs(self.tensor).max())
+        upper = zip(*np.triu_indices(6), strict=True)
+        named = {f"C{i + 1}{j + 1}": float(self.tensor[i, j]) for i, j in upper}
+        return {name: value for name, value in named.items() if abs(value) >= least}
+
+    @property
     def bulk_modulus(self) -> float:
         """Voigt's average, GPa; exact for cubic crystals."""
         return float(self.tensor[:3, :3].mean())
@@ -97,6 +118,131 @@ class ElasticConstants(Result):
         if not broken and lowest <= 0.0:
             broken = [f"lowest eigenvalue of the elastic tensor = {number(lowest)} GPa"]
         return tuple(broken)
+
+
+#: Models are compared at the strain closest to this one.
+COMPARED_STRAIN = 0.02
+#: Largest relative deviation of a constant from the teacher's that meets the bar.
+AIM_ELASTIC = 0.12
+#: Constants that change by more than this part between two strains tell of a rough potential.
+ROUGH = 0.05
+#: Constants below this part of the largest are judged against that part: zeros stay zeros.
+_FLOOR = 0.1
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The constant that differs most between two tensors.
+
+    Parameters
+    ----------
+    name : str
+        `C12`.
+    relative : float
+        Its absolute difference over its value in the second tensor, or over a tenth of the largest
+        constant there if that is more.
+    values, strains : (float, float)
+        In the first and the second tensor, GPa, and the strains of these.
+    """
+
+    name: str
+    relative: float
+    values: tuple[float, float]
+    strains: tuple[float, float]
+
+
+def largest_difference(ours: ElasticConstants, theirs: ElasticConstants) -> Difference:
+    """Which constant differs most: of three if the second crystal is cubic, else of 21."""
+    a, b = (r.named(cubic=theirs.cubic, every=True) for r in (ours, theirs))
+    least = _FLOOR * max(abs(value) for value in b.values())
+    apart = {name: abs(a[name] - b[name]) / max(abs(b[name]), least) for name in b}
+    worst = max(apart, key=apart.__getitem__)
+    return Difference(worst, apart[worst], (a[worst], b[worst]), (ours.strain, theirs.strain))
+
+
+@dataclass(frozen=True)
+class ElasticScan(Result):
+    """Elastic constants of one potential at several strains.
+
+    Parameters
+    ----------
+    constants : tuple of ElasticConstants
+        In the order of their strains.
+    """
+
+    constants: tuple[ElasticConstants, ...]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read also a file from before there were several strains: its only tensor."""
+        return super().from_json({"constants": [data]} if "tensor" in data else data)
+
+    @property
+    def compared(self) -> ElasticConstants:
+        """At the strain that models are compared at."""
+        return min(self.constants, key=lambda r: abs(r.strain - COMPARED_STRAIN))
+
+    @property
+    def stable(self) -> bool:
+        """Whether Born's criteria hold at every strain."""
+        return all(r.stable for r in self.constants)
+
+    def at(self, strain: float) -> ElasticConstants | None:
+        """Constants at this strain, if it is among those of the scan."""
+        return next((r for r in self.constants if np.isclose(r.strain, strain)), None)
+
+    def instabilities(self) -> tuple[str, ...]:
+        """Born's criteria that are violated at the smallest strain where any is, in words."""
+        for r in self.constants:
+            if broken := r.instabilities():
+                return (*broken[:-1], f"{broken[-1]} at strain {r.strain:g}")
+        return ()
+
+    def largest_change(self) -> Difference | None:
+        """The largest change of a constant between two strains; None with a single strain."""
+        pairs = [largest_difference(a, b) for a, b in combinations(self.constants, 2)]
+        return max(pairs, key=lambda d: d.relative, default=None)
+
+    def deviation(self, teacher: ElasticScan) -> Difference | None:
+        """The largest deviation from the teacher's constants at the strain of `compared`.
+
+        None if the teacher's constants were taken at other strains.
+        """
+        theirs = teacher.at(self.compared.strain)
+        return None if theirs is None else largest_difference(self.compared, theirs)
+
+
+def elastic_scan(
+    atoms: ase.Atoms,
+    calculator: BaseCalculator,
+    strains: Sequence[float],
+    *,
+    relax_cell: bool = False,
+    fmax: float = 1e-3,
+    max_steps: int = 500,
+    **settings: Any,
+) -> ElasticScan:
+    """Elastic tensors at several strains; the structure is relaxed once.
+
+    Parameters
+    ----------
+    atoms, calculator : ase.Atoms, BaseCalculator
+        As for `elastic_constants`, whose other settings `settings` are.
+    strains : sequence of float
+        Central differences cancel odd orders: for a smooth potential the constants at 0.005 and
+        0.02 are the same to a fraction of a percent.
+    """
+    require_periodic(atoms, "the elastic tensor")
+    start = with_calculator(atoms, calculator)
+    if relax_cell:
+        _relax_cell(start, fmax, max_steps)
+    settings |= {"fmax": fmax, "max_steps": max_steps}
+    return ElasticScan(
+        tuple(
+            elastic_constants(start, calculator, strain=strain, **settings)
+            for strain in sorted(set(strains))
+        )
+    )
 
 
 def elastic_constants(
@@ -127,7 +273,8 @@ def elastic_constants(
         Relax the atoms in every strained cell: the measurable constants. Without it, the
         clamped-ion constants. Where symmetry fixes every atom there is no difference.
     fmax, max_steps : float, int
-        For the relaxations, eV/Å.
+        For the relaxations, eV/Å. Strained cells are relaxed to a tenth of the strain in eV/Å if
+        that is less: what is left of their forces is then small beside what the strain makes.
 
     Raises
     ------
@@ -138,23 +285,22 @@ def elastic_constants(
     has_stress = "stress" in calculator.implemented_properties
     if method not in ("auto", "stress", "energy"):
         raise ConfigError(f"method must be 'auto', 'stress' or 'energy', not '{method}'")
-    if not has_stress and (method == "stress" or relax_cell):
-        raise ConfigError(
-            f"{type(calculator).__name__} gives no stress: use method='energy' and relax the cell "
-            "by its equation of state"
-        )
+    if not has_stress and method == "stress":
+        raise _no_stress(calculator)
     if method == "auto":
         method = "stress" if has_stress else "energy"
     size = strain if strain is not None else (0.003 if method == "stress" else 0.01)
     start = with_calculator(atoms, calculator)
-    if relax_cell or relax_ions:
-        relax(start, fmax=fmax, max_steps=max_steps, cell=relax_cell)
+    if relax_cell:
+        _relax_cell(start, fmax, max_steps)
+    elif relax_ions:
+        relax(start, fmax=fmax, max_steps=max_steps)
 
     def strained(voigt: np.ndarray) -> ase.Atoms:
         deformed = deform(start, voigt)
         deformed.calc = calculator
         if relax_ions:
-            relax(deformed, fmax=fmax, max_steps=max_steps)
+            relax(deformed, fmax=min(fmax, 0.1 * size), max_steps=max_steps)
         return deformed
 
     unit = size * np.eye(6)
@@ -172,6 +318,21 @@ def elastic_constants(
         method=method,
         relaxed_ions=relax_ions,
         strain=float(size),
+    )
+
+
+def _relax_cell(atoms: ase.Atoms, fmax: float, max_steps: int) -> None:
+    """Relax cell and atoms in place, or say why that cannot be."""
+    assert atoms.calc is not None
+    if "stress" not in atoms.calc.implemented_properties:
+        raise _no_stress(atoms.calc)
+    relax(atoms, fmax=fmax, max_steps=max_steps, cell=True)
+
+
+def _no_stress(calculator: BaseCalculator) -> ConfigError:
+    return ConfigError(
+        f"{type(calculator).__name__} gives no stress: use method='energy' and relax the cell by "
+        "its equation of state"
     )
 
 
@@ -219,67 +380,122 @@ def _pressure(atoms: ase.Atoms) -> float:
     return -(energies[0] - energies[1]) / (6.0 * step * atoms.get_volume()) / GPA
 
 
-#: Elastic constants are close when none is off by more than this part of the largest.
-AIM_ELASTIC = 0.2
-
-
 class Elastic(Evaluation):
-    """Elastic constants."""
+    """Elastic constants at several strains, compared with the teacher's at one of them.
+
+    Parameters
+    ----------
+    strains : tuple of float
+        Sizes of the strains. Models are compared at the one closest to 0.02: a teacher that is
+        rough at the scale of small displacements has no constants of its own below.
+    """
 
     name = "elastic"
     title = "elastic constants"
-    result = ElasticConstants
+    result = ElasticScan
     section = "Properties"
     needs = "crystal"
-    numbers: ClassVar = {
-        **{name: name for name in ("c11", "c12", "c44")},
-        "elastic_bulk_modulus": "bulk_modulus",
-    }
 
-    def run(self, bench: Bench, candidate: Candidate) -> ElasticConstants:
+    strains: tuple[Annotated[float, Field(gt=0.0, lt=0.2)], ...] = Field(
+        default=(0.005, 0.02), min_length=1
+    )
+
+    def run(self, bench: Bench, candidate: Candidate) -> ElasticScan:
         """Relax cell and atoms, then strain them."""
-        return elastic_constants(bench.atoms, candidate.calculator, relax_cell=True)
+        return elastic_scan(bench.atoms, candidate.calculator, self.strains, relax_cell=True)
+
+    @classmethod
+    def metrics(cls, result: ElasticScan) -> dict[str, float]:
+        """Constants at the strain that models are compared at, and how they change with it."""
+        at = result.compared
+        numbers = {"c11": at.c11, "c12": at.c12, "c44": at.c44}
+        numbers["elastic_bulk_modulus"] = at.bulk_modulus
+        if change := result.largest_change():
+            numbers["elastic_change_with_strain"] = change.relative
+        return numbers
+
+    @classmethod
+    def against(cls, result: ElasticScan, teacher: ElasticScan) -> dict[str, float]:
+        """Largest relative deviation from the teacher's constants at the same strain."""
+        found = result.deviation(teacher)
+        return {} if found is None else {"elastic_deviation": found.relative}
 
     @classmethod
     def rows(cls, found: Findings) -> Iterable[Row]:
-        """Constants, the strain that they were taken at, and stability."""
-        yield from super().rows(found)
-        results = found.of(cls.name, ElasticConstants)
-        if results:
-            strains = {m: f"{r.strain:g}" for m, r in results.items()}
-            yield Row("Strain of elastic constants", strains)
-            stable = {m: "yes" if r.stable else "no" for m, r in results.items()}
-            yield Row("Mechanically stable (Born)", stable)
+        """Constants at every strain, the distance from the teacher's, and stability."""
+        results = found.of(cls.name, ElasticScan)
+        if not results:
+            return
+        for strain in sorted({r.strain for scan in results.values() for r in scan.constants}):
+            at = {m: r for m, scan in results.items() if (r := scan.at(strain)) is not None}
+            model = "teacher" if "teacher" in at else next(iter(at))
+            named = {m: r.named(cubic=at[model].cubic, every=True) for m, r in at.items()}
+            for name in at[model].named():
+                values = {m: constants[name] for m, constants in named.items()}
+                yield Row(f"{name} at strain {strain:g} (GPa)", values)
+        inline = {"c11", "c12", "c44"}
+        yield from (row for key, row in cls.metric_rows(found) if key not in inline)
+        stable = {m: "yes" if scan.stable else "no" for m, scan in results.items()}
+        yield Row("Mechanically stable (Born)", stable)
 
     @classmethod
     def verdicts(cls, found: Findings) -> Iterable[Verdict]:
-        """Stability, and the distance from the teacher's constants."""
-        results = found.of(cls.name, ElasticConstants)
+        """Stability, smoothness, and the distance from the teacher's constants."""
+        results = found.of(cls.name, ElasticScan)
         ours, theirs = results.get("student"), results.get("teacher")
-        broken = () if ours is None else ours.instabilities()
-        if ours is not None and broken and (theirs is None or theirs.stable):
+        if ours is not None and not ours.stable and (theirs is None or theirs.stable):
+            broken = ", ".join(ours.instabilities())
             yield Verdict(
-                f"The student's crystal is mechanically unstable by Born's criteria: "
-                f"{', '.join(broken)} (strain {ours.strain:g}).",
-                f"mechanical stability ({', '.join(broken)})",
+                f"The student's crystal is mechanically unstable by Born's criteria: {broken}.",
+                f"mechanical stability ({broken})",
                 met=False,
             )
-        if ours is None or theirs is None:
+        for model, scan in results.items():
+            yield from _roughness(model, scan)
+        if ours is None or theirs is None or (worst := ours.deviation(theirs)) is None:
             return
-        pairs = {
-            name: (getattr(ours, name), getattr(theirs, name)) for name in ("c11", "c12", "c44")
-        }
-        values = ", ".join(
-            f"{k.upper()} {number(a)} ({number(b)}) GPa" for k, (a, b) in pairs.items()
-        )
-        errors = {name: abs(a - b) for name, (a, b) in pairs.items()}
-        worst = max(errors, key=errors.__getitem__)
-        met = errors[worst] <= AIM_ELASTIC * max(abs(b) for _, b in pairs.values())
-        where = "close to" if met else "far from"
+        strain = worst.strains[1]
+        at = theirs.at(strain)
+        assert at is not None  # else there is no deviation
+        a, b = ours.compared.named(cubic=at.cubic, every=True), at.named()
+        values = ", ".join(f"{k} {number(a[k])} ({number(v)})" for k, v in b.items())
+        met, bar = worst.relative <= AIM_ELASTIC, f"{100.0 * AIM_ELASTIC:g} %"
         yield Verdict(
-            f"Elastic constants from strains of {ours.strain:g}, the teacher's in parentheses: "
-            f"{values}; {where} the teacher's.",
-            f"elastic constants ({worst.upper()} {number(pairs[worst][0])} GPa, teacher "
-            f"{number(pairs[worst][1])} GPa)",
+            f"Elastic constants in GPa at strain {strain:g}, the teacher's in parentheses: "
+            f"{values}; largest deviation {number(100.0 * worst.relative, 2)} % ({worst.name}), "
+            f"{'within' if met else 'beyond'} the bar of {bar}.",
+            f"elastic constants within {bar} at strain {strain:g} ({worst.name} "
+            f"{number(worst.values[0])} GPa, teacher {number(worst.values[1])} GPa)",
             met,
         )
+
+
+def _roughness(model: str, scan: ElasticScan) -> Iterable[Verdict]:
+    """Warn where constants depend on the strain; the student has a bar for it."""
+    change = scan.largest_change()
+    if change is None:
+        return
+    bar = "elastic constants that do not depend on the strain" if model == "student" else ""
+    (a, b), (small, large) = change.values, change.strains
+    if change.relative <= ROUGH:
+        if bar:
+            yield Verdict(
+                f"The student's elastic constants change by {number(100.0 * change.relative, 2)} % "
+                f"at most between strains of {small:g} and {large:g}: it is smooth at the scale of "
+                "small displacements.",
+                bar,
+            )
+        return
+    effect = (
+        "a student can be compared with it at finite, stated strains only"
+        if model == "teacher"
+        else "its constants hold at the stated strain only, and its phonons are those of the "
+        "displacement"
+    )
+    text = (
+        f"The elastic constants of the {plain_label(model)} depend on the strain: {change.name} is "
+        f"{number(a)} GPa at {small:g} and {number(b)} GPa at {large:g}. It is rough at the scale "
+        f"of small displacements: {effect}."
+    )
+    words = f"{bar} ({change.name} {number(a)} GPa at {small:g}, {number(b)} GPa at {large:g})"
+    yield Verdict(text, words if bar else "", met=not bar)

@@ -16,6 +16,7 @@ from potstill.evaluate.errors import S2EF, Errors
 from potstill.evaluate.memory import Memory
 from potstill.evaluate.nve import NVE
 from potstill.evaluate.parity import Parity
+from potstill.evaluate.phonons import PhononsEvaluation
 from potstill.evaluate.rdf import Rdf
 from potstill.evaluate.speed import InferenceThroughput, Speed
 from potstill.evaluate.vibrations import VibrationsEvaluation
@@ -31,6 +32,7 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
         Eos,
         Elastic,
         VibrationsEvaluation,
+        PhononsEvaluation,
         Rdf,
         Speed,
         Memory,

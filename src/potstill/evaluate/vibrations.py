@@ -1,4 +1,4 @@
-"""Harmonic vibrations of a molecule, a slab or the unit cell of a crystal, at its own minimum."""
+"""Harmonic vibrations of a molecule or slab at its own minimum; crystals have phonons instead."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from potstill.errors import ConfigError
 from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
 from potstill.evaluate.tools import fixed_atoms, relax, with_calculator
 from potstill.report.panels import Drawing, Panel, Series
-from potstill.report.tables import Row, number
+from potstill.report.tables import number
 from potstill.report.verdicts import Verdict
 from potstill.units import FS_IN_ASE_TIME, OMEGA_IN_WAVE_NUMBERS
 
@@ -139,7 +139,7 @@ def _rigid_motions(atoms: ase.Atoms, roots: np.ndarray) -> np.ndarray:
 
 
 class VibrationsEvaluation(Evaluation):
-    """Harmonic frequencies beside the teacher's.
+    """Harmonic frequencies of what is no crystal beside the teacher's.
 
     Parameters
     ----------
@@ -156,7 +156,9 @@ class VibrationsEvaluation(Evaluation):
     max_atoms: int = 40
 
     def lacks(self, bench: Bench) -> str:
-        """Also a structure that is small enough."""
+        """Also a structure that is small enough, and no crystal."""
+        if bench.structure is not None and bool(bench.structure.pbc.all()):
+            return "a molecule, chain or slab; crystals have phonons"
         if bench.structure is not None and bench.structure.n_atoms > self.max_atoms:
             return f"a structure of at most {self.max_atoms} atoms"
         return super().lacks(bench)
@@ -176,14 +178,9 @@ class VibrationsEvaluation(Evaluation):
         }
 
     @classmethod
-    def rows(cls, found: Findings) -> Iterable[Row]:
-        """Ends of the spectrum, and the distance from the teacher's."""
-        yield from super().rows(found)
-        results = found.of(cls.name, Vibrations)
-        theirs = results.pop("teacher", None)
-        if theirs is not None and results:
-            apart = {m: _deviation(r, theirs) for m, r in results.items()}
-            yield Row("RMS deviation of vibrations from the teacher's (1/cm)", apart)
+    def against(cls, result: Vibrations, teacher: Vibrations) -> dict[str, float]:
+        """Distance from the teacher's spectrum."""
+        return {"vibrations_rmse": _deviation(result, teacher)}
 
     @classmethod
     def drawings(cls, found: Findings) -> Iterable[Drawing]:

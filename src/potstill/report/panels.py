@@ -117,6 +117,8 @@ class Panel:
         Draw y = 0.
     notes : sequence of (float, float, str)
         Short texts beside points.
+    x_ticks : sequence of (float, str)
+        Places on the x axis and what they are called, instead of numbers; the axis ends there.
     """
 
     x_label: str
@@ -131,6 +133,7 @@ class Panel:
     from_zero: bool = False
     zero_line: bool = False
     notes: Sequence[tuple[float, float, str]] = ()
+    x_ticks: Sequence[tuple[float, str]] = ()
 
 
 @dataclass(frozen=True)

@@ -253,6 +253,12 @@ def _set_ticks(axis: Axes, panel: Panel) -> None:
     for direction, ticks in (("x", axis.xaxis), ("y", axis.yaxis)):
         if direction == "y" and panel.categories:
             continue
+        if direction == "x" and panel.x_ticks:
+            places, names = zip(*panel.x_ticks, strict=True)
+            axis.set_xticks(places, names)
+            axis.set_xlim(min(places), max(places))
+            axis.grid(axis="x", color="#bdbdbd")
+            continue
         if _is_log(panel, direction):
             limits = getattr(axis, f"get_{direction}lim")()
             ticks.set_major_locator(FixedLocator(_log_ticks(*limits)))

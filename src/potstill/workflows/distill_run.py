@@ -105,6 +105,7 @@ def default_tests() -> dict[str, tuple[Candidates, ...]]:
         "eos": ("student", "control", "teacher"),
         "elastic": ("student", "control", "teacher"),
         "vibrations": ("student", "teacher"),
+        "phonons": ("student", "control", "teacher"),
         "rdf": ("student", "teacher"),
         "speed": ("student", "teacher"),
         "memory": ("student",),
@@ -374,7 +375,7 @@ def _orders(
                 at_once=min(config.trainings_at_once, 1 + len(config.controls)),
                 on_policy=config.on_policy,
                 fixed=config.counts,
-                unit_cell_atoms=int(primitive.n_atoms_per_system[0]),
+                unit_cell=primitive[0],
                 teacher_tests=tuple(t for t, who in config.tests.items() if "teacher" in who),
             )
         if n_atoms <= MIN_ATOMS or not bool(primitive.pbc.any()):

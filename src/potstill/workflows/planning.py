@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from pydantic import Field
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential
 from potstill.errors import ConfigError, TeacherError
-from potstill.evaluate.vibrations import VibrationsEvaluation
+from potstill.evaluate.base import Bench, BenchSettings
+from potstill.evaluate.phonons import PhononsEvaluation
+from potstill.evaluate.table import evaluation_class
 from potstill.sample import RattleJob
 from potstill.structures import Structures
 from potstill.teachers import Teacher
@@ -54,9 +57,9 @@ TOLERANCE = 1.1
 #: What a slow teacher gets: multiples of the smallest numbers of frames, and the largest share of
 #: the budget for all but training.
 SCALES, BEFORE_TRAINING = (8.0, 4.0, 2.0, 1.4, 1.0), 0.6
-#: Teacher calls for E(V), elastic constants and a relaxation of the unit cell, and MD steps per
-#: size timed.
-EOS_CALLS, ELASTIC_CALLS, RELAXATION_CALLS, TIMED_STEPS = 40, 100, 10, 6
+#: Teacher calls for E(V), elastic constants at two strains and a relaxation of the unit cell, and
+#: MD steps per size timed.
+EOS_CALLS, ELASTIC_CALLS, RELAXATION_CALLS, TIMED_STEPS = 40, 150, 10, 6
 #: Numbers of atoms that speed is measured for.
 SPEED_SIZES = (64, 512)
 #: Periodic cells are not made smaller than this for a slow teacher.
@@ -162,7 +165,8 @@ class Plan(Settings):
             "explore": f"{c.n_on_policy_frames} frames from MD with the draft, labeled",
             "train": f"{c.epochs} epochs each for the student and its controls",
             "dynamics": f"{c.md_duration:g} ps with the student",
-            "evaluate": f"errors, elasticity, speed, memory, {c.nve_duration:g} ps of NVE",
+            "evaluate": "errors, elasticity, phonons or vibrations, speed, memory, "
+            f"{c.nve_duration:g} ps of NVE",
         }
         rows = [[k, work.get(k, ""), seconds_in_words(s)] for k, s in self.seconds.items()]
         return [*rows, ["total", "", seconds_in_words(self.total_seconds)]]
@@ -180,7 +184,7 @@ class Order:
     at_once: int  # trainings that run side by side
     on_policy: bool  # whether a draft student explores
     fixed: Counts  # by the user
-    unit_cell_atoms: int = 0  # of the structure whose lattice constant and elasticity are computed
+    unit_cell: Structures | None = None  # whose lattice constant and elasticity are computed
     teacher_tests: tuple[str, ...] = ()  # of the evaluation
 
     @property
@@ -194,16 +198,24 @@ class Order:
 
     def teacher_calls(self, lean: bool) -> float:
         """What the evaluation asks the teacher, in MD steps of the starting structures."""
+        speed = TIMED_STEPS * sum([self.n_atoms] if lean else SPEED_SIZES)
+        speed *= "speed" in self.teacher_tests
+        return (speed + self._calls_for_properties) / self.n_atoms
+
+    @cached_property
+    def _calls_for_properties(self) -> int:
+        """Atoms of the unit cell times teacher calls, over all evaluations that apply to it."""
+        if self.unit_cell is None:
+            return 0
+        bench, n = Bench(BenchSettings(), self.unit_cell), self.unit_cell.n_atoms
         calls = {
-            "eos": EOS_CALLS * self.unit_cell_atoms,
-            "elastic": ELASTIC_CALLS * self.unit_cell_atoms,
+            "eos": lambda: EOS_CALLS * n,
+            "elastic": lambda: ELASTIC_CALLS * n,
+            "vibrations": lambda: (RELAXATION_CALLS + 6 * n) * n,
+            "phonons": lambda: RELAXATION_CALLS * n + PhononsEvaluation().work(bench.atoms),
         }
-        if self.unit_cell_atoms <= VibrationsEvaluation().max_atoms:
-            calls["vibrations"] = (RELAXATION_CALLS + 6 * self.unit_cell_atoms) * (
-                self.unit_cell_atoms
-            )
-        calls["speed"] = TIMED_STEPS * sum([self.n_atoms] if lean else SPEED_SIZES)
-        return sum(calls.get(test, 0) for test in self.teacher_tests) / self.n_atoms
+        asked = [name for name in calls if name in self.teacher_tests]
+        return sum(calls[name]() for name in asked if not evaluation_class(name)().lacks(bench))
 
 
 def timestep_for(structures: Structures) -> float:

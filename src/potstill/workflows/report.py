@@ -27,7 +27,7 @@ from ruamel.yaml import YAML
 from potstill.checkpoint import load_potential
 from potstill.errors import DataError, PotstillError
 from potstill.evaluate.base import SECTIONS, Evaluation, Findings
-from potstill.evaluate.elastic import ElasticConstants
+from potstill.evaluate.elastic import ElasticScan
 from potstill.evaluate.errors import ErrorReport, errors_of, target_of
 from potstill.evaluate.learning import LearningCurves, learning_panels, read_learning_curves
 from potstill.evaluate.nve import NVERun
@@ -152,7 +152,7 @@ def _facts(found: Findings) -> Iterator[Fact]:
     if ratios := speed_ratio(found):
         n = max(ratios)
         yield Fact(number(ratios[n]), "×", "speedup over the teacher", f"{n:,} atoms")
-    elastic = found.of("elastic", ElasticConstants).get("student")
+    elastic = found.of("elastic", ElasticScan).get("student")
     if elastic is not None and not elastic.stable:
         yield Fact("unstable", "", "crystal, student", "; ".join(elastic.instabilities()))
     run = found.of("nve", NVERun).get("student")

@@ -44,9 +44,9 @@ def summarize(folder: Path) -> dict[str, Any]:
 def metrics_of(found: Findings) -> dict[str, dict[str, float]]:
     """Numbers of all evaluations by model, under the keys of `potstill.metrics.METRICS`."""
     metrics: dict[str, dict[str, float]] = {}
-    for name, evaluation in EVALUATIONS.items():
-        for model, result in found.of(name, evaluation.result).items():
-            metrics.setdefault(model, {}).update(evaluation.metrics(result))
+    for evaluation in EVALUATIONS.values():
+        for model, numbers in evaluation.numbers_of(found).items():
+            metrics.setdefault(model, {}).update(numbers)
     return metrics
 
 
