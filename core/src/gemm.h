@@ -48,7 +48,7 @@ POTSTILL_INLINE void gemm_tile(int n_k, const T *a, ptrdiff_t stride, const T *x
 template <class T, Order order, int C>
 void gemm_columns(int n_rows, int n_k, const T *a, ptrdiff_t stride, const T *x, ptrdiff_t ld_x, T *y,
                   ptrdiff_t ld_y, Start start, const T *bias) {
-    constexpr int R = n_registers == 32 ? 8 : 4;
+    constexpr int R = n_registers == 32 ? 8 : 6;
     const ptrdiff_t step = order == Order::rows ? stride : 1;
     int row = 0;
     auto at = [&](int r) { return bias ? bias + r : nullptr; };

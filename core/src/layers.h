@@ -2,7 +2,7 @@
 //
 // Forward: the pairs of the atoms, the environments (sums over neighbors of sensitivity x tensor
 // component x feature), then all layers on atoms as matrix products. Backward the same in reverse;
-// sensitivities are evaluated again, so nothing of the size of pairs x channels leaves the cache.
+// what is of the size of pairs x channels is kept for one block of atoms, in the cache.
 #pragma once
 
 #include "gradients.h"
@@ -80,6 +80,7 @@ struct Part {
     Row<T> row;
     PairFields<T> fields;  // of a block's atoms
     Span<Run> runs;        // (B, n_species)
+    Span<T> sensitivities;  // of a block's runs, each (n_sens, its pairs)
     AtomScratch<T> atom;
     BlockScratch<T> block;
     ForceSums<T> sums;
@@ -91,6 +92,7 @@ struct Part {
         : row(sizes, c),
           fields(place_fields(sizes, c)),
           runs(c.take<Run>(size_t(block_atoms) * sizes.n_species)),
+          sensitivities(c.take<T>(size_t(block_atoms) * sizes.stride * sizes.n_sens)),
           atom(sizes, M, c),
           block(sizes, M, c),
           sums(task, c),
@@ -98,6 +100,10 @@ struct Part {
           indices_fit(true) {
         for (Span<T> &x : feature_cotangent)
             x = c.take<T>(sizes.n_layers > 1 ? task.pairs.n_atoms * sizes.ld_features : 0);
+    }
+
+    T *sensitivities_of(const Run &run, int n_sens) const {
+        return sensitivities + ptrdiff_t(run.first) * n_sens;
     }
 
     static PairFields<T> place_fields(const Sizes<T> &sizes, Carver &c) {
@@ -176,6 +182,11 @@ class Layers {
             source_.load(first + b, s.row);
             if (first_time && layer == 0 && sink_.zbl()) add_zbl(s, first + b);
             offset = source_.select(first + b, s.row, n_runs, s.fields, s.runs + b * n_runs, offset);
+            for (int z = 0; z < n_runs; ++z) {
+                const Run &run = s.runs[b * n_runs + z];
+                sensitivities<T>(run.n_vectors, s.fields.inverse_r + run.first, prepared_[layer].radial,
+                                 s.sensitivities_of(run, sizes_.n_sens));
+            }
             weighted_components<T, M>(s.fields, start, (offset - start) / L, s.atom.weighted,
                                       sizes_.stride);
             if (layer == 0)
@@ -282,9 +293,9 @@ class Layers {
         T *own = s.atom.environment;
         for (int z = 0; z < n_s; ++z) {
             const Run &run = s.runs[b * n_s + z];
-            environment<T, M>(run.n_vectors, s.fields.inverse_r + run.first,
-                              s.atom.weighted + (run.first - start), sizes_.stride,
-                              prepared_[0].radial, own + z * M, ptrdiff_t(n_s) * M);
+            environment<T, M>(run.n_vectors, s.sensitivities_of(run, sizes_.n_sens),
+                              s.atom.weighted + (run.first - start), sizes_.stride, sizes_.n_sens,
+                              own + z * M, ptrdiff_t(n_s) * M);
         }
         for (int k = 0; k < sizes_.n_sens * n_s * M; ++k) s.block.environment[k * B + b] = own[k];
     }
@@ -299,8 +310,8 @@ class Layers {
             else
                 clear(ld, s.atom.near + p * ld);
         }
-        spell_out<T, M>(run.n_vectors, s.fields.inverse_r + run.first, s.atom.weighted,
-                        sizes_.stride, prepared_[layer].radial, s.atom.spelled, sizes_.stride);
+        spell_out<T, M>(run.n_vectors, s.sensitivities_of(run, sizes_.n_sens), s.atom.weighted,
+                        sizes_.stride, sizes_.n_sens, s.atom.spelled, sizes_.stride);
     }
 
     int64_t neighbor_of(const Part<T> &s, int64_t i, int k) const {
@@ -517,8 +528,8 @@ class Layers {
     void pairs_backward(Part<T> &s, int layer, int64_t i, const Run &run, const T *cotangent,
                         ptrdiff_t ld, T *moments) const {
         T *const by_pair[3] = {s.atom.by_pair[0], s.atom.by_pair[1], s.atom.by_pair[2]};
-        backward_run<T, M, dense>(s.fields, run, prepared_[layer].radial, cotangent, ld, moments,
-                                  by_pair);
+        backward_run<T, M, dense>(s.fields, run, prepared_[layer].radial,
+                                  s.sensitivities_of(run, sizes_.n_sens), cotangent, ld, moments, by_pair);
         sink_.deliver(i, s.fields, run, s.atom.by_pair, s.sums);
     }
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "arena.h"
+#include "packing.h"
 #include "pairs.h"
 #include "quads.h"
 

@@ -37,61 +37,6 @@ struct Count {
     static constexpr int value = N;
 };
 
-// Copy the pairs with r < cutoff and species `wanted` (any, if `species` is NULL) and their labels.
-// Returns how many; up to a vector beyond them is overwritten.
-template <class T>
-inline int compress(int n_raw, const T *x, const T *y, const T *z, const int32_t *labels,
-                    const T *species, T wanted, T cutoff_square, T *x_out, T *y_out, T *z_out,
-                    int32_t *labels_out) {
-    int n = 0;
-#if defined(__AVX512F__) && defined(__AVX512VL__)
-    constexpr int L = lanes<T>;
-    if constexpr (sizeof(T) == 4) {
-        const __m512 limit = _mm512_set1_ps(cutoff_square), kind = _mm512_set1_ps(wanted);
-        for (int k = 0; k < n_raw; k += L) {
-            const __m512 vx = _mm512_loadu_ps(x + k), vy = _mm512_loadu_ps(y + k),
-                         vz = _mm512_loadu_ps(z + k);
-            const __m512 square =
-                _mm512_fmadd_ps(vx, vx, _mm512_fmadd_ps(vy, vy, _mm512_mul_ps(vz, vz)));
-            __mmask16 mask = _mm512_cmp_ps_mask(square, limit, _CMP_LT_OQ);
-            if (species)
-                mask = _mm512_mask_cmp_ps_mask(mask, _mm512_loadu_ps(species + k), kind, _CMP_EQ_OQ);
-            _mm512_storeu_ps(x_out + n, _mm512_maskz_compress_ps(mask, vx));
-            _mm512_storeu_ps(y_out + n, _mm512_maskz_compress_ps(mask, vy));
-            _mm512_storeu_ps(z_out + n, _mm512_maskz_compress_ps(mask, vz));
-            _mm512_storeu_si512(labels_out + n, _mm512_maskz_compress_epi32(
-                                                    mask, _mm512_loadu_si512(labels + k)));
-            n += __builtin_popcount(mask);
-        }
-    } else {
-        const __m512d limit = _mm512_set1_pd(cutoff_square), kind = _mm512_set1_pd(wanted);
-        for (int k = 0; k < n_raw; k += L) {
-            const __m512d vx = _mm512_loadu_pd(x + k), vy = _mm512_loadu_pd(y + k),
-                          vz = _mm512_loadu_pd(z + k);
-            const __m512d square =
-                _mm512_fmadd_pd(vx, vx, _mm512_fmadd_pd(vy, vy, _mm512_mul_pd(vz, vz)));
-            __mmask8 mask = _mm512_cmp_pd_mask(square, limit, _CMP_LT_OQ);
-            if (species)
-                mask = _mm512_mask_cmp_pd_mask(mask, _mm512_loadu_pd(species + k), kind, _CMP_EQ_OQ);
-            _mm512_storeu_pd(x_out + n, _mm512_maskz_compress_pd(mask, vx));
-            _mm512_storeu_pd(y_out + n, _mm512_maskz_compress_pd(mask, vy));
-            _mm512_storeu_pd(z_out + n, _mm512_maskz_compress_pd(mask, vz));
-            _mm256_storeu_si256(
-                (__m256i *)(labels_out + n),
-                _mm256_maskz_compress_epi32(mask, _mm256_loadu_si256((const __m256i *)(labels + k))));
-            n += __builtin_popcount(mask);
-        }
-    }
-#else
-    for (int k = 0; k < n_raw; ++k) {
-        x_out[n] = x[k], y_out[n] = y[k], z_out[n] = z[k], labels_out[n] = labels[k];
-        const T square = x[k] * x[k] + (y[k] * y[k] + z[k] * z[k]);
-        n += (square < cutoff_square) & (!species || species[k] == wanted);
-    }
-#endif
-    return n;
-}
-
 // Cutoff function and its derivative; both vanish from the cutoff on.
 template <class T>
 POTSTILL_INLINE void cutoff_function(Vector<T> r, T cutoff, bool is_polynomial, Vector<T> &value,
@@ -163,75 +108,95 @@ inline void weighted_components(const PairFields<T> &f, int first, int n_vectors
     }
 }
 
+// All sensitivities of `n_vectors` vectors: that of Gaussian n and vector v to out[(n n_vectors + v) L].
 template <class T>
-POTSTILL_INLINE Vector<T> gaussian(Vector<T> inverse_r, T a, T b, Vector<T> &tau) {
-    tau = a * inverse_r - b;
-    return exp2_of_negative<T>(Vector<T>{} - tau * tau);
+inline void sensitivities(int n_vectors, const T *inverse_r, const Radial<T> &radial, T *out) {
+    constexpr int L = lanes<T>;
+    for (int n = 0; n < radial.n; ++n, out += n_vectors * L) {
+        const Vector<T> a = broadcast(radial.a[n]), b = broadcast(radial.b[n]);
+#pragma GCC unroll 2
+        for (int v = 0; v < n_vectors; ++v) {
+            const Vector<T> tau = a * load(inverse_r + v * L) - b;
+            store(out + v * L, exp2_of_negative<T>(Vector<T>{} - tau * tau));
+        }
+    }
+}
+
+// Rows n and n + 1, ..., components m, ... of the environment: N x C of them.
+template <class T, int N, int C>
+POTSTILL_INLINE void environment_tile(int n_vectors, const T *g, const T *weighted, ptrdiff_t ld, T *out,
+                                      ptrdiff_t ld_out) {
+    constexpr int L = lanes<T>;
+    Vector<T> sum[N * C] = {};
+    for (int v = 0; v < n_vectors; ++v) {
+        Vector<T> factor[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) factor[n] = load(g + (n * ptrdiff_t(n_vectors) + v) * L);
+#pragma GCC unroll 9
+        for (int c = 0; c < C; ++c) {
+            const Vector<T> t = load(weighted + c * ld + v * L);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) sum[n * C + c] += factor[n] * t;
+        }
+    }
+    T totals[N * C];
+    sum_lanes_of<T>(sum, totals);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n)
+#pragma GCC unroll 9
+        for (int c = 0; c < C; ++c) out[n * ld_out + c] = totals[n * C + c];
 }
 
 template <class T, int M, int N>
-POTSTILL_INLINE void environment_tile(int n_vectors, const T *inverse_r, const T *weighted, ptrdiff_t ld,
-                                      const T *a, const T *b, T *out, ptrdiff_t ld_out) {
-    constexpr int L = lanes<T>;
-    Vector<T> sum[N * M] = {};
-    for (int v = 0; v < n_vectors; ++v) {
-        const Vector<T> inverse = load(inverse_r + v * L);
-        Vector<T> g[N];
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) {
-            Vector<T> tau;
-            g[n] = gaussian<T>(inverse, a[n], b[n], tau);
-        }
-#pragma GCC unroll 9
-        for (int m = 0; m < M; ++m) {
-            const Vector<T> t = load(weighted + m * ld + v * L);
-#pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) sum[n * M + m] += g[n] * t;
-        }
-    }
-    T totals[N * M];
-    sum_lanes_of<T>(sum, totals);
-    for (int n = 0; n < N; ++n)
-        for (int m = 0; m < M; ++m) out[n * ld_out + m] = totals[n * M + m];
+POTSTILL_INLINE void environment_rows(int n_vectors, const T *g, const T *weighted, ptrdiff_t ld, T *out,
+                                      ptrdiff_t ld_out) {
+    // As many accumulators as registers allow, in blocks of components of nearly the same size.
+    constexpr int most = n_registers == 32 ? 9 : 5, n_blocks = (M + most - 1) / most;
+    constexpr int C = (M + n_blocks - 1) / n_blocks, last = M - (n_blocks - 1) * C;
+    for (int k = 0; k < n_blocks - 1; ++k)
+        environment_tile<T, N, C>(n_vectors, g, weighted + k * C * ld, ld, out + k * C, ld_out);
+    constexpr int m = (n_blocks - 1) * C;
+    environment_tile<T, N, last>(n_vectors, g, weighted + m * ld, ld, out + m, ld_out);
 }
 
 // out(n, m) = sum over the pairs of a run of sensitivity n times tensor component m.
 template <class T, int M>
-inline void environment(int n_vectors, const T *inverse_r, const T *weighted, ptrdiff_t ld,
-                        const Radial<T> &radial, T *out, ptrdiff_t ld_out) {
-    constexpr int N = M == 1 ? 4 : n_registers == 32 ? 2 : M == 4 ? 2 : 1;
+inline void environment(int n_vectors, const T *g, const T *weighted, ptrdiff_t ld, int n_sens, T *out,
+                        ptrdiff_t ld_out) {
     int n = 0;
-    for (; n + N <= radial.n; n += N)
-        environment_tile<T, M, N>(n_vectors, inverse_r, weighted, ld, radial.a + n, radial.b + n,
-                                  out + n * ld_out, ld_out);
-    for (; n < radial.n; ++n)
-        environment_tile<T, M, 1>(n_vectors, inverse_r, weighted, ld, radial.a + n, radial.b + n,
-                                  out + n * ld_out, ld_out);
+    auto rows = [&](auto count) {
+        constexpr int N = decltype(count)::value;
+        for (; n + N <= n_sens; n += N)
+            environment_rows<T, M, N>(n_vectors, g + n * ptrdiff_t(n_vectors) * lanes<T>, weighted, ld,
+                                      out + n * ld_out, ld_out);
+    };
+    if constexpr (M == 1) rows(Count<4>{});
+    rows(Count<2>{});
+    rows(Count<1>{});
 }
 
 // out(n M + m, pair) = sensitivity n times tensor component m, for dense features.
 template <class T, int M>
-inline void spell_out(int n_vectors, const T *inverse_r, const T *weighted, ptrdiff_t ld,
-                      const Radial<T> &radial, T *out, ptrdiff_t ld_out) {
+inline void spell_out(int n_vectors, const T *g, const T *weighted, ptrdiff_t ld, int n_sens, T *out,
+                      ptrdiff_t ld_out) {
     constexpr int L = lanes<T>;
-    for (int n = 0; n < radial.n; ++n)
+    for (int n = 0; n < n_sens; ++n)
         for (int v = 0; v < n_vectors; ++v) {
-            Vector<T> tau;
-            const Vector<T> g =
-                gaussian<T>(load(inverse_r + v * L), radial.a[n], radial.b[n], tau);
+            const Vector<T> factor = load(g + (n * ptrdiff_t(n_vectors) + v) * L);
 #pragma GCC unroll 9
             for (int m = 0; m < M; ++m)
-                store(out + (n * M + m) * ld_out + v * L, g * load(weighted + m * ld + v * L));
+                store(out + (n * M + m) * ld_out + v * L, factor * load(weighted + m * ld + v * L));
         }
 }
 
-// Backward of a run. `cotangent` is dE/d(environment): for one-hot features the same for all pairs
+// Backward of a run; `g` holds its sensitivities. `cotangent` is dE/d(environment): for one-hot features the same for all pairs
 // of the run, at [n ld + m]; for dense features one per pair, at [(n M + m) ld + pair]. Writes
 // dE/dr_ij to the three arrays `out`; adds to `moments`, if given, per sensitivity the sums over
 // pairs of q and q tau with q = tau dE/d(ln sensitivity), a vector of partial sums each.
 template <class T, int M, bool dense, bool with_moments, int U>
-POTSTILL_INLINE void backward_tile(const PairFields<T> &f, int k0, const Radial<T> &radial,
-                                   const T *cotangent, ptrdiff_t ld, T *moments, T *const *out) {
+POTSTILL_INLINE void backward_tile(const PairFields<T> &f, int k0, const Radial<T> &radial, const T *g,
+                                   ptrdiff_t ld_g, const T *cotangent, ptrdiff_t ld, T *moments,
+                                   T *const *out) {
     constexpr int L = lanes<T>;
     Vector<T> inverse[U], envelope[U], t[U][M], sums[U][M] = {}, by_inverse[U] = {};
 #pragma GCC unroll 2
@@ -245,8 +210,8 @@ POTSTILL_INLINE void backward_tile(const PairFields<T> &f, int k0, const Radial<
         Vector<T> first{}, second{};
 #pragma GCC unroll 2
         for (int u = 0; u < U; ++u) {
-            Vector<T> tau;
-            const Vector<T> g = gaussian<T>(inverse[u], radial.a[n], radial.b[n], tau);
+            const Vector<T> factor = load(g + n * ld_g + u * L);
+            const Vector<T> tau = radial.a[n] * inverse[u] - radial.b[n];
             Vector<T> h;
 #pragma GCC unroll 9
             for (int m = 0; m < M; ++m) {
@@ -256,9 +221,9 @@ POTSTILL_INLINE void backward_tile(const PairFields<T> &f, int k0, const Radial<
                 else
                     c = broadcast(cotangent[n * ld + m]);
                 h = m == 0 ? c : h + c * t[u][m];
-                sums[u][m] += c * g;
+                sums[u][m] += c * factor;
             }
-            const Vector<T> q = g * h * tau;
+            const Vector<T> q = factor * h * tau;
             by_inverse[u] += radial.slope[n] * q;
             if constexpr (with_moments) {
                 const Vector<T> w = envelope[u] * q;
@@ -303,15 +268,16 @@ POTSTILL_INLINE void backward_tile(const PairFields<T> &f, int k0, const Radial<
 }
 
 template <class T, int M, bool dense, bool with_moments>
-inline void backward_run_as(const PairFields<T> &f, const Run &run, const Radial<T> &radial,
-                         const T *cotangent, ptrdiff_t ld, T *moments, T *const *out) {
+inline void backward_run_as(const PairFields<T> &f, const Run &run, const Radial<T> &radial, const T *g,
+                            const T *cotangent, ptrdiff_t ld, T *moments, T *const *out) {
     constexpr int L = lanes<T>;
     constexpr int U = n_registers == 32 && M <= 4 && !dense ? 2 : 1;
     int v = 0;
     auto tile = [&](auto width) {
         T *const at[3] = {out[0] + v * L, out[1] + v * L, out[2] + v * L};
         backward_tile<T, M, dense, with_moments, decltype(width)::value>(
-            f, run.first + v * L, radial, cotangent + (dense ? v * L : 0), ld, moments, at);
+            f, run.first + v * L, radial, g + v * L, run.n_vectors * L, cotangent + (dense ? v * L : 0), ld,
+            moments, at);
         v += decltype(width)::value;
     };
     while (v + U <= run.n_vectors) tile(Count<U>{});
@@ -319,12 +285,12 @@ inline void backward_run_as(const PairFields<T> &f, const Run &run, const Radial
 }
 
 template <class T, int M, bool dense>
-inline void backward_run(const PairFields<T> &f, const Run &run, const Radial<T> &radial,
+inline void backward_run(const PairFields<T> &f, const Run &run, const Radial<T> &radial, const T *g,
                          const T *cotangent, ptrdiff_t ld, T *moments, T *const *out) {
     if (moments)
-        backward_run_as<T, M, dense, true>(f, run, radial, cotangent, ld, moments, out);
+        backward_run_as<T, M, dense, true>(f, run, radial, g, cotangent, ld, moments, out);
     else
-        backward_run_as<T, M, dense, false>(f, run, radial, cotangent, ld, moments, out);
+        backward_run_as<T, M, dense, false>(f, run, radial, g, cotangent, ld, moments, out);
 }
 
 }  // namespace potstill::POTSTILL_ISA

@@ -28,17 +28,6 @@ struct FourOf<double> {
 template <class T>
 using Four = typename FourOf<T>::type;
 
-// Lanes of a (0 to 3) and b (4 to 7). GCC 11 has only the other spelling.
-template <int i, int j, int k, int l, class V>
-POTSTILL_INLINE V shuffled(V a, V b) {
-#if __has_builtin(__builtin_shufflevector)
-    return __builtin_shufflevector(a, b, i, j, k, l);
-#else
-    typedef decltype(a < b) Lanes;
-    return __builtin_shuffle(a, b, Lanes{i, j, k, l});
-#endif
-}
-
 template <class V>
 POTSTILL_INLINE void transpose_four(V &a, V &b, V &c, V &d) {
     const V ab_low = shuffled<0, 4, 1, 5>(a, b), ab_high = shuffled<2, 6, 3, 7>(a, b);

@@ -21,12 +21,24 @@
 
 namespace potstill::POTSTILL_ISA {
 
+// On x86 the intrinsics that do the same at every width.
 #if defined(__AVX512F__)
 constexpr int vector_bytes = 64;
+#define POTSTILL_INTRINSIC(operation) _mm512_##operation
+typedef __m512 Floats;
+typedef __m512d Doubles;
 #elif defined(__AVX2__)
 constexpr int vector_bytes = 32;
+#define POTSTILL_INTRINSIC(operation) _mm256_##operation
+typedef __m256 Floats;
+typedef __m256d Doubles;
 #else
 constexpr int vector_bytes = 16;
+#ifdef __SSE2__
+#define POTSTILL_INTRINSIC(operation) _mm_##operation
+typedef __m128 Floats;
+typedef __m128d Doubles;
+#endif
 #endif
 
 template <class T>
@@ -80,16 +92,11 @@ POTSTILL_INLINE double scalar_sqrt(double x) { return __builtin_sqrt(x); }
 
 template <class T>
 POTSTILL_INLINE Vector<T> square_root(Vector<T> x) {
-#if defined(__AVX512F__)
+#ifdef POTSTILL_INTRINSIC
     if constexpr (sizeof(T) == 4)
-        return (Vector<T>)_mm512_sqrt_ps((__m512)x);
+        return (Vector<T>)POTSTILL_INTRINSIC(sqrt_ps)((Floats)x);
     else
-        return (Vector<T>)_mm512_sqrt_pd((__m512d)x);
-#elif defined(__AVX2__)
-    if constexpr (sizeof(T) == 4)
-        return (Vector<T>)_mm256_sqrt_ps((__m256)x);
-    else
-        return (Vector<T>)_mm256_sqrt_pd((__m256d)x);
+        return (Vector<T>)POTSTILL_INTRINSIC(sqrt_pd)((Doubles)x);
 #else
     Vector<T> y;
     for (int k = 0; k < lanes<T>; ++k) y[k] = scalar_sqrt(x[k]);
@@ -97,13 +104,28 @@ POTSTILL_INLINE Vector<T> square_root(Vector<T> x) {
 #endif
 }
 
+// GCC turns the generic spelling into a comparison and a selection.
 template <class T>
 POTSTILL_INLINE Vector<T> minimum(Vector<T> a, Vector<T> b) {
+#ifdef POTSTILL_INTRINSIC
+    if constexpr (sizeof(T) == 4)
+        return (Vector<T>)POTSTILL_INTRINSIC(min_ps)((Floats)a, (Floats)b);
+    else
+        return (Vector<T>)POTSTILL_INTRINSIC(min_pd)((Doubles)a, (Doubles)b);
+#else
     return a < b ? a : b;
+#endif
 }
 template <class T>
 POTSTILL_INLINE Vector<T> maximum(Vector<T> a, Vector<T> b) {
+#ifdef POTSTILL_INTRINSIC
+    if constexpr (sizeof(T) == 4)
+        return (Vector<T>)POTSTILL_INTRINSIC(max_ps)((Floats)a, (Floats)b);
+    else
+        return (Vector<T>)POTSTILL_INTRINSIC(max_pd)((Doubles)a, (Doubles)b);
+#else
     return a > b ? a : b;
+#endif
 }
 
 // 1 / sqrt(x)
@@ -115,30 +137,79 @@ POTSTILL_INLINE Vector<T> inverse_square_root(Vector<T> x) {
         const Vector<T> y = (Vector<T>)_mm512_rsqrt14_ps((__m512)x);
         return y + y * (T(0.5) - T(0.5) * x * y * y);
     }
+#elif defined(POTSTILL_INTRINSIC)
+    if constexpr (sizeof(T) == 4) {
+        // 11 bits, tripled by one step of Halley's method; Newton's would not reach rounding.
+        const Vector<T> y = (Vector<T>)POTSTILL_INTRINSIC(rsqrt_ps)((Floats)x);
+        const Vector<T> h = T(1) - x * y * y;
+        return y + y * h * (T(0.5) + T(0.375) * h);
+    }
 #endif
     return T(1) / square_root<T>(x);
 }
 
-template <class T>
-POTSTILL_INLINE T sum_lanes(Vector<T> v) {
-#if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4)
-        return _mm512_reduce_add_ps((__m512)v);
-    else
-        return _mm512_reduce_add_pd((__m512d)v);
+// Lanes of a (0 to 3) and b (4 to 7). GCC 11 has only the other spelling.
+template <int i, int j, int k, int l, class V>
+POTSTILL_INLINE V shuffled(V a, V b) {
+#if __has_builtin(__builtin_shufflevector)
+    return __builtin_shufflevector(a, b, i, j, k, l);
 #else
-    T sum = 0;
-    for (int k = 0; k < lanes<T>; ++k) sum += v[k];
-    return sum;
+    typedef decltype(a < b) Lanes;
+    return __builtin_shuffle(a, b, Lanes{i, j, k, l});
 #endif
 }
 
-// out[k] = sum over the lanes of v[k].
+// out[k] = sum over the lanes of v[k], four vectors at a time.
+template <class T>
+POTSTILL_INLINE void sum_lanes_of_four(Vector<T> a, Vector<T> b, Vector<T> c, Vector<T> d, T *out) {
+    constexpr bool single = sizeof(T) == 4;
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    auto half = [](Vector<T> v) {
+        if constexpr (single)
+            return _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+        else
+            return _mm256_add_pd(_mm512_castpd512_pd256((__m512d)v), _mm512_extractf64x4_pd((__m512d)v, 1));
+    };
+#else
+    auto half = [](Vector<T> v) {
+        if constexpr (single)
+            return (__m256)v;
+        else
+            return (__m256d)v;
+    };
+#endif
+    if constexpr (single) {
+        const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
+        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+    } else {
+        const __m256d ab = _mm256_hadd_pd(half(a), half(b)), cd = _mm256_hadd_pd(half(c), half(d));
+        _mm256_storeu_pd(out, _mm256_add_pd(_mm256_blend_pd(ab, cd, 12), _mm256_permute2f128_pd(ab, cd, 0x21)));
+    }
+#else
+    if constexpr (single) {
+        const Vector<T> ab = shuffled<0, 4, 1, 5>(a, b) + shuffled<2, 6, 3, 7>(a, b);
+        const Vector<T> cd = shuffled<0, 4, 1, 5>(c, d) + shuffled<2, 6, 3, 7>(c, d);
+        store(out, shuffled<0, 1, 4, 5>(ab, cd) + shuffled<2, 3, 6, 7>(ab, cd));
+    } else {
+        store(out, Vector<T>{a[0], b[0]} + Vector<T>{a[1], b[1]});
+        store(out + 2, Vector<T>{c[0], d[0]} + Vector<T>{c[1], d[1]});
+    }
+#endif
+}
+
+template <class T>
+POTSTILL_INLINE T sum_lanes(Vector<T> v) {
+    T sums[4];
+    sum_lanes_of_four<T>(v, v, v, v, sums);
+    return sums[0];
+}
+
 template <class T, int N>
 POTSTILL_INLINE void sum_lanes_of(const Vector<T> (&v)[N], T *out) {
+    constexpr int n_eight = vector_bytes == 64 && sizeof(T) == 4 ? N / 8 * 8 : 0, n_four = N / 4 * 4;
 #if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) {
-        constexpr int n_eight = N / 8 * 8;
+    if constexpr (n_eight > 0) {
 #pragma GCC unroll 4
         for (int k = 0; k < n_eight; k += 8) {
             // Fold halves of two vectors into one, four times over.
@@ -162,11 +233,17 @@ POTSTILL_INLINE void sum_lanes_of(const Vector<T> (&v)[N], T *out) {
         }
 #pragma GCC unroll 8
         for (int k = n_eight; k < N; ++k) out[k] = sum_lanes<T>(v[k]);
-        return;
     }
 #endif
-#pragma GCC unroll 32
-    for (int k = 0; k < N; ++k) out[k] = sum_lanes<T>(v[k]);
+#pragma GCC unroll 8
+    for (int k = n_eight; k < n_four; k += 4)
+        sum_lanes_of_four<T>(v[k], v[k + 1], v[k + 2], v[k + 3], out + k);
+    if constexpr (N > n_four) {
+        T rest[4];
+        sum_lanes_of_four<T>(v[n_four], v[N - n_four > 1 ? n_four + 1 : n_four],
+                             v[N - n_four > 2 ? n_four + 2 : n_four], v[n_four], rest);
+        for (int k = n_four; k < N; ++k) out[k] = rest[k - n_four];
+    }
 }
 
 // c[0] + x c[1] + x^2 c[2] + ..., Horner's scheme.
