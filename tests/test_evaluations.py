@@ -217,6 +217,36 @@ def test_a_molecule_gets_what_applies_and_one_line_on_the_rest(tmp_path):
     assert len(found.of("vibrations", Vibrations)["teacher"].frequencies) == 1
 
 
+# -- roles ---------------------------------------------------------------------------------------
+
+
+def test_roles_not_names_tell_who_is_compared_with_whom(tmp_path):
+    """Files from before roles were recorded go by the start of a name."""
+    report = {"channels": {}, "groups": {}, "n_systems": 1, "n_atoms": 2}
+    names = ("fast", "plain", "slow", "student")
+    (tmp_path / "errors.json").write_text(json.dumps(dict.fromkeys(names, report)))
+    old, _ = read_findings(tmp_path)
+    assert (old.models, old.controls) == (("student", "fast", "plain", "slow"), ())
+    assert (old.student, old.teacher) == ("student", "teacher")
+    roles = {"fast": "student", "plain": "control", "slow": "teacher", "student": "other"}
+    (tmp_path / "roles.json").write_text(json.dumps(roles))
+    found, _ = read_findings(tmp_path)
+    assert found.models == names
+    assert (found.student, found.controls, found.teacher) == ("fast", ("plain",), "slow")
+
+
+def test_a_config_states_roles_or_names_have_them(tmp_path):
+    emt = {"spec": "ase.calculators.emt:EMT"}
+    models = {"mine": {**emt, "role": "student"}, "teacher": emt, "another": emt}
+    structure = tmp_path / "cu.xyz"
+    write(structure, bulk("Cu", cubic=True))
+    given = {"models": models, "structure": str(structure), "tests": ["eos"]}
+    found = evaluate(EvaluateConfig.model_validate({**given, "out": str(tmp_path / "out")}))
+    assert found.models == ("mine", "teacher", "another")
+    (verdict,) = EVALUATIONS["eos"].verdicts(found)
+    assert "teacher" in verdict.text
+
+
 # -- one evaluation more -------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from functools import cached_property
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -138,6 +139,21 @@ class BenchSettings(BaseModel):
     seed: int = 0
 
 
+class Role(StrEnum):
+    """What a model is for, in the order of tables."""
+
+    STUDENT = "student"
+    CONTROL = "control"
+    TEACHER = "teacher"
+    DRAFT = "draft"
+    OTHER = "other"
+
+    @classmethod
+    def of_name(cls, name: str) -> Role:
+        """By the start of a name: of models whose role nobody stated, as in older folders."""
+        return next((role for role in cls if name.startswith(role)), cls.OTHER)
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """A potential under test: its name, and how to make it.
@@ -145,16 +161,19 @@ class Candidate:
     Parameters
     ----------
     name : str
-        What tables call it; the others are compared with `teacher`.
+        What tables call it.
     spec : str
         A checkpoint, or whatever names a teacher.
     args : dict
         Of the calculator.
+    role : Role
+        What it is for: students are compared with the teacher and with controls.
     """
 
     name: str
     spec: str
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    role: Role = Role.OTHER
 
     @property
     def is_checkpoint(self) -> bool:
@@ -253,21 +272,42 @@ class Findings:
         By model.
     trained_on : mapping
         What the student's file says of its training structures.
+    roles : mapping
+        By model; a model without one has the role that its name begins with.
     """
 
     results: Mapping[str, Mapping[str, Result]]
     n_parameters: Mapping[str, int] = dataclasses.field(default_factory=dict)
     trained_on: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    roles: Mapping[str, Role] = dataclasses.field(default_factory=dict)
 
     @cached_property
     def models(self) -> tuple[str, ...]:
         """Students, controls, teacher, then others."""
-        return tuple(sorted({m for found in self.results.values() for m in found}, key=model_order))
+        order, names = list(Role), {m for found in self.results.values() for m in found}
+        return tuple(sorted(names, key=lambda name: (order.index(self.role(name)), name)))
+
+    def role(self, model: str) -> Role:
+        """What a model is for."""
+        return self.roles.get(model) or Role.of_name(model)
 
     @property
     def controls(self) -> tuple[str, ...]:
         """Names of the control students."""
-        return tuple(name for name in self.models if name.startswith("control"))
+        return tuple(name for name in self.models if self.role(name) is Role.CONTROL)
+
+    @property
+    def student(self) -> str:
+        """The model that sentences are about: the first student."""
+        return self._first(Role.STUDENT)
+
+    @property
+    def teacher(self) -> str:
+        """The model that others are compared with: the first teacher."""
+        return self._first(Role.TEACHER)
+
+    def _first(self, role: Role) -> str:
+        return next((name for name in self.models if self.role(name) is role), str(role))
 
     def of(self, evaluation: str, kind: type[R]) -> dict[str, R]:
         """Results of one evaluation by model, in the order of `models`; empty if it was not done.
@@ -277,14 +317,6 @@ class Findings:
         found = self.results.get(evaluation, {})
         ordered = {model: found.get(model) for model in self.models}
         return {model: result for model, result in ordered.items() if isinstance(result, kind)}
-
-
-def model_order(name: str) -> tuple[int, str]:
-    """Sort key: students, controls, teacher, then others."""
-    for k, start in enumerate(("student", "control", "teacher")):
-        if name.startswith(start):
-            return k, name
-    return 3, name
 
 
 #: Sections of a report in order: title to the name and title of its table, and a note below it.
@@ -389,9 +421,9 @@ class Evaluation(BaseModel, ABC):
         """Model to its `metrics`, and for others than the teacher to those `against` it."""
         results = found.of(cls.name, cls.result)
         numbers = {model: cls.metrics(result) for model, result in results.items()}
-        if "teacher" in results:
-            for model in results.keys() - {"teacher"}:
-                numbers[model] |= cls.against(results[model], results["teacher"])
+        if found.teacher in results:
+            for model in results.keys() - {found.teacher}:
+                numbers[model] |= cls.against(results[model], results[found.teacher])
         return numbers
 
     @classmethod

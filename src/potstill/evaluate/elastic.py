@@ -13,7 +13,7 @@ from ase.calculators.calculator import BaseCalculator
 from pydantic import Field
 
 from potstill.errors import ConfigError
-from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
+from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result, Role
 from potstill.evaluate.tools import relax, require_periodic, with_calculator
 from potstill.report.panels import plain_label
 from potstill.report.tables import Row, number
@@ -428,7 +428,7 @@ class Elastic(Evaluation):
             return
         for strain in sorted({r.strain for scan in results.values() for r in scan.constants}):
             at = {m: r for m, scan in results.items() if (r := scan.at(strain)) is not None}
-            model = "teacher" if "teacher" in at else next(iter(at))
+            model = found.teacher if found.teacher in at else next(iter(at))
             named = {m: r.named(cubic=at[model].cubic, every=True) for m, r in at.items()}
             for name in at[model].named():
                 values = {m: constants[name] for m, constants in named.items()}
@@ -442,7 +442,7 @@ class Elastic(Evaluation):
     def verdicts(cls, found: Findings) -> Iterable[Verdict]:
         """Stability, smoothness, and the distance from the teacher's constants."""
         results = found.of(cls.name, ElasticScan)
-        ours, theirs = results.get("student"), results.get("teacher")
+        ours, theirs = results.get(found.student), results.get(found.teacher)
         if ours is not None and not ours.stable and (theirs is None or theirs.stable):
             broken = ", ".join(ours.instabilities())
             yield Verdict(
@@ -451,7 +451,7 @@ class Elastic(Evaluation):
                 met=False,
             )
         for model, scan in results.items():
-            yield from _roughness(model, scan)
+            yield from _roughness(model, found.role(model), scan)
         if ours is None or theirs is None or (worst := ours.deviation(theirs)) is None:
             return
         strain = worst.strains[1]
@@ -470,12 +470,12 @@ class Elastic(Evaluation):
         )
 
 
-def _roughness(model: str, scan: ElasticScan) -> Iterable[Verdict]:
+def _roughness(model: str, role: Role, scan: ElasticScan) -> Iterable[Verdict]:
     """Warn where constants depend on the strain; the student has a bar for it."""
     change = scan.largest_change()
     if change is None:
         return
-    bar = "elastic constants that do not depend on the strain" if model == "student" else ""
+    bar = "elastic constants that do not depend on the strain" if role is Role.STUDENT else ""
     (a, b), (small, large) = change.values, change.strains
     if change.relative <= ROUGH:
         if bar:
@@ -488,7 +488,7 @@ def _roughness(model: str, scan: ElasticScan) -> Iterable[Verdict]:
         return
     effect = (
         "a student can be compared with it at finite, stated strains only"
-        if model == "teacher"
+        if role is Role.TEACHER
         else "its constants hold at the stated strain only, and its phonons are those of the "
         "displacement"
     )

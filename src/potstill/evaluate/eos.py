@@ -227,8 +227,8 @@ class Eos(Evaluation):
             return
         series = [Series(m, v, e, joined=True) for m, (v, e) in curves.items()]
         panels = [Panel("Volume (Å³/atom)", "Energy from minimum (meV/atom)", series, "E(V)")]
-        if "teacher" in curves and len(curves) > 1:
-            volumes, energies = curves.pop("teacher")
+        if found.teacher in curves and len(curves) > 1:
+            volumes, energies = curves.pop(found.teacher)
             differences = []
             for model, (v, e) in curves.items():
                 inside = (v >= volumes.min()) & (v <= volumes.max())
@@ -246,9 +246,9 @@ class Eos(Evaluation):
     def verdicts(cls, found: Findings) -> Iterable[Verdict]:
         """Lattice constant and bulk modulus beside the teacher's."""
         results = found.of(cls.name, EquationOfState)
-        if not {"student", "teacher"} <= set(results):
+        ours, theirs = results.get(found.student), results.get(found.teacher)
+        if ours is None or theirs is None:
             return
-        ours, theirs = results["student"], results["teacher"]
         length = signed(100.0 * (ours.lattice_constant / theirs.lattice_constant - 1.0))
         modulus = signed(100.0 * (ours.bulk_modulus / theirs.bulk_modulus - 1.0))
         yield Verdict(

@@ -431,7 +431,7 @@ class Errors(Evaluation):
     @classmethod
     def verdicts(cls, found: Findings) -> Iterable[Verdict]:
         """Relative force error, and the comparison with each control."""
-        ours = errors_of(found, "student")
+        ours = errors_of(found, found.student)
         relative = ours.get(force_key(ours, "relative_rmse"), math.nan)
         if math.isfinite(relative):
             met = relative < AIM_RELATIVE_FORCES

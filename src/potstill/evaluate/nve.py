@@ -387,7 +387,7 @@ class NVE(Evaluation):
     @classmethod
     def verdicts(cls, found: Findings) -> Iterable[Verdict]:
         """Whether the student's run is sound, and only then its drift."""
-        run = found.of(cls.name, NVERun).get("student")
+        run = found.of(cls.name, NVERun).get(found.student)
         if run is None:
             return
         setting = f"{run.n_atoms} atoms, {run.temperature:g} K, timestep {run.timestep:g} fs"

@@ -373,7 +373,7 @@ class PhononsEvaluation(Evaluation):
         results = found.of(cls.name, Phonons)
         if not results:
             return
-        first = results.get("teacher") or next(iter(results.values()))
+        first = results.get(found.teacher) or next(iter(results.values()))
         same = {m: r for m, r in results.items() if r.comparable(first)}
         # The teacher's dots on top of the others' lines.
         series = [Series(m, *_lines(r), kind="line") for m, r in same.items()]
@@ -390,10 +390,10 @@ class PhononsEvaluation(Evaluation):
     def verdicts(cls, found: Findings) -> Iterable[Verdict]:
         """Distance from the teacher's phonons, and imaginary modes."""
         results = found.of(cls.name, Phonons)
-        ours, theirs = results.get("student"), results.get("teacher")
-        for model in ("student", "teacher"):
+        ours, theirs = results.get(found.student), results.get(found.teacher)
+        for model in (found.student, found.teacher):
             own = results[model].imaginary() if model in results else []
-            if own and (model == "teacher" or theirs is None):
+            if own and (model == found.teacher or theirs is None):
                 yield Verdict(
                     f"The {plain_label(model)}'s own phonons are imaginary: "
                     f"{'; '.join(map(str, own))}: its relaxed crystal is no minimum."

@@ -322,8 +322,8 @@ class Rdf(Evaluation):
     @classmethod
     def rows(cls, found: Findings) -> Iterable[Row]:
         """Distance from the teacher's g(r), and what chance alone would give."""
-        g = found.of(cls.name, RadialDistribution)
-        apart = {m: compare_radial(d, g["teacher"]) for m, d in g.items() if _comparable(m, g)}
+        teacher, others = _beside_teacher(found)
+        apart = {m: compare_radial(d, teacher) for m, d in others.items() if teacher}
         labels = {
             "g(r): integrated distance from the teacher's (Å)": "integrated_absolute_error",
             "g(r): distance expected from noise (Å)": "expected_from_noise",
@@ -341,10 +341,11 @@ class Rdf(Evaluation):
             Series(m, d.r, d.g, y_spread=np.nan_to_num(d.error), kind="line") for m, d in g.items()
         ]
         panels = [Panel("r (Å)", "g(r)", series, "Distribution", from_zero=True)]
+        teacher, others = _beside_teacher(found)
         differences = [
-            Series(m, d.r, d.g - g["teacher"].g, kind="line",
-                   y_spread=np.nan_to_num(np.hypot(d.error, g["teacher"].error)))
-            for m, d in g.items() if _comparable(m, g)
+            Series(m, d.r, d.g - teacher.g, kind="line",
+                   y_spread=np.nan_to_num(np.hypot(d.error, teacher.error)))
+            for m, d in others.items() if teacher
         ]  # fmt: skip
         if differences:
             panels.append(
@@ -357,7 +358,12 @@ class Rdf(Evaluation):
         yield Drawing("rdf", "Radial distribution", caption, panels)
 
 
-def _comparable(model: str, g: dict[str, RadialDistribution]) -> bool:
-    """Whether there is a teacher's distribution on the same bins."""
-    theirs = g.get("teacher")
-    return model != "teacher" and theirs is not None and np.array_equal(g[model].r, theirs.r)
+def _beside_teacher(
+    found: Findings,
+) -> tuple[RadialDistribution | None, dict[str, RadialDistribution]]:
+    """The teacher's distribution, and those of other models on the same bins."""
+    others = found.of(Rdf.name, RadialDistribution)
+    teacher = others.pop(found.teacher, None)
+    if teacher is None:
+        return None, {}
+    return teacher, {m: d for m, d in others.items() if np.array_equal(d.r, teacher.r)}

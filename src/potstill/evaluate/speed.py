@@ -235,9 +235,12 @@ def timings(found: Findings, model: str) -> dict[int, float]:
     return {n: row.microseconds_per_atom for n, row in table.of(model).items()} if table else {}
 
 
-def speed_ratio(found: Findings, fast: str = "student", slow: str = "teacher") -> dict[int, float]:
-    """How many times less time per step `fast` takes, by number of atoms timed for both."""
-    ours, theirs = timings(found, fast), timings(found, slow)
+def speed_ratio(found: Findings, fast: str = "") -> dict[int, float]:
+    """How many times less time per step than the teacher a model takes, by number of atoms.
+
+    The model is the student by default; sizes that were timed for both are given.
+    """
+    ours, theirs = timings(found, fast or found.student), timings(found, found.teacher)
     return {n: theirs[n] / ours[n] for n in ours if n in theirs}
 
 
@@ -289,7 +292,7 @@ class Speed(Evaluation):
         faster = {
             m: ratios[max(ratios)]
             for m in by_model
-            if m != "teacher" and (ratios := speed_ratio(found, m))
+            if m != found.teacher and (ratios := speed_ratio(found, m))
         }
         if faster:
             yield Row("Times faster than the teacher (largest common size)", faster)
@@ -312,7 +315,7 @@ class Speed(Evaluation):
         ratios = speed_ratio(found)
         if ratios:
             n = max(ratios)
-            ours, theirs = timings(found, "student")[n], timings(found, "teacher")[n]
+            ours, theirs = (timings(found, m)[n] for m in (found.student, found.teacher))
             word, ratio = ("faster", ratios[n]) if ratios[n] >= 1 else ("slower", 1 / ratios[n])
             yield Verdict(
                 f"In the same ASE MD of {n:,} atoms the student is {number(ratio)} times "

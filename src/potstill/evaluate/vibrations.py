@@ -186,7 +186,7 @@ class VibrationsEvaluation(Evaluation):
     def drawings(cls, found: Findings) -> Iterable[Drawing]:
         """Frequencies beside the teacher's."""
         results = found.of(cls.name, Vibrations)
-        theirs = results.pop("teacher", None)
+        theirs = results.pop(found.teacher, None)
         if theirs is None or not results:
             return
         series = [Series(m, theirs.frequencies, r.frequencies) for m, r in results.items()]
@@ -198,7 +198,7 @@ class VibrationsEvaluation(Evaluation):
     def verdicts(cls, found: Findings) -> Iterable[Verdict]:
         """Deviation from the teacher's, and modes that are imaginary for the student alone."""
         results = found.of(cls.name, Vibrations)
-        ours, theirs = results.get("student"), results.get("teacher")
+        ours, theirs = results.get(found.student), results.get(found.teacher)
         if ours is None or theirs is None or not len(ours.frequencies):
             return
         met = ours.n_imaginary <= theirs.n_imaginary

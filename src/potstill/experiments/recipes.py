@@ -123,7 +123,7 @@ class Strategy(Settings):
         Train only these sizes with it; all if absent.
     """
 
-    role: Role
+    role: Literal[Role.TEACHER, Role.STUDENT, Role.CONTROL]
     teacher: str = "teacher"
     w_energy: float = 1.0
     w_forces: float = 10.0

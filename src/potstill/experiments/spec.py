@@ -18,6 +18,7 @@ from pydantic import BaseModel, model_validator
 from potstill.distill import LossTerm
 from potstill.distill.terms import Line
 from potstill.errors import ConfigError
+from potstill.evaluate.base import Role as Role
 from potstill.structures import Properties, Structures
 from potstill.train import TrainSettings
 from potstill.workflows.base import Settings, TeacherSettings
@@ -25,14 +26,6 @@ from potstill.workflows.data import DataSettings, FileData, is_store, read_label
 
 #: The source of everything that a student learns from its teacher.
 TEACHER = "teacher"
-
-
-class Role(StrEnum):
-    """What a variant is for."""
-
-    TEACHER = "teacher"
-    STUDENT = "student"
-    CONTROL = "control"
 
 
 @dataclass(frozen=True)

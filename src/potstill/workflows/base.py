@@ -293,12 +293,14 @@ def potential_info(
     *,
     teacher: Mapping[str, Any] | None = None,
     temperature: tuple[float, float] | None = None,
+    role: str = "",
 ) -> dict[str, Any]:
-    """What to write into a trained potential: its data, its teacher and the versions."""
+    """What to write into a trained potential: data, teacher, versions and role, if it has one."""
     return {
         "trained_on": trained_on(structures, temperature),
         "teacher": dict(teacher) if teacher else None,
         "versions": versions(),
+        **({"role": role} if role else {}),
     }
 
 

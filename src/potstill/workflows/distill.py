@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential
 from potstill.errors import DataError, DivergenceError
-from potstill.evaluate.base import BenchSettings, Candidate
+from potstill.evaluate.base import BenchSettings, Candidate, Role
 from potstill.readers import split_from_file, write_split
 from potstill.sample import SampledFrames, run_plan, split_in_blocks
 from potstill.structures import Structures
@@ -133,7 +133,8 @@ def _draft(run: Run) -> str | None:
     """Train a draft student for a few epochs."""
     if not run.plan.counts.n_on_policy_frames:
         return "left out"
-    train_model(run, "draft", run.student(run.plan.counts.draft_epochs))
+    draft = replace(run.student(run.plan.counts.draft_epochs), role=Role.DRAFT)
+    train_model(run, "draft", draft)
     return None
 
 
@@ -233,14 +234,11 @@ def _evaluate(run: Run) -> None:
         structure=read_start(run.config.structure)[0],
         frames=_hot_frames(run),
     )
-
-    trained = {name: Candidate(name, str(run.folder / name / "best.pt")) for name in run.models}
     teacher = run.config.teacher
-    groups = {
-        "teacher": [Candidate("teacher", teacher.spec, teacher.args)],
-        "student": [trained.pop("student")],
-        "control": list(trained.values()),
-    }
+    candidates = [Candidate("teacher", teacher.spec, teacher.args, Role.TEACHER)]
+    for name, variant in run.models.items():
+        file = str(run.folder / name / "best.pt")
+        candidates.append(Candidate(name, file, role=variant.role))
     options = {
         "nve": {"duration": run.plan.counts.nve_duration or 1.0},
         "speed": {"sizes": run.plan.speed_sizes},
@@ -248,9 +246,9 @@ def _evaluate(run: Run) -> None:
     chosen = [
         (
             evaluation_class(name).model_validate(options.get(name, {})),
-            [candidate for group in names for candidate in groups[group]],
+            [candidate for role in roles for candidate in candidates if candidate.role == role],
         )
-        for name, names in run.config.tests.items()
+        for name, roles in run.config.tests.items()
     ]
     run_evaluations(bench, chosen, run.folder / "evaluation", run.display)
 

@@ -2,7 +2,7 @@
 
 Each file maps the name of a potential to its result, or to `{"error": ...}` where it could not be
 done; what a file holds already is not computed again. `skipped.json` says which evaluations do not
-apply to the data at hand, and what they need.
+apply to the data at hand, and what they need; `roles.json` says what each potential is for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from potstill.errors import ConfigError, DataError
-from potstill.evaluate.base import Bench, BenchSettings, Candidate, Evaluation, Findings, Result
+from potstill.evaluate.base import (
+    Bench,
+    BenchSettings,
+    Candidate,
+    Evaluation,
+    Findings,
+    Result,
+    Role,
+)
 from potstill.evaluate.table import (
     EVALUATIONS,
     Options,
@@ -34,8 +42,8 @@ from potstill.workflows.base import (
 )
 from potstill.workflows.data import FileData, read_labeled
 
-#: File of the evaluations that do not apply.
-SKIPPED = "skipped.json"
+#: Files of the evaluations that do not apply, and of the models' roles.
+SKIPPED, ROLES = "skipped.json", "roles.json"
 
 #: Settings that older configs have among those of the bench: their evaluation and its setting.
 _MOVED = {
@@ -46,13 +54,26 @@ _MOVED = {
 }
 
 
+class TestedModel(TeacherSettings):
+    """A model to evaluate: a checkpoint, or a teacher.
+
+    Parameters
+    ----------
+    role : {"student", "control", "teacher", "other"}, optional
+        What it is for: sentences compare the student with the teacher and with controls. Without
+        it, what its name begins with.
+    """
+
+    role: Role | None = None
+
+
 class EvaluateConfig(Settings):
     """Settings of `potstill evaluate`.
 
     Parameters
     ----------
-    models : dict of str to TeacherSettings
-        Checkpoints or teachers, by the name that tables show; `teacher` is compared with, too.
+    models : dict of str to TestedModel
+        Checkpoints or teachers, by the name that tables show.
     out : str
         Folder of the results.
     store : str, optional
@@ -76,7 +97,7 @@ class EvaluateConfig(Settings):
         What they share.
     """
 
-    models: dict[str, TeacherSettings] = Field(min_length=1)
+    models: dict[str, TestedModel] = Field(min_length=1)
     out: str
     store: str | None = None
     source: str = "reference"
@@ -130,6 +151,8 @@ def run_evaluations(
     if skipped:
         write_json(folder / SKIPPED, skipped)
         display.say(_does_not_apply(skipped))
+    roles = {candidate.name: candidate.role for _, group in chosen for candidate in group}
+    write_json(folder / ROLES, read_json(folder / ROLES, {}) | roles)
     work = [(e, candidate) for e, group in chosen if e.name not in skipped for candidate in group]
     with display.task("evaluation", len(work)) as task:
         for done, (evaluation, candidate) in enumerate(work):
@@ -167,7 +190,8 @@ def read_findings(folder: Path) -> tuple[Findings, list[str]]:
     for (name, reason), models in failed.items():
         whose = ", ".join(models)
         problems.append(f"Not done: {EVALUATIONS[name].title} of {whose} ({reason}).")
-    return Findings(results), problems
+    roles = {name: Role(role) for name, role in read_json(folder / ROLES, {}).items()}
+    return Findings(results, roles=roles), problems
 
 
 def _does_not_apply(skipped: Mapping[str, str]) -> str:
@@ -206,7 +230,10 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
     ]
     for name in names:
         every[name].require(bench)
-    candidates = [Candidate(name, m.spec, m.args) for name, m in config.models.items()]
+    candidates = [
+        Candidate(name, m.spec, m.args, m.role or Role.of_name(name))
+        for name, m in config.models.items()
+    ]
     claim_folder(Path(config.out), config)
     chosen = [(every[name], candidates) for name in names]
     return run_evaluations(bench, chosen, Path(config.out), display or Display())

@@ -6,7 +6,7 @@
 | `<model>/metrics.jsonl` | learning curves |
 | `<model>/best.pt`, `student.pt` | numbers of parameters, teacher, license, versions |
 | `evaluation/<name>.json` | model to the result of an evaluation, or to `{"error": ...}` |
-| `evaluation/skipped.json` | evaluations that do not apply |
+| `evaluation/skipped.json`, `evaluation/roles.json` | what does not apply; what models are for |
 
 Everything may be absent but the folder: what is not there is not reported. Rows, figures and
 sentences are those of `potstill.evaluate.table.EVALUATIONS`.
@@ -26,7 +26,7 @@ from ruamel.yaml import YAML
 
 from potstill.checkpoint import load_potential
 from potstill.errors import DataError, PotstillError
-from potstill.evaluate.base import SECTIONS, Evaluation, Findings
+from potstill.evaluate.base import SECTIONS, Evaluation, Findings, Role
 from potstill.evaluate.elastic import ElasticScan
 from potstill.evaluate.errors import ErrorReport, errors_of, target_of
 from potstill.evaluate.learning import LearningCurves, learning_panels, read_learning_curves
@@ -129,7 +129,7 @@ def section_table(section: str, found: Findings) -> Table | None:
     name, title, note = SECTIONS[section]
     rows = [row for e in _evaluations(section) for row in e.rows(found)]
     labels = {m: plain_label(m) for m in found.models}
-    teacher = "teacher" if section == "Properties" else ""
+    teacher = found.teacher if section == "Properties" else ""
     return rows_table(name, title, rows, note, labels=labels, deviations_from=teacher)
 
 
@@ -140,22 +140,22 @@ def _evaluations(section: str) -> list[type[Evaluation]]:
 def _facts(found: Findings) -> Iterator[Fact]:
     """Numbers of the summary box."""
     against = f"against the {target_of(found)}"
-    for model in ("student", *found.controls):
+    for model in (found.student, *found.controls):
         errors = errors_of(found, model)
         key = force_key(errors)
         whose = "free atoms, " * key.startswith("free") + against
         if math.isfinite(errors.get(key, math.nan)):
             yield Fact(number(errors[key]), "eV/Å", f"force RMSE, {plain_label(model)}", whose)
         relative = errors.get(force_key(errors, "relative_rmse"), math.nan)
-        if model == "student" and math.isfinite(relative):
+        if model == found.student and math.isfinite(relative):
             yield Fact(number(100 * relative), "%", "relative force RMSE, student", whose)
     if ratios := speed_ratio(found):
         n = max(ratios)
         yield Fact(number(ratios[n]), "×", "speedup over the teacher", f"{n:,} atoms")
-    elastic = found.of("elastic", ElasticScan).get("student")
+    elastic = found.of("elastic", ElasticScan).get(found.student)
     if elastic is not None and not elastic.stable:
         yield Fact("unstable", "", "crystal, student", "; ".join(elastic.instabilities()))
-    run = found.of("nve", NVERun).get("student")
+    run = found.of("nve", NVERun).get(found.student)
     if run is not None and run.stable:
         note = f"in {run.duration:g} ps at {run.temperature:g} K"
         yield Fact(signed(run.drift), "meV/atom", "NVE drift, student", note)
@@ -179,7 +179,7 @@ def _learning(data: ReportData) -> list[Drawing]:
 def _pareto(found: Findings) -> list[Drawing]:
     """Force error against time and memory."""
     target = target_of(found)
-    quoted = force_key(errors_of(found, "student"))
+    quoted = force_key(errors_of(found, found.student))
     errors = {m: errors_of(found, m).get(quoted, math.nan) for m in found.models}
     errors[target] = 0.0
     panels = []
@@ -188,9 +188,9 @@ def _pareto(found: Findings) -> list[Drawing]:
         results = found.of(evaluation, kind.result)
         costs = {m: value for m, r in results.items() for value in kind.metrics(r).values()}
         for model in found.controls:
-            same = found.n_parameters.get(model) == found.n_parameters.get("student") is not None
-            if same and "student" in costs:
-                costs.setdefault(model, costs["student"])
+            own, student = found.n_parameters.get(model), found.n_parameters.get(found.student)
+            if own == student is not None and found.student in costs:
+                costs.setdefault(model, costs[found.student])
         points = {
             m: (costs[m], errors[m])
             for m in found.models
@@ -235,13 +235,13 @@ def collect(folder: str | Path) -> ReportData:
     if student is not None:
         parameters["student"] = student
     for part in sorted(p.parent for p in folder.glob("*/metrics.jsonl")):
-        if not part.name.startswith("draft"):  # a draft that only explored is no result
+        n_parameters, other = _potential(part / "best.pt")
+        info = info or other
+        if n_parameters is not None:
+            parameters.setdefault(part.name, n_parameters)
+        # A draft that only explored is no result.
+        if (other.get("role") or Role.of_name(part.name)) != Role.DRAFT:
             curves[part.name] = (read_learning_curves(part),)
-        if part.name not in parameters:
-            n_parameters, other = _potential(part / "best.pt")
-            info = info or other
-            if n_parameters is not None:
-                parameters[part.name] = n_parameters
     stages = read_json(folder / "stages.json", {})
     trained_on = info.get("trained_on") or {}
     found = replace(found, n_parameters=parameters, trained_on=trained_on)

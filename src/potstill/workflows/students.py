@@ -52,6 +52,7 @@ def train_model(run: Run, name: str, variant: Variant) -> None:
         training.structures,
         teacher=run.store.source_info(run.source),
         temperature=run.config.temperature,
+        role=variant.role,
     )
     result = train_with_progress(
         variant.settings_of(run.config.seed),
