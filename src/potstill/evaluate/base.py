@@ -119,15 +119,15 @@ class BenchSettings(BaseModel):
     Parameters
     ----------
     n_atoms : int
-        Size of the supercell for dynamics.
+        Minimum number of atoms in the supercell for MD.
     temperature : float
-        K, of dynamics.
+        MD temperature in K.
     timestep : float
-        fs.
+        MD timestep in fs.
     batch_atoms : int
-        Atoms per batch of predictions.
+        Maximum number of atoms per batch of predictions.
     seed : int
-        Of velocities and samples.
+        Seed of velocities and samples.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

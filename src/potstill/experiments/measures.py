@@ -90,20 +90,20 @@ class Finished:
 
 
 class ReferenceLiquid(Settings):
-    """A potential from elsewhere, whose liquid those of the models are compared with.
+    """An external potential whose liquid is the reference for those of the models.
 
-    It starts from the liquid of the first model that has one, since it may be slow.
+    Its MD starts from the liquid of the first model that has one, since it may be slow.
 
     Parameters
     ----------
     name : str
-        What it is called in tables and figures.
+        Name in tables and figures.
     teacher : str
-        As `potstill label` takes it.
+        The potential, as `potstill label` takes a teacher.
     arguments : dict
-        The teacher's.
+        Keyword arguments of the teacher.
     equilibration, production : float
-        fs.
+        Duration in fs.
     """
 
     name: str
@@ -119,24 +119,28 @@ class LiquidSettings(Settings):
     Parameters
     ----------
     element, crystal, lattice_constant : str, str, float
-        The crystal that is melted and timed, as `ase.build.bulk` takes it (Å).
+        Crystal to melt and to time, as in `ase.build.bulk` (lattice constant in Å).
     repeat : int
         Cubic cells along each axis for the liquid.
-    melting_temperature, temperature : float
-        K: the crystal is melted at the first, the distribution is taken at the second. Far above
-        what the training data hold, atoms may fuse in potentials without a short-range prior.
+    melting_temperature : float
+        Temperature in K at which the crystal is melted. Far above the training data, atoms may
+        fuse in potentials without a short-range prior.
+    temperature : float
+        Temperature of the liquid in K.
     density_scale : float
         Linear expansion of the cell before melting.
-    timestep, melting, equilibration, production : float
-        fs.
+    timestep : float
+        MD timestep in fs.
+    melting, equilibration, production : float
+        Duration in fs.
     reference : ReferenceLiquid, optional
-        A potential from elsewhere whose liquid is measured as well.
+        External potential whose liquid is measured as well.
     speed_sizes : tuple of int
-        Atoms of the timings, in NVE with steps of 1 fs.
+        Numbers of atoms for timings, in NVE with steps of 1 fs.
     memory_sizes : tuple of int
-        Atoms of the memory measurements.
+        Numbers of atoms for memory measurements.
     seed : int
-        Of the velocities.
+        Seed of the velocities.
     """
 
     element: str
@@ -311,16 +315,16 @@ def _difference(
 
 
 class EvaluationsSettings(Settings):
-    """Evaluations of `potstill.evaluate.table` with every trained model.
+    """Evaluations of `potstill.evaluate.table` for every trained model.
 
     Parameters
     ----------
     tests : dict of str to dict
-        Which, and settings of theirs: `{eos: {}, nve: {duration: 5}}`.
+        Evaluations to run, with their settings: `{eos: {}, nve: {duration: 5}}`.
     structure : str, optional
-        Where properties and dynamics start from.
+        Starting structure for properties and MD.
     settings : BenchSettings
-        What they share.
+        Settings shared by all evaluations.
     """
 
     tests: Options = Field(min_length=1)
@@ -373,16 +377,16 @@ class EvaluationsSettings(Settings):
 
 
 class SimilaritySettings(Settings):
-    """Throughput of the models, similarity of features, linear probes; all of the first seed.
+    """Throughput, similarity of features and linear probes of the models of the first seed.
 
     Parameters
     ----------
     max_atoms : int
-        Atoms per batch of the timed predictions.
+        Maximum number of atoms per batch in timings.
     rounds : int
-        Turns of each model; the median counts.
+        Timing rounds per model, of which the median counts.
     n_structures : int
-        Of the validation set, for similarities and probes.
+        Structures of the validation set for similarities and probes.
     probes : bool
         Score every tap by linear probes.
     """

@@ -55,14 +55,16 @@ class _Study(Settings):
 
     Parameters
     ----------
-    name, title : str
-        Short name, and one line for the report.
+    name : str
+        Short name of the study.
+    title : str
+        Title of the report.
     seeds : tuple of int
-        Every variant is trained once for each.
+        Every variant is trained once per seed.
     common : TrainSettings
-        What all runs share; model, loss, score and seed are filled in as far as they differ.
+        Training settings of all runs; the study fills in model, loss, score and seed.
     evaluations : EvaluationsSettings, optional
-        What every trained model is put through.
+        Evaluations of every trained model.
     """
 
     name: str
@@ -108,19 +110,19 @@ class Strategy(Settings):
     Parameters
     ----------
     role : {"teacher", "student", "control"}
-        Students also learn their teacher's atomic energies; a control is the first student without
-        them.
+        A student also learns the atomic energies of its teacher; a control is the first student
+        without them.
     teacher : str
-        With the role `student`: the strategy, of role `teacher`, whose models are its teachers.
+        For students: the strategy, of role `teacher`, that trains their teachers.
     w_energy, w_forces, w_atomic_energies : float
-        Static weights of Eq. 5.
+        Static weight of Eq. 5.
     born_again : bool
-        Use Table 1's schedule instead of the static weights.
+        Use the schedule of Table 1 instead of the static weights.
     last_w_forces : float, optional
-        With `born_again`, replace the schedule's final force weight: Table 1 ends at 15, where the
-        paper's text says that it ends at the teacher's 10.
+        With `born_again`, final force weight of the schedule: Table 1 ends at 15, while the text
+        of the paper says that it ends at 10, as for the teacher.
     sizes : tuple of str, optional
-        Train only these sizes with it; all if absent.
+        Sizes to train; all by default.
     """
 
     role: Literal[Role.TEACHER, Role.STUDENT, Role.CONTROL]
@@ -166,23 +168,23 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 class SizesData(Settings):
-    """Where a study's structures and labels come from.
+    """Structures and labels of a study.
 
     Parameters
     ----------
     train : str
-        A structure file or a label store.
+        Structure file or label store to train on.
     tests : dict of str to str
-        Held-out files or stores by name; the first is the one that tables show.
+        Held-out files or stores by name; tables show the first.
     source : str
-        The label set that plays the reference: `reference`, or a teacher's name in the store.
+        Label set that serves as the reference: `reference`, or the name of a teacher in the store.
     validation_fraction : float
-        Share of the training file held out for the score, evenly over its groups.
+        Fraction of the training data held out for validation, evenly over its groups.
     validation_seed : int
         Seed of that split, the same for all runs.
     atomic_energies_from : str, optional
-        Take atomic energies from this label set of the store instead of from the study's own
-        teacher models: a published ensemble, say.
+        Label set of the store with atomic energies, for example those of a published ensemble,
+        instead of the teachers trained in the study.
     """
 
     train: str
@@ -211,18 +213,18 @@ class SizesStudy(_Study):
     data : SizesData
         Training and test sets.
     sizes : dict of str to dict
-        Hyper-parameters by size; `teacher` must be there and belongs to the teacher.
+        Hyper-parameters by size; `teacher`, the size of the teacher, is required.
     strategies : tuple of str
-        Keys of `STRATEGIES`, or of `extra_strategies`.
+        Strategies to train: keys of `STRATEGIES` or `extra_strategies`.
     extra_strategies : dict of str to Strategy
-        Strategies of the study's own, such as a second teacher and its students.
+        Additional strategies, such as a second teacher and its students.
     measure : LiquidSettings, optional
-        Molecular dynamics with the trained models; none if absent.
+        MD with the trained models; none by default.
     baselines : dict of str to dict
-        Published potentials and their errors on the first test set, by keys of
+        Published potentials and their errors on the first test set, by the keys of
         `potstill.metrics`.
     schedule_factor : float
-        Table 1's epochs are multiplied by it.
+        Factor of the epochs in Table 1.
     """
 
     data: SizesData
@@ -358,11 +360,11 @@ class StudyModel(Settings):
     Parameters
     ----------
     kind, hyperparameters
-        As of `ModelSettings`: the study trains it.
+        Of a model to train, as in `ModelSettings`.
     checkpoint : TeacherSettings, optional
-        A trained teacher from elsewhere, instead.
+        An external, trained teacher, instead of a kind.
     train : dict
-        Settings of its own, nested as in `common`.
+        Training settings that differ from `common`, nested alike.
     """
 
     kind: str = ""
@@ -394,7 +396,7 @@ class Grid(Settings):
     over : dict of str to tuple
         Values of its options; every combination is a run. `all` stands for all taps that fit.
     seeds : tuple of int, optional
-        Those of the study by default.
+        Seeds; those of the study by default.
     """
 
     line: dict[str, Any]
@@ -432,10 +434,10 @@ class StudyPair(Settings):
     Parameters
     ----------
     teacher, student : str
-        Names of models.
+        Name of a model.
     strategies : dict of str to dict
-        Lines of the loss by name, without `source`; a weight may be `preset:PAIR`, one of the
-        paper's (`potstill.distill.strategies.PRESETS`).
+        Lines of the loss by name, without `source`; a weight may be `preset:PAIR`, one of those
+        in the paper (`potstill.distill.strategies.PRESETS`).
     grids : dict of str to Grid
         Ablations by name.
     """
@@ -452,19 +454,19 @@ class PairsStudy(_Study):
     Parameters
     ----------
     kind : {"features"}
-        Tells it from a study of sizes.
+        Marks the config as a study of feature distillation.
     data : DataSettings
-        Training and validation set.
+        Training and validation sets.
     tests : dict of str to HeldOutSet
-        What the tables show, per set and averaged.
+        Test sets by name; tables show each of them and their average.
     models : dict of str to StudyModel
-        By name.
+        Models by name.
     pairs : dict of str to StudyPair
-        By name.
+        Pairs of teacher and student by name.
     features : {"stored", "online"}
-        Whether a teacher's features are computed once for a run and kept, or for every batch.
+        Compute the features of teachers once per run and store them, or for every batch.
     measure : SimilaritySettings
-        Throughput and similarity of features.
+        Measurements of throughput and similarity of features.
     """
 
     kind: Literal["features"]

@@ -177,11 +177,11 @@ class HeldOutSet(Settings):
     Parameters
     ----------
     file : FileData, optional
-        Structures with labels.
+        File with labeled structures.
     store : str, optional
-        A label store, instead.
+        Label store, instead of a file.
     forces_only : bool
-        Judge forces alone, where energies cannot be known.
+        Report force errors only, for sets whose energies cannot be compared.
     """
 
     file: FileData | None = None

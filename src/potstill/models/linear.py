@@ -60,15 +60,15 @@ class SNAPHyperparameters(Hyperparameters):
     weights : sequence of float
         (n_species,) w_k (`welem`), one if left out.
     rfac0 : float
-        Fraction of the half turn that the cutoff is mapped to.
+        Polar angle that the cutoff is mapped to, as a fraction of π.
     rmin0 : float
-        Å.
+        Distance that is mapped to an angle of zero, Å.
     switch : bool
-        Whether f goes to zero at the cutoff (`switchflag`); without it energies jump there.
+        Let f go to zero at the cutoff (`switchflag`); without it energies jump there.
     bzero : bool
-        Whether the components of an isolated atom are taken off (`bzeroflag`).
+        Subtract the components of an isolated atom (`bzeroflag`).
     quadratic : bool
-        Whether the energy has quadratic terms.
+        Add quadratic terms to the energy.
     """
 
     twojmax: int = Field(default=6, ge=0)

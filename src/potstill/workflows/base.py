@@ -86,7 +86,7 @@ class TeacherSettings(Settings):
     spec : str
         A name such as `chgnet`, a checkpoint (or several: a committee), or `module:factory`.
     args : dict
-        Its arguments.
+        Keyword arguments of the teacher.
     """
 
     spec: str

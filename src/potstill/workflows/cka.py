@@ -35,28 +35,28 @@ class CKAConfig(Settings):
     Parameters
     ----------
     student, teacher : str
-        Checkpoints.
+        Checkpoint.
     data : str
-        A label store or a file with structures.
+        Label store, or a file with structures.
     source : str
-        Label set of a store, for the probes.
+        Label set of the store, for the probes.
     out : str
-        Folder of the results.
+        Folder for the results.
     before : str, optional
-        A checkpoint of the student without distillation: its control, or before training. Gains
+        Checkpoint of the student without distillation (its control, or before training); gains
         are relative to it.
     marked : (str, str), optional
-        Taps of student and teacher that were distilled, to be framed in the figures.
+        Distilled taps of student and teacher, framed in the figures.
     run : str, optional
-        A run folder in which CKA was recorded during training.
+        Run folder with CKA recorded during training.
     student_taps, teacher_taps : tuple of str, optional
-        Which taps; all that hold features by default.
+        Taps to compare; all feature taps by default.
     n_structures : int
-        How many to draw.
+        Number of structures to draw.
     probes : bool
         Fit linear probes; needs energies and forces.
     seed : int
-        Of the draw and of the probes' split.
+        Seed of the draw and of the probes' split.
     """
 
     student: str

@@ -22,22 +22,26 @@ from potstill.workflows.base import Settings
 
 
 class FileData(Settings):
-    """A file with structures and reference labels; its path alone will do.
-
-    See `potstill.readers.read`.
+    """A file with structures and reference labels; its path alone is enough.
 
     Parameters
     ----------
     path : str
-        Relative to the working directory.
-    format, index, species, allow_partial
-        As in `potstill.readers.read`.
+        Path of the file, relative to the working directory.
+    format : str, optional
+        File format, as in `potstill.readers.read`; detected by default.
     keys : dict
         Names of the labels in the file, as in `KeyMap`: `{energy: dft_energy}`.
     units : dict
         Units of the file, as in `Units`: `{energy: Hartree, length: Angstrom}`.
     require : tuple of str
         Labels that every frame must have.
+    allow_partial : bool
+        Accept frames that lack labels others have.
+    index : str
+        Frames to read: `:100`, `::10`.
+    species : tuple of str, optional
+        Elements that may occur, in the order of the species table.
     """
 
     path: str
@@ -78,20 +82,20 @@ class FileData(Settings):
 
 
 class SplitData(Settings):
-    """How to split: by seed, or by groups, or from a file (a JSON object of lists of indices).
+    """How to split: by seed, by group, or from a file (a JSON object of lists of indices).
 
     Parameters
     ----------
     seed : int
         Seed of a random split.
     fractions : dict of str to float
-        Share of each part; parts other than train, validation and test are not used.
+        Fraction of each part; parts other than train, validation and test are not used.
     of_every_group : bool
-        Hold out the validation fraction of every group; the rest is for training.
+        Hold out the validation fraction of every group and train on the rest.
     groups : dict of str to tuple of str, optional
-        Names or patterns of the groups of each part; the others are for training.
+        Names or patterns of the groups in each part; all others are for training.
     file : str, optional
-        Path of a split file.
+        Split file to read instead.
     """
 
     seed: int = 0
@@ -115,16 +119,16 @@ class SplitData(Settings):
 
 
 class SyntheticData(Settings):
-    """Structures generated with a model, in addition to the training set; see `train.mixing`.
+    """Structures generated with a model, added to the training set; see `train.mixing`.
 
     Parameters
     ----------
     store : str, optional
-        A label store.
+        Label store with the structures.
     files : tuple of FileData
-        Files with labels, instead.
+        Labeled files, instead of a store.
     source : str
-        Label set of the store whose labels count.
+        Label set of the store to use.
     counts_as : str
         Source that these labels count as in the loss: with `reference` they join the reference
         labels, as in the paper. They keep their own name as well.
@@ -153,17 +157,17 @@ class DataSettings(Settings):
     Parameters
     ----------
     store : str, optional
-        A label store, with reference labels and those of teachers.
+        Label store, with reference labels and those of teachers.
     files : tuple of FileData
         Files with reference labels, instead of a store.
     validation_files, test_files : tuple of FileData
-        Held-out files; what they provide is not split off.
+        Files for this part, which is then not split off.
     sources : tuple of str, optional
         Label sets of the store to read; all by default.
     split : SplitData
-        Of the store or the files.
+        How the store or the files are split.
     synthetic : SyntheticData, optional
-        What is added to the training part alone.
+        Synthetic structures, added to the training set only.
     """
 
     store: str | None = None

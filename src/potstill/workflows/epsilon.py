@@ -28,19 +28,19 @@ class EpsilonConfig(Settings):
     Parameters
     ----------
     out : str
-        Folder of the results.
+        Folder for the results.
     data : DataSettings
-        The structures are drawn from the training set.
+        Data as for `train`; structures are drawn from the training set.
     train : TrainSettings
-        Model, loss, precision and `force_gradient.folded`.
+        Settings of the training, of which model, loss, precision and `force_gradient.folded` count.
     initial : str, optional
-        A checkpoint to look at; a fresh model without one.
+        Checkpoint to examine; an untrained model by default.
     loss : {"quadratic", "training"}
-        The paper's loss, half the squared force error of each structure; or that of `train`.
+        The loss of the paper, half the squared force error of each structure, or that of `train`.
     epsilons : tuple of float, optional
-        Half decades by default.
+        Displacements to try; half decades by default.
     n_structures : int
-        How many structures to draw.
+        Number of structures to draw.
     exact : bool
         Compare gradients with backpropagation in float64, which takes most of the time.
     """

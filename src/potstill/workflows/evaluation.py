@@ -60,8 +60,8 @@ class TestedModel(TeacherSettings):
     Parameters
     ----------
     role : {"student", "control", "teacher", "other"}, optional
-        What it is for: sentences compare the student with the teacher and with controls. Without
-        it, what its name begins with.
+        Its role: verdicts compare the student with the teacher and the controls. By default the
+        one that its name starts with.
     """
 
     role: Role | None = None
@@ -73,28 +73,27 @@ class EvaluateConfig(Settings):
     Parameters
     ----------
     models : dict of str to TestedModel
-        Checkpoints or teachers, by the name that tables show.
+        Checkpoints or teachers, by the names shown in tables.
     out : str
-        Folder of the results.
+        Folder for the results.
     store : str, optional
-        A label store to compute errors on.
+        Label store to compute errors on.
     source : str
-        Its label set.
+        Label set of the store.
     files : tuple of FileData
         Files with reference labels, instead of a store.
     splits : dict of str to FileData
-        Validation sets of the evaluation `s2ef` by name; without them it takes the store or the
-        files.
+        Validation sets for `s2ef`, by name; the store or the files by default.
     structure : str, optional
-        Where properties and dynamics start from; without it only errors are computed.
+        Starting structure for properties and MD; without it only errors are computed.
     tests : dict of str to dict, or list of str, optional
-        Which evaluations (`potstill.evaluate.table`), and settings of theirs:
-        `{eos: {}, nve: {duration: 5}}`. If absent all that apply, `s2ef` only with `splits`, and
-        without `throughput`.
+        Evaluations (`potstill.evaluate.table`) to run, with their settings if any:
+        `{eos: {}, nve: {duration: 5}}`. By default all that apply, except `throughput`, and
+        `s2ef` only with `splits`.
     options : dict of str to dict
-        Settings of evaluations, without saying which are done.
+        Settings of evaluations, whether or not `tests` names them.
     settings : BenchSettings
-        What they share.
+        Settings shared by all evaluations.
     """
 
     models: dict[str, TestedModel] = Field(min_length=1)

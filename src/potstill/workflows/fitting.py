@@ -32,15 +32,14 @@ class FitConfig(Settings):
     data : DataSettings
         Training, validation and test sets, as for `train`.
     source : str
-        Whose labels are fitted: `reference`, or the name of a teacher.
+        Labels to fit: `reference`, or the name of a teacher.
     model : SNAPHyperparameters
-        Descriptors of the model.
+        Hyper-parameters of SNAP.
     weights : dict, optional
-        By property (energy per atom, forces, stress): what each of its rows is multiplied by, a
-        number or one per group of structures. By default 100, 1 and 50, for the labels that are
-        there.
+        Factor of the rows of each property (energy per atom, forces, stress): a number, or one per
+        group of structures. By default 100, 1 and 50 for the labels that the data have.
     prior : {"none", "zbl"}
-        A short-range repulsion, subtracted from the labels and part of the saved model.
+        Short-range repulsion, subtracted from the labels and part of the saved model.
     ridge : float
         Penalty on the squares of the coefficients.
     """

@@ -26,20 +26,19 @@ class LabelConfig(Settings):
     Parameters
     ----------
     store : str
-        The label store; made from `files` if it does not exist.
+        Label store; created from `files` if it does not exist.
     files : tuple of FileData
-        Structures (and reference labels, if any) to put into the store first; what the store holds
-        already is left out.
+        Structures (and reference labels, if any) to add first; those already in the store are
+        skipped.
     teacher : TeacherSettings
-        Who labels.
+        Teacher that labels the structures.
     properties : tuple of str, optional
-        What to ask for; by default all that a student can learn from and the teacher gives. None
-        at all if empty, for a run that stores features only.
+        Properties to compute; by default all that the teacher gives and a student can learn. An
+        empty list stores features only.
     taps : tuple of str
-        Internal features to store as well, by name; `default` is the teacher's last before its
-        output.
+        Internal features to store as well, by name; `default` is the last one before the output.
     chunk : int
-        Frames that are written together.
+        Frames per call of the teacher.
     """
 
     store: str
@@ -53,7 +52,7 @@ class LabelConfig(Settings):
 def label(config: LabelConfig, display: Display | None = None) -> LabelReport:
     """Put structures into a store if asked, and let a teacher label all of it.
 
-    Called again after an interruption, it goes on where it was.
+    Called again after an interruption, it resumes where it stopped.
     """
     display = display or Display()
     store = _open_store(config)

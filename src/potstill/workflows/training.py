@@ -53,9 +53,9 @@ class CKASettings(Settings):
     every : int
         Epochs between comparisons; the first epoch is always compared.
     n_structures : int
-        How many to draw from the validation set, by the training's seed.
+        Number of structures to draw from the validation set, with the seed of the training.
     student_taps, teacher_taps : tuple of str, optional
-        Which taps; all that hold features by default.
+        Taps to compare; all feature taps by default.
     """
 
     teacher: str
