@@ -18,6 +18,7 @@ from torch import Tensor
 from potstill.checkpoint import load_potential
 from potstill.core import CompactNeighbors, build_compact_neighbors
 from potstill.errors import DataError, ModelError
+from potstill.features import pairs_within
 from potstill.models import Potential
 from potstill.models.engines import Core, NativeParts, Pairs
 from potstill.models.graph import ONE_PLACE, refuse_coinciding_atoms
@@ -27,9 +28,6 @@ from potstill.units import AMU_PER_A3_IN_G_PER_CM3
 
 # Atoms closer than this fraction of the shortest distance in the training data are extrapolation.
 _CLOSE = 0.9
-
-# Pairs whose distances are computed at a time: those of all pairs would need gigabytes.
-_CHUNK = 4_000_000
 
 # Tolerance of the density range: a structure of the training set must not warn for rounding.
 _DENSITY_TOLERANCE = 1e-3
@@ -136,7 +134,7 @@ class PotstillCalculator(Calculator):
         self, structures: Structures, neighbors: NeighborList
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Atomic energies, forces and stress (of periodic systems) by PyTorch."""
-        neighbors = _within(structures, neighbors, self.potential.cutoff)
+        neighbors, _ = pairs_within(structures, neighbors, self.potential.cutoff)
         has_stress = self.conservative and bool(structures.pbc.all())
         wanted = ["atomic_energies", "forces", *(["stress"] if has_stress else [])]
         device = self.potential.device
@@ -211,7 +209,7 @@ class PotstillCalculator(Calculator):
         if self._limits is not None and "distance" not in self._warned:
             reach = max(reach, float(self._limits.max()) + self.skin)
         # Lists of a shorter reach are slow to build.
-        return _within(structures, build_neighbor_list(structures, max(reach, 1.5)), reach)
+        return pairs_within(structures, build_neighbor_list(structures, max(reach, 1.5)), reach)[0]
 
     def _check_range(self, structures: Structures) -> None:
         limits = self._trained_on.get("density_g_cm3")
@@ -263,22 +261,6 @@ def _distance_limits(names: Sequence[str], shortest: Mapping[str, float]) -> Ten
             value = shortest.get(f"{first}-{second}", shortest.get(f"{second}-{first}", 0.0))
             limits[a, b] = _CLOSE * float(value)
     return limits if bool(limits.any()) else None
-
-
-def _within(structures: Structures, neighbors: NeighborList, cutoff: float) -> NeighborList:
-    """Keep the pairs of one system that are closer than a cutoff."""
-    near = []
-    for first in range(0, max(neighbors.n_pairs, 1), _CHUNK):
-        chunk = _some_pairs(neighbors, slice(first, first + _CHUNK), cutoff)
-        distance = torch.linalg.vector_norm(pair_vectors(structures, chunk), dim=1)
-        near.append(first + (distance < cutoff).nonzero()[:, 0])
-    return _some_pairs(neighbors, torch.cat(near), cutoff)
-
-
-def _some_pairs(neighbors: NeighborList, rows: slice | Tensor, cutoff: float) -> NeighborList:
-    center = neighbors.center[rows]
-    count = torch.tensor([len(center)])
-    return NeighborList(center, neighbors.neighbor[rows], neighbors.shifts[rows], count, cutoff)
 
 
 def _list_holds(old: Structures, new: Structures, cutoff: float, skin: float) -> bool:

@@ -15,6 +15,9 @@ from potstill.neighbors import pair_vectors
 from potstill.ragged import Rows, expand_ranges, offsets_from_counts
 from potstill.structures import NeighborList, Structures
 
+#: Pairs whose distances are computed at a time: those of all pairs would need gigabytes.
+_CHUNK = 4_000_000
+
 FeatureKind = Literal["node_scalar", "node_vector", "edge_scalar"]
 
 
@@ -125,13 +128,19 @@ def pairs_within(
     structures: Structures, neighbors: NeighborList, cutoff: float
 ) -> tuple[NeighborList, Tensor]:
     """The pairs closer than `cutoff` (Å), and where they are in the list, (E,) bool."""
-    near = torch.linalg.vector_norm(pair_vectors(structures, neighbors), dim=1) < cutoff
+    parts = []
+    for first in range(0, max(neighbors.n_pairs, 1), _CHUNK):
+        chunk = pairs_at(structures, neighbors, slice(first, first + _CHUNK))
+        parts.append(torch.linalg.vector_norm(pair_vectors(structures, chunk), dim=1) < cutoff)
+    near = torch.cat(parts)
     graph = pairs_at(structures, neighbors, near)
     return replace(graph, cutoff=min(cutoff, neighbors.cutoff)), near
 
 
-def pairs_at(structures: Structures, neighbors: NeighborList, index: Tensor) -> NeighborList:
-    """Some pairs of a list, by increasing index or by mask."""
+def pairs_at(
+    structures: Structures, neighbors: NeighborList, index: Tensor | slice
+) -> NeighborList:
+    """Some pairs of a list, by increasing index, mask or slice."""
     center = neighbors.center[index]
     return NeighborList(
         center,

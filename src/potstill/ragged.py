@@ -69,6 +69,12 @@ def as_indices(systems: Sequence[int] | Tensor, n_systems: int) -> Tensor:
     return torch.where(systems < 0, systems + n_systems, systems)
 
 
+def draw(n: int, count: int, seed: int) -> Tensor:
+    """Increasing numbers below n, (count,) of them or all if there are fewer; a seed's own."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return order[:count].sort().values
+
+
 def expand_ranges(offsets: Tensor, systems: Tensor) -> Tensor:
     """Indices of all rows of the given systems, where rows of s are `offsets[s]:offsets[s+1]`."""
     starts = offsets[systems]

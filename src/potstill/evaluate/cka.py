@@ -31,6 +31,7 @@ from potstill.distill.taps import CHOSEN_PAIRS, potential_features
 from potstill.errors import ConfigError, DataError, ModelError, suggest
 from potstill.evaluate.base import Result
 from potstill.models import Potential, SumPotential
+from potstill.ragged import draw
 from potstill.report.panels import Drawing, Panel, Series
 from potstill.structures import Properties, Structures
 
@@ -420,9 +421,8 @@ def linear_probes(
     for systems in structures.batches(max_atoms):
         for tap, value in node_features(potential, structures.select(systems), names).items():
             parts[tap].append(value.cpu())
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     test = torch.zeros(n, dtype=torch.bool)
-    test[order[:n_test]] = True
+    test[draw(n, n_test, seed)] = True
     energy = _energy_target(structures, labels["energy"], ~test)
     rows = _force_rows(structures, seed)
     held_out = test[structures.system_index[rows]]
@@ -487,8 +487,7 @@ def _energy_target(structures: Structures, energy: Tensor, train: Tensor) -> Ten
 def _force_rows(structures: Structures, seed: int) -> Tensor:
     """Free atoms, drawn at random where there are very many."""
     atoms = structures.free.nonzero().flatten()
-    order = torch.randperm(len(atoms), generator=torch.Generator().manual_seed(seed))
-    return atoms[order[:_MOST_PROBE_ROWS]].sort().values
+    return atoms[draw(len(atoms), _MOST_PROBE_ROWS, seed)]
 
 
 def _forces_r2(feature: Tensor, forces: Tensor, held_out: Tensor, vector: bool) -> float:

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from potstill.errors import ConfigError, DivergenceError, PotstillError
 from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
-from potstill.evaluate.tools import set_temperature, with_calculator
+from potstill.evaluate.tools import limited_threads, set_temperature, with_calculator
 from potstill.report.panels import Drawing, Panel, Series
 from potstill.report.tables import Row, number, signed
 from potstill.report.verdicts import Verdict
@@ -317,9 +317,7 @@ class NVE(Evaluation):
 
     def run(self, bench: Bench, candidate: Candidate) -> NVERun:
         """Run the supercell; a checkpoint on one thread, for which it is too small for more."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(1 if candidate.is_checkpoint else before)
-        try:
+        with limited_threads(1 if candidate.is_checkpoint else torch.get_num_threads()):
             return run_nve(
                 bench.supercell,
                 candidate.calculator,
@@ -330,8 +328,6 @@ class NVE(Evaluation):
                 force_nonconservative=self.force_nonconservative,
                 trained=candidate.trained_on.get("shortest_distances"),
             )
-        finally:
-            torch.set_num_threads(before)
 
     @classmethod
     def metrics(cls, result: NVERun) -> dict[str, float]:

@@ -12,6 +12,7 @@ import torch
 from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result, as_json
 from potstill.evaluate.errors import predict_all, target_of
 from potstill.properties import property_spec
+from potstill.ragged import draw
 from potstill.report.panels import Drawing, Panel, Series, plain_label
 from potstill.structures import Properties, Structures
 
@@ -63,8 +64,7 @@ def parity_points(
         flat = torch.stack([side[present].flatten() for side in pair])
         flat = flat[:, torch.isfinite(flat).all(dim=0)]
         n = flat.shape[1]
-        generator = torch.Generator().manual_seed(seed)
-        flat = flat[:, torch.randperm(n, generator=generator)[:max_points].sort().values]
+        flat = flat[:, draw(n, max_points, seed)]
         points[name] = {"label": flat[0].tolist(), "prediction": flat[1].tolist(), "n": n}
     return ParityPoints(points)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,17 @@ def make_calculator(spec: str, args: dict[str, Any] | None = None) -> BaseCalcul
     if is_checkpoint(spec):
         return PotstillCalculator(Path(spec), **(args or {}))
     return make_teacher(spec, args).ase_calculator()
+
+
+@contextmanager
+def limited_threads(n: int) -> Iterator[None]:
+    """Let torch compute with `n` threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def machine_description() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ from potstill.readers.base import (
     Units,
     atomic_numbers_of,
     by_part,
-    frame_cells,
-    frame_labels,
     needed,
+    stacked_frames,
 )
 
 UNITS = Units("Hartree", "Angstrom", "Hartree/Angstrom", "Hartree/Bohr^3", "tension")
@@ -76,27 +76,18 @@ def _frames(path: Path, held: Any, chosen: list[int], keys: KeyMap) -> Iterator[
     """Read the chosen frames of one group; only the arrays that are needed are read."""
     name = held.name.strip("/")
     where = f"{path}, group '{name}'"
-    positions = held[keys.positions or "coordinates"][()]
-    if positions.ndim != 3 or positions.shape[2] != 3:
-        raise DataError(
-            f"{where}: 'coordinates' has shape {positions.shape}, not (frames, atoms, 3)"
-        )
-    n_frames, n_atoms = positions.shape[:2]
     species = needed(held, "species", keys, ("species", "atomic_numbers"), where)
-    numbers = atomic_numbers_of(species, where)
-    if len(numbers) != n_atoms:
-        raise DataError(f"{where}: {len(numbers)} species for {n_atoms} atoms")
-    labels = frame_labels(held, keys, _USUAL, n_frames, where)
-    cell, pbc = frame_cells(held, keys.cell or "cell", keys, n_frames, where)
-    for k in chosen:
-        yield Frame(
-            where=f"{where}, frame {k}",
-            frame_id=f"{path.name}/{name}:{k}",
-            numbers=numbers,
-            positions=positions[k],
-            cell=cell[k],
-            pbc=pbc[k],
-            labels={label: v[k] for label, v in labels.items() if not np.isnan(v[k]).all()},
-            keys=tuple(held),
-            group=name,
-        )
+    for frame in stacked_frames(
+        held,
+        keys,
+        _USUAL,
+        held[keys.positions or "coordinates"][()],
+        atomic_numbers_of(species, where),
+        chosen,
+        where=where,
+        frame_id=f"{path.name}/{name}",
+        cell=keys.cell or "cell",
+        group=name,
+    ):
+        labels = {label: v for label, v in frame.labels.items() if not np.isnan(v).all()}
+        yield replace(frame, labels=labels)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -253,21 +253,6 @@ def pick_labels(
     return {name: value for name, value in found.items() if value is not None}
 
 
-def frame_labels(
-    held: Mapping[str, Any],
-    keys: KeyMap,
-    usual: Mapping[str, Sequence[str]],
-    n_frames: int,
-    where: str,
-) -> dict[str, np.ndarray]:
-    """Labels as arrays of one row per frame; as `pick_label`."""
-    found = pick_labels(held, keys, usual, where)
-    for name, value in found.items():
-        if len(value.shape) == 0 or value.shape[0] != n_frames:
-            raise DataError(f"{where}: '{name}' has shape {value.shape} for {n_frames} frames")
-    return {name: value[()] for name, value in found.items()}
-
-
 def needed(
     held: Mapping[str, Any], name: str, keys: KeyMap, usual: Sequence[str], where: str
 ) -> np.ndarray:
@@ -295,6 +280,50 @@ def atomic_numbers_of(values: Any, where: str) -> np.ndarray:
         if symbol not in _NUMBERS:
             raise DataError(f"{where}: '{symbol}' is not a chemical symbol")
     return np.array([_NUMBERS[symbol] for symbol in symbols], dtype=np.int64)
+
+
+def stacked_frames(
+    held: Mapping[str, Any],
+    keys: KeyMap,
+    usual: Mapping[str, Sequence[str]],
+    positions: np.ndarray,
+    numbers: np.ndarray,
+    chosen: Iterable[int],
+    *,
+    where: str,
+    frame_id: str,
+    cell: str,
+    group: str = "",
+) -> Iterator[Frame]:
+    """The chosen frames of arrays with a row for each: positions (S, n, 3), numbers (n,) or (S, n).
+
+    Labels are picked as by `pick_labels`; `cell` is the name of the cells.
+    """
+    if positions.ndim != 3 or positions.shape[2] != 3:
+        raise DataError(f"{where}: 'positions' has shape {positions.shape}, not (frames, atoms, 3)")
+    n_frames, n_atoms = positions.shape[:2]
+    if numbers.shape not in ((n_atoms,), (n_frames, n_atoms)):
+        shape = " x ".join(map(str, numbers.shape))
+        raise DataError(f"{where}: {shape} species for {n_atoms} atoms in {n_frames} frames")
+    labels = pick_labels(held, keys, usual, where)
+    for name, value in labels.items():
+        if len(value.shape) == 0 or value.shape[0] != n_frames:
+            raise DataError(f"{where}: '{name}' has shape {value.shape} for {n_frames} frames")
+    labels = {name: value[()] for name, value in labels.items()}
+    cells, pbc = frame_cells(held, cell, keys, n_frames, where)
+    numbers = np.broadcast_to(numbers, (n_frames, n_atoms))
+    for k in chosen:
+        yield Frame(
+            where=f"{where}, frame {k}",
+            frame_id=f"{frame_id}:{k}",
+            numbers=numbers[k],
+            positions=positions[k],
+            cell=cells[k],
+            pbc=pbc[k],
+            labels={name: value[k] for name, value in labels.items()},
+            keys=tuple(held),
+            group=group,
+        )
 
 
 def frame_cells(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from potstill.errors import DataError
-from potstill.readers.base import Frame, KeyMap, Units, frame_cells, frame_labels, needed
+from potstill.readers.base import Frame, KeyMap, Units, needed, stacked_frames
 
 _USUAL = {
     "energy": ("energies", "E"),
@@ -37,33 +37,18 @@ def read_npz(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], U
     where = str(path)
     positions = needed(held, "positions", keys, ("coords", "R"), where)
     species = needed(held, "species", keys, ("nuclear_charges", "z"), where)
-    if positions.ndim != 3 or positions.shape[2] != 3:
-        raise DataError(f"{path}: 'positions' has shape {positions.shape}, not (frames, atoms, 3)")
-    n_frames, n_atoms = positions.shape[:2]
-    if species.shape not in ((n_atoms,), (n_frames, n_atoms)):
-        raise DataError(
-            f"{path}: 'species' has shape {species.shape}, not ({n_atoms},) or "
-            f"({n_frames}, {n_atoms})"
-        )
-    labels = frame_labels(held, keys, _USUAL, n_frames, where)
-    name = keys.cell or ("cell" if "cell" in held else "lattice")
-    cell, pbc = frame_cells(held, name, keys, n_frames, where)
-    numbers = np.broadcast_to(species, (n_frames, n_atoms))
-
-    def frames() -> Iterator[Frame]:
-        for k in range(n_frames)[index]:
-            yield Frame(
-                where=f"{path}, frame {k}",
-                frame_id=f"{path.name}:{k}",
-                numbers=numbers[k],
-                positions=positions[k],
-                cell=cell[k],
-                pbc=pbc[k],
-                labels={name: value[k] for name, value in labels.items()},
-                keys=tuple(held),
-            )
-
-    return frames(), _units(held, keys)
+    frames = stacked_frames(
+        held,
+        keys,
+        _USUAL,
+        positions,
+        species,
+        range(len(positions))[index],
+        where=where,
+        frame_id=path.name,
+        cell=keys.cell or ("cell" if "cell" in held else "lattice"),
+    )
+    return frames, _units(held, keys)
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

@@ -10,7 +10,6 @@ provided that the calculator itself is deterministic.
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -541,11 +540,6 @@ class History:
         self._spare = None if taken else path
         if taken:
             self.taken.append(state)
-
-    def remove(self) -> None:
-        """Delete the files: the frames are safe elsewhere."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _state_from_arrays(arrays: dict[str, np.ndarray]) -> MDState:

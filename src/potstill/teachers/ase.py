@@ -18,12 +18,12 @@ from potstill.errors import TeacherError, require, suggest
 from potstill.isolation import WorkerCalculator
 from potstill.properties import ASE_NAMES, property_spec
 from potstill.structures import Structures
-from potstill.teachers.base import Teacher, TeacherInfo, fingerprint_of, versions_of
-
-_WORDS = ("license", "citation", "level_of_theory")
+from potstill.teachers.base import Teacher, TeacherInfo, fingerprint_of, stated, versions_of
 
 #: Arguments that describe the teacher; all others go to the factory.
-DESCRIPTION = ("name", *_WORDS, "licence", "conservative", "force_consistent")
+DESCRIPTION = (
+    "name", "license", "licence", "citation", "level_of_theory", "conservative", "force_consistent"
+)  # fmt: skip
 
 
 class AseTeacher(Teacher):
@@ -69,8 +69,6 @@ class AseTeacher(Teacher):
         """
         args = dict(args or {})
         about = {key: args.pop(key) for key in DESCRIPTION if key in args}
-        if "licence" in about:
-            about["license"] = about["licence"]
         name = str(about.get("name", spec.rpartition(":")[2]))
         conservative = bool(about.get("conservative", True))
         calculator = WorkerCalculator(spec, args, name, conservative=conservative)
@@ -81,7 +79,7 @@ class AseTeacher(Teacher):
             fingerprint=fingerprint_of("ase", spec, contents, versions),
             versions=versions,
             conservative=conservative,
-            **{key: str(about[key]) for key in _WORDS if key in about},
+            **stated(about),
         )
         consistent = bool(about.get("force_consistent", True))
         return cls(calculator, info, force_consistent=consistent)

@@ -31,6 +31,8 @@ from potstill.worker import reason_of
 #: of the energy per atom where that is larger than 1 eV.
 SUM_TOLERANCE = 1e-6
 
+_WORDS = ("license", "citation", "level_of_theory")
+
 
 @dataclass(frozen=True)
 class TeacherInfo:
@@ -345,6 +347,13 @@ class TeacherCalculator(Calculator):
         self.results["free_energy"] = self.results["energy"]
         if "stress" in self.results:
             self.results["stress"] = full_3x3_to_voigt_6_stress(self.results["stress"])
+
+
+def stated(about: Mapping[str, Any]) -> dict[str, str]:
+    """License, citation and level of theory, as far as somebody stated them."""
+    if "licence" in about:  # its spelling in older files
+        about = {**about, "license": about["licence"]}
+    return {key: str(about[key]) for key in _WORDS if key in about}
 
 
 def fingerprint_of(*parts: Any) -> str:

@@ -16,7 +16,7 @@ from potstill.features import Feature
 from potstill.models import ANI, Potential, SumPotential, TapSpec
 from potstill.properties import LEARNABLE
 from potstill.structures import Structures
-from potstill.teachers.base import Teacher, TeacherInfo, versions_of
+from potstill.teachers.base import Teacher, TeacherInfo, stated, versions_of
 
 
 class PotentialTeacher(Teacher):
@@ -79,14 +79,10 @@ def describe_potential(potential: Potential, name: str, info: Mapping[str, Any])
 
     A distilled potential inherits the license and the level of theory of its own teacher.
     """
-    origin = dict(info.get("teacher") or info)
-    if "licence" in origin:  # its spelling in older files
-        origin["license"] = origin["licence"]
-    words = ("license", "citation", "level_of_theory")
     return TeacherInfo(
         name=name,
         fingerprint=potential_fingerprint(potential),
-        **{key: origin[key] for key in words if key in origin},
+        **stated(info.get("teacher") or info),
         versions={"potstill": __version__} | versions_of("torch"),
         conservative=not potential.direct_forces,
     )

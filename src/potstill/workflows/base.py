@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import ase
-import torch
 from ase.build import bulk
 from ase.io import write
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -24,6 +23,7 @@ from potstill.display import Display as Display
 from potstill.display import Task as Task
 from potstill.display import seconds_in_words as seconds_in_words
 from potstill.errors import ConfigError, DataError, suggest
+from potstill.evaluate.tools import limited_threads as limited_threads
 from potstill.files import write_atomically
 from potstill.neighbors import build_neighbor_list, shortest_distances
 from potstill.readers import read
@@ -192,7 +192,8 @@ def check_folder(
 def stored_settings(folder: Path) -> dict[str, Any]:
     """Settings of the run that a folder holds, as they were written; none if it is new."""
     file = folder / "config.yaml"
-    return YAML(typ="safe", pure=True).load(file) if file.is_file() else {}
+    content = YAML(typ="safe", pure=True).load(file) if file.is_file() else {}
+    return content if isinstance(content, dict) else {}
 
 
 def differences(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
@@ -266,12 +267,6 @@ def read_start(spec: str, *, index: str = ":") -> Structures:
     return read(spec, allow_partial=True, index=index)[0]
 
 
-def draw(n: int, count: int, seed: int) -> torch.Tensor:
-    """Increasing numbers below n, (count,) of them or all if there are fewer; a seed's own."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return order[:count].sort().values
-
-
 def trained_on(
     structures: Structures, temperature: tuple[float, float] | None = None
 ) -> dict[str, Any]:
@@ -307,14 +302,3 @@ def potential_info(
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def limited_threads(n: int) -> Iterator[None]:
-    """Let torch compute with `n` threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -22,10 +22,11 @@ from potstill.evaluate.cka import (
     similarity_gain,
 )
 from potstill.models import Potential
+from potstill.ragged import draw
 from potstill.report.heatmaps import Heatmap, write_heatmaps
 from potstill.report.plots import write_figure
 from potstill.structures import Properties, Structures
-from potstill.workflows.base import Display, Settings, claim_folder, draw, write_json
+from potstill.workflows.base import Display, Settings, claim_folder, write_json
 from potstill.workflows.data import FileData, load_store
 
 

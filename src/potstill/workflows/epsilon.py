@@ -12,13 +12,14 @@ from potstill.checkpoint import load_potential
 from potstill.distill import LossTerm
 from potstill.distill.terms import check_signals
 from potstill.files import write_atomically
+from potstill.ragged import draw
 from potstill.report.panels import Drawing, Look, Panel, Series
 from potstill.report.plots import Figure, write_figure
 from potstill.report.tables import Table
 from potstill.train import TrainingSet, TrainSettings
 from potstill.train.epsilon import EpsilonScan, scan_epsilon
 from potstill.train.initialize import initial_student
-from potstill.workflows.base import Display, Settings, claim_folder, draw, write_json
+from potstill.workflows.base import Display, Settings, claim_folder, write_json
 from potstill.workflows.data import DataSettings, load_parts
 
 

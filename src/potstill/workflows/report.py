@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ruamel.yaml import YAML
 
 from potstill.checkpoint import load_potential
 from potstill.errors import DataError, PotstillError
@@ -41,7 +40,7 @@ from potstill.report.plots import write_figure
 from potstill.report.tables import Table, number, rows_table, signed
 from potstill.report.verdicts import ordered_verdicts
 from potstill.store import LabeledStore
-from potstill.workflows.base import read_json
+from potstill.workflows.base import read_json, stored_settings
 from potstill.workflows.evaluation import read_findings
 
 
@@ -245,15 +244,8 @@ def collect(folder: str | Path) -> ReportData:
     stages = read_json(folder / "stages.json", {})
     trained_on = info.get("trained_on") or {}
     found = replace(found, n_parameters=parameters, trained_on=trained_on)
-    about = _about(folder, _config(folder / "config.yaml"), info, stages, found)
+    about = _about(folder, stored_settings(folder), info, stages, found)
     return ReportData(folder, _title(info), found, about, tuple(problems), curves)
-
-
-def _config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content = YAML(typ="safe", pure=True).load(path)
-    return content if isinstance(content, dict) else {}
 
 
 def _potential(*paths: Path) -> tuple[int | None, dict[str, Any]]:

@@ -23,6 +23,7 @@ from potstill.evaluate.cka import (
 )
 from potstill.evaluate.errors import evaluate_errors
 from potstill.models import Potential, build_model
+from potstill.ragged import draw
 from potstill.report.plots import write_figure
 from potstill.teachers import Teacher
 from potstill.train import TrainingSet, TrainResult, TrainSettings, train
@@ -34,7 +35,6 @@ from potstill.workflows.base import (
     Settings,
     TeacherSettings,
     claim_folder,
-    draw,
     merged,
     potential_info,
     seconds_in_words,
