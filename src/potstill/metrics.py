@@ -193,15 +193,8 @@ class _Sums:
 
 
 class ErrorAccumulator(_Sums):
-    """Sums of errors over any number of batches.
+    """Sums of errors over any number of batches, on the device of the batches.
 
-    Parameters
-    ----------
-    device : torch.device or str
-        Where the sums live; the device of the batches avoids copies during training.
-
-    Notes
-    -----
     Weights are not used: a metric counts every present value once. States of several accumulators
     add up, so ranks may all-reduce `state()` by summation and `load_state()` the result.
     """
@@ -334,18 +327,13 @@ class S2EFAccumulator(_Sums):
     """The metrics of OC20's task "structure to energy and forces", over free atoms.
 
     As in the evaluator of the Open Catalyst Project: `energy_mae` of total energies per frame;
-    `free_forces_mae` over the components of all free atoms of all frames; `free_forces_cosine`,
-    the mean over the same atoms of the cosine between predicted and labeled force, zero where
-    either vanishes; `efwt`, the percentage of frames with an energy error below 0.02 eV and all
-    force components within 0.03 eV/Å.
+    `free_forces_mae` over the components of all free atoms of all frames; `free_forces_cosine`, the
+    mean over the same atoms of the cosine between predicted and labeled force, zero where either
+    vanishes; `efwt`, the percentage of frames with an energy error below 0.02 eV and all force
+    components within 0.03 eV/Å.
 
     Each is a ratio of two sums over frames, so five sums more give its standard error to first
     order, and states of several accumulators add up, over batches and over ranks.
-
-    Parameters
-    ----------
-    device : torch.device or str
-        Where the sums live.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:

@@ -55,12 +55,7 @@ class Connectivity:
     def symptom(self, frame: Structures, *, apart: bool = True) -> str:
         """Say what is wrong with a later frame of the same system; empty if it is sound.
 
-        Parameters
-        ----------
-        frame : Structures
-            One system, the same atoms.
-        apart : bool
-            Also look for fragments.
+        With `apart`, fragments count as well.
         """
         center, neighbor, ratio = _bond_ratios(frame)
         if ratio.min(initial=math.inf) < min(FUSED_RADII, FUSED * self.closest):

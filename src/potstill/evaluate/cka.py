@@ -117,13 +117,7 @@ class CKAMatrix(Result):
 
 
 class CKAAccumulator:
-    """Sums over batches from which the CKA of every pair of taps follows exactly.
-
-    Parameters
-    ----------
-    first, second : sequence of str
-        Taps of either model.
-    """
+    """Sums over batches from which the CKA of every pair of taps of two models follows exactly."""
 
     def __init__(self, first: Sequence[str], second: Sequence[str]) -> None:
         self.first, self.second = tuple(first), tuple(second)
@@ -240,20 +234,8 @@ class CKATracker:
     """Writes the CKA with a teacher while a student is trained: `on_epoch` of `train`.
 
     It reads the run's snapshot, so that it needs nothing of the loop and of the network in it.
-    Lines go to `cka.jsonl` in the run's folder: the epoch, the steps and the matrix.
-
-    Parameters
-    ----------
-    folder : Path
-        The run's.
-    teacher : Potential
-        Whom to compare with.
-    structures : Structures
-        A few of species that both models know.
-    every : int
-        Epochs between comparisons; the first is always compared.
-    student_taps, teacher_taps : sequence of str, optional
-        Which taps; all that hold features by default.
+    Lines go to `cka.jsonl` in the run's folder: the epoch, the steps and the matrix. The first
+    epoch is always compared, then one in `every`; `structures` are of species that both know.
 
     Raises
     ------

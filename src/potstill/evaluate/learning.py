@@ -40,18 +40,8 @@ class LearningCurves(Result):
     def against(self, key: str, axis: str = "seconds") -> tuple[tuple[float, ...], ...]:
         """A series over the wall clock, the steps or the epochs (Fig. 9 of the GNN paper).
 
-        Parameters
-        ----------
-        key : str
-            For instance `validation/energy_mae`.
-        axis : {"seconds", "processor_seconds", "steps", "epoch"}
-            Seconds of training and validation so far, over all resumed parts, on the clock or of
-            the process; optimizer steps.
-
-        Returns
-        -------
-        x, y : tuple of float
-            Where both are finite.
+        Seconds are of training and validation so far, over all resumed parts, on the clock or of
+        the process. Returns x and y where both are finite.
         """
         x = tuple(map(float, self.epochs)) if axis == "epoch" else self[axis]
         pairs = zip(x, self[key], strict=True)
@@ -112,10 +102,7 @@ def _numbers(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
 def learning_panels(curves: Mapping[str, Sequence[LearningCurves]]) -> list[Panel]:
     """Force errors of the training loss and of validation against the epoch (Fig. 4).
 
-    Parameters
-    ----------
-    curves : mapping
-        Strategy or model to the curves of its seeds; what nobody recorded has no panel.
+    `curves` are those of the seeds of each strategy or model; what nobody recorded has no panel.
     """
     wanted = (
         ("train/forces", "Training set", "Force loss, RMSE + MAE (eV/Å)"),

@@ -52,18 +52,9 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class Finished:
-    """The finished runs of an experiment, and where their measures are kept.
+    """The finished runs of an experiment; measures of them are kept in the folder `measures/`.
 
-    Parameters
-    ----------
-    experiment : Experiment
-        With data and variants.
-    folder : Path
-        Of the study; measures are kept in `measures/`, one file each.
-    records : mapping
-        What the runs have left.
-    say : callable, optional
-        Told what is measured next.
+    `say` is told what is measured next.
     """
 
     experiment: Experiment

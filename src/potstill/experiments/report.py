@@ -52,16 +52,8 @@ def report_experiment(
 ) -> dict[str, Any]:
     """Measure what has been trained so far and write tables, figures and the report page.
 
-    Parameters
-    ----------
-    experiment : Experiment
-        What was trained.
-    folder : path
-        As given to `run_experiment`; gets `report.html`, `report/` and `results.json`.
-    command : str
-        What was typed, for the record.
-    on_model : callable, optional
-        Told what is measured next.
+    `folder` is that of `run_experiment`; it gets `report.html`, `report/` and `results.json`, which
+    also holds the `command` that was typed. `on_model` is told what is measured next.
 
     Returns
     -------
@@ -121,14 +113,7 @@ def report_sections(
 ) -> tuple[Section, ...]:
     """Sections of the page; tables and figures are written into the folder, made if absent.
 
-    Parameters
-    ----------
-    results : Results
-        The runs.
-    folder : path
-        Gets the files.
-    evaluated : list of str
-        Metrics that evaluations have found.
+    `evaluated` are metrics that evaluations have found.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -131,16 +131,8 @@ class Compared:
 class Results:
     """All runs of a study, and what tables and figures show beside them.
 
-    Parameters
-    ----------
-    rows : sequence of RunRow
-        One per run.
-    baselines : mapping
-        Published potentials: name to metrics.
-    liquid : (str, RadialDistribution), optional
-        Name and g(r) of a potential from elsewhere.
-    similarity : mapping
-        As of `potstill.experiments.measures.SimilaritySettings.measure`.
+    `baselines` are metrics of published potentials; `liquid` is the name and g(r) of an external
+    potential; `similarity` is what `potstill.experiments.measures.SimilaritySettings` measures.
 
     Raises
     ------

@@ -202,18 +202,10 @@ def run_experiment(
     workers: int = 1,
     on_progress: Callable[[Progress[Run]], None] | None = None,
 ) -> None:
-    """Train every run of an experiment that is not finished yet.
+    """Train every run of an experiment that is not finished yet, in a subfolder of its own.
 
-    Parameters
-    ----------
-    experiment : Experiment
-        What to train.
-    folder : path
-        One subfolder per run; a finished run has `run.json`.
-    workers : int
-        Processes; each uses one thread when there are several.
-    on_progress : callable, optional
-        Called after every run.
+    A finished run has `run.json`. With several `workers`, each is a process with one thread.
+    `on_progress` is called after every run.
 
     Raises
     ------

@@ -56,26 +56,22 @@ def run_jobs(
     on_progress: Callable[[Progress[J]], None] | None = None,
     on_look: Callable[[], None] | None = None,
 ) -> None:
-    """Do every job that is not finished yet.
+    """Do every job that is not finished yet; earlier ones start first.
 
     Parameters
     ----------
     jobs : sequence
-        All of them; earlier ones start first. `str` of a job is what messages call it.
+        All of them; messages call them by their `str`.
     work : callable
         Does one job, given the job and a number of threads. With several workers both are pickled.
     is_finished, is_ready : callable
         Whether a job is done, and whether what it builds upon is.
     cost : callable
         Relative cost of a job, for the projected time.
-    workers : int
-        Jobs at a time.
-    threads : int
-        Of each.
-    on_progress : callable, optional
-        Called after every job.
-    on_look : callable, optional
-        Called again and again while several jobs are under way.
+    workers, threads : int
+        Jobs at a time, and threads of each.
+    on_progress, on_look : callable, optional
+        Called after every job; called again and again while several are under way.
 
     Raises
     ------

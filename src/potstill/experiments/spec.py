@@ -37,7 +37,7 @@ class TrainedTeacher:
 
 @dataclass(frozen=True)
 class GivenTeacher:
-    """A teacher from elsewhere, and what the experiment calls it."""
+    """An external teacher, and what the experiment calls it."""
 
     name: str
     model: TeacherSettings
@@ -68,25 +68,25 @@ class Variant:
     Parameters
     ----------
     name : str
-        Unique; a run's folder is named after it.
+        Unique; the folder of a run is named after it.
     role : Role
         What it is for.
     strategy : str
-        How tables call this way of training.
+        Name of this way of training in tables.
     group : str
         What it is compared within: its size, or its pair of models; "" for none.
     settings : TrainSettings
-        Of the training; the loss is that without a teacher.
+        Of the training, with the loss that it has without a teacher.
     taught : tuple of terms
         What the teacher adds to the loss.
     teacher : TrainedTeacher, GivenTeacher or StoredTeacher, optional
-        Who gives the values of these terms. A control keeps its student's, to be compared with.
+        Source of the values of these terms. A control keeps that of its student, for comparison.
     against : tuple of str
         Variants that it is judged by.
     point : GridPoint, optional
         Its place in a grid.
     seeds : tuple of int, optional
-        Those of the experiment by default.
+        Seeds; those of the experiment by default.
     """
 
     name: str
@@ -103,12 +103,8 @@ class Variant:
     def control(self, name: str, *, strategy: str = "", **weights: float) -> Variant:
         """The same without the teacher's terms.
 
-        Parameters
-        ----------
-        name, strategy : str
-            Of the control; `strategy` is the name where it is not given.
-        **weights : float
-            Other weights of terms on labels, by property; zero leaves a term out.
+        `weights`, by property, replace those of terms on labels; zero leaves a term out. The
+        strategy is called like the variant where no other name is given.
         """
         loss = {term.name: term for term in self.settings.loss}
         known = {t.property: t for t in loss.values() if isinstance(t, LossTerm)}

@@ -17,15 +17,7 @@ from potstill.report.tables import Table
 
 @dataclass(frozen=True)
 class Fact:
-    """One number of the summary box.
-
-    Parameters
-    ----------
-    value, unit, label : str
-        "0.041", "eV/Å", "force RMSE of the student".
-    note : str
-        In small print below.
-    """
+    """One number of the summary box, as in "0.041", "eV/Å", "force RMSE of the student"."""
 
     value: str
     unit: str

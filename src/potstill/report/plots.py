@@ -53,15 +53,7 @@ _DPI = 160
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that has been written.
-
-    Parameters
-    ----------
-    name, title, caption : str
-        Name of its files; heading; what it shows, in words.
-    png, svg, csv : Path
-        Its files.
-    """
+    """A figure that has been written: name of its files, heading, what it shows, and the files."""
 
     name: str
     title: str

@@ -252,20 +252,11 @@ class Job(ABC):
         folder: Path | None = None,
         progress: Progress | None = None,
     ) -> SampledFrames:
-        """Make the frames.
+        """Make the frames of one system, `start`, with a calculator where the job needs one.
 
-        Parameters
-        ----------
-        start : Structures
-            One system.
-        calculator : ase calculator, optional
-            Energies, forces and, at constant pressure, stress.
-        seed, number : int
-            Seed of the plan and number of the job in it; both seed its random numbers.
-        folder : Path, optional
-            For checkpoints of long jobs, which then resume; without it a job starts anew.
-        progress : callable, optional
-            Called with (work done, work in all).
+        `seed` of the plan and `number` of the job in it seed its random numbers. Long jobs keep
+        checkpoints in `folder` and resume from them. `progress` is called with (work done, work in
+        all).
 
         Raises
         ------

@@ -34,12 +34,7 @@ class CHGNetTeacher(Teacher):
     CHGNet is periodic along all axes; a lattice vector long enough to separate images stands in for
     an open one. Frames with an atom that has no neighbor fail: CHGNet is wrong there.
 
-    Parameters
-    ----------
-    model : str
-        Which of the pre-trained models: "0.3.0", "0.2.0" or "r2scan".
-    device : str
-        Where to compute.
+    Pre-trained models are "0.3.0", "0.2.0" and "r2scan".
     """
 
     properties = frozenset({"energy", "forces", "stress", "atomic_energies"})

@@ -20,15 +20,7 @@ from potstill.teachers.base import Teacher, TeacherInfo, stated, versions_of
 
 
 class PotentialTeacher(Teacher):
-    """A potential that labels in batches.
-
-    Parameters
-    ----------
-    potential : Potential
-        Any model.
-    info : TeacherInfo, optional
-        Who it is; by default named after its kind.
-    """
+    """A potential that labels in batches; by default it is named after its kind."""
 
     properties = frozenset(LEARNABLE)
     batch_atoms = 512

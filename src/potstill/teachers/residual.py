@@ -58,18 +58,8 @@ def nonconservative_residual(
     """Compare forces with central differences of the energy, on a random sample.
 
     A conservative teacher's residual is of the order of step squared and of its rounding over the
-    step; direct forces show a residual that does not shrink with the step.
-
-    Parameters
-    ----------
-    teacher : Teacher
-        Gives energy and forces.
-    structures : Structures
-        Where to look; components of all atoms are sampled alike.
-    n_components : int
-        How many (atom, axis) pairs; each costs two energies.
-    step : float
-        Displacement, Å.
+    step; direct forces show a residual that does not shrink with the step. Components of all atoms
+    are sampled alike; each costs two energies. `step` is in Å.
 
     Raises
     ------

@@ -77,18 +77,9 @@ class CKAConfig(Settings):
 
 @dataclass(frozen=True)
 class CKAReport:
-    """What was found.
+    """CKA of student and teacher (`after`), before distillation, the gain, and each with itself.
 
-    Parameters
-    ----------
-    after : CKAMatrix
-        Student and teacher.
-    before, gain : CKAMatrix, optional
-        Of the student without distillation, and the difference.
-    student, teacher : CKAMatrix
-        Each with itself.
-    probes : dict of str to list of ProbeScore
-        "student", "teacher" and, where there is one, "before".
+    `probes` are of "student", "teacher" and, where there is one, "before".
     """
 
     after: CKAMatrix

@@ -98,17 +98,7 @@ class MdConfig(Settings):
 
 @dataclass(frozen=True)
 class MdResult:
-    """The frames of a run and the files they are in.
-
-    Parameters
-    ----------
-    frames : SampledFrames
-        What was written.
-    trajectory, thermo : Path
-        The files.
-    closest : str
-        Closest approach in a sentence, beside the shortest distance in training where it is known.
-    """
+    """The frames of a run, the files they are in, and the closest approach in a sentence."""
 
     frames: SampledFrames
     trajectory: Path

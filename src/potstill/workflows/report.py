@@ -50,12 +50,6 @@ class ReportData:
 
     Parameters
     ----------
-    folder : Path
-        The run folder.
-    title : str
-        Heading.
-    found : Findings
-        Results of all evaluations.
     about : dict of str to str
         What, when, teacher, license, versions, seed: in the order of display.
     problems : tuple of str
@@ -75,12 +69,8 @@ class ReportData:
 def write_report(run: str | Path | ReportData, *, about: Mapping[str, str] | None = None) -> Path:
     """Write `report.html` and, in `report/`, its tables (CSV, Markdown) and figures.
 
-    Parameters
-    ----------
-    run : path or ReportData
-        The folder of a run, or what has been collected from it.
-    about : mapping, optional
-        What to add to the list at the top, the command for instance.
+    `run` is the folder of a run, or what has been collected from it; `about` is added to the list
+    at the top, the command for instance.
 
     Raises
     ------
