@@ -212,7 +212,7 @@ def test_a_molecule_gets_what_applies_and_one_line_on_the_rest(tmp_path):
     assert set(found.results) == {"vibrations", "speed", "nve"}
     assert len(said) == 1
     assert said[0].startswith("Does not apply here: equation of state, elastic constants (needs a")
-    assert read_findings(tmp_path)[1] == said
+    assert list(read_findings(tmp_path).problems) == said
     assert found.of("speed", SpeedTable)["teacher"].rows[0].n_atoms == 8
     assert len(found.of("vibrations", Vibrations)["teacher"].frequencies) == 1
 
@@ -225,12 +225,12 @@ def test_roles_not_names_tell_who_is_compared_with_whom(tmp_path):
     report = {"channels": {}, "groups": {}, "n_systems": 1, "n_atoms": 2}
     names = ("fast", "plain", "slow", "student")
     (tmp_path / "errors.json").write_text(json.dumps(dict.fromkeys(names, report)))
-    old, _ = read_findings(tmp_path)
+    old = read_findings(tmp_path)
     assert (old.models, old.controls) == (("student", "fast", "plain", "slow"), ())
     assert (old.student, old.teacher) == ("student", "teacher")
     roles = {"fast": "student", "plain": "control", "slow": "teacher", "student": "other"}
     (tmp_path / "roles.json").write_text(json.dumps(roles))
-    found, _ = read_findings(tmp_path)
+    found = read_findings(tmp_path)
     assert found.models == names
     assert (found.student, found.controls, found.teacher) == ("fast", ("plain",), "slow")
 

@@ -399,11 +399,11 @@ def evaluate(
     )
     from potstill.config import EvaluateConfig, load_config
     from potstill.workflows.evaluation import evaluate as work
-    from potstill.workflows.summary import result_lines, result_rows
+    from potstill.workflows.report import verdicts
+    from potstill.workflows.summary import result_rows
 
-    settings = load_config(config, EvaluateConfig, given)
-    found = work(settings, display)
-    for line in result_lines(found, Path(settings.out)):
+    found = work(load_config(config, EvaluateConfig, given), display)
+    for line in (*verdicts(found), *found.problems):
         display.say(line)
     display.table("Results", ("", "model", ""), result_rows(found))
 

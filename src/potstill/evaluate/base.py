@@ -274,12 +274,15 @@ class Findings:
         What the student's file says of its training structures.
     roles : mapping
         By model; a model without one has the role that its name begins with.
+    problems : tuple of str
+        What does not apply or could not be done, and why.
     """
 
     results: Mapping[str, Mapping[str, Result]]
     n_parameters: Mapping[str, int] = dataclasses.field(default_factory=dict)
     trained_on: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     roles: Mapping[str, Role] = dataclasses.field(default_factory=dict)
+    problems: tuple[str, ...] = ()
 
     @cached_property
     def models(self) -> tuple[str, ...]:

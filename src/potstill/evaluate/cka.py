@@ -406,7 +406,8 @@ def linear_probes(
     test = torch.zeros(n, dtype=torch.bool)
     test[draw(n, n_test, seed)] = True
     energy = _energy_target(structures, labels["energy"], ~test)
-    rows = _force_rows(structures, seed)
+    rows = structures.free.nonzero().flatten()
+    rows = rows[draw(len(rows), _MOST_PROBE_ROWS, seed)]
     held_out = test[structures.system_index[rows]]
     found = []
     for tap in names:
@@ -464,12 +465,6 @@ def _energy_target(structures: Structures, energy: Tensor, train: Tensor) -> Ten
     composition = structures.composition()
     per_species = torch.linalg.lstsq(composition[train], energy[train], driver="gelsd").solution
     return (energy - composition @ per_species) / structures.n_atoms_per_system.clamp(min=1)
-
-
-def _force_rows(structures: Structures, seed: int) -> Tensor:
-    """Free atoms, drawn at random where there are very many."""
-    atoms = structures.free.nonzero().flatten()
-    return atoms[draw(len(atoms), _MOST_PROBE_ROWS, seed)]
 
 
 def _forces_r2(feature: Tensor, forces: Tensor, held_out: Tensor, vector: bool) -> float:

@@ -92,7 +92,8 @@ class Table:
         align = ["---" if left else "---:" for left in self._left_aligned()]
         lines = [f"**{self.title}**", "", _line(self.columns), _line(align)]
         lines += [
-            _line([self._shown(cell).replace("|", "\\|") for cell in row]) for row in self.rows
+            _line([shown(cell, self.digits).replace("|", "\\|") for cell in row])
+            for row in self.rows
         ]
         return "\n".join([*lines, *(["", self.note] if self.note else [])]) + "\n"
 
@@ -108,7 +109,8 @@ class Table:
             return f"<tr>{''.join(inner)}</tr>"
 
         head = line(self.columns, "th")
-        body = "\n".join(line([self._shown(cell) for cell in row], "td") for row in self.rows)
+        cells = ([shown(cell, self.digits) for cell in row] for row in self.rows)
+        body = "\n".join(line(row, "td") for row in cells)
         return f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
     def csv(self) -> str:
@@ -137,11 +139,8 @@ class Table:
 
     def _html_class(self, column: int, left: bool) -> str:
         """`number` and `text` stay on one line, `words` may break."""
-        longest = max((len(self._shown(row[column])) for row in self.rows), default=0)
+        longest = max((len(shown(row[column], self.digits)) for row in self.rows), default=0)
         return "number" if not left else "words" if longest > 24 else "text"
-
-    def _shown(self, cell: Cell) -> str:
-        return shown(cell, self.digits)
 
     def _left_aligned(self) -> list[bool]:
         """Whether a column holds text."""

@@ -93,7 +93,8 @@ def standard_plan(
     **md_settings
         Settings of all MD jobs, as of `MDJob`.
     """
-    temperatures = _temperatures(temperature, n_temperatures)
+    low, high = as_pair(temperature)
+    temperatures = np.linspace(low, high, 1 if low == high else max(n_temperatures, 2)).tolist()
     jobs: list[Job] = []
     for system, quota in enumerate(even_parts(n_frames, start.n_systems)):
         n_md = round(md_share * quota)
@@ -116,11 +117,6 @@ def standard_plan(
 def even_parts(total: int, n: int) -> list[int]:
     """Share `total` among `n` as evenly as can be, the first getting what is left over."""
     return [total // n + (k < total % n) for k in range(n)]
-
-
-def _temperatures(temperature: float | Sequence[float], n: int) -> list[float]:
-    low, high = as_pair(temperature)
-    return [low] if low == high else [float(t) for t in np.linspace(low, high, max(n, 2))]
 
 
 __all__ = [

@@ -161,11 +161,11 @@ def run_evaluations(
             if candidate.name not in results:
                 write_json(file, {**results, candidate.name: attempt(evaluation, bench, candidate)})
         task.update(len(work))
-    return read_findings(folder)[0]
+    return read_findings(folder)
 
 
-def read_findings(folder: Path) -> tuple[Findings, list[str]]:
-    """Read the results in a folder, and one sentence for each kind of thing that was not done.
+def read_findings(folder: Path) -> Findings:
+    """Read the results in a folder, with one sentence for each kind of thing that was not done.
 
     Raises
     ------
@@ -190,7 +190,7 @@ def read_findings(folder: Path) -> tuple[Findings, list[str]]:
         whose = ", ".join(models)
         problems.append(f"Not done: {EVALUATIONS[name].title} of {whose} ({reason}).")
     roles = {name: Role(role) for name, role in read_json(folder / ROLES, {}).items()}
-    return Findings(results, roles=roles), problems
+    return Findings(results, roles=roles, problems=tuple(problems))
 
 
 def _does_not_apply(skipped: Mapping[str, str]) -> str:

@@ -194,9 +194,9 @@ def _unfinished_sampling(path: Path) -> list[Card]:
 
 
 def _evaluation(path: Path) -> list[Card]:
-    found, problems = read_findings(path)
+    found = read_findings(path)
     cards = [Card(f"evaluation {path}", result_rows(found), ("", "model", "value"))]
-    lines = [[line] for line in (*verdicts(found), *problems)]
+    lines = [[line] for line in (*verdicts(found), *found.problems)]
     return [*cards, Card("verdicts", lines, ("",))] if lines else cards
 
 

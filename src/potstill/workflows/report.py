@@ -52,8 +52,6 @@ class ReportData:
     ----------
     about : dict of str to str
         What, when, teacher, license, versions, seed: in the order of display.
-    problems : tuple of str
-        What does not apply or could not be done, and why.
     curves : dict of str to tuple of LearningCurves
         By model; several where there are several seeds.
     """
@@ -62,7 +60,6 @@ class ReportData:
     title: str
     found: Findings
     about: dict[str, str] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
     curves: dict[str, tuple[LearningCurves, ...]] = field(default_factory=dict)
 
 
@@ -102,7 +99,7 @@ def write_report(run: str | Path | ReportData, *, about: Mapping[str, str] | Non
         about=tuple({**(about or {}), **data.about}.items()),
         verdicts=verdicts(data.found) or ("Nothing has been evaluated yet.",),
         facts=tuple(_facts(data.found)),
-        notes=data.problems,
+        notes=data.found.problems,
         sections=tuple(sections),
     )
     return write_page(page, data.folder / "report.html")
@@ -217,7 +214,7 @@ def collect(folder: str | Path) -> ReportData:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist: a report needs the folder of a run")
-    found, problems = read_findings(folder / "evaluation")
+    found = read_findings(folder / "evaluation")
     student, info = _potential(folder / "student.pt", folder / "student" / "best.pt")
     curves: dict[str, tuple[LearningCurves, ...]] = {}
     parameters: dict[str, int] = {}
@@ -235,7 +232,7 @@ def collect(folder: str | Path) -> ReportData:
     trained_on = info.get("trained_on") or {}
     found = replace(found, n_parameters=parameters, trained_on=trained_on)
     about = _about(folder, stored_settings(folder), info, stages, found)
-    return ReportData(folder, _title(info), found, about, tuple(problems), curves)
+    return ReportData(folder, _title(info), found, about, curves)
 
 
 def _potential(*paths: Path) -> tuple[int | None, dict[str, Any]]:

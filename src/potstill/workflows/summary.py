@@ -14,7 +14,6 @@ from potstill.metrics import force_key, metric_of
 from potstill.report.panels import plain_label
 from potstill.report.tables import shown
 from potstill.workflows.base import Stages, read_json
-from potstill.workflows.evaluation import read_findings
 from potstill.workflows.report import collect, verdicts
 
 
@@ -32,7 +31,7 @@ def summarize(folder: Path) -> dict[str, Any]:
     data = collect(folder)
     summary = {
         "verdicts": list(verdicts(data.found)),
-        "problems": list(data.problems),
+        "problems": list(data.found.problems),
         "metrics": as_json(metrics_of(data.found)),
         "speed_ratio": {str(n): ratio for n, ratio in speed_ratio(data.found).items()},
         "seconds": Stages(folder).seconds,
@@ -59,11 +58,6 @@ def result_rows(found: Findings) -> list[list[str]]:
         for model, value in row.values.items()
         if value is not None and not (isinstance(value, float) and math.isnan(value))
     ]
-
-
-def result_lines(found: Findings, folder: Path) -> list[str]:
-    """Sentences on a folder of results: bars missed first, and what was not done last."""
-    return [*verdicts(found), *read_findings(folder)[1]]
 
 
 def summary_rows(summary: Mapping[str, Any]) -> list[list[str]]:
