@@ -451,7 +451,7 @@ class Evaluation(BaseModel, ABC):
 
     @classmethod
     def drawings(cls, found: Findings) -> Iterable[Drawing]:
-        """Figures; none by default."""
+        """Figures, none by default; those without any series are left out."""
         return ()
 
     @classmethod

@@ -223,8 +223,6 @@ class Eos(Evaluation):
             m: (r.volumes, 1e3 * (r.energies - r.energy))
             for m, r in found.of(cls.name, EquationOfState).items()
         }
-        if not curves:
-            return
         series = [Series(m, v, e, joined=True) for m, (v, e) in curves.items()]
         panels = [Panel("Volume (Å³/atom)", "Energy from minimum (meV/atom)", series, "E(V)")]
         if found.teacher in curves and len(curves) > 1:

@@ -423,10 +423,9 @@ class Errors(Evaluation):
                     Panel(METRICS[key].label, "", series, categories=list(groups), from_zero=True,
                           hide_categories=bool(panels))
                 )  # fmt: skip
-        if panels:
-            caption = f"Errors against the {target} by group of held-out structures."
-            height = 1.0 + 0.34 * len(groups)
-            yield Drawing("groups", "Errors by group", caption, panels, height=height)
+        caption = f"Errors against the {target} by group of held-out structures."
+        height = 1.0 + 0.34 * len(groups)
+        yield Drawing("groups", "Errors by group", caption, panels, height=height)
 
     @classmethod
     def verdicts(cls, found: Findings) -> Iterable[Verdict]:

@@ -261,10 +261,9 @@ class Memory(Evaluation):
             Series(m, r.n_atoms, r.peak_bytes / 2.0**20, joined=True)
             for m, r in found.of(cls.name, MemoryUse).items()
         ]
-        if series:
-            panel = Panel("Atoms", "Peak memory (MiB)", series, x_scale="auto", y_scale="auto")
-            caption = "Peak memory of a fresh process against the number of atoms."
-            yield Drawing("memory", "Memory", caption, [panel])
+        panel = Panel("Atoms", "Peak memory (MiB)", series, x_scale="auto", y_scale="auto")
+        caption = "Peak memory of a fresh process against the number of atoms."
+        yield Drawing("memory", "Memory", caption, [panel])
 
 
 if __name__ == "__main__":

@@ -108,9 +108,8 @@ class Parity(Evaluation):
                 title = f"{plain_label(model)}: {title}" if name == names[0] else title
                 labels = (f"Label ({unit})", f"Prediction ({unit})")
                 panels.append(Panel(*labels, series, title, diagonal=True))
-        if panels:
-            caption = (
-                f"Predictions against the labels of the {target_of(found)} on held-out structures; "
-                "the line is perfect agreement. Large sets are thinned by a seeded sample."
-            )
-            yield Drawing("parity", "Parity", caption, panels, len(names), legend=False)
+        caption = (
+            f"Predictions against the labels of the {target_of(found)} on held-out structures; "
+            "the line is perfect agreement. Large sets are thinned by a seeded sample."
+        )
+        yield Drawing("parity", "Parity", caption, panels, len(names), legend=False)

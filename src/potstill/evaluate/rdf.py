@@ -335,8 +335,6 @@ class Rdf(Evaluation):
     def drawings(cls, found: Findings) -> Iterable[Drawing]:
         """g(r), and its difference from the teacher's."""
         g = found.of(cls.name, RadialDistribution)
-        if not g:
-            return
         series = [
             Series(m, d.r, d.g, y_spread=np.nan_to_num(d.error), kind="line") for m, d in g.items()
         ]

@@ -304,10 +304,9 @@ class Speed(Evaluation):
         for model in found.of(cls.name, SpeedTable):
             times = dict(sorted(timings(found, model).items()))
             series.append(Series(model, [*times], [*times.values()], joined=len(times) > 1))
-        if series:
-            label = METRICS["time_per_step_atom_us"].label
-            panel = Panel("Atoms", label, series, x_scale="auto", y_scale="auto")
-            yield Drawing("speed", "Time", "Time per step and atom in ASE MD.", [panel])
+        label = METRICS["time_per_step_atom_us"].label
+        panel = Panel("Atoms", label, series, x_scale="auto", y_scale="auto")
+        yield Drawing("speed", "Time", "Time per step and atom in ASE MD.", [panel])
 
     @classmethod
     def verdicts(cls, found: Findings) -> Iterable[Verdict]:

@@ -44,17 +44,17 @@ def main_figures(results: Results, folder: Path) -> tuple[Figure, ...]:
     if results.liquid is not None:
         known.setdefault(results.liquid[0], Look(results.liquid[0], "#888888", ""))
     drawings = [
-        *_pareto(results),
-        *_capacity(results),
+        _pareto(results),
+        _capacity(results),
         *_learning(results),
-        *_cost(results),
-        *_seeds(results, known),
+        _cost(results),
+        _seeds(results, known),
         *_liquids(results),
     ]
-    return tuple(write_figure(folder, one, known) for one in drawings)
+    return tuple(write_figure(folder, one, known) for one in drawings if not one.empty)
 
 
-def _pareto(results: Results) -> Iterator[Drawing]:
+def _pareto(results: Results) -> Drawing:
     panels = []
     for metric in results.measured(COSTS):
         series = _by_strategy(results, metric.key, "forces_rmse")
@@ -71,17 +71,15 @@ def _pareto(results: Results) -> Iterator[Drawing]:
                 x_scale="auto", y_scale="auto", notes=_size_notes(results, metric.key),
             )
         )  # fmt: skip
-    if not panels:
-        return
     caption = (
         "Force RMSE on the test set against the cost of molecular dynamics; lower and further left "
         "is better. Points are means over seeds, bars standard deviations; the gray line is the "
         "Pareto front (Fig. 2 of the paper). A cost that is the same for all sizes is left out."
     )
-    yield Drawing("pareto", "Accuracy against cost", caption, panels)
+    return Drawing("pareto", "Accuracy against cost", caption, panels)
 
 
-def _capacity(results: Results) -> Iterator[Drawing]:
+def _capacity(results: Results) -> Drawing:
     panels = []
     for metric in results.measured(JUDGED):
         levels = [
@@ -96,15 +94,13 @@ def _capacity(results: Results) -> Iterator[Drawing]:
         panels.append(
             Panel("Trainable parameters", metric.label, [*series, *levels], x_scale="log")
         )
-    if not panels:
-        return
     caption = (
         "Errors against the number of trainable parameters: means over seeds, bars are standard "
         "deviations. Force and energy errors are on the test set against the reference, the RDF "
         "error is the integral of the absolute difference from the teacher's g(r) (Fig. 3 of the "
         "paper); values near the noise line cannot be told from sampling noise."
     )
-    yield Drawing("capacity", "Accuracy against size", caption, panels)
+    return Drawing("capacity", "Accuracy against size", caption, panels)
 
 
 def _learning(results: Results) -> Iterator[Drawing]:
@@ -115,8 +111,6 @@ def _learning(results: Results) -> Iterator[Drawing]:
             if group.size == size
         }
         panels = learning_panels({name: runs for name, runs in curves.items() if runs})
-        if not panels:
-            continue
         caption = (
             "Force error while training: (A) the force term of the loss on the training set "
             "(RMSE + MAE, mean of the batches), (B) RMSE on the validation set. Thick: mean over "
@@ -128,7 +122,7 @@ def _learning(results: Results) -> Iterator[Drawing]:
         )
 
 
-def _cost(results: Results) -> Iterator[Drawing]:
+def _cost(results: Results) -> Drawing:
     panels = [
         Panel(
             "Trainable parameters", metric.label,
@@ -136,16 +130,14 @@ def _cost(results: Results) -> Iterator[Drawing]:
         )
         for metric in results.measured(COSTS)
     ]  # fmt: skip
-    if not panels:
-        return
     caption = (
         "Cost of molecular dynamics against the number of trainable parameters (Fig. 5 of the "
         "paper). Models of one size have the same architecture and the same cost."
     )
-    yield Drawing("cost", "Cost against size", caption, panels)
+    return Drawing("cost", "Cost against size", caption, panels)
 
 
-def _seeds(results: Results, known: Mapping[str, Look]) -> Iterator[Drawing]:
+def _seeds(results: Results, known: Mapping[str, Look]) -> Drawing:
     categories = [f"{known[group.strategy].label}, {group.size}" for group in results.ordered]
     panels: list[Panel] = []
     for metric in results.measured(JUDGED[:2]):
@@ -162,15 +154,13 @@ def _seeds(results: Results, known: Mapping[str, Look]) -> Iterator[Drawing]:
             Panel(metric.label, "", series, x_scale="auto",
                   categories=categories, hide_categories=bool(panels))
         )  # fmt: skip
-    if not panels:
-        return
     caption = (
         "Every run as a dot, with mean and standard deviation over seeds: how much of a difference "
         "between strategies a change of seed would hide."
     )
     height = 0.9 + 0.32 * len(categories)
     title = "Spread over seeds"
-    yield Drawing("seeds", title, caption, panels, height=height, width=4.6, legend=False)
+    return Drawing("seeds", title, caption, panels, height=height, width=4.6, legend=False)
 
 
 def _liquids(results: Results) -> Iterator[Drawing]:

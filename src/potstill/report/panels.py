@@ -145,7 +145,7 @@ class Drawing:
     name, title, caption : str
         Name of its files; heading; what it shows, in words.
     panels : sequence of Panel
-        At least one.
+        Reports leave out a drawing whose panels hold no series.
     n_columns : int
         Panels side by side; all of up to three if zero.
     height, width : float
@@ -162,3 +162,8 @@ class Drawing:
     height: float = 3.3
     width: float = 0.0
     legend: bool = True
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to draw."""
+        return not any(panel.series for panel in self.panels)

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -157,10 +157,19 @@ def simulate(
 
     A run that is interrupted or explodes leaves its trajectory up to there.
     """
-    if config.ensemble == "nve" and config.equilibration > 0:
-        warm = _run(_thermalization(config), start, calculator, folder / "equilibration", config)
-        start = warm.structures[-1]
     job = production(config)
+    if config.ensemble == "nve" and config.equilibration > 0:
+        heating = replace(
+            job,
+            name="",
+            n_frames=1,
+            temperature=config.temperature[0],
+            equilibration=max(0.0, 1000.0 * config.equilibration - config.stride),
+            thermostat_time=config.thermostat_time,
+            force_nonconservative=False,
+        )
+        warm = _run(heating, start, calculator, folder / "equilibration", config)
+        start = warm.structures[-1]
     with display.task(f"molecular dynamics ({config.ensemble})", 1.0) as task:
         try:
             frames = _run(job, start, calculator, folder / "frames", config, task.update)
@@ -188,19 +197,6 @@ def production(config: MdConfig) -> MDJob:
         timestep=config.timestep,
         thermostat_time=None if constant_energy else config.thermostat_time,
         force_nonconservative=config.force_nonconservative,
-        allow_dissociation=config.allow_dissociation,
-    )
-
-
-def _thermalization(config: MdConfig) -> MDJob:
-    """A thermostatted run before one of constant energy; only its end is kept."""
-    return MDJob(
-        n_frames=1,
-        temperature=config.temperature[0],
-        stride=config.stride,
-        equilibration=max(0.0, 1000.0 * config.equilibration - config.stride),
-        timestep=config.timestep,
-        thermostat_time=config.thermostat_time,
         allow_dissociation=config.allow_dissociation,
     )
 

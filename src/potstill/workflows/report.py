@@ -84,12 +84,12 @@ def write_report(run: str | Path | ReportData, *, about: Mapping[str, str] | Non
         drawings = [d for e in _evaluations(title) for d in e.drawings(data.found)]
         text = ""
         if title == "Accuracy":
-            drawings += _learning(data)
+            drawings.append(_learning(data))
             n = max((r.n_systems for r in data.found.of("errors", ErrorReport).values()), default=0)
             text = f"Errors on {n:,} structures not used in training." if n else ""
         elif title == "Cost":
-            drawings = [*_pareto(data.found), *drawings]
-        figures = [write_figure(parts, drawing, known) for drawing in drawings]
+            drawings.insert(0, _pareto(data.found))
+        figures = [write_figure(parts, one, known) for one in drawings if not one.empty]
         table = section_table(title, data.found)
         if table is not None:
             table.write(parts)
@@ -152,17 +152,16 @@ def _facts(found: Findings) -> Iterator[Fact]:
 # -- figures of several evaluations ----------------------------------------------------------------
 
 
-def _learning(data: ReportData) -> list[Drawing]:
-    panels = learning_panels(data.curves)
+def _learning(data: ReportData) -> Drawing:
     caption = (
         "Force error while training: the force term of the loss on the training set (RMSE + MAE "
         "unless the loss was changed; mean of the batches), and the RMSE on the validation set "
         "(Fig. 4 of Matin et al.)."
     )
-    return [Drawing("learning", "Learning curves", caption, panels)] if panels else []
+    return Drawing("learning", "Learning curves", caption, learning_panels(data.curves))
 
 
-def _pareto(found: Findings) -> list[Drawing]:
+def _pareto(found: Findings) -> Drawing:
     """Force error against time and memory."""
     target = target_of(found)
     quoted = force_key(errors_of(found, found.student))
@@ -197,7 +196,7 @@ def _pareto(found: Findings) -> list[Drawing]:
         "left is better (Fig. 2 of Matin et al.). The error against itself is zero. Controls of "
         "the student's architecture that were not timed are drawn at its cost."
     )
-    return [Drawing("pareto", "Accuracy against cost", caption, panels)] if panels else []
+    return Drawing("pareto", "Accuracy against cost", caption, panels)
 
 
 # -- collecting ------------------------------------------------------------------------------------
