@@ -18,7 +18,7 @@ from ase.io import write
 
 from potstill import properties
 from potstill.deploy import DEPLOYMENTS, deploy
-from potstill.errors import ConfigError, ModelError
+from potstill.errors import ConfigError, DataError, ModelError
 from potstill.label import label_store
 from potstill.models import HIPNN, SNAP, ZBL, Potential, SpeciesOffsets, SumPotential
 from potstill.properties import PropertySpec
@@ -27,7 +27,7 @@ from potstill.sample import JOBS, make_job
 from potstill.sample.base import IndependentJob, Maker
 from potstill.species import SpeciesTable
 from potstill.store import LabeledStore
-from potstill.structures import Structures
+from potstill.structures import Properties, Structures
 from potstill.teachers import TEACHERS, AseTeacher, TeacherInfo, make_teacher
 
 
@@ -72,9 +72,15 @@ def test_a_property_is_one_row(tmp_path: Path, magnetic_moments: PropertySpec) -
     store = LabeledStore.create(tmp_path / "labels.zarr")
     store.append(Structures.from_ase(frames))
     label_store(store, teacher, [magnetic_moments.name])
-    found = store.labels("magnet")[magnetic_moments.name]
+    found = LabeledStore.open(tmp_path / "labels.zarr").labels("magnet")
     expected = torch.from_numpy(np.concatenate([2.0 + atoms.positions[:, 0] for atoms in frames]))
-    assert torch.equal(found, expected)
+    assert torch.equal(found[magnetic_moments.name], expected)
+    structures = store.structures()
+    parts = [found.select(structures.rows([k])) for k in range(3)]
+    joined = Properties.concatenate(parts, [structures[k] for k in range(3)])
+    assert torch.equal(joined[magnetic_moments.name], expected)
+    with pytest.raises(DataError, match="one row per atom"):
+        Properties({magnetic_moments.name: torch.zeros(4, 3)})
 
 
 def test_a_property_of_a_file_is_the_same_row(
