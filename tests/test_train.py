@@ -25,13 +25,14 @@ from potstill.display import Display
 from potstill.distill import LossTerm, Schedule
 from potstill.errors import ConfigError, DivergenceError, MissingLabelError
 from potstill.readers import read
+from potstill.report.tables import number
 from potstill.structures import Properties, Structures
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.data import fit_offsets
 from potstill.train.initialize import initial_student
 from potstill.train.mixing import mixed_batches
 from potstill.train.settings import EnergySettings, ModelSettings, OptimizerSettings
-from potstill.workflows.training import in_digits, train_from_config
+from potstill.workflows.training import train_from_config
 
 SMALL = ModelSettings(
     hyperparameters=dict(
@@ -442,14 +443,12 @@ def test_data_and_a_folder_are_enough_and_errors_of_the_best_epoch_are_shown(
     table = shown.tables[f"errors of the best potential, epoch {result.best_epoch}"]
     assert table[0] == ("error", "unit", "validation", "test")
     rows = {row[0]: row[1:] for row in table[1:]}
-    expected = in_digits(1000 * best["energy_per_atom_rmse"])
-    assert rows["energy RMSE"][:2] == ["meV/atom", expected]
-    assert expected != in_digits(1000 * records[-1]["validation"]["energy_per_atom_rmse"])
+    expected = number(1000 * best["energy_per_atom_rmse"])
+    assert rows["Energy RMSE"][:2] == ["meV/atom", expected]
+    assert expected != number(1000 * records[-1]["validation"]["energy_per_atom_rmse"])
     test = json.loads((tmp_path / "run/test.json").read_text())["reference"]["channels"]
-    forces = [1000 * best["forces_mae"], 1000 * test["student-reference"]["forces_mae"]]
-    assert rows["forces MAE"] == ["meV/Å", *map(in_digits, forces)]
-    shown_as = {1234.6: "1235", 123.4: "123", 12.34: "12.3", 0.01234: "0.0123"}
-    assert {value: in_digits(value) for value in shown_as} == shown_as
+    forces = [best["forces_mae"], test["student-reference"]["forces_mae"]]
+    assert rows["Force MAE"] == ["eV/Å", *map(number, forces)]
     # Totals of -5,000 eV/atom and more: the fitted zero leaves what EMT itself gives.
     structures, labels = read(tmp_path / "dft.extxyz")
     zero = load_potential(result.best)[0]["offsets"].predict(structures, properties=["energy"])

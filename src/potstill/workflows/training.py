@@ -22,14 +22,15 @@ from potstill.evaluate.cka import (
     read_cka_history,
 )
 from potstill.evaluate.errors import evaluate_errors
+from potstill.metrics import metric_of
 from potstill.models import Potential, build_model
 from potstill.ragged import draw
 from potstill.report.plots import write_figure
+from potstill.report.tables import number
 from potstill.teachers import Teacher
 from potstill.train import TrainingSet, TrainResult, TrainSettings, train
 from potstill.train.loop import EpochCallback
 from potstill.train.signals import is_stored
-from potstill.units import GPA
 from potstill.workflows.base import (
     Display,
     Settings,
@@ -181,31 +182,18 @@ def train_from_config(config: TrainConfig, display: Display | None = None) -> Tr
     return result
 
 
-#: Rows of the table at the end: a metric, its name, its unit, and units in those of potstill.
-_HEADLINES = (
-    ("energy_per_atom_mae", "energy MAE", "meV/atom", 1000.0),
-    ("energy_per_atom_rmse", "energy RMSE", "meV/atom", 1000.0),
-    ("free_forces_mae", "forces MAE, free atoms", "meV/Å", 1000.0),
-    ("free_forces_rmse", "forces RMSE, free atoms", "meV/Å", 1000.0),
-    ("forces_mae", "forces MAE", "meV/Å", 1000.0),
-    ("forces_rmse", "forces RMSE", "meV/Å", 1000.0),
-    ("stress_mae", "stress MAE", "GPa", 1.0 / GPA),
-    ("stress_rmse", "stress RMSE", "GPa", 1.0 / GPA),
-)
-
-
-def in_digits(value: float) -> str:
-    """Three digits, and all of those before the point."""
-    return f"{value:.0f}" if abs(value) >= 100.0 else f"{value:.3g}"
+#: Quantities whose MAE and RMSE are in the table at the end.
+_HEADLINES = ("energy_per_atom", "free_forces", "forces", "stress")
 
 
 def show_errors(display: Display, title: str, found: Mapping[str, Mapping[str, float]]) -> None:
-    """Show errors of a potential by set, against the source of the score, in field units."""
+    """Show errors of a potential by set, against the source of the score."""
     rows = []
-    for key, name, unit, factor in _HEADLINES:
-        values = [metrics.get(key, math.nan) for metrics in found.values()]
+    for metric in (metric_of(f"{name}_{kind}") for name in _HEADLINES for kind in ("mae", "rmse")):
+        values = [metrics.get(metric.key, math.nan) for metrics in found.values()]
         if any(math.isfinite(value) for value in values):
-            rows.append([name, unit, *(in_digits(factor * value) for value in values)])
+            shown = (number(metric.scale * value) for value in values)
+            rows.append([metric.name, metric.unit, *shown])
     display.table(title, ("error", "unit", *found), rows)
 
 
