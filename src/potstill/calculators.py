@@ -266,9 +266,9 @@ def _distance_limits(names: Sequence[str], shortest: Mapping[str, float]) -> Ten
 def _list_holds(old: Structures, new: Structures, cutoff: float, skin: float) -> bool:
     """Whether a list of reach cutoff + skin, built at `old`, has all pairs within cutoff at `new`.
 
-    Map the new positions back into the old cell. A pair within the cutoff is there at most
-    stretch * cutoff apart, and at most 2 * displacement more in the old positions, where stretch is
-    the largest singular value of the mapping and displacement the largest left-over motion.
+    Map the new positions back into the old cell. A pair within the cutoff is there at most stretch
+    * cutoff apart, and at most 2 * displacement more in the old positions, where stretch is the
+    largest singular value of the mapping and displacement the largest left-over motion.
     """
     stretch, mapped = 1.0, new.positions
     if not torch.equal(old.cell, new.cell):

@@ -38,15 +38,14 @@ class WorkerCalculator(Calculator):
     """An ASE calculator that is made and asked in a worker process.
 
     A frame on which it raises, calls `sys.exit` or kills its process is a `FrameError`, once a new
-    calculator has failed on it as well: one frame's failure never shapes the answer to another.
-    The worker keeps to its working directory; its output is shown only if it dies.
+    calculator has failed on it as well: one frame's failure never shapes the answer to another. The
+    worker keeps to its working directory; its output is shown only if it dies.
 
     Parameters
     ----------
-    spec : str
-        "module:factory", importable from `sys.path` or the working directory.
-    arguments : mapping
-        Keyword arguments of the factory; they must be picklable.
+    spec, arguments : str, mapping
+        "module:factory", importable from `sys.path` or the working directory, and its picklable
+        keyword arguments.
     conservative : bool
         Whether forces are the negative gradient of the energy.
     settings_of : callable, optional

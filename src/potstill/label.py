@@ -23,16 +23,12 @@ class LabelReport:
 
     Parameters
     ----------
-    n_labeled : int
-        Frames that have labels now, also from earlier runs.
-    n_failed : int
-        Frames that the teacher could not label.
+    n_labeled, n_failed : int
+        Frames that have labels now, also from earlier runs, and those that could not be labeled.
     failures : list of dict
         `system`, `frame_id` and `reason` of each of them.
-    seconds : float
-        Time that this run took.
-    n_new : int
-        Frames that this run went through.
+    seconds, n_new : float, int
+        Time that this run took, and frames that it went through.
     """
 
     n_labeled: int
@@ -156,12 +152,8 @@ def label_features(
 ) -> LabelReport:
     """Store a teacher's internal features of all frames, resuming where an earlier run stopped.
 
-    Parameters
-    ----------
-    store, teacher, chunk, progress
-        As of `label_store`.
-    taps : sequence of str
-        Names of the features, as of `Teacher.compute_features`; `default` is the teacher's choice.
+    Taps are named as of `Teacher.compute_features`; `default` is the teacher's choice. All else is
+    as of `label_store`.
 
     Raises
     ------

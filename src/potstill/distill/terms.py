@@ -31,13 +31,9 @@ from potstill.structures import NeighborList, Properties, Structures
 class Batch:
     """A few configurations of a `TrainingSet` with their neighbor list, labels and features.
 
-    Parameters
-    ----------
-    weights : Tensor, optional
-        (S,) float64; those of the labels hold them, too.
-    host : Batch, optional
-        The same batch in the memory of the CPU. What is selected by a mask is looked up there: a
-        GPU would have to be waited for.
+    `weights` are (S,) float64; those of the labels hold them, too. `host` is the same batch in the
+    memory of the CPU: what is selected by a mask is looked up there, since a GPU would have to be
+    waited for.
     """
 
     structures: Structures

@@ -216,10 +216,8 @@ class Bench:
         One system to start from.
     structures, labels, channel
         Held-out structures, their labels, and who gave them: "teacher" or "reference".
-    frames : dict of str to Structures
-        Trajectories by name of the potential, for radial distributions.
-    splits : dict of str to (Structures, Properties)
-        Validation sets by name, for OC20's metrics.
+    frames, splits : mapping
+        Trajectories by name of the potential; validation sets by name, for OC20's metrics.
     """
 
     settings: BenchSettings

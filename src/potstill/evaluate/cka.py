@@ -69,11 +69,8 @@ def node_features(
 ) -> dict[str, Tensor]:
     """Features of a batch with one row per atom, of the given taps or all that hold features.
 
-    Returns
-    -------
-    dict of str to Tensor
-        (N, F) float64; (N, 3F) of vectors. Features of pairs are summed over the pairs of each
-        center, of a model that chooses among the pairs over those it has chosen.
+    They are (N, F) float64, (N, 3F) of vectors. Features of pairs are summed over the pairs of each
+    center, of a model that chooses among the pairs over those it has chosen.
 
     Raises
     ------

@@ -32,19 +32,15 @@ class RunRow:
     Parameters
     ----------
     run : Run
-        Variant and seed; a teacher from elsewhere has the seed -1.
-    n_parameters : int
-        Trainable numbers.
+        Variant and seed; an external teacher has the seed -1.
     metrics : mapping
         By the keys of `potstill.metrics.METRICS`: on the first test set, and what was measured.
     tests : S2EFErrors, optional
         By test set and averaged.
     taps : (str, str), optional
         Tap of the student that learned from one of the teacher's.
-    curve : LearningCurves, optional
-        Of the training.
-    rdf : RadialDistribution, optional
-        Of the liquid.
+    curve, rdf : LearningCurves, RadialDistribution, optional
+        Of the training and of the liquid.
     """
 
     run: Run

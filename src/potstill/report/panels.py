@@ -65,12 +65,10 @@ Kind = Literal["points", "line", "thin", "dots", "level", "front"]
 
 @dataclass(frozen=True)
 class Series:
-    """Numbers of one kind about one model.
+    """Numbers of one kind about one model, whose name decides how they look.
 
     Parameters
     ----------
-    name : str
-        Whom it is about; decides its look.
     x, y : array_like
         (n,). A `level` is a horizontal line and needs y only.
     x_spread, y_spread : array_like, optional

@@ -167,18 +167,10 @@ def rows_table(
     labels: Mapping[str, str] | None = None,
     deviations_from: str = "",
 ) -> Table | None:
-    """Table of quantities against models; None without rows.
+    """Table of quantities against models, in order of first appearance; None without rows.
 
-    Parameters
-    ----------
-    name, title, note : str
-        See `Table`.
-    rows : sequence of Row
-        Columns are the keys of their values in order of first appearance.
-    labels : mapping, optional
-        What to call some columns.
-    deviations_from : str
-        A column from which the deviations of the others are added in percent, if it is there.
+    `labels` say what to call some models. From the model `deviations_from`, if it is there, the
+    deviations of the others are added in percent.
     """
     keys = list(dict.fromkeys(key for row in rows for key in row.values))
     if not keys:

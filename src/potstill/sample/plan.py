@@ -20,17 +20,7 @@ from potstill.structures import Structures
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """What to sample.
-
-    Parameters
-    ----------
-    start : Structures
-        The starting structures.
-    jobs : sequence of Job
-        Run in order; each starts from `start[job.system]`.
-    seed : int
-        All random numbers follow from it.
-    """
+    """Jobs, run in order, each from a structure of `start`; all else follows from the seed."""
 
     start: Structures
     jobs: Sequence[Job]

@@ -382,19 +382,10 @@ class LabeledStore:
         return get_feature(self._columns, self._record, base, own, start, stop)
 
     def begin_features(self, source: str, tap: str, info: Mapping[str, Any]) -> int:
-        """Open a tap of a teacher, a new one or one to be continued.
+        """Open a tap of a teacher, a new one or one to be continued; returns the frames done.
 
-        Parameters
-        ----------
-        tap : str
-            Name of the feature: letters, digits and `._-`.
-        info : mapping
-            As of `begin_labels`; `default` says whether this is the teacher's own choice.
-
-        Returns
-        -------
-        int
-            Frames that are done.
+        `tap` is a name of letters, digits and `._-`; `info` is as of `begin_labels`, and its
+        `default` says whether this is the teacher's own choice.
 
         Raises
         ------
@@ -421,18 +412,10 @@ class LabeledStore:
         structures: Structures,
         failed: Iterable[Mapping[str, Any]] = (),
     ) -> None:
-        """Add the rows of a feature for the frames that come next.
+        """Add the rows of a feature for the frames that come next; `failed` as of `write_labels`.
 
-        Parameters
-        ----------
-        source, tap : str
-            Opened by `begin_features`.
-        start : int
-            Position in the store of the first of `structures`, the next one without the feature.
-        feature : Feature
-            Of these structures; systems that failed are not present.
-        failed : iterable of mapping
-            As of `write_labels`.
+        The first of `structures` is frame `start` of the store, the next one without the feature.
+        Systems that failed are not present in `feature`.
 
         Raises
         ------

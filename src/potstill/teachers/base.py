@@ -136,14 +136,10 @@ class Teacher(ABC):
         taps: Sequence[str],
         like: Mapping[str, Feature] | None = None,
     ) -> tuple[dict[str, Feature], list[Failure]]:
-        """Internal features of a batch.
+        """Internal features of a batch, by taps as of `compute_features`.
 
-        Parameters
-        ----------
-        taps : sequence of str
-            As of `compute_features`.
-        like : mapping, optional
-            Earlier features, whose kind and width those have that no system of the batch has.
+        `like` are earlier features, whose kind and width those have that no system of the batch
+        has.
 
         Returns
         -------

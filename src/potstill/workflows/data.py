@@ -264,12 +264,8 @@ def load_parts(
 ) -> tuple[dict[str, TrainingSet], dict[str, Any]]:
     """Read, add labels by `complete`, and split; terms are as of `load_store`.
 
-    Returns
-    -------
-    parts : dict of str to TrainingSet
-        `train`, `validation` and, where there is one, `test`.
-    sources : dict
-        What is known of each label set of a store.
+    Returns the parts (`train`, `validation` and, where there is one, `test`), and what is known of
+    each label set of a store.
 
     Raises
     ------
