@@ -166,14 +166,18 @@ class Candidate:
         A checkpoint, or whatever names a teacher.
     args : dict
         Of the calculator.
-    role : Role
-        What it is for: students are compared with the teacher and with controls.
+    role : Role, optional
+        What it is for: students are compared with the teacher and with controls. By default the
+        one that its name begins with.
     """
 
     name: str
     spec: str
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    role: Role = Role.OTHER
+    role: Role | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "role", self.role or Role.of_name(self.name))
 
     @property
     def is_checkpoint(self) -> bool:

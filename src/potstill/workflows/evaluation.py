@@ -229,10 +229,7 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
     ]
     for name in names:
         every[name].require(bench)
-    candidates = [
-        Candidate(name, m.spec, m.args, m.role or Role.of_name(name))
-        for name, m in config.models.items()
-    ]
+    candidates = [Candidate(name, m.spec, m.args, m.role) for name, m in config.models.items()]
     claim_folder(Path(config.out), config)
     chosen = [(every[name], candidates) for name in names]
     return run_evaluations(bench, chosen, Path(config.out), display or Display())
