@@ -17,6 +17,7 @@ from ase.calculators.calculator import BaseCalculator
 from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS
 
+from potstill.ase_bridge import fixed_atoms as fixed_atoms
 from potstill.calculators import PotstillCalculator
 from potstill.errors import DataError, ModelError
 from potstill.sample.md import draw_momenta
@@ -32,11 +33,6 @@ def with_calculator(atoms: ase.Atoms, calculator: BaseCalculator) -> ase.Atoms:
     copy = atoms.copy()
     copy.calc = calculator
     return copy
-
-
-def fixed_atoms(atoms: ase.Atoms) -> np.ndarray:
-    """(N,) bool, which atoms a constraint fixes."""
-    return ~Structures.from_ase(atoms).free.numpy()
 
 
 def require_periodic(atoms: ase.Atoms, purpose: str) -> None:
