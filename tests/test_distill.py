@@ -31,6 +31,7 @@ COUNTS = {
     "n_temperatures": 1,
     "n_md_frames": 40,
     "n_random_frames": 6,
+    "n_minimum_frames": 4,
     "n_on_policy_frames": 4,
     "draft_epochs": 10,
     "epochs": 3,
@@ -93,7 +94,7 @@ def test_a_run_killed_at_every_stage_ends_like_one_that_was_not(settings, tmp_pa
     again = run(settings, tmp_path / "killed")
 
     first, second = (LabeledStore.open(r.folder / "labels.zarr") for r in (whole, again))
-    assert first.n_systems == 50
+    assert first.n_systems == 54
     assert first.fingerprint() == second.fingerprint()
     for name in ("student", "control_wf10"):
         a, b = (load_potential(r.folder / name / "best.pt")[0] for r in (whole, again))
@@ -125,7 +126,27 @@ def test_held_out_frames_are_not_next_to_training_frames(settings, tmp_path):
         for frame in split[held_out]:
             assert frame < 40
             assert not {frame - 1, frame + 1} & {k for k in split["train"] if k < 40}
-    assert set(split["train"]) >= set(range(40, 46))
+    assert set(split["train"]) >= set(range(40, 50))
+    groups = context.store.structures().group
+    assert sum(group.startswith("near the minimum") for group in groups) == 4
+
+
+def test_runs_from_before_frames_near_the_minimum_resume_as_they_were(settings, tmp_path):
+    settings["counts"] = {k: v for k, v in COUNTS.items() if k != "n_minimum_frames"}
+    config = validate({**settings, "out": str(tmp_path / "run")}, DistillConfig)
+    assert job.Run.open(config, job.Display()).plan.counts.n_minimum_frames >= 3
+    file = tmp_path / "run" / "plan.json"
+    plan = json.loads(file.read_text())
+    del plan["counts"]["n_minimum_frames"]
+    file.write_text(json.dumps(plan))
+    context = job.Run.open(config, job.Display())
+    assert context.plan.counts.n_sampled == 46
+    job._sample(context)
+    assert context.store.n_systems == 46
+    kinds = [
+        j["kind"] for j in json.loads((context.folder / "sample" / "plan.json").read_text())["jobs"]
+    ]
+    assert set(kinds) == {"md", "rattle", "strain", "volume"}
 
 
 def test_dry_run_stops_after_the_plan(settings, tmp_path):
@@ -221,6 +242,7 @@ def test_plans_keep_to_their_budget_or_say_which_would_do(budget, label, train):
     assert counts.n_md_frames >= 16
     assert counts.epochs >= 8
     assert counts.n_random_frames >= 6
+    assert 3 <= counts.n_minimum_frames <= 30
 
 
 def test_a_slow_teacher_gets_less_dynamics_and_more_rattled_frames():

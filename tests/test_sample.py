@@ -20,6 +20,7 @@ from potstill.models.prior import ZBL
 from potstill.neighbors import build_neighbor_list
 from potstill.sample import (
     MDJob,
+    MinimumJob,
     RattleJob,
     SampledFrames,
     SamplingPlan,
@@ -488,6 +489,39 @@ def test_standard_plan_shares_frames():
     water = Structures.from_ase(molecule("H2O"))
     plan = standard_plan(water, temperature=300, n_frames=10, seed=0, pressure=(0.0,))
     assert [job.kind for job in plan.jobs] == ["md", "rattle"]
+    plan = standard_plan(start, temperature=300, n_frames=100, seed=0, n_minimum=10)
+    assert sum(job.n_frames for job in plan.jobs) == 100
+    assert [job.n_frames for job in plan.jobs if job.kind == "minimum"] == [5, 5]
+    assert sum(job.n_frames for job in plan.jobs if job.kind == "md") == round(0.75 * 45) * 2
+
+
+def test_frames_near_the_minimum():
+    start = Structures.from_ase(bulk("Cu", a=3.75, cubic=True) * (2, 2, 2))
+    job = MinimumJob(n_frames=9, displacement=(0.01, 0.05), strain=(0.005, 0.03))
+    frames = job.run(start, EMT(), seed=1).structures
+    cells = frames.cell.numpy()
+    rest = cells[0] / 2.0
+    np.testing.assert_allclose(rest, 3.59 * np.eye(3), atol=0.005)  # EMT's, not the start's
+    for k in range(9):
+        strain = cells[k] @ np.linalg.inv(cells[0]) - np.eye(3)
+        np.testing.assert_allclose(strain, strain.T, atol=1e-9)
+        moved = frames[k].positions.numpy() @ np.linalg.inv(cells[k])
+        away = (moved - start.positions.numpy() / 7.5) @ cells[0]
+        if k % 2:
+            assert 0.0 < np.abs(strain).max() <= 0.005 + 0.025 * k / 8
+            assert np.abs(away).max() < 1e-6  # atoms follow the cell
+        else:
+            assert np.abs(strain).max() < 1e-12
+            assert away.std() == pytest.approx(0.01 + 0.04 * k / 8, rel=0.25)
+    again = job.run(start, EMT(), seed=1).structures
+    assert frames.fingerprints() == again.fingerprints()
+    water = Structures.from_ase(molecule("H2O"))
+    few = replace(job, n_frames=3).run(water, EMT(), seed=1).structures
+    assert bool((few.cell == water.cell.repeat(3, 1, 1)).all())
+    with pytest.raises(ConfigError, match="needs a calculator"):
+        job.run(start, None, seed=1)
+    with pytest.raises(ConfigError, match="strain must be"):
+        MinimumJob(n_frames=1, strain=(0.03, 0.01))
 
 
 # -- duplicates and splits -----------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from potstill.errors import ConfigError, suggest
-from potstill.sample.base import Job, SampledFrames, as_pair
+from potstill.sample.base import Job, SampledFrames, as_pair, random_strain
 from potstill.sample.dedup import distance_fingerprints, drop_duplicates, farthest_points
 from potstill.sample.jitter import (
     AscentJob,
@@ -18,11 +18,12 @@ from potstill.sample.jitter import (
     random_jitter,
 )
 from potstill.sample.md import MDJob, run_md
+from potstill.sample.minimum import MinimumJob
 from potstill.sample.plan import SamplingPlan, run_plan
 from potstill.sample.rattle import RattleJob, rattle
 from potstill.sample.relax import RelaxJob
 from potstill.sample.split import even_in_temperature, split_in_blocks
-from potstill.sample.strain import StrainJob, VolumeJob, random_strain, scale_volume
+from potstill.sample.strain import StrainJob, VolumeJob, scale_volume
 from potstill.sample.supercell import smallest_supercell
 from potstill.structures import Structures
 
@@ -31,6 +32,7 @@ JOBS: dict[str, type[Job]] = {
     "rattle": RattleJob,
     "strain": StrainJob,
     "volume": VolumeJob,
+    "minimum": MinimumJob,
     "md": MDJob,
     "relax": RelaxJob,
     "jitter": JitterJob,
@@ -69,6 +71,7 @@ def standard_plan(
     pressure: Sequence[float] = (),
     n_temperatures: int = 4,
     md_share: float = 0.75,
+    n_minimum: int = 0,
     **md_settings: Any,
 ) -> SamplingPlan:
     """Plan what most materials need: MD over a range of temperatures, rattles and strains.
@@ -76,7 +79,8 @@ def standard_plan(
     The frames are shared evenly among the starting structures. Of each structure's share, about
     three quarters are MD: runs at `n_temperatures` temperatures at constant volume, and at each
     pressure if there are any, at the same temperatures in turn. The rest is random strains, a
-    volume scan (periodic structures) and rattles, in equal parts.
+    volume scan (periodic structures) and rattles, in equal parts; and, on request, small
+    displacements and strains of the relaxed structure (`MinimumJob`).
 
     Parameters
     ----------
@@ -89,14 +93,17 @@ def standard_plan(
     n_temperatures : int
         How many temperatures, evenly spaced.
     md_share : float
-        Share of the frames that are MD.
+        Share of the frames that are MD, of those that are not near the minimum.
+    n_minimum : int
+        How many of the frames are near the minimum: for elastic constants and phonons.
     **md_settings
         Settings of all MD jobs, as of `MDJob`.
     """
     low, high = as_pair(temperature)
     temperatures = np.linspace(low, high, 1 if low == high else max(n_temperatures, 2)).tolist()
     jobs: list[Job] = []
-    for system, quota in enumerate(even_parts(n_frames, start.n_systems)):
+    at_rest = even_parts(n_minimum, start.n_systems)
+    for system, quota in enumerate(even_parts(n_frames - n_minimum, start.n_systems)):
         n_md = round(md_share * quota)
         pressures = [None, *pressure] if bool(start.pbc[system].all()) else [None]
         runs = [(t, p) for p in pressures for t in temperatures]
@@ -111,6 +118,8 @@ def standard_plan(
             extra = {"displacement": 0.05} if kind == "strain" else {}
             if n:
                 jobs.append(make_job({"kind": kind, "n_frames": n, "system": system, **extra}))
+        if at_rest[system]:
+            jobs.append(MinimumJob(n_frames=at_rest[system], system=system))
     return SamplingPlan(start, jobs, seed)
 
 
@@ -129,6 +138,7 @@ __all__ = [
     "make_job",
     "MDJob",
     "RattleJob",
+    "MinimumJob",
     "RelaxJob",
     "JitterJob",
     "AscentJob",

@@ -324,6 +324,15 @@ def gaussian_step(structure: Structures, width: float, generator: np.random.Gene
     return step
 
 
+def random_strain(
+    structure: Structures, max_strain: float, generator: np.random.Generator
+) -> Structures:
+    """Apply a symmetric strain with components even in [-max_strain, max_strain]."""
+    xx, yy, zz, yz, xz, xy = generator.uniform(-max_strain, max_strain, 6)
+    strain = torch.tensor([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]], dtype=torch.float64)
+    return structure.deformed(torch.eye(3, dtype=torch.float64) + strain)
+
+
 def as_frame(structure: Structures, group: str, origin: str) -> Structures:
     """One system with its group, where it comes from, and velocities of zero."""
     return replace(

@@ -12,17 +12,15 @@ import torch
 from ase.calculators.calculator import BaseCalculator
 
 from potstill.errors import ConfigError
-from potstill.sample.base import IndependentJob, Maker, as_pair, gaussian_step, span
+from potstill.sample.base import (
+    IndependentJob,
+    Maker,
+    as_pair,
+    gaussian_step,
+    random_strain,
+    span,
+)
 from potstill.structures import Structures
-
-
-def random_strain(
-    structure: Structures, max_strain: float, generator: np.random.Generator
-) -> Structures:
-    """Apply a symmetric strain with components even in [-max_strain, max_strain]."""
-    xx, yy, zz, yz, xz, xy = generator.uniform(-max_strain, max_strain, 6)
-    strain = torch.tensor([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]], dtype=torch.float64)
-    return structure.deformed(torch.eye(3, dtype=torch.float64) + strain)
 
 
 def scale_volume(structure: Structures, ratio: float) -> Structures:

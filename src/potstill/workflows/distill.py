@@ -81,12 +81,16 @@ def distill(
 
 
 def _sample(run: Run) -> None:
-    """Make structures by MD with the teacher, rattling and straining, and split them."""
+    """Make structures by MD with the teacher, rattling and straining, and split them.
+
+    Runs from before frames near the minimum were sampled have none, and resume without.
+    """
     counts = run.plan.counts
     n_md, n_random = counts.n_md_frames or 0, counts.n_random_frames or 0
     plan = run.sampling_plan(
-        n_md + n_random,
+        counts.n_sampled,
         n_md / (n_md + n_random),
+        n_minimum=counts.n_minimum_frames or 0,
         seed=run.config.seed,
         stride=run.plan.teacher_md.stride,
         equilibration=run.plan.teacher_md.equilibration,

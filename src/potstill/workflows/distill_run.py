@@ -313,6 +313,7 @@ _USED_IN = {
     "counts.n_temperatures": "sample",
     "counts.n_md_frames": "sample",
     "counts.n_random_frames": "sample",
+    "counts.n_minimum_frames": "sample",
     "counts.draft_epochs": "draft",
     "counts.n_on_policy_frames": "draft",
     "counts.epochs": "student",

@@ -44,6 +44,9 @@ STUDENT_MD_SHARE = 0.2
 MAX_FRAMES = 400
 #: Rattled and strained structures beside on-policy ones: they teach what MD does not visit.
 MAX_RANDOM = 60
+#: Of the frames that need no MD with the teacher, small displacements and strains of the relaxed
+#: structure: what elastic constants and phonons are made of, and MD does not visit.
+MINIMUM_SHARE, MAX_MINIMUM = 1.0 / 8.0, 30
 #: Fewer frames of MD with the teacher leave nothing to hold out: four blocks of the split.
 MIN_MD_FRAMES = 16
 #: Frames that need no MD with the teacher: rattled, strained, or visited by the draft.
@@ -57,8 +60,8 @@ TOLERANCE = 1.1
 #: What a slow teacher gets: multiples of the smallest numbers of frames, and the largest share of
 #: the budget for all but training.
 SCALES, BEFORE_TRAINING = (8.0, 4.0, 2.0, 1.4, 1.0), 0.6
-#: Teacher calls for E(V), elastic constants at two strains and a relaxation of the unit cell, and
-#: MD steps per size timed.
+#: Teacher calls for E(V), elastic constants at two strains and a relaxation, and MD steps per size
+#: timed.
 EOS_CALLS, ELASTIC_CALLS, RELAXATION_CALLS, TIMED_STEPS = 40, 150, 10, 6
 #: Numbers of atoms that speed is measured for.
 SPEED_SIZES = (64, 512)
@@ -90,6 +93,9 @@ class Counts(Settings):
         Frames of MD with the teacher; the held-out ones are among them.
     n_random_frames : int
         Rattled and strained structures.
+    n_minimum_frames : int
+        Small displacements and strains of the relaxed structures, for elastic constants and
+        phonons.
     n_on_policy_frames : int
         Frames of MD with the draft student; zero for none.
     draft_epochs, epochs : int
@@ -101,6 +107,7 @@ class Counts(Settings):
     n_temperatures: int | None = Field(default=None, ge=1)
     n_md_frames: int | None = Field(default=None, ge=1)
     n_random_frames: int | None = Field(default=None, ge=0)
+    n_minimum_frames: int | None = Field(default=None, ge=0)
     n_on_policy_frames: int | None = Field(default=None, ge=0)
     draft_epochs: int | None = Field(default=None, ge=1)
     epochs: int | None = Field(default=None, ge=1)
@@ -113,8 +120,17 @@ class Counts(Settings):
 
     @property
     def complete(self) -> bool:
-        """Whether all are fixed, so that the budget decides nothing."""
-        return None not in self.model_dump().values()
+        """Whether all are fixed, so that the budget decides nothing.
+
+        Frames near the minimum are few, and configs from before there were any do not fix them.
+        """
+        return None not in self.model_dump(exclude={"n_minimum_frames"}).values()
+
+    @property
+    def n_sampled(self) -> int:
+        """Frames that the first stage makes: all but those of the draft."""
+        counts = (self.n_md_frames, self.n_random_frames, self.n_minimum_frames)
+        return sum(n or 0 for n in counts)
 
 
 class Timings(Settings):
@@ -158,9 +174,10 @@ class Plan(Settings):
         c = self.counts
         work = {
             "sample": f"{c.n_md_frames} frames from MD with the teacher at {c.n_temperatures} "
-            f"temperatures, {c.n_random_frames} rattled or strained",
-            "label": f"{(c.n_md_frames or 0) + (c.n_random_frames or 0)} structures of "
-            f"{self.n_atoms} atoms: {', '.join(self.properties)}",
+            f"temperatures, {c.n_random_frames} rattled or strained, {c.n_minimum_frames or 0} "
+            "near the minimum",
+            "label": f"{c.n_sampled} structures of {self.n_atoms} atoms: "
+            f"{', '.join(self.properties)}",
             "draft": f"{c.draft_epochs} epochs",
             "explore": f"{c.n_on_policy_frames} frames from MD with the draft, labeled",
             "train": f"{c.epochs} epochs each for the student and its controls",
@@ -322,13 +339,16 @@ def _full(order: Order, timings: Timings, timestep: float) -> Counts:
     n_md = int((DYNAMICS_SHARE * teacher_time - warm_up) / frame)
     n_md = min(max(n_md, FULL.frames_per_run * n_runs, MIN_MD_FRAMES), MAX_FRAMES // 2)
     left = teacher_time - warm_up - n_md * frame
+    left -= RELAXATION_CALLS * order.start.n_systems * timings.step
     n_free = min(max(int(left / timings.label), MIN_FREE_FRAMES), MAX_FRAMES - n_md)
-    n_random = min(n_free // 4, MAX_RANDOM) if order.on_policy else n_free
+    n_minimum = min(int(MINIMUM_SHARE * n_free), MAX_MINIMUM)
+    n_random = min(n_free // 4, MAX_RANDOM) if order.on_policy else n_free - n_minimum
     counts = Counts(
         n_temperatures=n_temperatures,
         n_md_frames=n_md,
         n_random_frames=n_random,
-        n_on_policy_frames=n_free - n_random,
+        n_minimum_frames=n_minimum,
+        n_on_policy_frames=n_free - n_minimum - n_random,
         nve_duration=nve,
         md_duration=md,
     ).model_copy(update=order.fixed.given())
@@ -340,12 +360,14 @@ def _lean(order: Order, timings: Timings, timestep: float, scale: float) -> tupl
     nve = 0.5 * STUDENT_MD_SHARE * order.budget * timestep / timings.student_step / 1000.0
     n_md = max(int(scale * MIN_MD_FRAMES), LEAN.frames_per_run * order.n_runs(2, LEAN))
     n_free = int(scale * MIN_FREE_FRAMES)
-    n_random = n_free // 2 if order.on_policy else n_free
+    n_minimum = min(int(MINIMUM_SHARE * n_free), MAX_MINIMUM)
+    n_random = n_free // 2 if order.on_policy else n_free - n_minimum
     counts = Counts(
         n_temperatures=2,
         n_md_frames=n_md,
         n_random_frames=n_random,
-        n_on_policy_frames=n_free - n_random,
+        n_minimum_frames=n_minimum,
+        n_on_policy_frames=n_free - n_minimum - n_random,
         nve_duration=min(20.0, round(nve, 1)) if scale > 1.0 and nve > 1.0 else 1.0,
         md_duration=1.0,
     )
@@ -357,7 +379,7 @@ def _lean(order: Order, timings: Timings, timestep: float, scale: float) -> tupl
 
 def _with_epochs(counts: Counts, order: Order, timings: Timings, seconds: float) -> Counts:
     """Fill in the epochs that the time for training pays."""
-    n_draft = (counts.n_md_frames or 0) + (counts.n_random_frames or 0)
+    n_draft = counts.n_sampled
     n_all = n_draft + (counts.n_on_policy_frames or 0)
     share = DRAFT_SHARE if counts.n_on_policy_frames else 0.0
     draft = int(share * seconds / (n_draft * timings.train))
@@ -371,18 +393,21 @@ def expected_seconds(
     order: Order, counts: Counts, timings: Timings, timestep: float, md: TeacherMD = FULL
 ) -> dict[str, float]:
     """Expected duration of each stage."""
-    n_md, n_random = counts.n_md_frames or 0, counts.n_random_frames or 0
+    n_md, n_sampled = counts.n_md_frames or 0, counts.n_sampled
     n_policy = counts.n_on_policy_frames or 0
     steps = order.n_runs(counts.n_temperatures or 1, md) * md.equilibration + n_md * md.stride
+    steps /= timestep
+    if counts.n_minimum_frames:
+        steps += RELAXATION_CALLS * order.start.n_systems
     student = timings.student_step / timestep * 1000.0
     seconds = {
-        "sample": steps / timestep * timings.step,
-        "label": (n_md + n_random) * timings.label,
+        "sample": steps * timings.step,
+        "label": n_sampled * timings.label,
     }
     if n_policy:
-        seconds["draft"] = (counts.draft_epochs or 0) * (n_md + n_random) * timings.train
+        seconds["draft"] = (counts.draft_epochs or 0) * n_sampled * timings.train
         seconds["explore"] = n_policy * (timings.label + EXPLORING_STRIDE / 1000.0 * student)
-    n_all = n_md + n_random + n_policy
+    n_all = n_sampled + n_policy
     rounds = math.ceil((1 + order.n_controls) / order.at_once)
     seconds["train"] = rounds * (counts.epochs or 0) * n_all * timings.train
     seconds["dynamics"] = (counts.md_duration or 0.0) * student
