@@ -31,6 +31,7 @@ from potstill.errors import ModelError
 from potstill.units import COULOMB
 
 _CUTOFF_FUNCTIONS = ("cosine_squared", "polynomial")
+_INVARIANTS = ("norms", "smooth")
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,17 @@ class HipnnShape:
     Parameters
     ----------
     n_species, n_features, n_sensitivities, l_max, n_interaction_layers, n_atom_layers : int
-        Sizes; l_max is 0, 1 or 2.
+        Sizes; l_max is at most 2 for norms, 4 for smooth invariants.
     cutoff : float
         Å.
     cusp_reg : float
         Added under the square root of the tensors' norms.
     cutoff_function : {"cosine_squared", "polynomial"}
         Envelope of the sensitivities.
+    invariants : {"norms", "smooth"}
+        What the tensors enter by.
+    n_channels : int
+        Tensors of each rank, for smooth invariants.
     """
 
     n_species: int
@@ -58,21 +63,28 @@ class HipnnShape:
     cutoff: float
     cusp_reg: float
     cutoff_function: str = "cosine_squared"
+    invariants: str = "norms"
+    n_channels: int = 0
 
     @cached_property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of all parameters, in the order of `HIPNN.named_parameters()`."""
+        """Names and shapes of all parameters, in the order of `HIPNN.native_parameters()`."""
         n, width = self.n_sensitivities, self.n_features
         shapes: dict[str, tuple[int, ...]] = {}
         for b in range(self.n_interaction_layers):
             n_in = self.n_species if b == 0 else width
             first = f"blocks.{b}.0"
             shapes[f"{first}.layer.int_weights"] = (n, width, n_in)
-            shapes[f"{first}.layer.sensitivity.mu"] = (n,)
-            shapes[f"{first}.layer.sensitivity.sigma"] = (n,)
+            if self.invariants == "smooth":
+                for rank in range(self.l_max):
+                    shapes[f"{first}.layer.tensor_weights.{rank}"] = (n, self.n_channels, n_in)
+                shapes[f"{first}.layer.mixing"] = (width, self.l_max * self.n_channels)
+            else:
+                shapes[f"{first}.layer.sensitivity.mu"] = (n,)
+                shapes[f"{first}.layer.sensitivity.sigma"] = (n,)
             shapes[f"{first}.layer.selfint.weight"] = (width, n_in)
             shapes[f"{first}.layer.selfint.bias"] = (width,)
-            for rank in range(self.l_max):
+            for rank in range(self.l_max if self.invariants == "norms" else 0):
                 shapes[f"{first}.layer.scales.{rank}"] = (width,)
             shapes[f"{first}.res_layer.weight"] = (width, width)
             shapes[f"{first}.res_layer.bias"] = (width,)
@@ -116,6 +128,8 @@ class HipnnShape:
             _CUTOFF_FUNCTIONS.index(self.cutoff_function),
             self.cutoff,
             self.cusp_reg,
+            _INVARIANTS.index(self.invariants),
+            self.n_channels,
         )
 
 

@@ -7,10 +7,9 @@ forces agree for equal weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -35,135 +34,19 @@ from potstill.models.base import (
 )
 from potstill.models.engines import NativeKernels
 from potstill.models.hyper import Hyperparameters, Real
+from potstill.models.interactions import (
+    CUTOFF_FUNCTIONS,
+    HIGHEST_RANK,
+    Geometry,
+    Indices,
+    Interaction,
+    NormInteraction,
+    SmoothInteraction,
+    linear,
+)
+from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.species import SpeciesTable
-
-#: Independent components of the tensors of rank 0, 1 and 2 (traceless and symmetric).
-_N_COMPONENTS = (1, 3, 5)
-
-
-def cosine_squared(r: Tensor, cutoff: float) -> Tensor:
-    """cos²(pi r / 2 cutoff): continuous with its first derivative at the cutoff."""
-    return torch.cos(r * (0.5 * math.pi / cutoff)).square()
-
-
-def polynomial(r: Tensor, cutoff: float) -> Tensor:
-    """1 - 10 x³ + 15 x⁴ - 6 x⁵: continuous with two derivatives at the cutoff."""
-    x = (r / cutoff).clamp(max=1.0)
-    return 1.0 - x**3 * (10.0 - 15.0 * x + 6.0 * x**2)
-
-
-CUTOFF_FUNCTIONS = {"cosine_squared": cosine_squared, "polynomial": polynomial}
-
-
-class Sensitivity(nn.Module):
-    """Gaussians in inverse distance with trainable centers and widths, times a cutoff function.
-
-    s_n(r) = exp(-(1/r - 1/mu_n)² sigma_n² / 2) f(r); mu_n start evenly spaced in 1/r from
-    `dist_soft_max` to `dist_soft_min`, all sigma_n at 2 n_sensitivities dist_soft_min.
-    """
-
-    def __init__(self, p: HIPNNHyperparameters) -> None:
-        super().__init__()
-        self.cutoff = p.dist_hard_max
-        self.cutoff_function = CUTOFF_FUNCTIONS[p.cutoff_function]
-        n, low = p.n_sensitivities, p.dist_soft_min
-        inverse = torch.linspace(1.0 / p.dist_soft_max, 1.0 / low, n)
-        self.mu = nn.Parameter(1.0 / inverse)
-        self.sigma = nn.Parameter(torch.full((n,), 2.0 * n * low))
-
-    def forward(self, r: Tensor) -> Tensor:
-        """(..., n_sensitivities) from (...) distances; zero from the cutoff on."""
-        deviation = (1.0 / r.unsqueeze(-1) - 1.0 / self.mu) * self.sigma
-        envelope = self.cutoff_function(r, self.cutoff) * (r < self.cutoff)
-        return torch.exp(-0.5 * deviation.square()) * envelope.unsqueeze(-1)
-
-
-def tensor_components(unit: Tensor, l_max: int) -> Tensor:
-    """Tensors of a direction up to rank `l_max`, flattened side by side.
-
-    Parameters
-    ----------
-    unit : Tensor
-        (..., 3) unit vectors u.
-    l_max : int
-        0, 1 or 2.
-
-    Returns
-    -------
-    Tensor
-        (..., 1), (..., 4) or (..., 9): 1; u; and xx, xy, xz, yy, yz of u u - 1/3.
-    """
-    parts = [torch.ones_like(unit[..., :1])]
-    if l_max >= 1:
-        parts.append(unit)
-    if l_max >= 2:
-        x, y, z = unit.unbind(-1)
-        third = (x * x + y * y + z * z) / 3.0
-        parts.append(torch.stack([x * x - third, x * y, x * z, y * y - third, y * z], dim=-1))
-    return torch.cat(parts, dim=-1)
-
-
-class Interaction(nn.Module):
-    """The interaction layer: Z' = V S Z + W Z + b, and the norms of its tensor counterparts.
-
-    The same weights V serve every rank (weights are tied); each rank has one scale per feature.
-    `unit_input` says that the only input feature is 1 on every atom, as one species' one-hot is.
-    """
-
-    def __init__(
-        self,
-        n_in: int,
-        n_out: int,
-        p: HIPNNHyperparameters,
-        s: Sensitivity,
-        *,
-        unit_input: bool = False,
-    ) -> None:
-        super().__init__()
-        self.l_max = p.l_max
-        self.cusp_reg = p.cusp_reg
-        self.unit_input = unit_input
-        self.sensitivity = s
-        self.int_weights = nn.Parameter(torch.empty(s.mu.shape[0], n_out, n_in))
-        nn.init.xavier_normal_(self.int_weights)
-        self.selfint = _linear(n_in, n_out)
-        self.scales = nn.ParameterList([nn.Parameter(torch.randn(n_out)) for _ in range(p.l_max)])
-
-    def forward(self, features: Tensor, geometry: _Geometry) -> Tensor:
-        """(n_local, n_out) from (N, n_in) features of local atoms and ghosts."""
-        environment = self._environment(features, geometry)  # (n_local, m, n_sens * n_in)
-        weights = self.int_weights.permute(0, 2, 1).flatten(0, 1)  # (n_sens * n_in, n_out)
-        scalar, *tensors = (environment @ weights).split(_N_COMPONENTS[: self.l_max + 1], dim=1)
-        out = scalar[:, 0] + self.selfint(features[: scalar.shape[0]])
-        for rank, (tensor, scale) in enumerate(zip(tensors, self.scales, strict=True), start=1):
-            norm = torch.sqrt(_square_norm(tensor, rank) + self.cusp_reg)
-            out = out + norm * scale
-        return out
-
-    def _environment(self, features: Tensor, geometry: _Geometry) -> Tensor:
-        """Sum over neighbors of sensitivity x tensor x feature, as batched matrix products.
-
-        Whichever of (tensor x feature) and (sensitivity x tensor) is narrower is spelled out per
-        pair; the other factor comes in by the product.
-        """
-        sense = self.sensitivity(geometry.distance) * geometry.used  # (n, K, n_sens)
-        n_local, width, n_sens = sense.shape
-        tensor = geometry.tensor  # (n, K, m)
-        m, n_in = tensor.shape[2], features.shape[1]
-        if self.unit_input:
-            return (sense.transpose(1, 2) @ tensor).transpose(1, 2)  # (n, m, n_sens)
-        near = features.index_select(0, geometry.neighbor.flatten()).view(n_local, width, n_in)
-        if n_in <= n_sens:
-            pair = (tensor.unsqueeze(3) * near.unsqueeze(2)).flatten(2)  # (n, K, m * n_in)
-            env = (sense.transpose(1, 2) @ pair).view(n_local, n_sens, m, n_in).transpose(1, 2)
-        else:
-            pair = (tensor.unsqueeze(3) * sense.unsqueeze(2)).flatten(2)  # (n, K, m * n_sens)
-            env = (pair.transpose(1, 2) @ near).view(n_local, m, n_sens, n_in)
-        return env.reshape(n_local, m, n_sens * n_in)
-
-    def regularized_weights(self) -> list[Tensor]:
-        """Interaction and self-interaction weights."""
-        return [self.int_weights, self.selfint.weight]
+from potstill.structures import Structures
 
 
 class Residual(nn.Module):
@@ -175,11 +58,18 @@ class Residual(nn.Module):
         self.res_layer = nn.Linear(n_out, n_out)
         self.adjust = nn.Linear(n_in, n_out, bias=False) if n_in != n_out else None
 
-    def forward(self, features: Tensor, *geometry: _Geometry) -> Tensor:
+    def forward(self, features: Tensor, *geometry: Geometry) -> Tensor:
         """(n, n_out) from (n, n_in), or from (N, n_in) of which the first n are local."""
         change = self.res_layer(nn.functional.softplus(self.layer(features, *geometry)))
         same = features[: change.shape[0]]
         return change + (same if self.adjust is None else self.adjust(same))
+
+    def kernel_tensors(self) -> list[Tensor]:
+        """The parameters as native kernels take them, in their order."""
+        inner = self.layer
+        own = inner.kernel_tensors() if isinstance(inner, Interaction) else inner.parameters()
+        adjust = [] if self.adjust is None else self.adjust.parameters()
+        return [*own, *self.res_layer.parameters(), *adjust]
 
     def regularized_weights(self) -> list[Tensor]:
         """All matrices of the layer."""
@@ -199,7 +89,7 @@ class HIPNNHyperparameters(Hyperparameters):
     n_sensitivities : int
         Radial functions per interaction layer.
     dist_soft_min : float
-        First initial center of the radial functions, Å: about the shortest distance in the data.
+        First initial center of the Gaussians of `norms`, Å: about the shortest distance in data.
     dist_soft_max : float
         Last initial center, Å, at most the cutoff.
     dist_hard_max : float
@@ -209,44 +99,58 @@ class HIPNNHyperparameters(Hyperparameters):
     n_interaction_layers : int
         Number of blocks.
     l_max : int
-        Highest rank of the tensor sensitivities: 0, 1 or 2.
+        Highest rank of the tensors: 0 to 4 (`norms`: to 2).
     cusp_reg : float
-        Added under the square root of the tensors' norms: elastic constants and phonons need more
-        than the 1e-6 of hippynn.
-    cutoff_function : {"cosine_squared", "polynomial"}
-        The former is the original; the latter has two continuous derivatives.
+        Added under the square root of `norms`: elastic constants and phonons need more than the
+        1e-6 of hippynn.
+    cutoff_function : {"polynomial", "cosine_squared"}
+        The former has two continuous derivatives; the latter is the original.
+    invariants : {"smooth", "norms"}
+        `smooth`: Chebyshev polynomials, weights for every rank, invariants that are analytic where
+        tensors vanish by symmetry (`SmoothInteraction`). `norms`: the original, as in hippynn.
+    n_channels : int
+        Tensors of each rank in `smooth`; `norms` has `n_features` of them.
 
     Notes
     -----
-    Where all of the first six are given, as they had to be before there were defaults, `l_max` is 1
-    and `cusp_reg` 1e-6 by default, as then.
+    Where all of the first six are given and `invariants` is not, as in files from before there were
+    `smooth` ones, it is `norms`, with `l_max` 1 and `cusp_reg` 1e-6 by default.
     """
 
-    n_features: int = Field(default=32, ge=1)
-    n_sensitivities: int = Field(default=20, ge=1)
+    n_features: int = Field(default=24, ge=1)
+    n_sensitivities: int = Field(default=10, ge=1)
     dist_soft_min: Real = 0.8
     dist_soft_max: Real = 4.5
     dist_hard_max: float = 5.5
     n_atom_layers: int = Field(default=2, ge=0)
     n_interaction_layers: int = Field(default=1, ge=1)
-    l_max: int = 2
+    l_max: int = Field(default=4, ge=0, le=HIGHEST_RANK)
     cusp_reg: Real = Field(default=1e-2, ge=0)
-    cutoff_function: str = "cosine_squared"
+    cutoff_function: str = "polynomial"
+    invariants: Literal["smooth", "norms"] = "smooth"
+    n_channels: int = Field(default=24, ge=1)
 
     @model_validator(mode="before")
     @classmethod
-    def _as_before_there_were_defaults(cls, values: Any) -> Any:
-        once_required = list(cls.model_fields)[:6]
-        if isinstance(values, dict) and values.keys() >= set(once_required):
-            return {"l_max": 1, "cusp_reg": 1e-6, **values}
-        return values
+    def _of_norms(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        once_required = values.keys() >= set(list(cls.model_fields)[:6])
+        if values.get("invariants", "norms" if once_required else "smooth") != "norms":
+            return values
+        own = {"l_max": 1, "cusp_reg": 1e-6} if once_required else {"l_max": 2}
+        own |= {"cutoff_function": "cosine_squared", "invariants": "norms"}
+        width = values.get("n_features", cls.model_fields["n_features"].default)
+        return own | {"n_channels": width} | values
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
-        if self.l_max not in (0, 1, 2):
-            raise ValueError(f"l_max must be 0, 1 or 2, not {self.l_max}")
+        if self.invariants == "norms" and self.l_max > 2:
+            raise ValueError(f"l_max of norms must be 0, 1 or 2, not {self.l_max}")
+        if self.invariants == "norms" and self.n_channels != self.n_features:
+            raise ValueError("n_channels is of smooth invariants; norms have n_features of them")
         low, high, cutoff = self.dist_soft_min, self.dist_soft_max, self.dist_hard_max
-        if not 0.0 < low < high <= cutoff:
+        if not cutoff > 0.0 or (self.invariants == "norms" and not 0.0 < low < high <= cutoff):
             raise ValueError(
                 "HIP-NN needs 0 < dist_soft_min < dist_soft_max <= dist_hard_max, "
                 f"not {low}, {high}, {cutoff}"
@@ -255,6 +159,13 @@ class HIPNNHyperparameters(Hyperparameters):
             near = suggest(self.cutoff_function, CUTOFF_FUNCTIONS)
             raise ValueError(f"unknown cutoff function '{self.cutoff_function}'{near}")
         return self
+
+    def to_json(self) -> dict[str, Any]:
+        """All values; those of `norms` as before there was a choice, for their fingerprints."""
+        values = super().to_json()
+        if self.invariants == "norms":
+            del values["invariants"], values["n_channels"]
+        return values
 
 
 class HIPNN(Potential):
@@ -288,10 +199,11 @@ class HIPNN(Potential):
         self.blocks = nn.ModuleList()
         for b, n_in in enumerate(widths[:-1]):
             unit_input = b == 0 and n_species == 1
-            interaction = Interaction(n_in, n_features, p, Sensitivity(p), unit_input=unit_input)
+            form = NormInteraction if p.invariants == "norms" else SmoothInteraction
+            interaction = form(n_in, n_features, p, unit_input=unit_input)
             layers = [Residual(interaction, n_in, n_features)]
             for _ in range(p.n_atom_layers):
-                layers.append(Residual(_linear(n_features, n_features), n_features, n_features))
+                layers.append(Residual(linear(n_features, n_features), n_features, n_features))
             self.blocks.append(nn.ModuleList(layers))
         self.energy_layers = nn.ModuleList(
             nn.Linear(width, 1, bias=k > 0) for k, width in enumerate(widths)
@@ -336,7 +248,7 @@ class HIPNN(Potential):
 
     def _evaluate(self, indices: Indices, r_ij: Tensor, taps: Sequence[str] = ()) -> LocalOutput:
         n_local = indices.pair.shape[0]
-        geometry = _Geometry(indices, r_ij.to(self.dtype), self.hyper.l_max)
+        geometry = Geometry(indices, r_ij.to(self.dtype), self.hyper.l_max)
         features = nn.functional.one_hot(indices.species, len(self.species_table)).to(self.dtype)
         tapped: dict[str, Tensor] = {}
         terms = [self.energy_layers[0](features[:n_local])]  # (n_local, 1) each
@@ -385,9 +297,13 @@ class HIPNN(Potential):
                 cutoff=self.cutoff,
                 cusp_reg=p.cusp_reg,
                 cutoff_function=p.cutoff_function,
+                invariants=p.invariants,
+                n_channels=p.n_channels,
             )
         )
-        return HipnnParameters(shape, tuple(self.parameters()))
+        tensors = [t for block in self._layers() for layer in block for t in layer.kernel_tensors()]
+        tensors += self.energy_layers.parameters()
+        return HipnnParameters(shape, tuple(tensors))
 
     def regularized_weights(self) -> list[Tensor]:
         """Interaction and atom layers, without biases and without the energy layers.
@@ -403,8 +319,29 @@ class HIPNN(Potential):
         return [list(cast(Iterable[Residual], block)) for block in self.blocks]
 
     def initialize_from(self, data: StartingData) -> None:
-        """Start with the fitted energies of the species as E0, and small corrections."""
+        """Whiten the sums over neighbors; the fitted energies as E0, and small corrections."""
+        if self.hyper.invariants == "smooth":
+            self._whiten(data.batches)
         self.initialize_energy_layers(data.offsets)
+
+    @torch.no_grad()
+    def _whiten(self, batches: Sequence[Structures]) -> None:
+        """Block after block, since each sees the features of the one before."""
+        known = []
+        for batch in batches:
+            pairs = build_neighbor_list(batch, self.cutoff)
+            edges, r_ij = Edges.of(batch, pairs), pair_vectors(batch, pairs).to(self.dtype)
+            indices = self.prepare(batch.species, edges, r_ij, batch.n_atoms)
+            features = nn.functional.one_hot(batch.species, len(self.species_table)).to(self.dtype)
+            known.append((features, Geometry(indices, r_ij, self.hyper.l_max)))
+        for residuals in self._layers():
+            layer = cast(SmoothInteraction, residuals[0].layer)
+            layer.whiten(torch.cat([layer.environment(*state) for state in known]))
+            for k, (features, geometry) in enumerate(known):
+                features = residuals[0](features, geometry)
+                for atom_layer in residuals[1:]:
+                    features = atom_layer(features)
+                known[k] = (features, geometry)
 
     def regularizers(self) -> dict[str, Regularizer]:
         """`hierarchicality`: later terms should be smaller than earlier ones."""
@@ -441,53 +378,7 @@ def hierarchicality(terms: Tensor) -> Tensor:
     return (later / torch.where(total > 0, total, 1.0)).sum(dim=1)
 
 
-class Indices(NamedTuple):
-    """Species, and the slots of every atom's K neighbors.
-
-    Parameters
-    ----------
-    species : Tensor
-        (N,) int64, local atoms first.
-    pair, neighbor : Tensor
-        (n_local, K) int64, the pair in a slot and the atom at its other end; any in unused slots.
-    used : Tensor
-        (n_local, K) bool.
-    """
-
-    species: Tensor
-    pair: Tensor
-    neighbor: Tensor
-    used: Tensor
-
-
-class _Geometry:
-    """Padded pair geometry that all interaction layers share."""
-
-    def __init__(self, indices: Indices, r_ij: Tensor, l_max: int) -> None:
-        pair = indices.pair  # (n_local, K)
-        self.used = indices.used.unsqueeze(2)
-        self.neighbor = indices.neighbor
-        vector = r_ij.index_select(0, pair.flatten()).view(*pair.shape, 3)
-        self.distance = torch.linalg.vector_norm(vector, dim=2)  # (n_local, K)
-        self.tensor = tensor_components(vector / self.distance.unsqueeze(2), l_max)
-
-
-def _square_norm(tensor: Tensor, rank: int) -> Tensor:
-    """Squared Frobenius norm over dim 1 of a vector or of five components of a rank-2 tensor.
-
-    With zz = -xx - yy: xx² + yy² + zz² + 2(xy² + xz² + yz²) = 2(sum of squares + xx yy).
-    """
-    squares = tensor.square().sum(dim=1)
-    return squares if rank == 1 else 2.0 * (squares + tensor[:, 0] * tensor[:, 3])
-
-
 @lru_cache(maxsize=64)
 def _interned(shape: HipnnShape) -> HipnnShape:
     """The first of all equal shapes: what is derived from it is derived once."""
     return shape
-
-
-def _linear(n_in: int, n_out: int) -> nn.Linear:
-    layer = nn.Linear(n_in, n_out)
-    nn.init.xavier_normal_(layer.weight)
-    return layer

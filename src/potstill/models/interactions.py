@@ -1,0 +1,341 @@
+"""How HIP-NN's atoms see their neighbors: radial functions, tensors, and invariants of their sums.
+
+Two forms: the norms of hippynn, with trainable Gaussians and the same weights for every rank, and
+smooth invariants with Chebyshev polynomials and weights of each rank's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+#: Highest rank of the tensors.
+HIGHEST_RANK = 4
+
+#: Largest ratio of the variances that `SmoothInteraction.whiten` takes for signal.
+_CONDITION = 1e6
+
+
+def cosine_squared(r: Tensor, cutoff: float) -> Tensor:
+    """cos²(pi r / 2 cutoff): continuous with its first derivative at the cutoff."""
+    return torch.cos(r * (0.5 * math.pi / cutoff)).square()
+
+
+def polynomial(r: Tensor, cutoff: float) -> Tensor:
+    """1 - 10 x³ + 15 x⁴ - 6 x⁵: continuous with two derivatives at the cutoff."""
+    x = (r / cutoff).clamp(max=1.0)
+    return 1.0 - x**3 * (10.0 - 15.0 * x + 6.0 * x**2)
+
+
+CUTOFF_FUNCTIONS = {"cosine_squared": cosine_squared, "polynomial": polynomial}
+
+
+class Sizes(Protocol):
+    """The hyper-parameters that an interaction layer is made from; see `HIPNNHyperparameters`."""
+
+    n_sensitivities: int
+    n_channels: int
+    dist_soft_min: float
+    dist_soft_max: float
+    dist_hard_max: float
+    l_max: int
+    cusp_reg: float
+    cutoff_function: str
+
+
+class Sensitivity(nn.Module):
+    """Gaussians in inverse distance with trainable centers and widths, times a cutoff function.
+
+    s_n(r) = exp(-(1/r - 1/mu_n)² sigma_n² / 2) f(r); mu_n start evenly spaced in 1/r from
+    `dist_soft_max` to `dist_soft_min`, all sigma_n at 2 n_sensitivities dist_soft_min.
+    """
+
+    def __init__(self, p: Sizes) -> None:
+        super().__init__()
+        self.cutoff = p.dist_hard_max
+        self.cutoff_function = CUTOFF_FUNCTIONS[p.cutoff_function]
+        n, low = p.n_sensitivities, p.dist_soft_min
+        inverse = torch.linspace(1.0 / p.dist_soft_max, 1.0 / low, n)
+        self.mu = nn.Parameter(1.0 / inverse)
+        self.sigma = nn.Parameter(torch.full((n,), 2.0 * n * low))
+
+    def forward(self, r: Tensor) -> Tensor:
+        """(..., n_sensitivities) from (...) distances; zero from the cutoff on."""
+        deviation = (1.0 / r.unsqueeze(-1) - 1.0 / self.mu) * self.sigma
+        envelope = self.cutoff_function(r, self.cutoff) * (r < self.cutoff)
+        return torch.exp(-0.5 * deviation.square()) * envelope.unsqueeze(-1)
+
+
+class Chebyshev(nn.Module):
+    """Chebyshev polynomials T_n(2 r / cutoff - 1), n = 0, 1, ..., times a cutoff function."""
+
+    def __init__(self, p: Sizes) -> None:
+        super().__init__()
+        self.n, self.cutoff = p.n_sensitivities, p.dist_hard_max
+        self.cutoff_function = CUTOFF_FUNCTIONS[p.cutoff_function]
+
+    def forward(self, r: Tensor) -> Tensor:
+        """(..., n_sensitivities) from (...) distances; zero from the cutoff on."""
+        x = 2.0 * r / self.cutoff - 1.0
+        values = [torch.ones_like(r), x]
+        while len(values) < self.n:
+            values.append(2.0 * x * values[-1] - values[-2])
+        envelope = self.cutoff_function(r, self.cutoff) * (r < self.cutoff)
+        return torch.stack(values[: self.n], dim=-1) * envelope.unsqueeze(-1)
+
+
+def tensor_components(unit: Tensor, l_max: int) -> Tensor:
+    """Tensors of a direction up to rank `l_max`, flattened side by side.
+
+    Parameters
+    ----------
+    unit : Tensor
+        (..., 3) unit vectors u.
+    l_max : int
+        0 to 4.
+
+    Returns
+    -------
+    Tensor
+        (..., (l_max + 1)²): 1; u; xx, xy, xz, yy, yz of u u - 1/3; of rank 3 and 4 the real
+        spherical harmonics from m = -l to l, the sum of whose squares is 1.
+    """
+    x, y, z = unit.unbind(-1)
+    parts = [torch.ones_like(x)]
+    if l_max >= 1:
+        parts += [x, y, z]
+    if l_max >= 2:
+        third = (x * x + y * y + z * z) / 3.0
+        parts += [x * x - third, x * y, x * z, y * y - third, y * z]
+    if l_max >= 3:
+        a, b, c, d = (math.sqrt(f) for f in (5 / 8, 15, 3 / 8, 15 / 4))
+        parts += [a * y * (3 * x * x - y * y), b * x * y * z, c * y * (5 * z * z - 1)]
+        parts += [0.5 * z * (5 * z * z - 3), c * x * (5 * z * z - 1), d * z * (x * x - y * y)]
+        parts += [a * x * (x * x - 3 * y * y)]
+    if l_max >= 4:
+        a, b, c, d = (math.sqrt(f) for f in (35, 35 / 8, 5, 5 / 8))
+        difference, zz = x * x - y * y, z * z
+        parts += [0.5 * a * x * y * difference, b * y * z * (3 * x * x - y * y)]
+        parts += [0.5 * c * x * y * (7 * zz - 1), d * y * z * (7 * zz - 3)]
+        parts += [(35 * zz * zz - 30 * zz + 3) / 8, d * x * z * (7 * zz - 3)]
+        parts += [0.25 * c * difference * (7 * zz - 1), b * x * z * (x * x - 3 * y * y)]
+        parts += [0.125 * a * (difference * difference - 4 * x * x * y * y)]
+    return torch.stack(parts, dim=-1)
+
+
+class Interaction(nn.Module):
+    """What the interaction layers share: the sums over an atom's neighbors.
+
+    `unit_input` says that the only input feature is 1 on every atom, as one species' one-hot is.
+    """
+
+    int_weights: nn.Parameter
+    selfint: nn.Linear
+
+    def __init__(self, p: Sizes, radial: nn.Module, *, unit_input: bool) -> None:
+        super().__init__()
+        self.l_max = p.l_max
+        self.unit_input = unit_input
+        self.sensitivity = radial
+
+    def environment(self, features: Tensor, geometry: Geometry) -> Tensor:
+        """(n_local, (l_max + 1)², n_sens * n_in) sums of sensitivity x tensor x feature.
+
+        As batched matrix products: whichever of (tensor x feature) and (sensitivity x tensor) is
+        narrower is spelled out per pair; the other factor comes in by the product.
+        """
+        sense = self.sensitivity(geometry.distance) * geometry.used  # (n, K, n_sens)
+        n_local, width, n_sens = sense.shape
+        tensor = geometry.tensor  # (n, K, m)
+        m, n_in = tensor.shape[2], features.shape[1]
+        if self.unit_input:
+            return (sense.transpose(1, 2) @ tensor).transpose(1, 2)  # (n, m, n_sens)
+        near = features.index_select(0, geometry.neighbor.flatten()).view(n_local, width, n_in)
+        if n_in <= n_sens:
+            pair = (tensor.unsqueeze(3) * near.unsqueeze(2)).flatten(2)  # (n, K, m * n_in)
+            env = (sense.transpose(1, 2) @ pair).view(n_local, n_sens, m, n_in).transpose(1, 2)
+        else:
+            pair = (tensor.unsqueeze(3) * sense.unsqueeze(2)).flatten(2)  # (n, K, m * n_sens)
+            env = (pair.transpose(1, 2) @ near).view(n_local, m, n_sens, n_in)
+        return env.reshape(n_local, m, n_sens * n_in)
+
+    def kernel_tensors(self) -> list[Tensor]:
+        """The parameters as native kernels take them, in their order."""
+        raise NotImplementedError
+
+    def regularized_weights(self) -> list[Tensor]:
+        """Interaction and self-interaction weights."""
+        return [self.int_weights, self.selfint.weight]
+
+
+class NormInteraction(Interaction):
+    """hippynn's layer: Z' = V S Z + W Z + b, and the norms of its tensor counterparts.
+
+    The same weights V serve every rank (weights are tied); each rank has one scale per feature.
+    """
+
+    def __init__(self, n_in: int, n_out: int, p: Sizes, *, unit_input: bool) -> None:
+        super().__init__(p, Sensitivity(p), unit_input=unit_input)
+        self.cusp_reg = p.cusp_reg
+        self.int_weights = nn.Parameter(torch.empty(p.n_sensitivities, n_out, n_in))
+        nn.init.xavier_normal_(self.int_weights)
+        self.selfint = linear(n_in, n_out)
+        self.scales = nn.ParameterList([nn.Parameter(torch.randn(n_out)) for _ in range(p.l_max)])
+
+    def forward(self, features: Tensor, geometry: Geometry) -> Tensor:
+        """(n_local, n_out) from (N, n_in) features of local atoms and ghosts."""
+        environment = self.environment(features, geometry)  # (n_local, m, n_sens * n_in)
+        weights = self.int_weights.permute(0, 2, 1).flatten(0, 1)  # (n_sens * n_in, n_out)
+        scalar, *tensors = _by_rank(environment @ weights, self.l_max)
+        out = scalar[:, 0] + self.selfint(features[: scalar.shape[0]])
+        for rank, (tensor, scale) in enumerate(zip(tensors, self.scales, strict=True), start=1):
+            norm = torch.sqrt(_inner(tensor, tensor, rank) + self.cusp_reg)
+            out = out + norm * scale
+        return out
+
+    def kernel_tensors(self) -> list[Tensor]:
+        """All parameters."""
+        return list(self.parameters())
+
+
+class SmoothInteraction(Interaction):
+    """Scalars, and sqrt(1 + |T|²) - 1 of the tensors of every rank, mixed linearly.
+
+    Every rank has weights of its own. With A_l the sums of rank l over the neighbors:
+    Z' = V_0 A_0 + W Z + b + U [sqrt(1 + |V_l A_l|²) - 1 for l = 1, ..., l_max]. This is analytic
+    where a tensor vanishes by symmetry, as on the sites of a crystal, and grows no faster than the
+    density of neighbors.
+
+    The sums of different radial functions are nearly collinear. Weights therefore act on whitened
+    sums, whose mean and covariance `whiten` takes from data; `kernel_tensors` multiplies both.
+    """
+
+    whitening: Tensor
+    center: Tensor
+
+    def __init__(self, n_in: int, n_out: int, p: Sizes, *, unit_input: bool) -> None:
+        super().__init__(p, Chebyshev(p), unit_input=unit_input)
+        n_sums = p.n_sensitivities * n_in
+        self.int_weights = nn.Parameter(torch.randn(p.n_sensitivities, n_out, n_in) / n_sums**0.5)
+        shape = (p.n_sensitivities, p.n_channels, n_in)
+        tensors = (nn.Parameter(torch.randn(shape) / n_sums**0.5) for _ in range(p.l_max))
+        self.tensor_weights = nn.ParameterList(tensors)
+        self.mixing = nn.Parameter(torch.empty(n_out, p.l_max * p.n_channels))
+        if p.l_max > 0:
+            nn.init.xavier_normal_(self.mixing)
+        self.selfint = linear(n_in, n_out)
+        self.register_buffer("whitening", torch.eye(n_sums).repeat(p.l_max + 1, 1, 1))
+        self.register_buffer("center", torch.zeros(n_sums))
+
+    def forward(self, features: Tensor, geometry: Geometry) -> Tensor:
+        """(n_local, n_out) from (N, n_in) features of local atoms and ghosts."""
+        environment = self.environment(features, geometry)  # (n_local, m, n_sens * n_in)
+        scalar, *tensors = _by_rank(environment, self.l_max)
+        own = nn.functional.linear(features[: scalar.shape[0]], self.selfint.weight, self._bias())
+        out = scalar[:, 0] @ self._weights(0) + own
+        if not tensors:
+            return out
+        invariants = []
+        for rank, tensor in enumerate(tensors, start=1):
+            mixed = tensor @ self._weights(rank)
+            invariants.append(torch.sqrt(1.0 + _inner(mixed, mixed, rank)) - 1.0)
+        return out + nn.functional.linear(torch.cat(invariants, dim=1), self.mixing)
+
+    def _weights(self, rank: int) -> Tensor:
+        """(n_sens * n_in, n_out or n_channels) that act on the sums of a rank."""
+        own = self.int_weights if rank == 0 else self.tensor_weights[rank - 1]
+        return self.whitening[rank] @ own.permute(0, 2, 1).flatten(0, 1)
+
+    def _bias(self) -> Tensor:
+        return self.selfint.bias - self.center @ self._weights(0)
+
+    def kernel_tensors(self) -> list[Tensor]:
+        """Weights of every rank, mixing, self-interaction and bias, all for sums as they are."""
+        n_sens, _, n_in = self.int_weights.shape
+        weights = (self._weights(rank) for rank in range(self.l_max + 1))
+        by_rank = [w.view(n_sens, n_in, -1).permute(0, 2, 1).contiguous() for w in weights]
+        return [*by_rank, self.mixing, self.selfint.weight, self._bias()]
+
+    def regularized_weights(self) -> list[Tensor]:
+        """As of the other form, and the weights of tensors and invariants."""
+        return [*super().regularized_weights(), *self.tensor_weights, self.mixing]
+
+    @torch.no_grad()
+    def whiten(self, environment: Tensor) -> None:
+        """Take mean and covariances from (n, m, n_sens * n_in) sums.
+
+        Directions with less than a millionth of the largest variance count as if they had that.
+        """
+        for rank, sums in enumerate(_by_rank(environment.to(torch.float64), self.l_max)):
+            if rank == 0:
+                self.center.copy_(sums.mean(dim=(0, 1)))
+                sums = sums - sums.mean(dim=0)
+            covariance = torch.einsum("nme,nmf->ef", sums, _dual(sums, rank)) / len(sums)
+            values, vectors = torch.linalg.eigh(covariance)
+            if values[-1] > 0.0:
+                floor = values.clamp(min=float(values[-1]) / _CONDITION)
+                self.whitening[rank].copy_(vectors / floor.sqrt())
+
+
+class Indices(NamedTuple):
+    """Species, and the slots of every atom's K neighbors.
+
+    Parameters
+    ----------
+    species : Tensor
+        (N,) int64, local atoms first.
+    pair, neighbor : Tensor
+        (n_local, K) int64, the pair in a slot and the atom at its other end; any in unused slots.
+    used : Tensor
+        (n_local, K) bool.
+    """
+
+    species: Tensor
+    pair: Tensor
+    neighbor: Tensor
+    used: Tensor
+
+
+class Geometry:
+    """Padded pair geometry that all interaction layers share."""
+
+    def __init__(self, indices: Indices, r_ij: Tensor, l_max: int) -> None:
+        pair = indices.pair  # (n_local, K)
+        self.used = indices.used.unsqueeze(2)
+        self.neighbor = indices.neighbor
+        vector = r_ij.index_select(0, pair.flatten()).view(*pair.shape, 3)
+        self.distance = torch.linalg.vector_norm(vector, dim=2)  # (n_local, K)
+        self.tensor = tensor_components(vector / self.distance.unsqueeze(2), l_max)
+
+
+def _by_rank(components: Tensor, l_max: int) -> Sequence[Tensor]:
+    """Split (n, (l_max + 1)², ...) tensor components by rank."""
+    return components.split([2 * rank + 1 for rank in range(l_max + 1)], dim=1)
+
+
+def _inner(a: Tensor, b: Tensor, rank: int) -> Tensor:
+    """Inner product over dim 1 of tensors of a rank."""
+    return (a * _dual(b, rank)).sum(dim=1)
+
+
+def _dual(tensor: Tensor, rank: int) -> Tensor:
+    """What the components of dim 1 are multiplied with in an inner product.
+
+    Rank 2 has five of nine components, with zz = -xx - yy.
+    """
+    if rank != 2:
+        return tensor
+    swapped = torch.zeros_like(tensor)
+    swapped[:, 0], swapped[:, 3] = tensor[:, 3], tensor[:, 0]
+    return 2.0 * tensor + swapped
+
+
+def linear(n_in: int, n_out: int) -> nn.Linear:
+    """A linear map with weights as hippynn starts them."""
+    layer = nn.Linear(n_in, n_out)
+    nn.init.xavier_normal_(layer.weight)
+    return layer
