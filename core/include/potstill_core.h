@@ -22,6 +22,7 @@ enum {
 };
 
 enum { POTSTILL_COSINE_SQUARED = 0, POTSTILL_POLYNOMIAL = 1 };
+enum { POTSTILL_NORMS = 0, POTSTILL_SMOOTH = 1 };
 
 /* Hyper-parameters of a model.
  *
@@ -29,7 +30,9 @@ enum { POTSTILL_COSINE_SQUARED = 0, POTSTILL_POLYNOMIAL = 1 };
  * (n_sensitivities, n_features, n_in), mu (n_sensitivities), sigma (n_sensitivities), selfint.weight
  * (n_features, n_in), selfint.bias (n_features), scales of rank 1 and 2 as far as l_max goes
  * (n_features each), res_layer.weight (n_features, n_features), res_layer.bias (n_features), and
- * adjust.weight (n_features, n_in) if n_in != n_features; then per atom layer: layer.weight,
+ * adjust.weight (n_features, n_in) if n_in != n_features. With smooth invariants, tensor weights
+ * (n_sensitivities, n_channels, n_in) of rank 1 to l_max and mixing (n_features, l_max n_channels)
+ * take the place of mu and sigma, and there are no scales. Then per atom layer: layer.weight,
  * layer.bias, res_layer.weight, res_layer.bias. After all blocks the energy layers: E0 (n_species),
  * then weight (n_features) and bias (1) per block. n_in is n_species in the first block and
  * n_features in the others. */
@@ -37,12 +40,14 @@ typedef struct {
     int32_t n_species;
     int32_t n_features;
     int32_t n_sensitivities;
-    int32_t l_max;                /* 0, 1 or 2 */
+    int32_t l_max;                /* at most 2 (norms) or 4 (smooth) */
     int32_t n_interaction_layers; /* at least 1 */
     int32_t n_atom_layers;        /* at least 0 */
     int32_t cutoff_function;      /* POTSTILL_COSINE_SQUARED or POTSTILL_POLYNOMIAL */
     double cutoff;
     double cusp_reg;
+    int32_t invariants; /* POTSTILL_NORMS or POTSTILL_SMOOTH */
+    int32_t n_channels; /* tensors of each rank, of smooth invariants */
 } potstill_hipnn;
 
 /* Neighbors of the local atoms: pairs of atom i are row_ptr[i] .. row_ptr[i + 1] - 1. */

@@ -15,8 +15,9 @@ namespace {
 
 bool is_valid(const potstill_hipnn &m) {
     return m.n_species >= 1 && m.n_features >= 1 && m.n_sensitivities >= 1 && m.l_max >= 0 &&
-           m.l_max <= 2 && m.n_interaction_layers >= 1 && m.n_atom_layers >= 0 && m.cutoff > 0.0 &&
+           m.l_max <= (m.invariants == POTSTILL_SMOOTH ? 4 : 2) && m.n_interaction_layers >= 1 && m.n_atom_layers >= 0 && m.cutoff > 0.0 &&
            m.cusp_reg >= 0.0 &&
+           (m.invariants == POTSTILL_NORMS || (m.invariants == POTSTILL_SMOOTH && m.n_channels >= 1)) &&
            (m.cutoff_function == POTSTILL_COSINE_SQUARED || m.cutoff_function == POTSTILL_POLYNOMIAL);
 }
 
@@ -34,7 +35,7 @@ struct OwnedLayout {
             return start;
         };
         const int per_block = 1 + m.n_atom_layers;
-        residuals.resize(size_t(m.n_interaction_layers) * per_block);
+        residuals.assign(size_t(m.n_interaction_layers) * per_block, {});
         blocks.resize(m.n_interaction_layers);
         for (int b = 0; b < m.n_interaction_layers; ++b) {
             const int64_t n_in = b == 0 ? m.n_species : m.n_features;
@@ -42,18 +43,25 @@ struct OwnedLayout {
             blocks[b].n_in = int32_t(n_in);
             blocks[b].residuals = r;
             r->weight = take(m.n_sensitivities * width * n_in);
-            r->mu = take(m.n_sensitivities);
-            r->sigma = take(m.n_sensitivities);
+            const bool smooth = m.invariants == POTSTILL_SMOOTH;
+            if (smooth) {
+                for (int rank = 0; rank < m.l_max; ++rank)
+                    r->tensor_weight[rank] = take(int64_t(m.n_sensitivities) * m.n_channels * n_in);
+                r->mixing = take(width * m.l_max * m.n_channels);
+            } else {
+                r->mu = take(m.n_sensitivities);
+                r->sigma = take(m.n_sensitivities);
+            }
             r->self_weight = take(width * n_in);
             r->bias = take(width);
-            for (int rank = 0; rank < 2; ++rank)
-                r->scale[rank] = rank < m.l_max ? take(width) : -1;
+            for (int rank = 0; rank < m.l_max && !smooth; ++rank) r->scale[rank] = take(width);
             r->res_weight = take(width * width);
             r->res_bias = take(width);
             r->adjust = n_in != width ? take(width * n_in) : -1;
             for (int a = 0; a < m.n_atom_layers; ++a) {
                 ++r;
-                *r = {take(width * width), take(width), -1, -1, {-1, -1}, -1, -1, 0, 0};
+                r->weight = take(width * width);
+                r->bias = take(width);
                 r->res_weight = take(width * width);
                 r->res_bias = take(width);
             }

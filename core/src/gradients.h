@@ -34,8 +34,12 @@ struct MatrixSums {
 
     // sums(r, c) += sum over b of rows(r, b) columns(c, b); `scratch` takes the transpose of `columns`.
     void add_outer(int n_b, const T *rows, const T *columns, T *scratch) const {
-        transpose<T>(n_columns, n_b, columns, n_b, scratch, ld);
-        gemm<T, Order::rows>(n_rows, ld, n_b, rows, n_b, scratch, ld, sums, ld, Start::keep);
+        add_outer(n_b, rows, n_b, columns, n_b, scratch);
+    }
+    void add_outer(int n_b, const T *rows, ptrdiff_t ld_rows, const T *columns, ptrdiff_t ld_columns,
+                   T *scratch) const {
+        transpose<T>(n_columns, n_b, columns, ld_columns, scratch, ld);
+        gemm<T, Order::rows>(n_rows, ld, n_b, rows, ld_rows, scratch, ld, sums, ld, Start::keep);
     }
 };
 
@@ -46,7 +50,12 @@ struct ParameterSums {
         MatrixSums<T> weight, res_weight;
     };
     Span<Residual> residuals;      // (n_interaction_layers, 1 + n_atom_layers)
-    Span<MatrixSums<T>> selfs;     // (n_interaction_layers), self-interaction of dense features
+    // Of an interaction layer: self-interaction of dense features; tensor weights and mixing of
+    // smooth invariants.
+    struct Layer {
+        MatrixSums<T> self, tensor[4], mixing;
+    };
+    Span<Layer> layers;
     Span<T> moments;               // (n_interaction_layers, n_sens, 2, L): see `backward_tile`
     Span<double> flat;             // (n_parameters)
     Span<T> transposed;
@@ -56,7 +65,7 @@ struct ParameterSums {
         : per_block(1 + sizes.n_atom_layers) {
         if (!task.wants_parameters()) return;
         residuals = c.take<Residual>(size_t(sizes.n_layers) * per_block);
-        selfs = c.take<MatrixSums<T>>(sizes.n_layers);
+        layers = c.take<Layer>(sizes.n_layers);
         const int width = sizes.n_features;
         for (int layer = 0; layer < sizes.n_layers; ++layer) {
             const BlockLayout &block = task.layout.blocks[layer];
@@ -70,13 +79,22 @@ struct ParameterSums {
                 sums.res_weight.place(c, width, width, r.res_weight);
                 if (c.assigns()) residuals[layer * per_block + a] = sums;
             }
-            MatrixSums<T> self;
-            self.place(c, width, layer > 0 ? width : 0, block.residuals[0].self_weight);
-            if (c.assigns()) selfs[layer] = self;
+            const ResidualLayout &first = block.residuals[0];
+            Layer own;
+            own.self.place(c, width, layer > 0 ? width : 0, first.self_weight);
+            for (int rank = 0; rank < 4; ++rank) {
+                const bool used = task.is_smooth() && rank < task.model.l_max;
+                own.tensor[rank].place(c, used ? task.n_channels() : 0, sizes.n_sens * block.n_in,
+                                       first.tensor_weight[rank], block.n_in);
+            }
+            own.mixing.place(c, width, task.n_invariants(), first.mixing);
+            if (c.assigns()) layers[layer] = own;
         }
         moments = c.take<T>(size_t(sizes.n_layers) * sizes.n_sens * 2 * lanes<T>);
         flat = c.take<double>(task.layout.n_parameters);
-        const size_t widest = size_t(sizes.ld_features) * block_atoms;
+        const int invariants = padded<T>(task.n_invariants());
+        const size_t widest =
+            size_t(invariants > sizes.ld_features ? invariants : sizes.ld_features) * block_atoms;
         const size_t other = padded<T>(int(sizes.n_sens * sizes.widest_input())) *
                              n_components(task.model.l_max) * size_t(block_atoms);
         transposed = c.take<T>(widest > other ? widest : other);
@@ -91,7 +109,10 @@ struct ParameterSums {
     void clear() const {
         for (size_t k = 0; k < residuals.size; ++k)
             residuals[k].weight.sums.clear(), residuals[k].res_weight.sums.clear();
-        for (size_t k = 0; k < selfs.size; ++k) selfs[k].sums.clear();
+        for (size_t k = 0; k < layers.size; ++k) {
+            layers[k].self.sums.clear(), layers[k].mixing.sums.clear();
+            for (const MatrixSums<T> &tensor : layers[k].tensor) tensor.sums.clear();
+        }
         moments.clear();
         flat.clear();
     }
@@ -99,7 +120,9 @@ struct ParameterSums {
     void flush(const Task &task, int layer) const {
         for (int a = 0; a < per_block; ++a)
             block(layer)[a].weight.flush(flat), block(layer)[a].res_weight.flush(flat);
-        selfs[layer].flush(flat);
+        layers[layer].self.flush(flat), layers[layer].mixing.flush(flat);
+        for (const MatrixSums<T> &tensor : layers[layer].tensor) tensor.flush(flat);
+        if (task.is_smooth()) return;
         constexpr int L = lanes<T>;
         const ResidualLayout &r = task.layout.blocks[layer].residuals[0];
         const T *parameters = static_cast<const T *>(task.parameters);

@@ -197,7 +197,9 @@ constexpr Kernels steps{Evaluation<T, M>::begin,    Evaluation<T, M>::forward,
 
 template <class T>
 const Kernels &of_rank(int l_max) {
-    return l_max == 0 ? steps<T, 1> : l_max == 1 ? steps<T, 4> : steps<T, 9>;
+    static constexpr const Kernels *all[] = {&steps<T, 1>, &steps<T, 4>, &steps<T, 9>, &steps<T, 16>,
+                                             &steps<T, 25>};
+    return *all[l_max];
 }
 
 }  // namespace

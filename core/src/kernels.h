@@ -11,10 +11,11 @@ namespace potstill {
 // Where the parameters of one residual layer start in the flat array; -1 where there are none.
 // `weight` is (n_out, n_in) of an atom layer, and int_weights of an interaction layer.
 struct ResidualLayout {
-    int64_t weight, bias;
-    int64_t mu, sigma, scale[2], adjust;  // interaction layers only
-    int64_t self_weight;
-    int64_t res_weight, res_bias;
+    int64_t weight = -1, bias = -1;
+    int64_t self_weight = -1, adjust = -1;            // interaction layers only, as all that follows
+    int64_t mu = -1, sigma = -1, scale[2] = {-1, -1};  // of norms
+    int64_t tensor_weight[4] = {-1, -1, -1, -1}, mixing = -1;  // of smooth invariants
+    int64_t res_weight = -1, res_bias = -1;
 };
 
 struct BlockLayout {
@@ -46,6 +47,10 @@ struct Task {
     const ZblTable *zbl;
     int n_threads;
 
+    bool is_smooth() const { return model.invariants == POTSTILL_SMOOTH; }
+    // Channels of each rank of smooth invariants, and the invariants of all ranks.
+    int n_channels() const { return is_smooth() && model.l_max > 0 ? model.n_channels : 0; }
+    int n_invariants() const { return model.l_max * n_channels(); }
     bool wants_parameters() const { return pass && pass->parameter_gradient; }
     bool wants_pairs() const { return pass ? pass->gradient != nullptr : md->forces != nullptr; }
 };

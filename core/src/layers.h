@@ -17,7 +17,8 @@ namespace {
 // Parameters of an interaction layer as the kernels want them, and what it hands on.
 template <class T>
 struct Prepared {
-    Span<T> weights;  // (n_features, n_sens * n_in)
+    Span<T> weights;  // (n_features, n_sens * n_in); and of smooth tensors (n_channels, the same)
+    Span<T> tensor_weights[4];
     Radial<T> radial;
     Span<T> features;  // (n_atoms, padded n_features), of all layers but the last
 };
@@ -32,8 +33,10 @@ struct AtomScratch {
     Span<T> near, near_columns;   // (pairs, padded n_features) and its transpose
     Span<T> spelled, by_spelled;  // (n_sens * M, pairs)
     Span<T> by_near;              // (pairs, padded n_features)
+    // Chebyshev polynomials only: cotangents of pairs' components, (M, pairs), and functions.
+    Span<T> by_component, by_function;
 
-    AtomScratch(const Sizes<T> &sizes, int M, Carver &c) {
+    AtomScratch(const Task &task, const Sizes<T> &sizes, int M, Carver &c) {
         const size_t pairs = sizes.stride, channels = size_t(sizes.n_sens) * M;
         weighted = c.take<T>(M * pairs);
         for (Span<T> &g : by_pair) g = c.take<T>(pairs);
@@ -45,6 +48,8 @@ struct AtomScratch {
         spelled = c.take<T>(dense ? channels * pairs : 0);
         by_spelled = c.take<T>(dense ? channels * pairs : 0);
         by_near = c.take<T>(dense ? pairs * ld : 0);
+        by_component = c.take<T>(task.is_smooth() ? M * pairs : 0);
+        by_function = c.take<T>(task.is_smooth() ? sizes.n_sens * pairs : 0);
     }
 };
 
@@ -52,19 +57,21 @@ struct AtomScratch {
 template <class T>
 struct BlockScratch {
     Span<T> environment;        // (n_sens * n_in, M, B), later its cotangent
-    Span<T> tensor;             // (n_features, M, B), later its cotangent
-    Span<T> norms;              // (2, n_features, B)
+    Span<T> tensor;             // (n_features or n_channels, M, B), later its cotangent
+    Span<T> norms;              // (2, n_features, B); or smooth invariants (l_max, n_channels, B)
+    Span<T> by_invariants;      // the cotangent of the latter
     Span<T> features;           // (n_atom_layers + 2, widest, B): inputs of the layers
     Span<T> value, derivative;  // (n_atom_layers + 1, n_features, B): softplus and its derivative
     Span<T> cotangent, inner;   // (widest, B)
     Span<T> weights;            // (B): of this block's energy term
 
-    BlockScratch(const Sizes<T> &sizes, int M, Carver &c) {
+    BlockScratch(const Task &task, const Sizes<T> &sizes, int M, Carver &c) {
         constexpr size_t B = block_atoms;
         const size_t width = sizes.n_features, n_layers = sizes.n_atom_layers + 1;
         environment = c.take<T>(sizes.n_sens * sizes.widest_input() * M * B);
-        tensor = c.take<T>(width * M * B);
-        norms = c.take<T>(2 * width * B);
+        tensor = c.take<T>((task.is_smooth() ? task.n_channels() : width) * M * B);
+        norms = c.take<T>((task.is_smooth() ? task.n_invariants() : 2 * width) * B);
+        by_invariants = c.take<T>(task.n_invariants() * B);
         features = c.take<T>((n_layers + 1) * sizes.widest * B);
         value = c.take<T>(n_layers * width * B);
         derivative = c.take<T>(n_layers * width * B);
@@ -93,8 +100,8 @@ struct Part {
           fields(place_fields(sizes, c)),
           runs(c.take<Run>(size_t(block_atoms) * sizes.n_species)),
           sensitivities(c.take<T>(size_t(block_atoms) * sizes.stride * sizes.n_sens)),
-          atom(sizes, M, c),
-          block(sizes, M, c),
+          atom(task, sizes, M, c),
+          block(task, sizes, M, c),
           sums(task, c),
           parameters(task, sizes, c),
           indices_fit(true) {
@@ -131,9 +138,17 @@ class Layers {
         for (int layer = 0; layer < sizes.n_layers; ++layer) {
             const bool last = layer + 1 == sizes.n_layers;
             Prepared<T> p;
-            p.weights = c.take<T>(size_t(n_features()) * n_sens * block_of(layer).n_in);
-            T *a = c.take<T>(n_sens), *b = c.take<T>(n_sens), *slope = c.take<T>(n_sens);
-            p.radial = {n_sens, a, b, slope};
+            const size_t n_sums = size_t(n_sens) * block_of(layer).n_in;
+            p.weights = c.take<T>(n_features() * n_sums);
+            for (int rank = 0; rank < task.model.l_max && task.is_smooth(); ++rank)
+                p.tensor_weights[rank] = c.take<T>(task.n_channels() * n_sums);
+            const T scale = T(2.0 / task.model.cutoff);
+            p.radial = {n_sens, scale, nullptr, nullptr, nullptr};
+            if (!task.is_smooth()) {
+                p.radial.a = c.take<T>(n_sens);
+                p.radial.b = c.take<T>(n_sens);
+                p.radial.slope = c.take<T>(n_sens);
+            }
             p.features = c.take<T>(last ? 0 : task.pairs.n_atoms * sizes.ld_features);
             if (c.assigns()) prepared_[layer] = p;
         }
@@ -148,16 +163,14 @@ class Layers {
         for (int layer = 0; layer < sizes_.n_layers; ++layer) {
             const int n_in = block_of(layer).n_in, n_sens = sizes_.n_sens;
             const ResidualLayout &r = block_of(layer).residuals[0];
-            T *w = prepared_[layer].weights;
-            for (int n = 0; n < n_sens; ++n)
-                for (int f = 0; f < n_features(); ++f)
-                    for (int i = 0; i < n_in; ++i)
-                        w[(int64_t(f) * n_sens + n) * n_in + i] =
-                            parameters_[r.weight + (int64_t(n) * n_features() + f) * n_in + i];
+            arrange(n_features(), n_in, parameters_ + r.weight, prepared_[layer].weights);
+            for (int rank = 0; rank < task_.model.l_max && task_.is_smooth(); ++rank)
+                arrange(task_.n_channels(), n_in, parameters_ + r.tensor_weight[rank],
+                        prepared_[layer].tensor_weights[rank]);
             // exp(-x^2/2) = 2^-(k x)^2 with k^2 = log2(e) / 2
             const double k = 0.8493218002880190428, ln2 = 0.6931471805599453094;
             const Radial<T> &radial = prepared_[layer].radial;
-            for (int n = 0; n < n_sens; ++n) {
+            for (int n = 0; n < n_sens && !radial.chebyshev(); ++n) {
                 const double a = k * double(parameters_[r.sigma + n]);
                 radial.a[n] = T(a);
                 radial.b[n] = T(a / double(parameters_[r.mu + n]));
@@ -184,7 +197,7 @@ class Layers {
             offset = source_.select(first + b, s.row, n_runs, s.fields, s.runs + b * n_runs, offset);
             for (int z = 0; z < n_runs; ++z) {
                 const Run &run = s.runs[b * n_runs + z];
-                sensitivities<T>(run.n_vectors, s.fields.inverse_r + run.first, prepared_[layer].radial,
+                sensitivities<T>(run.n_vectors, s.fields, run.first, prepared_[layer].radial,
                                  s.sensitivities_of(run, sizes_.n_sens));
             }
             weighted_components<T, M>(s.fields, start, (offset - start) / L, s.atom.weighted,
@@ -195,13 +208,17 @@ class Layers {
                 dense_environment(s, layer, first + b, b);
         }
         const ResidualLayout *r = block_of(layer).residuals;
-        gemm<T, Order::rows>(n_features(), M * B, k_env, prepared_[layer].weights, k_env,
-                             s.block.environment, M * B, s.block.tensor, M * B);
         input_features(s, layer, first, n);
-        // Pre-activation: scalar part, self-interaction and norms.
+        // Pre-activation: self-interaction, scalar part, and norms or smooth invariants.
         self_interaction(s, layer, first, n, s.block.inner);
-        add_norms<T, M>(n_features(), s.block.tensor, scale(*r, 0), scale(*r, 1),
-                        T(task_.model.cusp_reg), s.block.inner);
+        if (task_.is_smooth())
+            add_invariants(s, layer, k_env);
+        else if constexpr (M <= 9) {
+            gemm<T, Order::rows>(n_features(), M * B, k_env, prepared_[layer].weights, k_env,
+                                 s.block.environment, M * B, s.block.tensor, M * B);
+            add_norms<T, M>(n_features(), s.block.tensor, scale(*r, 0), scale(*r, 1),
+                            T(task_.model.cusp_reg), s.block.inner);
+        }
         const size_t size = size_t(n_features()) * B, slot = sizes_.widest * B;
         T *x = s.block.features + slot;  // output of the interaction layer
         same_features(s, layer, first, n, x);
@@ -245,16 +262,23 @@ class Layers {
                                     n_features(), s.block.inner, B, s.block.cotangent, B, Start::keep);
         }
         residual_backward(s, 0, *r, residuals);
-        norms_backward<T, M>(n_features(), s.block.inner, scale(*r, 0), scale(*r, 1),
-                             T(task_.model.cusp_reg), s.block.tensor,
-                             residuals ? s.block.norms.data : nullptr);
+        if (task_.is_smooth())
+            invariants_backward(s, layer);
+        else if constexpr (M <= 9)
+            norms_backward<T, M>(n_features(), s.block.inner, scale(*r, 0), scale(*r, 1),
+                                 T(task_.model.cusp_reg), s.block.tensor,
+                                 residuals ? s.block.norms.data : nullptr);
         const int k_env = sizes_.n_sens * block.n_in;
         if (residuals) interaction_gradients(s, layer, first, n);
         if (layer > 0) features_backward(s, layer, first, n);
         // The environment gives way to its cotangent.
-        gemm<T, Order::columns>(k_env, M * B, n_features(), prepared_[layer].weights, k_env,
-                                s.block.tensor, M * B, s.block.environment, M * B);
-        T *moments = residuals ? sums.moments_of(layer, sizes_.n_sens) : nullptr;
+        if (task_.is_smooth())
+            environment_backward(s, layer, k_env);
+        else
+            gemm<T, Order::columns>(k_env, M * B, n_features(), prepared_[layer].weights, k_env,
+                                    s.block.tensor, M * B, s.block.environment, M * B);
+        const bool moving = residuals && !task_.is_smooth();
+        T *moments = moving ? sums.moments_of(layer, sizes_.n_sens) : nullptr;
         for (int b = 0; b < n; ++b) {
             if (layer == sizes_.n_layers - 1) sink_.start_gradient(first + b);
             if (layer == 0)
@@ -284,6 +308,59 @@ class Layers {
     void add_zbl(Part<T> &s, int64_t i) const {
         const double cutoff = sink_.zbl()->cutoff;
         if (source_.any_within(s.row, T(cutoff * cutoff * 1.0001))) sink_.add_zbl(i, s.sums);
+    }
+
+    // int_weights (n_sens, n_out, n_in) as (n_out, n_sens * n_in).
+    void arrange(int n_out, int n_in, const T *from, T *to) const {
+        const int n_sens = sizes_.n_sens;
+        for (int n = 0; n < n_sens; ++n)
+            for (int f = 0; f < n_out; ++f)
+                for (int i = 0; i < n_in; ++i)
+                    to[(int64_t(f) * n_sens + n) * n_in + i] = from[(int64_t(n) * n_out + f) * n_in + i];
+    }
+
+    // -- smooth invariants ---------------------------------------------------------------------
+
+    // work(rank, first component, number of them) for the ranks 1 to l_max.
+    template <class F>
+    void for_ranks(F &&work) const {
+        for (int rank = 1; rank <= task_.model.l_max; ++rank) work(rank, rank * rank, 2 * rank + 1);
+    }
+
+    void add_invariants(Part<T> &s, int layer, int k_env) const {
+        const BlockScratch<T> &x = s.block;
+        const int n_channels = task_.n_channels(), n_invariants = task_.n_invariants();
+        gemm<T, Order::rows>(n_features(), B, k_env, prepared_[layer].weights, k_env, x.environment,
+                             M * B, x.inner, B, Start::keep);
+        for_ranks([&](int rank, int m, int n) {
+            gemm<T, Order::rows>(n_channels, n * B, k_env, prepared_[layer].tensor_weights[rank - 1],
+                                 k_env, x.environment + m * B, M * B, x.tensor + m * B, M * B);
+        });
+        smooth_invariants<T, M>(n_channels, x.tensor, x.norms);
+        gemm<T, Order::rows>(n_features(), B, n_invariants,
+                             parameters_ + block_of(layer).residuals[0].mixing, n_invariants, x.norms, B,
+                             x.inner, B, Start::keep);
+    }
+
+    // Tensors give way to their cotangents.
+    void invariants_backward(Part<T> &s, int layer) const {
+        const BlockScratch<T> &x = s.block;
+        const int n_invariants = task_.n_invariants();
+        gemm<T, Order::columns>(n_invariants, B, n_features(),
+                                parameters_ + block_of(layer).residuals[0].mixing, n_invariants, x.inner,
+                                B, x.by_invariants, B);
+        smooth_invariants_backward<T, M>(task_.n_channels(), x.by_invariants, x.norms, x.tensor);
+    }
+
+    void environment_backward(Part<T> &s, int layer, int k_env) const {
+        const BlockScratch<T> &x = s.block;
+        gemm<T, Order::columns>(k_env, B, n_features(), prepared_[layer].weights, k_env, x.inner, B,
+                                x.environment, M * B);
+        for_ranks([&](int rank, int m, int n) {
+            gemm<T, Order::columns>(k_env, n * B, task_.n_channels(),
+                                    prepared_[layer].tensor_weights[rank - 1], k_env, x.tensor + m * B,
+                                    M * B, x.environment + m * B, M * B);
+        });
     }
 
     // -- forward -------------------------------------------------------------------------------
@@ -459,13 +536,23 @@ class Layers {
         const ResidualLayout &r = block_of(layer).residuals[0];
         const ParameterSums<T> &sums = s.parameters;
         const BlockScratch<T> &x = s.block;
-        sums.block(layer)[0].weight.add_outer(M * B, x.tensor, x.environment, sums.transposed);
+        const typename ParameterSums<T>::Layer &own = sums.layers[layer];
         add_rows<T>(sums.flat, r.bias, n_features(), x.inner);
-        for (int rank = 0; rank < task_.model.l_max; ++rank)
-            add_rows<T>(sums.flat, r.scale[rank], n_features(), x.inner,
-                        x.norms + size_t(rank) * n_features() * B);
+        if (task_.is_smooth()) {
+            sums.block(layer)[0].weight.add_outer(B, x.inner, B, x.environment, M * B, sums.transposed);
+            for_ranks([&](int rank, int m, int n_m) {
+                own.tensor[rank - 1].add_outer(n_m * B, x.tensor + m * B, M * B, x.environment + m * B,
+                                               M * B, sums.transposed);
+            });
+            own.mixing.add_outer(B, x.inner, x.norms, sums.transposed);
+        } else {
+            sums.block(layer)[0].weight.add_outer(M * B, x.tensor, x.environment, sums.transposed);
+            for (int rank = 0; rank < task_.model.l_max; ++rank)
+                add_rows<T>(sums.flat, r.scale[rank], n_features(), x.inner,
+                            x.norms + size_t(rank) * n_features() * B);
+        }
         if (layer > 0) {
-            sums.selfs[layer].add_outer(B, x.inner, x.features, sums.transposed);
+            own.self.add_outer(B, x.inner, x.features, sums.transposed);
             return;
         }
         const int n_in = sizes_.n_species;
@@ -528,8 +615,15 @@ class Layers {
     void pairs_backward(Part<T> &s, int layer, int64_t i, const Run &run, const T *cotangent,
                         ptrdiff_t ld, T *moments) const {
         T *const by_pair[3] = {s.atom.by_pair[0], s.atom.by_pair[1], s.atom.by_pair[2]};
-        backward_run<T, M, dense>(s.fields, run, prepared_[layer].radial,
-                                  s.sensitivities_of(run, sizes_.n_sens), cotangent, ld, moments, by_pair);
+        const Radial<T> &radial = prepared_[layer].radial;
+        const T *g = s.sensitivities_of(run, sizes_.n_sens);
+        if (radial.chebyshev()) {
+            const ptrdiff_t stride = sizes_.stride;
+            weighted_components<T, M>(s.fields, run.first, run.n_vectors, s.atom.weighted, stride);
+            chebyshev_backward<T, M, dense>(s.fields, run, radial, g, s.atom.weighted, stride, cotangent,
+                                            ld, s.atom.by_component, s.atom.by_function, by_pair);
+        } else if constexpr (M <= 9)
+            backward_run<T, M, dense>(s.fields, run, radial, g, cotangent, ld, moments, by_pair);
         sink_.deliver(i, s.fields, run, s.atom.by_pair, s.sums);
     }
 };

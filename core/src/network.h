@@ -113,4 +113,68 @@ inline void norms_backward(int n_features, const T *cotangent, const T *scale1, 
         }
 }
 
+// Inner product of a rank's tensor components at `at`, B numbers apart, with themselves. Rank 2 has
+// xx, xy, xz, yy, yz with zz = -xx - yy.
+template <class T, int rank>
+POTSTILL_INLINE Vector<T> square_norm(const T *at) {
+    constexpr int B = block_atoms;
+    Vector<T> sum{};
+#pragma GCC unroll 9
+    for (int m = 0; m < 2 * rank + 1; ++m) {
+        const Vector<T> t = load(at + m * B);
+        sum += t * t;
+    }
+    if constexpr (rank == 2) sum = T(2) * (sum + load(at) * load(at + 3 * B));
+    return sum;
+}
+
+// out(f, b) = sqrt(1 + |T|^2) - 1 of the tensors y(f, m, b) of a rank, in the form that is exact for
+// small ones.
+template <class T, int M, int rank>
+inline void invariants_of(int n_channels, const T *y, T *out) {
+    constexpr int B = block_atoms, L = lanes<T>;
+    for (int f = 0; f < n_channels; ++f)
+        for (int b = 0; b < B; b += L) {
+            const Vector<T> square = square_norm<T, rank>(y + (f * M + rank * rank) * B + b);
+            store(out + f * B + b, square / (square_root<T>(square + T(1)) + T(1)));
+        }
+}
+
+// Replace the tensors of a rank by their cotangents, given those of the invariants.
+template <class T, int M, int rank>
+inline void invariants_backward_of(int n_channels, const T *cotangent, const T *invariants, T *y) {
+    constexpr int B = block_atoms, L = lanes<T>;
+    for (int f = 0; f < n_channels; ++f)
+        for (int b = 0; b < B; b += L) {
+            T *at = y + (f * M + rank * rank) * B + b;
+            const Vector<T> c = load(cotangent + f * B + b) / (load(invariants + f * B + b) + T(1));
+            Vector<T> xx{}, yy{};
+            if constexpr (rank == 2) xx = load(at), yy = load(at + 3 * B);
+#pragma GCC unroll 9
+            for (int m = 0; m < 2 * rank + 1; ++m) {
+                Vector<T> t = load(at + m * B);
+                if constexpr (rank == 2) t = T(2) * t + (m == 0 ? yy : m == 3 ? xx : Vector<T>{});
+                store(at + m * B, c * t);
+            }
+        }
+}
+
+// All ranks: the invariants are (rank - 1, f, b).
+template <class T, int M, int rank = 1>
+inline void smooth_invariants(int n_channels, const T *y, T *out) {
+    if constexpr (rank * rank < M) {
+        invariants_of<T, M, rank>(n_channels, y, out);
+        smooth_invariants<T, M, rank + 1>(n_channels, y, out + n_channels * block_atoms);
+    }
+}
+
+template <class T, int M, int rank = 1>
+inline void smooth_invariants_backward(int n_channels, const T *cotangent, const T *invariants, T *y) {
+    if constexpr (rank * rank < M) {
+        const int size = n_channels * block_atoms;
+        invariants_backward_of<T, M, rank>(n_channels, cotangent, invariants, y);
+        smooth_invariants_backward<T, M, rank + 1>(n_channels, cotangent + size, invariants + size, y);
+    }
+}
+
 }  // namespace potstill::POTSTILL_ISA

@@ -2,13 +2,14 @@
 // forward and backward. Lanes of the vectors are neighbors.
 #pragma once
 
+#include "gemm.h"
 #include "kernels.h"
 #include "simd.h"
 
 namespace potstill::POTSTILL_ISA {
 
 // Components of the tensors up to rank l_max.
-constexpr int n_components(int l_max) { return l_max == 0 ? 1 : l_max == 1 ? 4 : 9; }
+constexpr int n_components(int l_max) { return (l_max + 1) * (l_max + 1); }
 
 // The pairs within the cutoff, by fields, each run of pairs padded to whole vectors with pairs
 // beyond the cutoff: unit vector, distance, its inverse, cutoff function and its derivative.
@@ -25,11 +26,15 @@ struct Run {
     int32_t n_vectors;
 };
 
-// Gaussians in inverse distance as 2^-(a/r - b)^2, with d/d(1/r) = slope (a/r - b) x value.
+// Gaussians in inverse distance as 2^-(a/r - b)^2, with d/d(1/r) = slope (a/r - b) x value; or
+// Chebyshev polynomials T_n(scale r - 1), if `a` is NULL.
 template <class T>
 struct Radial {
     int n;
+    T scale;
     T *a, *b, *slope;
+
+    bool chebyshev() const { return !a; }
 };
 
 template <int N>
@@ -81,14 +86,83 @@ inline void complete_fields(const PairFields<T> &f, Run &run, T cutoff, bool is_
     }
 }
 
-// Tensor components of a unit vector: 1; x, y, z; xx, xy, xz, yy, yz of u u - 1/3.
+// Factors of the real spherical harmonics of rank 3 and 4, the sum of whose squares is 1.
+template <class T>
+struct Harmonics {
+    static constexpr T a3 = T(0.7905694150420948330),   // sqrt(5/8)
+                       b3 = T(3.8729833462074168852),   // sqrt(15)
+                       c3 = T(0.6123724356957945245),   // sqrt(3/8)
+                       a4 = T(2.9580398915498080213),   // sqrt(35)/2
+                       b4 = T(2.0916500663351888699),   // sqrt(35/8)
+                       c4 = T(1.1180339887498948482),   // sqrt(5)/2
+                       d4 = T(0.7905694150420948330);   // sqrt(5/8)
+};
+
+// Tensor components of a unit vector: 1; x, y, z; xx, xy, xz, yy, yz of u u - 1/3; of rank 3 and 4
+// the real spherical harmonics from m = -l to l.
 template <class T, int M>
 POTSTILL_INLINE void components(Vector<T> x, Vector<T> y, Vector<T> z, Vector<T> (&t)[M]) {
     t[0] = broadcast(T(1));
     if constexpr (M >= 4) t[1] = x, t[2] = y, t[3] = z;
-    if constexpr (M == 9) {
-        const Vector<T> third = (x * x + y * y + z * z) * T(1.0 / 3.0);
-        t[4] = x * x - third, t[5] = x * y, t[6] = x * z, t[7] = y * y - third, t[8] = y * z;
+    const Vector<T> xx = x * x, yy = y * y, zz = z * z;
+    if constexpr (M >= 9) {
+        const Vector<T> third = (xx + yy + zz) * T(1.0 / 3.0);
+        t[4] = xx - third, t[5] = x * y, t[6] = x * z, t[7] = yy - third, t[8] = y * z;
+    }
+    const Vector<T> difference = xx - yy, first = T(3) * xx - yy, last = xx - T(3) * yy;
+    using H = Harmonics<T>;
+    if constexpr (M >= 16) {
+        const Vector<T> five = T(5) * zz - T(1);
+        t[9] = H::a3 * y * first, t[10] = H::b3 * x * y * z, t[11] = H::c3 * y * five;
+        t[12] = z * (T(2.5) * zz - T(1.5)), t[13] = H::c3 * x * five;
+        t[14] = T(0.5) * H::b3 * z * difference, t[15] = H::a3 * x * last;
+    }
+    if constexpr (M >= 25) {
+        const Vector<T> one = T(7) * zz - T(1), three = T(7) * zz - T(3);
+        t[16] = H::a4 * x * y * difference, t[17] = H::b4 * y * z * first;
+        t[18] = H::c4 * x * y * one, t[19] = H::d4 * y * z * three;
+        t[20] = (T(4.375) * zz - T(3.75)) * zz + T(0.375), t[21] = H::d4 * x * z * three;
+        t[22] = T(0.5) * H::c4 * difference * one, t[23] = H::b4 * x * z * last;
+        t[24] = T(0.25) * H::a4 * (difference * difference - T(4) * xx * yy);
+    }
+}
+
+// Sum over components of s[m ld] times the gradient of component m, up to its part along the vector.
+template <class T, int M>
+POTSTILL_INLINE void contract_gradients(Vector<T> x, Vector<T> y, Vector<T> z, const T *s, ptrdiff_t ld,
+                                        Vector<T> &px, Vector<T> &py, Vector<T> &pz) {
+    auto at = [&](int m) { return load(s + m * ld); };
+    px = py = pz = Vector<T>{};
+    if constexpr (M >= 4) px = at(1), py = at(2), pz = at(3);
+    if constexpr (M >= 9) {
+        // The trace drops out.
+        px += T(2) * x * at(4) + y * at(5) + z * at(6);
+        py += x * at(5) + T(2) * y * at(7) + z * at(8);
+        pz += x * at(6) + y * at(8);
+    }
+    const Vector<T> xx = x * x, yy = y * y, zz = z * z, difference = xx - yy;
+    const Vector<T> first = T(3) * xx - yy, last = xx - T(3) * yy;
+    using H = Harmonics<T>;
+    if constexpr (M >= 16) {
+        const Vector<T> a9 = H::a3 * at(9), a10 = H::b3 * at(10), a11 = H::c3 * at(11),
+                        a13 = H::c3 * at(13), a14 = H::b3 * at(14), a15 = H::a3 * at(15);
+        const Vector<T> five = T(5) * zz - T(1);
+        px += T(6) * x * y * a9 + y * z * a10 + five * a13 + x * z * a14 + T(3) * difference * a15;
+        py += T(3) * difference * a9 + x * z * a10 + five * a11 - y * z * a14 - T(6) * x * y * a15;
+        pz += x * y * a10 + T(10) * z * (y * a11 + x * a13) + (T(7.5) * zz - T(1.5)) * at(12) +
+              T(0.5) * difference * a14;
+    }
+    if constexpr (M >= 25) {
+        const Vector<T> a16 = H::a4 * at(16), a17 = H::b4 * at(17), a18 = H::c4 * at(18),
+                        a19 = H::d4 * at(19), a21 = H::d4 * at(21), a22 = H::c4 * at(22),
+                        a23 = H::b4 * at(23), a24 = H::a4 * at(24);
+        const Vector<T> one = T(7) * zz - T(1), three = T(7) * zz - T(3), xyz = x * y * z;
+        px += y * first * a16 + T(6) * xyz * a17 + y * one * a18 + z * three * a21 + x * one * a22 +
+              T(3) * z * difference * a23 + x * last * a24;
+        py += x * last * a16 + T(3) * z * difference * a17 + x * one * a18 + z * three * a19 -
+              y * one * a22 - T(6) * xyz * a23 - y * first * a24;
+        pz += y * first * a17 + T(14) * xyz * a18 + T(3) * one * (y * a19 + x * a21) +
+              z * (T(17.5) * zz - T(7.5)) * at(20) + T(7) * z * difference * a22 + x * last * a23;
     }
 }
 
@@ -103,15 +177,32 @@ inline void weighted_components(const PairFields<T> &f, int first, int n_vectors
         Vector<T> t[M];
         components<T, M>(load(f.unit[0] + k), load(f.unit[1] + k), load(f.unit[2] + k), t);
         const Vector<T> envelope = load(f.envelope + k);
-#pragma GCC unroll 9
+#pragma GCC unroll 25
         for (int m = 0; m < M; ++m) store(out + m * ld + v * L, t[m] * envelope);
     }
 }
 
-// All sensitivities of `n_vectors` vectors: that of Gaussian n and vector v to out[(n n_vectors + v) L].
+// All sensitivities of `n_vectors` vectors: that of function n and vector v to out[(n n_vectors + v) L].
 template <class T>
-inline void sensitivities(int n_vectors, const T *inverse_r, const Radial<T> &radial, T *out) {
+inline void sensitivities(int n_vectors, const PairFields<T> &f, int first, const Radial<T> &radial,
+                          T *out) {
     constexpr int L = lanes<T>;
+    if (radial.chebyshev()) {
+        for (int v = 0; v < n_vectors; ++v) {
+            // Beyond the cutoff, where the envelope is zero, polynomials stay finite.
+            const Vector<T> x =
+                minimum<T>(load(f.r + first + v * L) * radial.scale - T(1), broadcast(T(1)));
+            Vector<T> before = x, value = broadcast(T(1));  // T_-1 = T_1
+            for (int n = 0; n < radial.n; ++n) {
+                store(out + (n * ptrdiff_t(n_vectors) + v) * L, value);
+                const Vector<T> next = T(2) * x * value - before;
+                before = value;
+                value = next;
+            }
+        }
+        return;
+    }
+    const T *inverse_r = f.inverse_r + first;
     for (int n = 0; n < radial.n; ++n, out += n_vectors * L) {
         const Vector<T> a = broadcast(radial.a[n]), b = broadcast(radial.b[n]);
 #pragma GCC unroll 2
@@ -291,6 +382,61 @@ inline void backward_run(const PairFields<T> &f, const Run &run, const Radial<T>
         backward_run_as<T, M, dense, true>(f, run, radial, g, cotangent, ld, moments, out);
     else
         backward_run_as<T, M, dense, false>(f, run, radial, g, cotangent, ld, moments, out);
+}
+
+// Backward of a run with Chebyshev polynomials; arguments as of `backward_run`. `weighted` holds the
+// run's weighted components; the scratch arrays have room for M and n_sens rows of length `ld_w`.
+template <class T, int M, bool dense>
+inline void chebyshev_backward(const PairFields<T> &f, const Run &run, const Radial<T> &radial, const T *g,
+                               const T *weighted, ptrdiff_t ld_w, const T *cotangent, ptrdiff_t ld,
+                               T *by_component, T *by_function, T *const *out) {
+    constexpr int L = lanes<T>;
+    const int n_pairs = run.n_vectors * L;
+    if constexpr (dense) {
+        for (int m = 0; m < M; ++m)
+            for (int p = 0; p < n_pairs; p += L) store(by_component + m * ld_w + p, Vector<T>{});
+        for (int n = 0; n < radial.n; ++n)
+            for (int p = 0; p < n_pairs; p += L) {
+                const Vector<T> factor = load(g + n * ptrdiff_t(n_pairs) + p);
+                Vector<T> sum{};
+                for (int m = 0; m < M; ++m) {
+                    const Vector<T> c = load(cotangent + (n * M + m) * ld + p);
+                    T *at = by_component + m * ld_w + p;
+                    store(at, load(at) + c * factor);
+                    sum += c * load(weighted + m * ld_w + p);
+                }
+                store(by_function + n * ld_w + p, sum);
+            }
+    } else {
+        gemm<T, Order::columns>(M, n_pairs, radial.n, cotangent, ld, g, n_pairs, by_component, ld_w);
+        gemm<T, Order::rows>(radial.n, n_pairs, M, cotangent, ld, weighted, ld_w, by_function, ld_w);
+    }
+    for (int p = 0; p < n_pairs; p += L) {
+        const int k = run.first + p;
+        const Vector<T> x = load(f.unit[0] + k), y = load(f.unit[1] + k), z = load(f.unit[2] + k);
+        const Vector<T> argument =
+            minimum<T>(load(f.r + k) * radial.scale - T(1), broadcast(T(1)));
+        Vector<T> before = broadcast(T(1)), derivative{}, by_argument{};  // T_-1 = T_1
+        for (int n = 0; n < radial.n; ++n) {
+            by_argument += load(by_function + n * ld_w + p) * derivative;
+            const Vector<T> next =
+                T(2) * (load(g + n * ptrdiff_t(n_pairs) + p) + argument * derivative) - before;
+            before = derivative;
+            derivative = next;
+        }
+        Vector<T> t[M], by_envelope{}, px, py, pz;
+        components<T, M>(x, y, z, t);
+#pragma GCC unroll 25
+        for (int m = 0; m < M; ++m) by_envelope += t[m] * load(by_component + m * ld_w + p);
+        contract_gradients<T, M>(x, y, z, by_component + p, ld_w, px, py, pz);
+        const Vector<T> scale = load(f.envelope + k) * load(f.inverse_r + k);
+        px *= scale, py *= scale, pz *= scale;
+        const Vector<T> radial_part =
+            load(f.slope + k) * by_envelope + by_argument * radial.scale - (px * x + py * y + pz * z);
+        store(out[0] + p, radial_part * x + px);
+        store(out[1] + p, radial_part * y + py);
+        store(out[2] + p, radial_part * z + pz);
+    }
 }
 
 }  // namespace potstill::POTSTILL_ISA
