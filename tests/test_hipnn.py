@@ -78,11 +78,14 @@ def test_bad_hyper_parameters_are_refused() -> None:
 
 def test_defaults_are_a_small_student_and_complete_configs_keep_the_old_ones() -> None:
     small = HIPNN(AL)
-    assert (small.hyper.l_max, small.hyper.cusp_reg) == (2, 1e-2)
-    assert HIPNN(AL, n_features=8).hyper.cusp_reg == 1e-2
+    assert (small.hyper.invariants, small.hyper.cutoff_function) == ("smooth", "polynomial")
+    assert HIPNN(AL, invariants="norms").hyper.cusp_reg == 1e-2
     old = HIPNN(AL, 4, 4, 1.5, 4.0, 5.0, 1)
+    assert (old.hyper.invariants, old.hyper.cutoff_function) == ("norms", "cosine_squared")
     assert (old.hyper.l_max, old.hyper.cusp_reg) == (1, 1e-6)
-    assert HIPNN(AL, **small.hyperparameters()).hyper == small.hyper
+    for model in (small, old):
+        assert HIPNN(AL, **model.hyperparameters()).hyper == model.hyper
+    assert "invariants" not in old.hyperparameters()  # fingerprints of old potentials stay
 
 
 def test_integers_stay_integers_where_fingerprints_hashed_them() -> None:

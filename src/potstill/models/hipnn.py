@@ -138,7 +138,7 @@ class HIPNNHyperparameters(Hyperparameters):
         once_required = values.keys() >= set(list(cls.model_fields)[:6])
         if values.get("invariants", "norms" if once_required else "smooth") != "norms":
             return values
-        own = {"l_max": 1, "cusp_reg": 1e-6} if once_required else {"l_max": 2}
+        own: dict[str, Any] = {"l_max": 1, "cusp_reg": 1e-6} if once_required else {"l_max": 2}
         own |= {"cutoff_function": "cosine_squared", "invariants": "norms"}
         width = values.get("n_features", cls.model_fields["n_features"].default)
         return own | {"n_channels": width} | values
@@ -146,7 +146,7 @@ class HIPNNHyperparameters(Hyperparameters):
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         if self.invariants == "norms" and self.l_max > 2:
-            raise ValueError(f"l_max of norms must be 0, 1 or 2, not {self.l_max}")
+            raise ValueError(f"l_max must be 0, 1 or 2 with norms, not {self.l_max}")
         if self.invariants == "norms" and self.n_channels != self.n_features:
             raise ValueError("n_channels is of smooth invariants; norms have n_features of them")
         low, high, cutoff = self.dist_soft_min, self.dist_soft_max, self.dist_hard_max
@@ -320,7 +320,7 @@ class HIPNN(Potential):
 
     def initialize_from(self, data: StartingData) -> None:
         """Whiten the sums over neighbors; the fitted energies as E0, and small corrections."""
-        if self.hyper.invariants == "smooth":
+        if self.hyper.invariants == "smooth" and data.batches:
             self._whiten(data.batches)
         self.initialize_energy_layers(data.offsets)
 
