@@ -117,9 +117,10 @@ class LearningRateSettings(_Settings):
 
     Parameters
     ----------
-    schedule : {"plateau", "step", "exponential", "constant"}
+    schedule : {"plateau", "one_cycle", "step", "exponential", "constant"}
         When the learning rate is multiplied by `factor`: after `patience` epochs without a better
-        score, every `step_epochs`, every epoch, or never.
+        score, every `step_epochs`, every epoch, or never. `one_cycle` rises from a twenty-fifth to
+        the full rate over the first 15 % of the epochs and falls to nearly zero along a cosine.
     factor : float
         Factor by which the learning rate is reduced.
     patience : int
@@ -132,7 +133,7 @@ class LearningRateSettings(_Settings):
         Lower bound of the learning rate.
     """
 
-    schedule: Literal["plateau", "step", "exponential", "constant"] = "plateau"
+    schedule: Literal["plateau", "one_cycle", "step", "exponential", "constant"] = "plateau"
     factor: float = Field(default=0.5, gt=0, lt=1)
     patience: int = Field(default=30, ge=0)
     step_epochs: int = Field(default=100, ge=1)

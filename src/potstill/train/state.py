@@ -104,6 +104,8 @@ class Trainee:
         scale = self.plateau_scale
         if done < 0:
             scale *= self.epoch / (rule.warmup_epochs + 1)
+        elif rule.schedule == "one_cycle":
+            scale *= one_cycle((self.epoch - 0.5) / settings.epochs)
         elif rule.schedule == "exponential":
             scale *= rule.factor**done
         elif rule.schedule == "step":
@@ -439,6 +441,13 @@ def versions() -> dict[str, str]:
         "numpy": numpy.__version__,
         "vesin": getattr(vesin, "__version__", "unknown"),
     }
+
+
+def one_cycle(done: float, rise: float = 0.15, start: float = 0.04) -> float:
+    """Share of the full learning rate after a share of the training (Smith, arXiv:1803.09820)."""
+    if done < rise:
+        return start + (1.0 - start) * 0.5 * (1.0 - math.cos(math.pi * done / rise))
+    return 0.5 * (1.0 + math.cos(math.pi * (done - rise) / (1.0 - rise)))
 
 
 def _optimizer(settings: OptimizerSettings, parameters: list[Tensor]) -> torch.optim.Optimizer:
