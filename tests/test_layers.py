@@ -56,6 +56,7 @@ ASSEMBLED = (
     "experiments",
     "workflows",
     "models.gemnet_oc",
+    "models.hipnn",
 )
 
 

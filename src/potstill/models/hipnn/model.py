@@ -33,8 +33,7 @@ from potstill.models.base import (
     refuse_ghosts,
 )
 from potstill.models.engines import NativeKernels
-from potstill.models.hyper import Hyperparameters, Real
-from potstill.models.interactions import (
+from potstill.models.hipnn.interactions import (
     CUTOFF_FUNCTIONS,
     HIGHEST_RANK,
     Geometry,
@@ -44,6 +43,7 @@ from potstill.models.interactions import (
     SmoothInteraction,
     linear,
 )
+from potstill.models.hyper import Hyperparameters, Real
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.species import SpeciesTable
 from potstill.structures import Structures
