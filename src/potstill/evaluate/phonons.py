@@ -16,13 +16,14 @@ from typing import Any
 
 import ase
 import numpy as np
+from ase.build import make_supercell
 from ase.calculators.calculator import BaseCalculator
 from ase.cell import Cell
 from pydantic import Field
 
 from potstill.errors import ConfigError, OptionalDependencyError, require
 from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
-from potstill.evaluate.tools import relax, require_periodic, with_calculator
+from potstill.evaluate.tools import relax, require_periodic
 from potstill.report.panels import Drawing, Panel, Series, plain_label
 from potstill.report.tables import Row, number
 from potstill.report.verdicts import Verdict
@@ -143,12 +144,13 @@ def phonons(
     fmax: float = 1e-3,
     max_steps: int = 500,
 ) -> Phonons:
-    """Relax a crystal, displace the atoms of a supercell, and diagonalize.
+    """Relax the primitive cell, displace the atoms of a supercell, and diagonalize.
 
     Each potential is taken at its own minimum, as is usual where machine-learned potentials are
     compared: elsewhere forces and stresses do not vanish, and frequencies mix the harmonic terms
-    with an error of the lattice constant. Wave vectors are those of the given structure in units
-    of the reciprocal cell, so that the ones of two potentials correspond.
+    with an error of the lattice constant. What would double the cell shows as imaginary. Wave
+    vectors are those of the given structure in units of the reciprocal cell, so that the ones of
+    two potentials correspond.
 
     Parameters
     ----------
@@ -176,15 +178,16 @@ def phonons(
     if displacement <= 0.0:
         raise ConfigError(f"a displacement must be positive, not {displacement:g} Å")
     crystal = displaced(atoms, displacement, min_length, max_atoms)  # says what is not installed
-    start = with_calculator(atoms, calculator)
-    start.set_constraint()
-    relax(start, fmax=fmax, max_steps=max_steps, cell=relax_cell)
     path = Cell(crystal.primitive.cell).bandpath(density=_PATH_DENSITY, eps=1e-3)
     reciprocal = np.linalg.norm(np.linalg.inv(crystal.primitive.cell), axis=0)
     mesh = np.ceil((_MESH_LENGTH * reciprocal).round(3)).astype(int).tolist()
     distance, corners = path.get_linear_kpoint_axis()[0], _corners(path)
 
-    moved = displaced(start, displacement, min_length, max_atoms, like=crystal)
+    start = _to_ase(crystal.primitive)
+    start.calc = calculator
+    relax(start, fmax=fmax, max_steps=max_steps, cell=relax_cell)
+    unit = make_supercell(start, np.linalg.inv(crystal.primitive_matrix).T.round())
+    moved = displaced(unit, displacement, min_length, max_atoms, like=crystal)
     forces = []
     for cell in moved.supercells_with_displacements:
         image = _to_ase(cell)
@@ -221,7 +224,7 @@ def displaced(
 ) -> Any:
     """Phonopy's object for a crystal, with the displacements that its symmetry asks for.
 
-    `like` is one of another relaxation of the crystal, whose primitive cell is taken.
+    `like` is that of the crystal before it was relaxed, whose primitive cell is taken.
     """
     purpose = "for phonons"
     phonopy = require("phonopy", extra="phonons", purpose=purpose)
@@ -233,14 +236,25 @@ def displaced(
         cell=atoms.cell.array,
         scaled_positions=atoms.get_scaled_positions(),
     )
-    primitive = like.primitive_matrix if like else cells.guess_primitive_matrix(unit, _SYMMETRY)
-    if abs(np.linalg.det(primitive)) > 0.99:
+    primitive = own = cells.guess_primitive_matrix(unit, _SYMMETRY)
+    if abs(np.linalg.det(own)) > 0.99:
         primitive = np.eye(3)  # the given cell is one: its axes are kept as they are named
+    if like is not None:
+        primitive = like.primitive_matrix
+    # A relaxation may find translations that the given structure lacks: phonopy's symmetrization
+    # would be wrong in a cell that is not primitive.
+    symmetric = np.isclose(*(abs(np.linalg.det(matrix)) for matrix in (own, primitive)))
     repeats = like.supercell_matrix if like else np.diag(repeats_for(atoms, min_length, max_atoms))
     with warnings.catch_warnings():
         # A long supercell has fewer symmetries than its crystal: more displacements, no error.
         warnings.filterwarnings("ignore", message=".*Point group symmetries of supercell")
-        crystal = phonopy.Phonopy(unit, repeats, primitive_matrix=primitive, symprec=_SYMMETRY)
+        crystal = phonopy.Phonopy(
+            unit,
+            repeats,
+            primitive_matrix=primitive,
+            symprec=_SYMMETRY,
+            is_symmetry=bool(symmetric),
+        )
     crystal.generate_displacements(distance=displacement, is_plusminus="auto")
     return crystal
 
@@ -424,8 +438,9 @@ class PhononsEvaluation(Evaluation):
 
 def _lines(result: Phonons) -> tuple[np.ndarray, np.ndarray]:
     """All bands as one line, with gaps between bands and where the path jumps."""
-    jumps = [b for (a, _), (b, _) in pairwise(result.corners) if b == a + 1]
-    x = np.insert(result.distance, jumps, np.nan)
+    x = result.distance
+    jumps = [b for (a, _), (b, _) in pairwise(result.corners) if x[a] == x[b]]
+    x = np.insert(x, jumps, np.nan)
     bands = np.insert(result.bands, jumps, np.nan, axis=0).T
     gap = np.full((len(bands), 1), np.nan)
     return np.tile(np.append(x, np.nan), len(bands)), np.concatenate([bands, gap], axis=1).ravel()
