@@ -324,7 +324,7 @@ def test_tables_hold_the_numbers(run, page):
     bulk_modulus = crystal["Bulk modulus, E(V) (GPa)"]
     assert float(bulk_modulus["student − teacher (%)"]) == pytest.approx(100 / 95)
     assert float(crystal["C44 at strain 0.005 (GPa)"]["student"]) == 76.0
-    deviation = crystal["Elastic constants: largest deviation from the teacher (%)"]
+    deviation = crystal["Elastic deviation, largest (%)"]
     assert float(deviation["student"]) == pytest.approx(100 / 75)
     dynamics = quantities(run / "report" / "table_dynamics.csv")
     total = sum(abs(a - b) for a, b in zip(rdf("student").g, rdf("teacher").g, strict=True))
@@ -364,6 +364,20 @@ def test_wrong_elastic_constants_are_said(tmp_path):
     )
     assert "C44 = −4.00 GPa" in lines[0]
     assert "at strain 0.005 (C12 −90.0 GPa, teacher 60.0 GPa)" in lines[0]
+
+
+def test_what_fails_for_the_student_alone_is_a_missed_bar(tmp_path):
+    write_evaluation(tmp_path / "evaluation")
+    stuck = {"error": "relaxing Si8 did not reach 0.001 eV/Å"}
+    crystal = {"student": stuck, "teacher": elastic("teacher").to_json()}
+    write_only(tmp_path, eos={m: as_json(eos(m)) for m in MODELS}, elastic=crystal)
+    lines = verdicts(collect(tmp_path).found)
+    assert lines[0] == "Bars missed (1 of 1): elastic constants of the student (not done)."
+    assert lines[1].endswith("could not be computed: relaxing Si8 did not reach 0.001 eV/Å.")
+    write_only(tmp_path, elastic={"student": stuck, "teacher": stuck})  # phonopy, say, is missing
+    found = collect(tmp_path).found
+    assert found.problems[0].startswith("Not done: elastic constants of student, teacher (relaxing")
+    assert not verdicts(found)
 
 
 def test_untimed_controls_are_drawn_at_the_cost_of_the_student(run, tmp_path):

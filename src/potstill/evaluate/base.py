@@ -278,6 +278,8 @@ class Findings:
         By model; a model without one has the role that its name begins with.
     problems : tuple of str
         What does not apply or could not be done, and why.
+    failed : mapping
+        Evaluation to model to why it could not be done.
     """
 
     results: Mapping[str, Mapping[str, Result]]
@@ -285,6 +287,7 @@ class Findings:
     trained_on: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     roles: Mapping[str, Role] = dataclasses.field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    failed: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
 
     @cached_property
     def models(self) -> tuple[str, ...]:
@@ -344,7 +347,8 @@ SECTIONS: dict[str, tuple[str, str, str]] = {
         "Properties at 0 K",
         "E(V): Birch-Murnaghan fit; the lattice constant is that of the conventional cell. Elastic "
         "constants: of cubic crystals averages over the axes, at the strain stated. Phonons: each "
-        "model at its own minimum, RMSE over a mesh of the Brillouin zone.",
+        "model at its own minimum, RMSE over a mesh of the Brillouin zone. Deviations are from the "
+        "teacher; those of elastic constants at a strain of 0.02 if it was taken.",
     ),
     "Dynamics": (
         "table_dynamics",

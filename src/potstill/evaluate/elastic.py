@@ -13,7 +13,7 @@ from ase.calculators.calculator import BaseCalculator
 from pydantic import Field
 
 from potstill.errors import ConfigError
-from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result, Role
+from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
 from potstill.evaluate.tools import relax, require_periodic, with_calculator
 from potstill.report.panels import plain_label
 from potstill.report.tables import Row, number
@@ -451,7 +451,7 @@ class Elastic(Evaluation):
                 met=False,
             )
         for model, scan in results.items():
-            yield from _roughness(model, found.role(model), scan)
+            yield from _roughness(model, found, scan)
         if ours is None or theirs is None or (worst := ours.deviation(theirs)) is None:
             return
         strain = worst.strains[1]
@@ -470,12 +470,12 @@ class Elastic(Evaluation):
         )
 
 
-def _roughness(model: str, role: Role, scan: ElasticScan) -> Iterable[Verdict]:
+def _roughness(model: str, found: Findings, scan: ElasticScan) -> Iterable[Verdict]:
     """Warn where constants depend on the strain; the student has a bar for it."""
     change = scan.largest_change()
     if change is None:
         return
-    bar = "elastic constants that do not depend on the strain" if role is Role.STUDENT else ""
+    bar = "elastic constants that do not depend on the strain" if model == found.student else ""
     (a, b), (small, large) = change.values, change.strains
     if change.relative <= ROUGH:
         if bar:
@@ -488,7 +488,7 @@ def _roughness(model: str, role: Role, scan: ElasticScan) -> Iterable[Verdict]:
         return
     effect = (
         "a student can be compared with it at finite, stated strains only"
-        if role is Role.TEACHER
+        if model == found.teacher
         else "its constants hold at the stated strain only, and its phonons are those of the "
         "displacement"
     )

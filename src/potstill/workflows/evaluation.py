@@ -173,24 +173,25 @@ def read_findings(folder: Path) -> Findings:
         If a file is damaged.
     """
     results: dict[str, dict[str, Result]] = {}
-    failed: dict[tuple[str, str], list[str]] = {}
+    failed: dict[str, dict[str, str]] = {}
     for name, evaluation in EVALUATIONS.items():
         file = folder / f"{name}.json"
         for model, stored in read_json(file, {}).items():
             if not isinstance(stored, dict):
                 raise DataError(f"{file}: the result of '{model}' is not a JSON object")
             if set(stored) == {"error"}:  # some results have a field of that name
-                failed.setdefault((name, stored["error"]), []).append(model)
+                failed.setdefault(name, {})[model] = stored["error"]
             else:
                 results.setdefault(name, {})[model] = evaluation.result.from_json(stored)
     problems = []
     if skipped := read_json(folder / SKIPPED, {}):
         problems.append(_does_not_apply(skipped))
-    for (name, reason), models in failed.items():
-        whose = ", ".join(models)
-        problems.append(f"Not done: {EVALUATIONS[name].title} of {whose} ({reason}).")
+    for name, reasons in failed.items():
+        for reason in dict.fromkeys(reasons.values()):
+            whose = ", ".join(model for model, other in reasons.items() if other == reason)
+            problems.append(f"Not done: {EVALUATIONS[name].title} of {whose} ({reason}).")
     roles = {name: Role(role) for name, role in read_json(folder / ROLES, {}).items()}
-    return Findings(results, roles=roles, problems=tuple(problems))
+    return Findings(results, roles=roles, problems=tuple(problems), failed=failed)
 
 
 def _does_not_apply(skipped: Mapping[str, str]) -> str:

@@ -38,7 +38,7 @@ from potstill.report.page import Fact, Page, Section, write_page
 from potstill.report.panels import Drawing, Look, Panel, Series, looks, plain_label
 from potstill.report.plots import write_figure
 from potstill.report.tables import Table, number, rows_table, signed
-from potstill.report.verdicts import ordered_verdicts
+from potstill.report.verdicts import Verdict, ordered_verdicts
 from potstill.store import LabeledStore
 from potstill.workflows.base import read_json, stored_settings
 from potstill.workflows.evaluation import read_findings
@@ -107,7 +107,16 @@ def write_report(run: str | Path | ReportData, *, about: Mapping[str, str] | Non
 
 def verdicts(found: Findings) -> tuple[str, ...]:
     """Sentences of the summary: first which bars are missed, then what was found."""
-    return ordered_verdicts([v for e in EVALUATIONS.values() for v in e.verdicts(found)])
+    every = EVALUATIONS.values()
+    return ordered_verdicts([v for e in every for v in (*_not_done(e, found), *e.verdicts(found))])
+
+
+def _not_done(evaluation: type[Evaluation], found: Findings) -> Iterator[Verdict]:
+    """A missed bar where something fails for the student that can be done for the teacher."""
+    reason = found.failed.get(evaluation.name, {}).get(found.student)
+    if reason and found.teacher in found.results.get(evaluation.name, {}):
+        text = f"The {evaluation.title} of the student could not be computed: {reason}."
+        yield Verdict(text, f"{evaluation.title} of the student (not done)", met=False)
 
 
 def section_table(section: str, found: Findings) -> Table | None:
