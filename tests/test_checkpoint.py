@@ -7,6 +7,7 @@ import gzip
 import json
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from potstill.checkpoint import load_potential, potential_fingerprint, save_pote
 from potstill.errors import ModelError
 from potstill.files import write_atomically
 from potstill.models import HIPNN, ZBL, SpeciesOffsets, SumPotential
+from potstill.models.base import StartingData
 from potstill.species import SpeciesTable
 from potstill.structures import Structures
 
@@ -24,17 +26,20 @@ from potstill.structures import Structures
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("checkpoints.json").read_text())
 
 
-def _potential(seed: int = 0) -> SumPotential:
+def _potential(seed: int = 0, **named: Any) -> SumPotential:
     table = SpeciesTable.from_symbols("CHO")
     torch.manual_seed(seed)
-    network = HIPNN(table, 4, 5, 0.8, 3.5, 4.0, 1)
+    network = HIPNN(table, 4, 5, 0.8, 3.5, 4.0, 1, **named)
     offsets = SpeciesOffsets(table, [-13.6, -1029.0, -2041.0])
     return SumPotential({"offsets": offsets, "prior": ZBL(table, 0.6, 0.9), "network": network})
 
 
-def test_what_is_loaded_predicts_what_was_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", [{}, {"invariants": "smooth", "n_channels": 3}])
+def test_what_is_loaded_predicts_what_was_saved(tmp_path: Path, named: dict) -> None:
     structures = Structures.from_ase([molecule("CH3CH2OH"), molecule("H2O")])
-    potential = _potential()
+    potential = _potential(**named)
+    batch = structures.with_species_table(potential.species_table)
+    potential["network"].initialize_from(StartingData(torch.zeros(3), (batch,)))
     save_potential(tmp_path / "model.pt", potential, {"seed": 3})
     loaded, info = load_potential(tmp_path / "model.pt")
     assert info == {"seed": 3}
@@ -44,7 +49,12 @@ def test_what_is_loaded_predicts_what_was_saved(tmp_path: Path) -> None:
     for name in names:
         assert torch.equal(before[name], after[name])
     assert potential_fingerprint(loaded) == potential_fingerprint(potential)
-    assert potential_fingerprint(_potential(seed=1)) != potential_fingerprint(potential)
+    assert potential_fingerprint(_potential(seed=1, **named)) != potential_fingerprint(potential)
+    if named:  # what the sums are multiplied with is part of the model
+        whitened = potential["network"].blocks[0][0].layer
+        assert torch.equal(loaded["network"].blocks[0][0].layer.whitening, whitened.whitening)
+        whitened.whitening.mul_(2.0)
+        assert potential_fingerprint(loaded) != potential_fingerprint(potential)
 
 
 def test_offsets_stay_in_float64_when_a_model_is_cast() -> None:

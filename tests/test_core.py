@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ if not core.available():
 #: Relative to the largest entry of an array.
 TOLERANCES = {torch.float64: 2e-12, torch.float32: 2e-5}
 ELEMENTS = ["Al", "Cu", "Ni"]
+SMOOTH = {"invariants": "smooth", "n_channels": 4}
 
 
 @pytest.fixture(params=list(core.instruction_sets()))
@@ -52,12 +54,18 @@ def make_model(
     width: int = 7,
     n_atom_layers: int = 2,
     cutoff_function: str = "cosine_squared",
+    n_sensitivities: int = 5,
     dtype: torch.dtype = torch.float64,
+    **named: Any,
 ) -> HIPNN:
     torch.manual_seed(1)
     table = SpeciesTable.from_symbols(ELEMENTS[:n_species])
-    shape = (width, 5, 1.5, 4.0, 5.0, n_atom_layers, n_layers, l_max, 1e-3, cutoff_function)
-    return HIPNN(table, *shape).to(dtype)
+    shape = (width, n_sensitivities, 1.5, 4.0, 5.0, n_atom_layers, n_layers, l_max, 1e-3)
+    model = HIPNN(table, *shape, cutoff_function, **named).to(dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("whitening", "center")):  # as if taken from data
+            buffer.add_(0.2 * torch.randn_like(buffer))
+    return model
 
 
 def make_structures(model: HIPNN, seed: int = 0) -> Structures:
@@ -93,6 +101,7 @@ def compare_pass(
     weights = torch.randn(terms.shape, dtype=torch.float64)
     inputs = [r_ij, *model.parameters()]
     twin = torch.autograd.grad((weights * terms).sum(), inputs, materialize_grads=True)
+    names = [name for name, _ in model.named_parameters()]
     parameters = model.native_parameters()
     result = core.hipnn_pass(
         parameters,
@@ -105,8 +114,11 @@ def compare_pass(
     )
     assert_close(result.terms, terms, model.dtype, "terms")
     assert_close(result.gradient, twin[0], model.dtype, "dE/dr_ij")
-    names = parameters.shape.parameter_shapes
-    parts = parameters.shape.split(result.parameter_gradient)
+    # Kernels derive by what they take, which whitening makes of the parameters.
+    by_taken = parameters.shape.split(result.parameter_gradient.to(model.dtype))
+    taken = [(t, g) for t, g in zip(parameters.tensors, by_taken, strict=True) if t.numel()]
+    total = sum((tensor * gradient).sum() for tensor, gradient in taken)
+    parts = torch.autograd.grad(total, list(model.parameters()))
     # Sums over atoms may cancel, more so for biases: errors count against the largest gradient.
     largest = max(float(g.abs().max()) for g in twin[1:])
     for name, native, expected in zip(names, parts, twin[1:], strict=True):
@@ -114,23 +126,31 @@ def compare_pass(
         assert error <= TOLERANCES[model.dtype] * largest, name
 
 
-#: Species, l_max, interaction layers, cutoff function, threads.
+#: Species, l_max, interaction layers, cutoff function, threads, and what else is not usual.
 CASES = [
-    (1, 0, 1, "cosine_squared", 1),
-    (1, 1, 1, "cosine_squared", 2),
-    (1, 2, 2, "polynomial", 1),
-    (2, 1, 1, "polynomial", 1),
-    (2, 0, 3, "cosine_squared", 2),
-    (3, 2, 1, "cosine_squared", 1),
-    (3, 1, 3, "polynomial", 2),
+    (1, 0, 1, "cosine_squared", 1, {}),
+    (1, 1, 1, "cosine_squared", 2, {}),
+    (1, 2, 2, "polynomial", 1, {}),
+    (2, 1, 1, "polynomial", 1, {}),
+    (2, 0, 3, "cosine_squared", 2, {}),
+    (3, 2, 1, "cosine_squared", 1, {}),
+    (3, 1, 3, "polynomial", 2, {}),
+    (1, 0, 1, "polynomial", 1, {**SMOOTH, "n_sensitivities": 1}),
+    (2, 1, 1, "polynomial", 2, {**SMOOTH, "n_sensitivities": 2}),
+    (1, 2, 2, "polynomial", 1, {**SMOOTH, "n_sensitivities": 17}),
+    (3, 3, 1, "cosine_squared", 1, {**SMOOTH, "n_channels": 9}),
+    (2, 4, 2, "polynomial", 2, SMOOTH),
+    (1, 4, 1, "polynomial", 1, {**SMOOTH, "n_sensitivities": 17, "n_channels": 1}),
+    (2, 0, 2, "polynomial", 1, SMOOTH),
+    (1, 3, 3, "polynomial", 2, {**SMOOTH, "n_sensitivities": 1}),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("case", CASES)
 def test_pass_equals_twin(instructions, dtype, case):
-    n_species, l_max, n_layers, cutoff_function, n_threads = case
-    model = make_model(n_species, l_max, n_layers, cutoff_function=cutoff_function, dtype=dtype)
+    *sizes, cutoff_function, n_threads, named = case
+    model = make_model(*sizes, cutoff_function=cutoff_function, dtype=dtype, **named)
     structures = make_structures(model)
     neighbors = build_neighbor_list(structures, 5.6)  # some pairs lie beyond the cutoff
     compare_pass(model, structures, neighbors, n_threads)
@@ -139,8 +159,8 @@ def test_pass_equals_twin(instructions, dtype, case):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("case", CASES)
 def test_md_equals_twin(instructions, dtype, case):
-    n_species, l_max, n_layers, cutoff_function, n_threads = case
-    model = make_model(n_species, l_max, n_layers, cutoff_function=cutoff_function, dtype=dtype)
+    *sizes, cutoff_function, n_threads, named = case
+    model = make_model(*sizes, cutoff_function=cutoff_function, dtype=dtype, **named)
     prior = ZBL(model.species_table, inner=1.0, cutoff=3.0)
     zbl = core.ZblParameters(prior.nuclear_charge, prior.inner, prior.cutoff)
     batch = make_structures(model)
@@ -210,6 +230,11 @@ def test_parameters_are_those_of_the_model():
         assert list(parameters.shape.parameter_shapes) == list(expected)
         assert parameters.shape._native is not None
         assert parameters.flat().shape == (parameters.shape.n_parameters,)
+    for l_max in (0, 4):
+        model = make_model(2, l_max, 2, **SMOOTH)
+        shapes = model.native_parameters().shape.parameter_shapes
+        expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        assert {name: shape for name, shape in shapes.items() if 0 not in shape} == expected
 
 
 # -- random systems ------------------------------------------------------------------------------
@@ -233,8 +258,28 @@ def systems(draw) -> tuple[Atoms, int]:
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(systems(), st.integers(0, 2), st.integers(1, 2), st.integers(1, 2))
 def test_random_systems_equal_twin(system, l_max, n_layers, n_threads):
+    check_random_system(system, n_threads, l_max=l_max, n_layers=n_layers)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    systems(),
+    st.integers(0, 4),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.sampled_from([1, 2, 3, 8, 17]),
+    st.sampled_from([1, 3, 8, 9]),
+)
+def test_random_systems_equal_the_smooth_twin(
+    system, l_max, n_layers, n_threads, n_sens, n_channels
+):
+    named = dict(invariants="smooth", n_sensitivities=n_sens, n_channels=n_channels)
+    check_random_system(system, n_threads, l_max=l_max, n_layers=n_layers, **named)
+
+
+def check_random_system(system, n_threads, **named):
     atoms, n_species = system
-    model = make_model(n_species, l_max, n_layers, width=4, n_atom_layers=1)
+    model = make_model(n_species, width=4, n_atom_layers=1, **named)
     structures = Structures.from_ase(atoms).with_species_table(model.species_table)
     neighbors = build_neighbor_list(structures, 5.5)
     if neighbors.n_pairs and float(pair_vectors(structures, neighbors).norm(dim=1).min()) < 0.3:
@@ -245,16 +290,17 @@ def test_random_systems_equal_twin(system, l_max, n_layers, n_threads):
 # -- what callers rely on ------------------------------------------------------------------------
 
 
-def prepared(dtype: torch.dtype = torch.float64, n_layers: int = 1) -> tuple:
-    model = make_model(2, 1, n_layers, dtype=dtype)
+def prepared(dtype: torch.dtype = torch.float64, n_layers: int = 1, **named: Any) -> tuple:
+    model = make_model(2, 1, n_layers, dtype=dtype, **named)
     structures = make_structures(model)
     neighbors = build_neighbor_list(structures, 5.0)
     compact = core.compact_neighbors(neighbors, structures.n_atoms)
     return model, structures, neighbors, compact
 
 
-def test_the_same_number_of_threads_gives_the_same_bits():
-    model, structures, neighbors, compact = prepared(torch.float32, n_layers=2)
+@pytest.mark.parametrize("named", [{}, SMOOTH], ids=["norms", "smooth"])
+def test_the_same_number_of_threads_gives_the_same_bits(named):
+    model, structures, neighbors, compact = prepared(torch.float32, n_layers=2, **named)
     r_ij = pair_vectors(structures, neighbors)
     results = [
         core.hipnn_pass(
@@ -273,6 +319,21 @@ def test_the_same_number_of_threads_gives_the_same_bits():
         assert torch.equal(other.parameter_gradient, results[0].parameter_gradient)
 
 
+@pytest.mark.parametrize("named", [{}, SMOOTH], ids=["norms", "smooth"])
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_pairs_far_beyond_the_cutoff_count_nothing(named, kernels):
+    """Polynomials of 24 functions would be 1e38 there: they must not meet the cutoff's zero."""
+    model = make_model(1, 2, 2, dtype=torch.float32, n_sensitivities=24, **named)
+    model.use_core(kernels)
+    atoms = Atoms("Al3", positions=[(0, 0, 0), (2.0, 1.0, 0.5), (0, 0, 600.0)])
+    structures = Structures.from_ase(atoms).with_species_table(model.species_table)
+    wanted = ("forces", "atomic_energies")
+    found = model.predict(structures, build_neighbor_list(structures, 700.0), wanted)
+    expected = model.predict(structures, build_neighbor_list(structures, 5.0), wanted)
+    for name in wanted:
+        assert_close(found[name], expected[name], torch.float32, name)
+
+
 def test_compact_neighbors_hold_the_same_pairs():
     _, structures, neighbors, _ = prepared()
     compact = core.compact_neighbors(neighbors, structures.n_atoms)
@@ -287,8 +348,9 @@ def test_compact_neighbors_hold_the_same_pairs():
     assert compact.image is None
 
 
-def test_empty_systems():
-    model = make_model(1, 1, 1)
+@pytest.mark.parametrize("named", [{}, SMOOTH], ids=["norms", "smooth"])
+def test_empty_systems(named):
+    model = make_model(1, 1, 1, **named)
     none = torch.zeros(0, dtype=torch.int64)
     empty = NeighborList(none, none, torch.zeros(0, 3, dtype=torch.int64), none, 5.0)
     compact = core.compact_neighbors(empty, 0)
@@ -337,9 +399,10 @@ class Domain:
         return species, self.neighbors, self.positions, structures.cell[0]
 
 
-def test_ghosts_carry_their_owners_forces():
+@pytest.mark.parametrize("named", [{}, SMOOTH], ids=["norms", "smooth"])
+def test_ghosts_carry_their_owners_forces(named):
     """A periodic cell written out as local atoms and ghosts gives the same energies and forces."""
-    model = make_model(2, 2, 1)
+    model = make_model(2, 2, 1, **named)
     structures = make_structures(model)[4]
     neighbors = build_neighbor_list(structures, 5.0)
     domain = Domain.of(structures, neighbors, torch.arange(structures.n_atoms))
@@ -354,12 +417,23 @@ def test_ghosts_carry_their_owners_forces():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize(("l_max", "n_layers"), [(0, 1), (1, 2), (2, 2), (1, 3)])
+@pytest.mark.parametrize(
+    ("l_max", "n_layers", "named"),
+    [
+        (0, 1, {}),
+        (1, 2, {}),
+        (2, 2, {}),
+        (1, 3, {}),
+        (4, 1, SMOOTH),
+        (3, 2, SMOOTH),
+        (4, 3, SMOOTH),
+    ],
+)
 def test_two_domains_layer_by_layer_equal_the_whole(
-    instructions, dtype, tolerance, l_max, n_layers
+    instructions, dtype, tolerance, l_max, n_layers, named
 ):
     """Features go to the ghosts, their derivatives come back: an engine's work, done by hand."""
-    model = make_model(2, l_max, n_layers, dtype=dtype)
+    model = make_model(2, l_max, n_layers, dtype=dtype, **named)
     prior = ZBL(model.species_table, inner=1.0, cutoff=3.0)
     zbl = core.ZblParameters(prior.nuclear_charge, prior.inner, prior.cutoff)
     atoms = bulk("Al", cubic=True).repeat((3, 1, 2))
@@ -451,13 +525,19 @@ def test_wrong_arrays_are_refused():
         core.hipnn_pass(parameters, structures.species, beyond, r_ij)
     with pytest.raises(ModelError, match="compute in float32 or float64"):
         make_model(2, 1, 1).half().native_parameters()
+    # The kernels check what a shape could ask for beyond the models' own limits.
+    norms = replace(parameters.shape, l_max=3)
+    wrong = core.HipnnParameters(norms, tuple(map(torch.zeros, norms.parameter_shapes.values())))
+    with pytest.raises(ModelError, match="hyper-parameters are out of range"):
+        core.hipnn_pass(wrong, structures.species, compact, r_ij)
 
 
 # -- training's pass -----------------------------------------------------------------------------
 
 
-def test_weighted_energy_has_the_gradients_of_the_pass():
-    model, structures, neighbors, compact = prepared(n_layers=2)
+@pytest.mark.parametrize("named", [{}, SMOOTH], ids=["norms", "smooth"])
+def test_weighted_energy_has_the_gradients_of_the_pass(named):
+    model, structures, neighbors, compact = prepared(n_layers=2, **named)
     parameters, r_ij = model.native_parameters(), pair_vectors(structures, neighbors)
     weights = torch.randn(structures.n_atoms, 3, dtype=torch.float64)
     arguments = (parameters, structures.species, compact, r_ij, weights)
@@ -474,9 +554,10 @@ def test_weighted_energy_has_the_gradients_of_the_pass():
         first[0].sum().backward()
 
 
-def test_copies_side_by_side_sum_their_energies():
+@pytest.mark.parametrize("named", [{}, SMOOTH], ids=["norms", "smooth"])
+def test_copies_side_by_side_sum_their_energies(named):
     """Two places of one batch in one call, as central differences take them."""
-    model, structures, neighbors, compact = prepared()
+    model, structures, neighbors, compact = prepared(**named)
     moved = replace(structures, positions=structures.positions + 0.01)
     moved.positions[0] += 0.1
     copies = [(at, torch.randn(at.n_atoms, model.n_terms).double()) for at in (structures, moved)]

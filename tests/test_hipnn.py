@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from ase import Atoms
 from ase.build import bulk
+from numpy.polynomial import chebyshev, legendre
 
 from potstill.errors import ModelError
 from potstill.models import HIPNN
-from potstill.models.base import StartingData
+from potstill.models.base import Edges, StartingData
 from potstill.models.hipnn import CUTOFF_FUNCTIONS, hierarchicality
+from potstill.models.hipnn.interactions import Chebyshev, tensor_components
+from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.species import SpeciesTable
 from potstill.structures import Structures
 
 AL = SpeciesTable.from_symbols(["Al"])
+SIZES: dict[str, Any] = dict(
+    n_features=6,
+    n_sensitivities=5,
+    dist_soft_min=1.5,
+    dist_soft_max=4.0,
+    dist_hard_max=4.5,
+    n_atom_layers=1,
+    cutoff_function="polynomial",
+)
+SMOOTH: dict[str, Any] = dict(SIZES, l_max=4, invariants="smooth", n_channels=6)
+NORMS: dict[str, Any] = dict(SIZES, l_max=2, invariants="norms", cusp_reg=1e-6)
+
+
+def network(table: SpeciesTable = AL, **hyperparameters: Any) -> HIPNN:
+    torch.manual_seed(2)
+    return HIPNN(table, **hyperparameters).double()
 
 
 def test_sensitivities_start_between_the_soft_distances() -> None:
@@ -92,3 +114,167 @@ def test_integers_stay_integers_where_fingerprints_hashed_them() -> None:
     old = HIPNN(AL, 4, 4, 1, 4, 5, 1).hyperparameters()
     assert json.dumps([old["dist_soft_min"], old["dist_soft_max"]]) == "[1, 4]"
     assert json.dumps(old["dist_hard_max"]) == "5.0"
+
+
+# -- smooth invariants -----------------------------------------------------------------------------
+
+
+def directions(n: int) -> torch.Tensor:
+    """(n, 3) random unit vectors."""
+    torch.manual_seed(3)
+    return torch.nn.functional.normalize(torch.randn(n, 3, dtype=torch.float64), dim=1)
+
+
+def ranks(components: torch.Tensor) -> list[torch.Tensor]:
+    """Components from rank 1 on; of rank 2 all nine."""
+    _, one, two, three, four = components.split([1, 3, 5, 7, 9], dim=1)
+    xx, xy, xz, yy, yz = two.unbind(1)
+    full = torch.stack([xx, xy, xz, xy, yy, yz, xz, yz, -xx - yy], dim=1)
+    return [one, full, three, four]
+
+
+def test_tensors_obey_the_addition_theorem() -> None:
+    """Inner products are Legendre polynomials of the angle: |T| is 1 in ranks 1, 3 and 4."""
+    u, v = directions(20), directions(40)[20:]
+    cosines = (u * v).sum(dim=1).numpy()
+    for unit, angle in ((v, cosines), (u, np.ones(20))):
+        pairs = zip(ranks(tensor_components(u, 4)), ranks(tensor_components(unit, 4)), strict=True)
+        for rank, (a, b) in enumerate(pairs, start=1):
+            expected = legendre.legval(angle, np.eye(5)[rank]) * (2 / 3 if rank == 2 else 1)
+            assert (a * b).sum(dim=1).numpy() == pytest.approx(expected, abs=1e-13)
+
+
+def test_tensors_of_a_rank_rotate_into_one_another() -> None:
+    rotation = torch.linalg.matrix_exp(
+        torch.tensor([[0, 1, -2], [-1, 0, 0.7], [2, -0.7, 0]]).double()
+    )
+    u = directions(40)
+    rotated = ranks(tensor_components(u @ rotation, 4))
+    for before, after in zip(ranks(tensor_components(u, 4)), rotated, strict=True):
+        matrix = torch.linalg.lstsq(before, after, driver="gelsd").solution
+        torch.testing.assert_close(before @ matrix, after, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 17])
+def test_radial_functions_are_chebyshev_polynomials(n: int) -> None:
+    model = network(**(SMOOTH | {"n_sensitivities": n}))
+    r = torch.linspace(0.1, 6.0, 60, dtype=torch.float64)
+    values = Chebyshev(model.hyper)(r)
+    envelope = CUTOFF_FUNCTIONS["polynomial"](r, 4.5).numpy()
+    x = (2.0 * r / 4.5 - 1.0).clamp(max=1.0).numpy()
+    assert values.numpy() == pytest.approx(
+        chebyshev.chebvander(x, n - 1) * envelope[:, None], abs=1e-13
+    )
+    assert float(values[r >= 4.5].abs().max()) == 0.0
+
+
+def curvature(model: HIPNN, crystal: Atoms, displace: Any, step: float) -> float:
+    """Second difference of the energy, eV, by a step."""
+    energies = []
+    for sign in (-1, 0, 1):
+        atoms = crystal.copy()
+        displace(atoms, sign * step)
+        energies.append(model.predict(Structures.from_ase(atoms), properties=("energy",))["energy"])
+    return float(energies[0] + energies[2] - 2.0 * energies[1]) / step**2
+
+
+def move(atoms: Atoms, by: float) -> None:
+    atoms.positions[0] += by * np.array([0.6, 0.8, 0.0])
+
+
+def shear(atoms: Atoms, by: float) -> None:
+    """The strain of C': (C11 - C12) / 2."""
+    atoms.set_cell(atoms.cell.array @ np.diag([1.0 + by, 1.0 - by, 1.0]), scale_atoms=True)
+
+
+@pytest.mark.parametrize("structure", ["bcc", "diamond"])
+@pytest.mark.parametrize(
+    ("displace", "steps"), [(move, (0.001, 0.01, 0.03)), (shear, (0.001, 0.01))]
+)
+def test_crystals_have_curvatures_that_do_not_depend_on_the_step(
+    structure: str, displace: Any, steps: tuple[float, ...]
+) -> None:
+    """Norms of tensors that vanish by symmetry are cones there."""
+    edge = 5.43 if structure == "diamond" else 3.1
+    crystal = bulk("Al", structure, a=edge, cubic=True)
+    crystal = crystal if structure == "diamond" else crystal.repeat(2)
+    smooth = [curvature(network(**SMOOTH), crystal, displace, step) for step in steps]
+    assert smooth == pytest.approx([smooth[0]] * len(steps), rel=0.015)
+    cone = [abs(curvature(network(**NORMS), crystal, displace, step)) for step in steps]
+    assert cone[0] > 2.0 * cone[-1]
+
+
+@pytest.mark.parametrize("name", CUTOFF_FUNCTIONS)
+def test_energies_end_at_the_cutoff_as_their_cutoff_function_does(name: str) -> None:
+    """A third atom passes the cutoff: with the polynomial, not even the curvature jumps."""
+    model = network(**(SMOOTH | {"cutoff_function": name}))
+    edges = Edges(torch.tensor([0, 0]), torch.tensor([1, 2]))
+
+    def derivatives(r: float) -> list[float]:
+        x = torch.tensor(r, dtype=torch.float64, requires_grad=True)
+        vectors = torch.stack([torch.tensor([0.0, 2.0, 1.0]).double(), x * directions(1)[0]])
+        species = torch.zeros(3, dtype=torch.int64)
+        (value,) = model(species, edges, vectors, 1).atomic_energies
+        found = [value]
+        for _ in range(2):
+            found += torch.autograd.grad(found[-1], x, create_graph=True)
+        return [float(d.detach()) for d in found]
+
+    beyond = derivatives(4.6)
+    assert beyond[1:] == [0.0, 0.0]
+    near, nearer = (np.abs(np.subtract(derivatives(4.5 - h), beyond)) for h in (2e-4, 1e-4))
+    order = np.log2(near[1:] / nearer[1:])  # of the slope and the curvature
+    assert order == pytest.approx([2.0, 1.0] if name == "polynomial" else [1.0, 0.0], abs=0.02)
+
+
+def test_whitening_makes_the_covariances_of_the_sums_the_identity() -> None:
+    table = SpeciesTable.from_symbols(["Al", "Cu"])
+    model = network(table, **(SMOOTH | {"n_sensitivities": 3, "n_interaction_layers": 2}))
+    atoms = bulk("Al", cubic=True).repeat((3, 3, 2))
+    atoms.rattle(0.3, seed=0)
+    atoms.symbols[::3] = "Cu"
+    batch = Structures.from_ase(atoms).with_species_table(table)
+    offsets = torch.zeros(2, dtype=torch.float64)
+    model.initialize_from(StartingData(offsets, (batch,)))
+    pairs = build_neighbor_list(batch, model.cutoff)
+    layer = model.blocks[0][0].layer
+    geometry = []
+    layer.register_forward_pre_hook(lambda _, inputs: geometry.append(inputs))
+    model(batch.species, Edges.of(batch, pairs), pair_vectors(batch, pairs), batch.n_atoms)
+    sums = layer.environment(*geometry[0]).detach()  # (n, 25, n_sums)
+    n_atoms, _, n_sums = sums.shape
+    torch.testing.assert_close(layer.center, sums[:, 0].mean(dim=0))
+    sums[:, 0] -= layer.center
+    whitened = [sums[:, m] @ layer.whitening[int(m**0.5)] for m in range(25)]
+    scalar, *tensors = torch.stack(whitened, dim=1).split([1, 3, 5, 7, 9], dim=1)
+    xx, xy, xz, yy, yz = tensors[1].unbind(1)
+    tensors[1] = torch.stack([xx, xy, xz, xy, yy, yz, xz, yz, -xx - yy], dim=1)
+    for rank in (scalar, *tensors):
+        covariance = torch.einsum("nme,nmf->ef", rank, rank) / n_atoms
+        torch.testing.assert_close(covariance, torch.eye(n_sums).double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("l_max", [0, 4])
+def test_all_matrices_but_those_of_energies_are_regularized(l_max: int) -> None:
+    model = network(**(SMOOTH | {"l_max": l_max, "n_interaction_layers": 2}))
+    named = dict(model.named_parameters())
+    covered = {id(weight) for weight in model.regularized_weights()}
+    left_out = {name for name, p in named.items() if p.ndim > 1 and id(p) not in covered}
+    assert left_out == {f"energy_layers.{k}.weight" for k in range(3)}
+    crystal = Structures.from_ase(bulk("Al"))
+    model.use_core("torch")
+    energy = model.predict(crystal, properties=("energy",), create_graph=True)["energy"]
+    gradients = torch.autograd.grad(energy.sum(), list(named.values()), allow_unused=True)
+    unused = {name for name, g in zip(named, gradients, strict=True) if g is None}
+    assert not unused
+
+
+def test_channels_are_not_of_norms() -> None:
+    with pytest.raises(
+        ModelError, match="n_channels is of smooth invariants; norms have n_features"
+    ):
+        HIPNN(AL, 4, 4, 1.5, 4.0, 5.0, 1, n_channels=3)
+    assert list(HIPNN(AL, 4, 4, 1.5, 4.0, 5.0, 1).hyperparameters()) == [
+        *("n_features", "n_sensitivities", "dist_soft_min", "dist_soft_max", "dist_hard_max"),
+        *("n_atom_layers", "n_interaction_layers", "l_max", "cusp_reg", "cutoff_function"),
+    ]

@@ -47,6 +47,11 @@ def hipnn(table: SpeciesTable = TWO, **changes: Any) -> HIPNN:
     return HIPNN(table, **(hyperparameters | changes)).double()
 
 
+def smooth(table: SpeciesTable = TWO, **changes: Any) -> HIPNN:
+    sizes = dict(invariants="smooth", cutoff_function="polynomial", n_channels=4)
+    return hipnn(table, **(sizes | changes))
+
+
 def ani(table: SpeciesTable = TWO, **changes: Any) -> ANI:
     torch.manual_seed(12)
     hyperparameters: dict[str, Any] = dict(
@@ -148,6 +153,12 @@ TABLE: dict[str, Callable[[], Potential]] = {
     "hipnn-one-feature": lambda: hipnn(n_features=1, n_interaction_layers=2),
     "hipnn-polynomial": lambda: hipnn(cutoff_function="polynomial"),
     "hipnn-beads": lambda: hipnn(BEADS),
+    **{
+        f"hipnn-smooth{n_species}-l{l_max}-i{n}": lambda n_species=n_species, l_max=l_max, n=n: (
+            smooth(TWO if n_species == 2 else ONE, l_max=l_max, n_interaction_layers=n)
+        )
+        for n_species, l_max, n in ((1, 4, 1), (2, 4, 1), (1, 4, 2), (2, 4, 2), (2, 0, 1))
+    },
     "ani-one-species": lambda: ani(ONE),
     "ani-two-species": ani,
     "ani-ensemble": lambda: ani(hidden_widths={"Mg": [7], "O": [6, 4]}, n_members=3),
@@ -210,6 +221,7 @@ def test_who_accepts_ghosts() -> None:
         *(name for name in TABLE if name.startswith(("schnet", "painn", "sum-of-direct"))),
         "gemnet-oc",
         *(f"hipnn-l{l_max}-i{n}" for l_max in (0, 1, 2) for n in (2, 3)),
+        *(f"hipnn-smooth{n_species}-l4-i2" for n_species in (1, 2)),
     } - {"schnet-one-layer", "painn-one-layer"}
 
 

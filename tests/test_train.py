@@ -388,6 +388,48 @@ def test_the_rate_warms_up_before_its_schedule_begins(
     assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, *then])
 
 
+def test_one_cycle_rises_to_the_full_rate_and_falls_along_a_cosine(tmp_path: Path) -> None:
+    """The rate of an epoch is that of its middle; the rise takes 15 % of the training."""
+    rates = rates_of(tmp_path, 10, schedule="one_cycle")
+    cosines = np.cos(np.pi * np.array([0.05 / 0.15, *(np.arange(0.0, 0.9, 0.1) / 0.85)]))
+    expected = [0.04 + 0.96 * 0.5 * (1.0 - cosines[0]), *(0.5 * (1.0 + cosines[1:]))]
+    assert rates == pytest.approx(expected)
+    assert max(rates) == rates[1] == 1.0
+
+
+def test_a_stopped_one_cycle_goes_on_with_the_same_rates(tmp_path: Path) -> None:
+    data = emt_set(2)
+    run = settings(
+        epochs=8,
+        model=ModelSettings(
+            hyperparameters=dict(
+                n_features=4, n_sensitivities=4, n_channels=3, n_atom_layers=0, dist_hard_max=4.0
+            )
+        ),
+        learning_rate={"schedule": "one_cycle"},
+    )
+
+    def interrupt(record: dict) -> None:
+        if record["epoch"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    train(run, data, data, tmp_path / "whole")
+    for status in ("interrupted", "finished"):
+        result = train(run, data, data, tmp_path / "stopped", on_epoch=interrupt)
+        assert result.status == status
+    assert without_times(tmp_path / "stopped") == without_times(tmp_path / "whole")
+    assert_same_weights(tmp_path / "stopped" / "best.pt", tmp_path / "whole" / "best.pt")
+    # Whitening is taken from data once, and is not trained.
+    initial = initial_student(run, data)[0]["network"].state_dict()
+    trained = read_payload(tmp_path / "whole" / "last.pt")["state"]
+    fixed = [name for name in initial if name.endswith(("whitening", "center"))]
+    assert len(fixed) == 2
+    for name in fixed:
+        assert torch.equal(trained[name], initial[name])
+    name = "blocks.0.0.layer.tensor_weights.3"
+    assert not torch.equal(trained[name], initial[name])
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 

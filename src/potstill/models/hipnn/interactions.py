@@ -80,7 +80,8 @@ class Chebyshev(nn.Module):
 
     def forward(self, r: Tensor) -> Tensor:
         """(..., n_sensitivities) from (...) distances; zero from the cutoff on."""
-        x = 2.0 * r / self.cutoff - 1.0
+        # Beyond the cutoff, where the envelope is zero, polynomials stay finite.
+        x = (2.0 * r / self.cutoff - 1.0).clamp(max=1.0)
         values = [torch.ones_like(r), x]
         while len(values) < self.n:
             values.append(2.0 * x * values[-1] - values[-2])
@@ -224,9 +225,8 @@ class SmoothInteraction(Interaction):
         shape = (p.n_sensitivities, p.n_channels, n_in)
         tensors = (nn.Parameter(torch.randn(shape) / n_sums**0.5) for _ in range(p.l_max))
         self.tensor_weights = nn.ParameterList(tensors)
-        self.mixing = nn.Parameter(torch.empty(n_out, p.l_max * p.n_channels))
-        if p.l_max > 0:
-            nn.init.xavier_normal_(self.mixing)
+        mixing = torch.empty(n_out, p.l_max * p.n_channels)
+        self.mixing = nn.Parameter(nn.init.xavier_normal_(mixing)) if p.l_max > 0 else None
         self.selfint = linear(n_in, n_out)
         self.register_buffer("whitening", torch.eye(n_sums).repeat(p.l_max + 1, 1, 1))
         self.register_buffer("center", torch.zeros(n_sums))
@@ -239,6 +239,7 @@ class SmoothInteraction(Interaction):
         out = scalar[:, 0] @ self._weights(0) + own
         if not tensors:
             return out
+        assert self.mixing is not None
         invariants = []
         for rank, tensor in enumerate(tensors, start=1):
             mixed = tensor @ self._weights(rank)
@@ -258,11 +259,14 @@ class SmoothInteraction(Interaction):
         n_sens, _, n_in = self.int_weights.shape
         weights = (self._weights(rank) for rank in range(self.l_max + 1))
         by_rank = [w.view(n_sens, n_in, -1).permute(0, 2, 1).contiguous() for w in weights]
-        return [*by_rank, self.mixing, self.selfint.weight, self._bias()]
+        mixing = self.selfint.weight.new_empty(len(self.selfint.weight), 0)
+        mixing = mixing if self.mixing is None else self.mixing
+        return [*by_rank, mixing, self.selfint.weight, self._bias()]
 
     def regularized_weights(self) -> list[Tensor]:
         """As of the other form, and the weights of tensors and invariants."""
-        return [*super().regularized_weights(), *self.tensor_weights, self.mixing]
+        mixing = [] if self.mixing is None else [self.mixing]
+        return [*super().regularized_weights(), *self.tensor_weights, *mixing]
 
     @torch.no_grad()
     def whiten(self, environment: Tensor) -> None:
