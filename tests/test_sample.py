@@ -174,6 +174,8 @@ def test_strain_refuses_a_molecule():
 def test_supercell_repeats_like_ase():
     atoms = bulk("NaCl", "rocksalt", a=5.6)
     ours = Structures.from_ase(atoms).repeat((2, 1, 3))
+    with pytest.raises(ConfigError, match="not 2"):
+        Structures.from_ase([atoms, atoms]).repeat((1, 1, 1))
     theirs = Structures.from_ase(atoms * (2, 1, 3))
     assert torch.allclose(ours.positions, theirs.positions)
     assert torch.allclose(ours.cell, theirs.cell)

@@ -258,8 +258,10 @@ class Structures:
         Raises
         ------
         ConfigError
-            If it is repeated along a direction that is not periodic.
+            If it is repeated along a direction that is not periodic, or is not one system.
         """
+        if self.n_systems != 1:
+            raise ConfigError(f"one structure can be repeated, not {self.n_systems}")
         for axis, count in enumerate(repeats):
             if count < 1 or (count > 1 and not bool(self.pbc[0, axis])):
                 raise ConfigError(

@@ -43,7 +43,7 @@ def read_npz(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], U
         _USUAL,
         positions,
         species,
-        range(len(positions))[index],
+        range(len(np.atleast_1d(positions)))[index],
         where=where,
         frame_id=path.name,
         cell=keys.cell or ("cell" if "cell" in held else "lattice"),
