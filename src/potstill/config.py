@@ -102,16 +102,9 @@ SETTINGS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
 def load_config(
     path: str | Path | None, model: type[Model], overrides: Mapping[str, Any] | None = None
 ) -> Model:
-    """Read a config file.
+    """Read a config file; without one everything comes from `overrides` and defaults.
 
-    Parameters
-    ----------
-    path : path, optional
-        A YAML file; without one everything comes from `overrides` and defaults.
-    model : type
-        The settings that it must fit.
-    overrides : mapping, optional
-        Values that replace those of the file, nested alike; None leaves a value alone.
+    `overrides` replace values of the file, nested alike; None leaves a value alone.
 
     Raises
     ------

@@ -49,16 +49,9 @@ class OptionalDependencyError(PotstillError):
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
-    """Import an optional package, or say which extra brings it.
+    """Import an optional package, or say which extra of potstill brings it.
 
-    Parameters
-    ----------
-    module : str
-        Name of the module to import.
-    extra : str
-        The extra of potstill that installs it.
-    purpose : str
-        What needs it, as the end of the sentence "... is needed ...".
+    `purpose` says what needs it, as the end of the sentence "... is needed ...".
 
     Raises
     ------

@@ -116,8 +116,7 @@ def learning_panels(curves: Mapping[str, Sequence[LearningCurves]]) -> list[Pane
     return panels
 
 
-Axis = Literal["seconds", "processor_seconds", "steps", "epoch"]
-_PROGRESS: dict[Axis, str] = {
+_PROGRESS = {
     "seconds": "Wall-clock time (s)",
     "processor_seconds": "Processor time (s)",
     "steps": "Steps",
@@ -127,28 +126,18 @@ _PROGRESS: dict[Axis, str] = {
 
 def progress_panels(
     curves: Mapping[str, Sequence[LearningCurves]],
-    axis: Axis = "seconds",
-    *,
-    keys: Mapping[str, str] | None = None,
+    axis: Literal["seconds", "processor_seconds", "steps", "epoch"] = "seconds",
 ) -> list[Panel]:
     """Validation errors against the wall clock or the steps (Fig. 9 of Ekström Kelvinius et al.).
 
-    Parameters
-    ----------
-    curves : mapping
-        Strategy or model to the curves of its seeds; each seed is a line of its own, since runs
-        are not validated at the same moments.
-    axis : {"seconds", "processor_seconds", "steps", "epoch"}
-        What errors are drawn against.
-    keys : mapping, optional
-        What to draw, with its label; by default the MAE of energies and of forces.
+    `curves` are those of the seeds of each strategy or model; each seed is a line of its own, since
+    runs are not validated at the same moments.
     """
-    wanted = keys or {
-        "validation/energy_mae": "Energy MAE (eV)",
-        "validation/forces_mae": "Force MAE (eV/Å)",
-    }
     panels = []
-    for key, label in wanted.items():
+    for key, label in (
+        ("validation/energy_mae", "Energy MAE (eV)"),
+        ("validation/forces_mae", "Force MAE (eV/Å)"),
+    ):
         series = []
         for name, runs in curves.items():
             for k, run in enumerate(run for run in runs if key in run.series):

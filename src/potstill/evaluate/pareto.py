@@ -11,14 +11,8 @@ from potstill.errors import DataError
 def pareto_front(costs: ArrayLike) -> np.ndarray:
     """Which points no other point dominates, where less is better in every column.
 
-    A point dominates another if it is nowhere worse and somewhere better; equal points do not
-    dominate each other.
-
-    Parameters
-    ----------
-    costs : array_like
-        (n, k), for instance columns of force RMSE and time per step. A point with a NaN is never
-        on the front.
+    Costs are (n, k). A point dominates another if it is nowhere worse and somewhere better; equal
+    points do not dominate each other, and one with a NaN is never on the front.
 
     Returns
     -------

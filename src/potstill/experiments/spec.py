@@ -244,10 +244,8 @@ class Experiment:
 
     Parameters
     ----------
-    name, title : str
-        Short name, and one line for the report.
-    data : ExperimentData
-        Training, validation and test sets.
+    title : str
+        One line for the report.
     variants : tuple of Variant
         In the order of tables.
     seeds : tuple of int

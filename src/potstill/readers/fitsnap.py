@@ -146,21 +146,18 @@ def _frame(
 
 @dataclass(frozen=True)
 class StressCheck:
-    """How well stresses agree with the energies of volume scans.
+    """How well stresses agree with the energies of volume scans of a group.
 
     Parameters
     ----------
-    group : str
-        Group of the scans.
     n_pairs : int
         Pairs of neighboring volumes that were compared.
     ratio : float
         Median over pairs of (work of the stresses) / (difference of the energies); 1 if they
         agree.
-    unit : str or None
-        The unit that brings the ratio closest to 1; None if none brings it within a quarter.
-    positive_stress : {"tension", "compression"}
-        What a positive number means then.
+    unit, positive_stress : str
+        The unit that brings the ratio closest to 1, None if none brings it within a quarter; and
+        what a positive number means then.
     """
 
     group: str

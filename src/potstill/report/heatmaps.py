@@ -23,16 +23,10 @@ _WIDEST = 16.0
 
 @dataclass(frozen=True)
 class Heatmap:
-    """One field.
+    """One field of named rows and columns; NaN stays empty.
 
     Parameters
     ----------
-    title : str
-        Short, above the field.
-    rows, columns : sequence of str
-        Names.
-    values : ndarray
-        (rows, columns); NaN stays empty.
     row_label, column_label : str
         What rows and columns are.
     signed : bool

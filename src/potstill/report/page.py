@@ -42,22 +42,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """What a report page says.
+    """What a report page says, from top to bottom.
 
-    Parameters
-    ----------
-    title : str
-        Heading.
-    about : tuple of (str, str)
-        What, when, versions, seed, command, fingerprints, license: shown as a list.
-    verdicts : tuple of str
-        Sentences of the summary box.
-    facts : tuple of Fact
-        Numbers of the summary box.
-    notes : tuple of str
-        Paragraphs below it.
-    sections : tuple of Section
-        Empty ones are left out.
+    `about` is shown as a list; verdicts and facts are in the summary box; sections without content
+    are left out.
     """
 
     title: str

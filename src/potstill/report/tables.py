@@ -62,20 +62,14 @@ Cell = str | int | float | Spread | None
 
 @dataclass(frozen=True)
 class Table:
-    """Named columns and rows of plain values.
+    """Named columns and rows of plain values: strings, integers, floats, `Spread` or None.
 
     Parameters
     ----------
-    name : str
-        Short name: that of its files.
-    title : str
-        One line above it.
+    name, title, note : str
+        Short name, that of its files; one line above it; one or two sentences below it.
     columns : tuple of str
         Headers, with units.
-    rows : tuple of tuple
-        Strings, integers, floats, `Spread` or None.
-    note : str
-        One or two sentences below it.
     digits : int
         Significant digits of numbers without a spread.
     """
