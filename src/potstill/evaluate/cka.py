@@ -38,6 +38,9 @@ from potstill.structures import Properties, Structures
 #: Atoms that a probe is fitted to at most, and structures.
 _MOST_PROBE_ROWS = 20_000
 
+#: Share of the structures that probes hold out; atoms per batch.
+_HELD_OUT, _BATCH_ATOMS = 0.3, 1024
+
 #: Strengths of the ridge, relative to the largest squared singular value.
 _RIDGES = tuple(10.0**k for k in range(-10, 2))
 
@@ -191,7 +194,7 @@ def cka_matrix(
     *,
     first_taps: Sequence[str] | None = None,
     second_taps: Sequence[str] | None = None,
-    max_atoms: int = 1024,
+    max_atoms: int = _BATCH_ATOMS,
 ) -> CKAMatrix:
     """CKA between taps (by default all that hold features) of two models on the same atoms.
 
@@ -362,9 +365,7 @@ def linear_probes(
     labels: Properties,
     *,
     taps: Sequence[str] | None = None,
-    test_fraction: float = 0.3,
     seed: int = 0,
-    max_atoms: int = 1024,
 ) -> list[ProbeScore]:
     """Fit a ridge regression from the features of each tap to energies and forces.
 
@@ -378,8 +379,6 @@ def linear_probes(
         With energies and forces, all present.
     taps : sequence of str, optional
         Which; all that hold features by default.
-    test_fraction : float
-        Share of the structures that is held out.
     seed : int
         Of the split, and of the atoms where there are more than 20,000.
 
@@ -392,12 +391,12 @@ def linear_probes(
     for name in ("energy", "forces"):
         if not bool(labels.presence(name, n).all()):
             raise DataError(f"linear probes need '{name}' of all structures")
-    n_test = max(round(test_fraction * n), 1)
+    n_test = max(round(_HELD_OUT * n), 1)
     if n < 4 or n - n_test < 2:
         raise DataError(f"linear probes need at least four structures, not {n}")
     names = compared_taps(potential, taps)
     parts: dict[str, list[Tensor]] = {tap: [] for tap in names}
-    for systems in structures.batches(max_atoms):
+    for systems in structures.batches(_BATCH_ATOMS):
         for tap, value in node_features(potential, structures.select(systems), names).items():
             parts[tap].append(value.cpu())
     test = torch.zeros(n, dtype=torch.bool)

@@ -14,7 +14,7 @@ from numpy.polynomial import Polynomial
 from potstill.errors import ConfigError, ModelError
 from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
 from potstill.evaluate.lattice import conventional_lengths
-from potstill.evaluate.tools import relax, require_periodic, with_calculator
+from potstill.evaluate.tools import require_periodic, with_calculator
 from potstill.report.panels import Drawing, Panel, Series
 from potstill.report.tables import number, signed
 from potstill.report.verdicts import Verdict
@@ -77,9 +77,6 @@ def equation_of_state(
     *,
     max_strain: float = 0.03,
     n_points: int = 11,
-    relax_ions: bool = False,
-    fmax: float = 0.005,
-    max_steps: int = 200,
 ) -> EquationOfState:
     """Scan the volume around its minimum and fit the third-order Birch-Murnaghan equation.
 
@@ -94,15 +91,11 @@ def equation_of_state(
         Lengths are scaled by 1 - max_strain to 1 + max_strain around the middle of the scan.
     n_points : int
         Volumes, at least five.
-    relax_ions : bool
-        Relax the atoms at every volume.
-    fmax, max_steps : float, int
-        For the relaxations, eV/Å.
 
     Raises
     ------
     ModelError
-        If no minimum is found, or a relaxation does not converge.
+        If no minimum is found.
     """
     require_periodic(atoms, "an equation of state")
     if n_points < 5 or not 0.0 < max_strain < 0.5:
@@ -117,8 +110,6 @@ def equation_of_state(
         for k, scale in enumerate(scales):
             scaled = with_calculator(atoms, calculator)
             scaled.set_cell(atoms.cell * scale, scale_atoms=True)
-            if relax_ions:
-                relax(scaled, fmax=fmax, max_steps=max_steps)
             energies[k] = scaled.get_potential_energy() / len(atoms)
         volumes = atoms.get_volume() / len(atoms) * scales**3
         lowest = int(np.argmin(energies))

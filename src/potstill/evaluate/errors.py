@@ -10,13 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self
 
-import lightning_fabric
 import numpy as np
 import torch
 from ase.calculators.calculator import BaseCalculator
-from torch import Tensor
 
 from potstill.errors import DataError, suggest
 from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
@@ -77,8 +75,6 @@ def evaluate_errors(
     labels: Mapping[str, Properties],
     *,
     name: str = "student",
-    properties: Iterable[str] | None = None,
-    max_atoms: int = 4096,
 ) -> ErrorReport:
     """Compare a potential with its teacher's labels and with reference labels.
 
@@ -92,10 +88,6 @@ def evaluate_errors(
         "teacher" and "reference" to labels of `structures`; either may be left out.
     name : str
         First half of a channel's name; "control" gives "control-teacher".
-    properties : iterable of str, optional
-        Which properties to compare; by default all that the labels have.
-    max_atoms : int
-        Atoms per batch.
 
     Raises
     ------
@@ -105,9 +97,9 @@ def evaluate_errors(
     for source in set(labels) - set(SOURCES):
         raise DataError(f"no error channel for labels of '{source}'{suggest(source, SOURCES)}")
     labeled = {key for label in labels.values() for key in label.names}
-    wanted = [p for p in LEARNABLE if p in labeled and (properties is None or p in properties)]
+    wanted = [name for name in LEARNABLE if name in labeled]
     if not isinstance(predictor, Properties):
-        predictor = predict_all(predictor, structures, wanted, max_atoms=max_atoms)
+        predictor = predict_all(predictor, structures, wanted)
     sides = {name: predictor, **labels}
     pairs = [(name, "teacher"), (name, "reference"), ("teacher", "reference")]
     pairs = [(a, b) for a, b in pairs if a in sides and b in sides]
@@ -224,7 +216,6 @@ def evaluate_s2ef(
     splits: Mapping[str, tuple[Structures, Properties]],
     *,
     max_atoms: int = 4096,
-    fabric: lightning_fabric.Fabric | None = None,
 ) -> S2EFErrors:
     """Energy MAE, force MAE, force cosine and EFwT over free atoms, per set and averaged.
 
@@ -236,25 +227,19 @@ def evaluate_s2ef(
         Name of a validation set to its structures and labels; OC20 has four.
     max_atoms : int
         Atoms per batch.
-    fabric : lightning_fabric.Fabric, optional
-        Its processes share the batches; all of them return the result of the whole.
 
     Raises
     ------
     DataError
         If a set has no frame with energy and forces.
     """
-    rank, n_ranks = (0, 1) if fabric is None else (fabric.global_rank, fabric.world_size)
     found = {}
     for name, (structures, labels) in splits.items():
         metrics = S2EFAccumulator()
-        for systems in structures.batches(max_atoms)[rank::n_ranks]:
+        for systems in structures.batches(max_atoms):
             batch = structures.select(systems)
             prediction = predict_all(predictor, batch, ("energy", "forces"), max_atoms=max_atoms)
             metrics.update(prediction, labels.select(structures.rows(systems)), batch)
-        if fabric is not None:
-            state = metrics.state().to(fabric.device)
-            metrics.load_state(cast(Tensor, fabric.all_reduce(state, reduce_op="sum")))
         found[name] = metrics.compute()
         if not found[name]:
             raise DataError(f"the set '{name}' has no frame with labels of energy and forces")

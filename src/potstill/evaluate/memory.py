@@ -25,6 +25,9 @@ from potstill.units import FS_IN_ASE_TIME
 
 _GIB = 2**30
 
+#: Seconds that a process may take.
+_TIMEOUT = 600.0
+
 #: Share of the free memory that a measurement may take.
 _SHARE = 0.7
 
@@ -80,7 +83,6 @@ def memory_per_atom(
     sizes: Sequence[int] = (250, 500, 1000, 2000),
     n_steps: int = 2,
     threads: int = 1,
-    timeout: float = 600.0,
 ) -> MemoryUse:
     """Measure peak memory of molecular dynamics in a fresh process for each size.
 
@@ -105,8 +107,6 @@ def memory_per_atom(
         Steps of velocity Verlet.
     threads : int
         Threads of the process: buffers per thread add up.
-    timeout : float
-        s for each process.
 
     Raises
     ------
@@ -125,7 +125,7 @@ def memory_per_atom(
         if left_out or (measured and not _fits(measured, size)):
             left_out.append(size)
         else:
-            measured.append(_measure({**job, "n_atoms": size}, label, timeout))
+            measured.append(_measure({**job, "n_atoms": size}, label))
     n_atoms, peaks = np.array(measured).T
     if len(set(n_atoms.tolist())) < 2:
         raise DataError(
@@ -149,7 +149,7 @@ def _fits(measured: list[tuple[int, int]], size: int) -> bool:
     return expected < _SHARE * psutil.virtual_memory().available
 
 
-def _measure(job: dict[str, Any], label: str, timeout: float) -> tuple[int, int]:
+def _measure(job: dict[str, Any], label: str) -> tuple[int, int]:
     """(n_atoms, peak bytes) of one job in a fresh process."""
     where = f"the process that measures the memory of '{label}' with {job['n_atoms']} atoms"
     try:
@@ -158,11 +158,11 @@ def _measure(job: dict[str, Any], label: str, timeout: float) -> tuple[int, int]
             input=json.dumps(job),
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=_TIMEOUT,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise DataError(f"{where} took longer than {timeout:g} s") from None
+        raise DataError(f"{where} took longer than {_TIMEOUT:g} s") from None
     if process.returncode != 0:
         last = (process.stderr.strip().splitlines() or ["no message"])[-1]
         raise DataError(f"{where} ended with status {process.returncode}: {last}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import ase
@@ -97,11 +97,9 @@ def run_nve(
     timestep: float = 1.0,
     thermalization: float = 1.0,
     sample_every: int = 10,
-    pair_cutoff: float = 4.0,
     seed: int = 0,
     force_nonconservative: bool = False,
     trained: Mapping[str, float] | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> NVERun:
     """Integrate Newton's equations with velocity Verlet and judge how well energy is conserved.
 
@@ -116,16 +114,12 @@ def run_nve(
         perfect crystal then ends up at half the temperature.
     sample_every : int
         Steps between samples of energy and distances.
-    pair_cutoff : float
-        Å; closer pairs are looked for.
     seed : int
         Of velocities and thermostat.
     force_nonconservative : bool
         Run even where the calculator's forces are not the gradient of its energy.
     trained : mapping, optional
         Shortest distance in training by pair ("Si-Si"), Å: atoms far below it have fused.
-    progress : callable, optional
-        Called with (steps done, steps in all).
 
     Returns
     -------
@@ -147,7 +141,7 @@ def run_nve(
             f"{temperature:g} K and {n_steps} steps with a sample every {sample_every}"
         )
     start = Structures.from_ase(atoms)
-    record = _Record(pair_cutoff, temperature, timestep, len(atoms), trained)
+    record = _Record(temperature, timestep, len(atoms), trained)
     moving = with_calculator(atoms, calculator)
     if thermalization > 0.0:
         try:
@@ -185,8 +179,6 @@ def run_nve(
                     reason = whole.symptom(frame) or fused(record.shortest, trained)
         except (PotstillError, ValueError, ArithmeticError, RuntimeError) as error:
             reason = f"the calculator or the neighbor list failed ({error})"
-        if progress is not None:
-            progress(step, n_steps)
     return record.judged(step * timestep / 1000.0, reason)
 
 
@@ -228,7 +220,6 @@ def fit_drift(time: np.ndarray, energy: np.ndarray) -> tuple[float, float, float
 class _Record:
     """Samples gathered along a run, and what they say."""
 
-    pair_cutoff: float
     asked: float
     timestep: float
     n_atoms: int
@@ -244,7 +235,7 @@ class _Record:
         self.energy.append(float(atoms.get_total_energy()) / len(atoms))
         self.temperature.append(self.kinetic_temperature(atoms))
         frame = Structures.from_ase(atoms)
-        for pair, distance in closest_pairs(frame, self.pair_cutoff).items():
+        for pair, distance in closest_pairs(frame).items():
             self.shortest[pair] = min(distance, self.shortest.get(pair, math.inf))
         return frame
 

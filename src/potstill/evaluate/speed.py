@@ -84,7 +84,6 @@ def md_speed(
     sizes: Sequence[int] = (64, 256, 1024),
     rounds: int = 5,
     seconds_per_round: float = 1.0,
-    max_steps: int = 200,
     timestep: float = 1.0,
     temperature: float = 300.0,
     seed: int = 0,
@@ -106,9 +105,7 @@ def md_speed(
     rounds : int
         Turns of each calculator.
     seconds_per_round : float
-        About how long a turn lasts: it sets the number of steps, from one to `max_steps`.
-    max_steps : int
-        Steps in a turn at most.
+        About how long a turn lasts: it sets the number of steps, from 1 to 200.
     timestep, temperature : float
         fs and K.
     seed : int
@@ -126,7 +123,7 @@ def md_speed(
             runs[name] = VelocityVerlet(moving, timestep=timestep * FS_IN_ASE_TIME)
             _timed(runs[name], 1)  # imports, compilation, first neighbor list
         steps = {
-            name: int(np.clip(seconds_per_round / _timed(run, 1)[0], 1, max_steps))
+            name: int(np.clip(seconds_per_round / _timed(run, 1)[0], 1, 200))
             for name, run in runs.items()
         }
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}

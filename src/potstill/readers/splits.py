@@ -43,10 +43,8 @@ def split_by_seed(n: int, fractions: Mapping[str, float], seed: int) -> dict[str
     return {name: part.sort().values for name, part in zip(fractions, parts, strict=True)}
 
 
-def split_by_group(
-    groups: Sequence[str], parts: Mapping[str, Sequence[str]], rest: str = "train"
-) -> dict[str, Tensor]:
-    """Split by the names of groups.
+def split_by_group(groups: Sequence[str], parts: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+    """Split by the names of groups; those that no part names are for training.
 
     Parameters
     ----------
@@ -54,8 +52,6 @@ def split_by_group(
         Group of each system, as in `Structures.group`.
     parts : mapping of str to sequence of str
         Names or patterns (`Surface*`) of the groups of each part.
-    rest : str
-        The part that takes all other groups.
 
     Returns
     -------
@@ -79,8 +75,8 @@ def split_by_group(
                     raise ConfigError(
                         f"group '{name}' is claimed by '{owner[name]}' and by '{part}'"
                     )
-    assigned = [owner.get(name, rest) for name in groups]
-    order = dict.fromkeys((rest, *parts))
+    assigned = [owner.get(name, "train") for name in groups]
+    order = dict.fromkeys(("train", *parts))
     return {
         part: torch.tensor([k for k, own in enumerate(assigned) if own == part], dtype=torch.int64)
         for part in order

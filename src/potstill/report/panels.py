@@ -5,8 +5,8 @@ Nothing here draws, so that an evaluation can say what its figures hold without 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from typing import Literal
 
@@ -41,16 +41,12 @@ _SPARE = ("#8C564B", "#6A3D9A", "#B2A000", "#7F7F7F", "#17A589", "#A93226", "#2E
 _SPARE_MARKERS = ("X", ">", "h", "p", "d", "8", "H")
 
 
-def looks(names: Iterable[str], labels: Mapping[str, str] | None = None) -> dict[str, Look]:
-    """Looks of all series of a report: fixed ones where known, spare ones in the given order.
-
-    `labels` are what legends call some of them: by default a known name in words, or the name.
-    """
+def looks(names: Iterable[str]) -> dict[str, Look]:
+    """Looks of all series of a report: fixed ones where known, spare ones in the given order."""
     found: dict[str, Look] = {}
     spare = cycle(zip(_SPARE, _SPARE_MARKERS, strict=True))
     for name in dict.fromkeys(names):
-        look = LOOKS.get(name) or Look(name.replace("_", " "), *next(spare))
-        found[name] = replace(look, label=(labels or {}).get(name, look.label))
+        found[name] = LOOKS.get(name) or Look(name.replace("_", " "), *next(spare))
     return found
 
 

@@ -198,9 +198,9 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:,.{max(0, digits - 1 - size)}f}".replace("-", "−")
 
 
-def signed(value: float, digits: int = 2) -> str:
-    """`number` with its sign."""
-    return f"{'−' if value < 0 else '+'}{number(abs(value), digits)}"
+def signed(value: float) -> str:
+    """A number of two digits with its sign."""
+    return f"{'−' if value < 0 else '+'}{number(abs(value), 2)}"
 
 
 def shown(cell: Cell, digits: int = 3) -> str:

@@ -349,9 +349,7 @@ def as_pair(value: float | Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def span(value: float | Sequence[float], digits: int = 4) -> str:
+def span(value: float | Sequence[float]) -> str:
     """Write a number or a range, as in `300` or `300-1500`."""
     low, high = as_pair(value)
-    if low == high:
-        return f"{low:.{digits}g}"
-    return f"{low:.{digits}g}-{high:.{digits}g}"
+    return f"{low:.4g}" if low == high else f"{low:.4g}-{high:.4g}"
