@@ -13,7 +13,6 @@ from potstill.sample.dedup import distance_fingerprints, drop_duplicates, farthe
 from potstill.sample.jitter import (
     AscentJob,
     JitterJob,
-    ascent_jitter,
     discrepancy_gradient,
     random_jitter,
 )
@@ -147,7 +146,6 @@ __all__ = [
     "run_md",
     "rattle",
     "random_jitter",
-    "ascent_jitter",
     "discrepancy_gradient",
     "random_strain",
     "scale_volume",

@@ -35,49 +35,18 @@ def random_jitter(
     norm: float,
     generator: np.random.Generator,
     *,
+    direction: Tensor | None = None,
     norm_of: NormOf = "structure",
 ) -> Structures:
-    """Displace the free atoms of each structure in a random direction, by a fixed norm in Å.
+    """Displace the free atoms of each structure by a fixed norm in Å, in a random direction.
 
-    The direction is uniform on the sphere. `norm_of` says whether δ is the displacement of all
-    atoms of a structure together, as the paper writes it, or of each.
+    Or along a `direction`, (N, 3), wherever it does not vanish: `discrepancy_gradient` makes it one
+    step of gradient ascent. Random ones are uniform on the sphere. `norm_of` says whether δ is
+    the displacement of all atoms of a structure together, as the paper writes it, or of each.
     """
-    return _along(structures, None, norm, generator, norm_of)
-
-
-def ascent_jitter(
-    student: Potential,
-    teacher: Potential | BaseCalculator,
-    structures: Structures,
-    norm: float,
-    generator: np.random.Generator,
-    *,
-    norm_of: NormOf = "structure",
-    energy_weight: float = 1.0,
-    forces_weight: float = 100.0,
-) -> Structures:
-    """Displace the free atoms to where student and teacher differ more: one step of fixed norm.
-
-    `norm` and `norm_of` are as of `random_jitter`, the weights as of `discrepancy_gradient`. The
-    generator draws the direction where the gradient vanishes.
-    """
-    weights = {"energy_weight": energy_weight, "forces_weight": forces_weight}
-    gradient = discrepancy_gradient(student, teacher, structures, **weights)
-    return _along(structures, gradient, norm, generator, norm_of)
-
-
-def _along(
-    structures: Structures,
-    direction: Tensor | None,
-    norm: float,
-    generator: np.random.Generator,
-    norm_of: NormOf,
-) -> Structures:
-    """Displaced along a direction, at random where there is none or it vanishes."""
     drawn = torch.from_numpy(generator.normal(size=tuple(structures.positions.shape)))
-    if direction is None:
-        return displaced(structures, drawn, norm, norm_of=norm_of)
-    return displaced(structures, direction, norm, norm_of=norm_of, spare=drawn)
+    towards = drawn if direction is None else direction
+    return displaced(structures, towards, norm, norm_of=norm_of, spare=drawn)
 
 
 def displaced(
@@ -241,8 +210,9 @@ class JitterJob(IndependentJob):
         norms, direction = self.spread(self.norm), self._direction(start, calculator)
 
         def make(k: int, generator: np.random.Generator) -> tuple[Structures, str]:
-            moved = _along(start, direction, norms[k], generator, self.norm_of)
-            return moved, f", {norms[k]:.3f} Å"
+            norm, norm_of = norms[k], self.norm_of
+            moved = random_jitter(start, norm, generator, direction=direction, norm_of=norm_of)
+            return moved, f", {norm:.3f} Å"
 
         return make
 
