@@ -38,7 +38,7 @@ from potstill.models import TapSpec, build_model
 from potstill.species import SpeciesTable
 from potstill.train import TrainSettings
 from potstill.train.settings import ModelSettings, ScoreSettings
-from potstill.workflows.base import Settings, TeacherSettings, merged
+from potstill.workflows.base import Settings, TeacherSettings, merged, one_of
 from potstill.workflows.data import DataSettings, FileData, SplitData, is_store
 
 #: Table 1 of Matin et al.: first epoch of each stage, and the weights from there on.
@@ -372,11 +372,7 @@ class StudyModel(Settings):
     checkpoint: TeacherSettings | None = None
     train: dict[str, Any] = Field(default_factory=dict)
 
-    @model_validator(mode="after")
-    def _one_origin(self) -> StudyModel:
-        if bool(self.kind) == (self.checkpoint is not None):
-            raise ValueError("give either 'kind' or 'checkpoint'")
-        return self
+    _one_origin = one_of("kind", "checkpoint")
 
     @cached_property
     def taps(self) -> Mapping[str, TapSpec]:

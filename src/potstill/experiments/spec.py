@@ -13,7 +13,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel
 
 from potstill.distill import LossTerm
 from potstill.distill.terms import Line
@@ -21,7 +21,7 @@ from potstill.errors import ConfigError
 from potstill.evaluate.base import Role as Role
 from potstill.structures import Properties, Structures
 from potstill.train import TrainSettings
-from potstill.workflows.base import Settings, TeacherSettings
+from potstill.workflows.base import Settings, TeacherSettings, one_of
 from potstill.workflows.data import DataSettings, FileData, is_store, read_labeled
 
 #: The source of everything that a student learns from its teacher.
@@ -184,11 +184,7 @@ class HeldOutSet(Settings):
     store: str | None = None
     forces_only: bool = False
 
-    @model_validator(mode="after")
-    def _one_origin(self) -> HeldOutSet:
-        if (self.file is None) == (self.store is None):
-            raise ValueError("give either 'file' or 'store'")
-        return self
+    _one_origin = one_of("file", "store")
 
     @classmethod
     def at(cls, path: str) -> HeldOutSet:

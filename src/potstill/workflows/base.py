@@ -16,7 +16,14 @@ from typing import Annotated, Any
 import ase
 from ase.build import bulk
 from ase.io import write
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from ruamel.yaml import YAML
 
 from potstill.display import Display as Display
@@ -37,6 +44,17 @@ class Settings(BaseModel):
     """Base of all settings: frozen, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def one_of(first: str, second: str) -> Any:
+    """A check of settings in which either of two keys must be given, and not both."""
+
+    def check(settings: Any) -> Any:
+        if bool(getattr(settings, first)) == bool(getattr(settings, second)):
+            raise ValueError(f"give either '{first}' or '{second}'")
+        return settings
+
+    return model_validator(mode="after")(check)
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

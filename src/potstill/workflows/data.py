@@ -18,7 +18,7 @@ from potstill.readers import KeyMap, Units, read, split_by_group, split_by_seed,
 from potstill.store import LabeledStore
 from potstill.structures import Properties, Structures
 from potstill.train import TrainingSet
-from potstill.workflows.base import Settings
+from potstill.workflows.base import Settings, one_of
 
 
 class FileData(Settings):
@@ -139,11 +139,7 @@ class SyntheticData(Settings):
     source: str = "reference"
     counts_as: str = "reference"
 
-    @model_validator(mode="after")
-    def _one_origin(self) -> SyntheticData:
-        if (self.store is None) == (not self.files):
-            raise ValueError("give either 'store' or 'files'")
-        return self
+    _one_origin = one_of("store", "files")
 
     def load(self) -> TrainingSet:
         """Read it, with the labels under both names."""
@@ -178,11 +174,7 @@ class DataSettings(Settings):
     split: SplitData = Field(default_factory=SplitData)
     synthetic: SyntheticData | None = None
 
-    @model_validator(mode="after")
-    def _one_origin(self) -> DataSettings:
-        if (self.store is None) == (not self.files):
-            raise ValueError("give either 'store' or 'files'")
-        return self
+    _one_origin = one_of("store", "files")
 
 
 def is_store(path: str) -> bool:
