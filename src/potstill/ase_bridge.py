@@ -50,7 +50,7 @@ def velocities_of(atoms: ase.Atoms) -> np.ndarray:
 
 
 def fields_of(frames: Sequence[ase.Atoms], table: SpeciesTable | None = None) -> dict[str, Any]:
-    """Return the arguments of `Structures` for some frames; labels are the readers' work.
+    """Return the arguments of `Structures` for some frames; labels are left to the readers.
 
     Raises
     ------

@@ -233,7 +233,7 @@ _TAGS = frozenset({"float", "int", "str", "bool", "tuple", "list", "dict"})
 
 
 def known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Keys that are legal where the last part of a location was found."""
+    """Valid keys at the level of the last part of a location."""
     models = [model]
     for part in location[:-1]:
         if not isinstance(part, str):

@@ -110,7 +110,7 @@ def structure(
 
 
 def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Normal numbers in float64."""
+    """Normally distributed numbers in float64."""
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
@@ -123,14 +123,14 @@ def predictable(potential: Potential) -> tuple[str, ...]:
 
 
 def predicted(potential: Potential, structures: Structures) -> Prediction:
-    """Everything that it predicts, with all taps."""
+    """All properties that a potential predicts, with all taps."""
     return potential.predict(
         structures, properties=predictable(potential), taps=list(potential.taps)
     )
 
 
 def refused(call: Callable[[], object], otherwise: str) -> None:
-    """See that a call raises `ModelError`."""
+    """Check that a call raises `ModelError`."""
     try:
         call()
     except ModelError:
@@ -176,6 +176,6 @@ def close(
 
 
 def zero(value: Tensor, what: str, tolerance: float = 1e-12) -> None:
-    """See that nothing is larger than the tolerance."""
+    """Check that nothing exceeds the tolerance."""
     worst = float(value.abs().max()) if value.numel() else 0.0
     assert worst <= tolerance, f"{what}: {worst:.2e} where zero was expected"

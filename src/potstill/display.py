@@ -10,11 +10,11 @@ class Task:
     """One piece of work on a display."""
 
     def update(self, done: float, total: float | None = None, note: str = "") -> None:
-        """Show how far it is, and a few words."""
+        """Show progress and a short note."""
 
 
 class Display:
-    """Receives what a workflow has to tell; this one keeps silent."""
+    """Receives the messages of a workflow; this one is silent."""
 
     def say(self, text: str) -> None:
         """Show a line."""
@@ -24,7 +24,7 @@ class Display:
 
     @contextmanager
     def task(self, title: str, total: float | None = None) -> Iterator[Task]:
-        """Show a piece of work with its progress while it is under way."""
+        """Show the progress of a task while it runs."""
         yield Task()
 
 

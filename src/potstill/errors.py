@@ -13,11 +13,11 @@ from types import ModuleType
 
 
 class PotstillError(Exception):
-    """Base class of all errors that a user can cause and mend."""
+    """Base class of all errors that a user can cause and fix."""
 
 
 class DataError(PotstillError):
-    """A file, frame or array is not what it should be."""
+    """A file, frame or array is invalid."""
 
 
 class MissingLabelError(DataError):
@@ -33,7 +33,7 @@ class ConfigError(PotstillError):
 
 
 class ModelError(PotstillError):
-    """A model or checkpoint does not fit what is asked of it."""
+    """A model or checkpoint does not fit the request."""
 
 
 class TeacherError(PotstillError):
@@ -41,7 +41,7 @@ class TeacherError(PotstillError):
 
 
 class DivergenceError(PotstillError):
-    """Training or molecular dynamics left the finite numbers."""
+    """Training or molecular dynamics diverged."""
 
 
 class OptionalDependencyError(PotstillError):

@@ -19,7 +19,7 @@ _READ_FRAMES = 256
 
 @dataclass(frozen=True)
 class LabelReport:
-    """What labeling a store came to.
+    """Outcome of labeling a store.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ def label_store(
 def _report(
     failed: list[dict[str, Any]], done: int, first: int, total: int, start_time: float
 ) -> LabelReport:
-    """What a run from frame `first` on came to; `done` of all frames have been gone through."""
+    """Outcome of a run from frame `first` on, when `done` frames have been processed."""
     seconds = time.perf_counter() - start_time
     return LabelReport(done - len(failed), len(failed), failed, seconds, max(total - first, 0))
 
@@ -124,7 +124,7 @@ class _Pending:
         self.written = time.monotonic()
 
     def add(self, labels: Properties, structures: Structures, failures: Sequence[Failure]) -> None:
-        """Take the labels of the next frames, and write all of them if it is time."""
+        """Take the labels of the next frames, and write all of them if a write is due."""
         self.parts.append((labels, structures))
         self.failed += [asdict(f) | {"system": self.n + f.system} for f in failures]
         self.n += len(structures)

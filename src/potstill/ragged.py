@@ -70,7 +70,7 @@ def as_indices(systems: Sequence[int] | Tensor, n_systems: int) -> Tensor:
 
 
 def draw(n: int, count: int, seed: int) -> Tensor:
-    """Increasing numbers below n, (count,) of them or all if there are fewer; a seed's own."""
+    """(count,) increasing random numbers below n, all if there are fewer; the same for a seed."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return order[:count].sort().values
 

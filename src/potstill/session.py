@@ -59,7 +59,7 @@ class Data:
     source : str
         Name of the labels: the teacher's, or `reference`.
     teacher : mapping, optional
-        Who the teacher is; it goes into what is trained.
+        Identity of the teacher, stored in the trained potential.
     """
 
     train: TrainingSet
@@ -88,13 +88,13 @@ def sample(
     Parameters
     ----------
     structures : str, Path, Atoms, list of Atoms or Structures
-        Where to start; cells should be large enough for MD.
+        Starting structures; cells should be large enough for MD.
     teacher : str, Path, Teacher or ASE calculator
         What drives MD.
     temperature : float or (lowest, highest)
         K.
     n_frames, seed : int
-        How many frames, and where random numbers start.
+        Number of frames, and seed of all random numbers.
     out : path, optional
         Keep the frames there; called again, an interrupted run resumes.
     **settings
@@ -124,7 +124,7 @@ def label(
     teacher : str, Path, Teacher or ASE calculator
         Who labels.
     properties : sequence of str, optional
-        What to ask for; by default all that the teacher gives and a student can learn.
+        Properties to compute; by default all that the teacher gives and a student can learn.
     split : mapping of str to float, optional
         Shares of `train`, `validation` and `test`.
     seed : int
@@ -172,7 +172,7 @@ def train(
     out : path
         The run folder.
     epochs, seed : int
-        How long, and where random numbers start.
+        Number of epochs, and seed of all random numbers.
     display : Display, optional
         Where progress is shown.
     **settings
@@ -238,7 +238,7 @@ def md(
     Parameters
     ----------
     model : str, Path, Potential or ASE calculator
-        Who computes forces.
+        Potential that drives the dynamics.
     structure : str, Path, Atoms or Structures
         Where to start.
     out : path, optional
@@ -307,7 +307,7 @@ def _data(
 
 @contextmanager
 def _folder(out: str | Path | None) -> Iterator[Path]:
-    """The folder that is asked for, or one that does not outlive the call."""
+    """The given folder, or a temporary one."""
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
         yield Path(out)

@@ -330,7 +330,7 @@ class Structures:
     def from_ase(
         cls, frames: ase.Atoms | Sequence[ase.Atoms], *, table: SpeciesTable | None = None
     ) -> Structures:
-        """Take positions, cell, pbc, constraints and tags from ASE; labels are the readers' work.
+        """Take positions, cell, pbc, constraints and tags from ASE; labels are left to the readers.
 
         `group` is `info["config_type"]` and `frame_id` is `info["frame_id"]` where present;
         `charge` and `spin_multiplicity` are `info["charge"]` and `info["spin"]`. Atoms of ASE's
@@ -393,7 +393,7 @@ NEUTRAL: dict[str, float | int | bool] = {
 
 
 def neutral_field(name: str, structures: Structures) -> Tensor | tuple[str, ...]:
-    """What an optional field of a batch is where nobody said."""
+    """Value of an optional field where none is given."""
     if name in ("group", "frame_id"):
         return ("",) * structures.n_systems
     rows = structures.n_atoms if name in ATOM_FIELDS else structures.n_systems

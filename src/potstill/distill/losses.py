@@ -154,7 +154,7 @@ class LossTerm(Line):
 
 
 class LabelTerm(Term):
-    """A line on labels at work."""
+    """The loss term of a line on labels."""
 
     validated = False
 

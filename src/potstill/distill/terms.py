@@ -158,7 +158,7 @@ class CustomLine(Line):
 
 
 class Term(ABC):
-    """A term of a loss at work, named as in logs; regularizers come from no line of settings."""
+    """A loss term, named as in logs; regularizers have no line in the settings."""
 
     #: Predicted values that it is a function of: properties, `terms` (of the atomic energies, as a
     #: `Prediction` has them), and feature taps of the student.
@@ -192,7 +192,7 @@ class Term(ABC):
 
 
 class Terms(nn.Module):
-    """All terms of a run's loss, as they are added up; parameters of theirs are trained along."""
+    """All terms of a loss, in the order of the sum; their parameters are trained as well."""
 
     def __init__(self, terms: Iterable[Term] = ()) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class Terms(nn.Module):
         self.members = nn.ModuleList(term for term in self.all if isinstance(term, nn.Module))
 
     def active(self, epoch: int) -> list[Term]:
-        """Those that weigh in an epoch."""
+        """Terms with a weight other than zero in an epoch."""
         return [term for term in self.all if term.weight_at(epoch) != 0.0]
 
     def weights(self, epoch: int) -> dict[str, float]:
@@ -219,7 +219,7 @@ class Terms(nn.Module):
 
 
 def required_signals(lines: Iterable[Line]) -> dict[str, set[str]]:
-    """Which properties a run needs from which source; lines that never weigh are left out."""
+    """Which properties a run needs from which source; those of zero weight are left out."""
     needs: dict[str, set[str]] = {}
     for line in lines:
         if line.ever_active and line.labels:

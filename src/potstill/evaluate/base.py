@@ -150,7 +150,7 @@ class Role(StrEnum):
 
     @classmethod
     def of_name(cls, name: str) -> Role:
-        """By the start of a name: of models whose role nobody stated, as in older folders."""
+        """Role by the start of a name, for models without a stated role, as in older folders."""
         return next((role for role in cls if name.startswith(role)), cls.OTHER)
 
 
@@ -163,7 +163,7 @@ class Candidate:
     name : str
         What tables call it.
     spec : str
-        A checkpoint, or whatever names a teacher.
+        A checkpoint, or the spec of a teacher.
     args : dict
         Of the calculator.
     role : Role, optional
@@ -360,7 +360,7 @@ SECTIONS: dict[str, tuple[str, str, str]] = {
 
 
 class Evaluation(BaseModel, ABC):
-    """One evaluation: its settings are its fields, everything else is below.
+    """One evaluation; its fields are its settings.
 
     To add one, write a subclass and put it into `potstill.evaluate.table.EVALUATIONS`. Give its
     numbers by the keys of `potstill.metrics.METRICS` (with a row there for a new one): `metrics`
@@ -384,7 +384,7 @@ class Evaluation(BaseModel, ABC):
     numbers: ClassVar[Mapping[str, str]] = {}
 
     def lacks(self, bench: Bench) -> str:
-        """Say what a bench lacks for it, in words; empty where the evaluation applies."""
+        """What the bench lacks for this evaluation, in words; empty if it applies."""
         structure = bench.structure
         crystal = structure is not None and bool(structure.pbc.all())
         wanted: dict[str, tuple[bool, str]] = {

@@ -264,7 +264,7 @@ class CKATracker:
         self.taps = (student_taps, compared_taps(teacher, teacher_taps))
 
     def __call__(self, record: Mapping[str, Any]) -> None:
-        """Compare, if it is this epoch's turn."""
+        """Compare if this epoch is due."""
         epoch = int(record["epoch"])
         if (epoch - 1) % self.every or not (self.folder / "best.pt").is_file():
             return

@@ -324,13 +324,13 @@ AIM_RELATIVE_FORCES = 0.10
 
 
 def target_of(found: Findings) -> str:
-    """Whose labels errors are quoted against: "reference" if there are any, else "teacher"."""
+    """Source of the labels that errors are quoted against: "reference" if any, else "teacher"."""
     channels = {c for r in found.of("errors", ErrorReport).values() for c in r.channels}
     return "reference" if any(c.endswith("-reference") for c in channels) else "teacher"
 
 
 def errors_of(found: Findings, model: str) -> dict[str, float]:
-    """Metrics of a model against the target, whoever's evaluation they were found in."""
+    """Metrics of a model against the target, from any evaluation that has them."""
     wanted = f"{model}-{target_of(found)}"
     reports = found.of("errors", ErrorReport)
     for report in (reports.get(model), *reports.values()):
@@ -356,7 +356,7 @@ class Errors(Evaluation):
 
     @classmethod
     def metrics(cls, result: ErrorReport) -> dict[str, float]:
-        """Errors against whoever gave the labels."""
+        """Errors against the source of the labels."""
         return {key: value for key, value in result.own.items() if key in METRICS}
 
     @classmethod

@@ -19,7 +19,7 @@ from potstill.report.panels import Panel, Series
 
 @dataclass(frozen=True)
 class LearningCurves(Result):
-    """Numbers against epochs.
+    """Recorded numbers by epoch.
 
     Parameters
     ----------

@@ -137,7 +137,7 @@ def memory_per_atom(
 
 
 def _fits(measured: list[tuple[int, int]], size: int) -> bool:
-    """Whether a size surely fits into the free memory, judged by smaller ones.
+    """Whether a size safely fits into the free memory, judged by smaller ones.
 
     The kernel ends processes, perhaps others than ours, when memory runs out: we do not try.
     """

@@ -307,7 +307,7 @@ class NVE(Evaluation):
     force_nonconservative: bool = False
 
     def run(self, bench: Bench, candidate: Candidate) -> NVERun:
-        """Run the supercell; a checkpoint on one thread, for which it is too small for more."""
+        """Run the supercell; a checkpoint on one thread, since it is too small for more."""
         with limited_threads(1 if candidate.is_checkpoint else torch.get_num_threads()):
             return run_nve(
                 bench.supercell,
@@ -328,7 +328,7 @@ class NVE(Evaluation):
 
     @classmethod
     def rows(cls, found: Findings) -> Iterable[Row]:
-        """Setting, fit, closest approach and what became of the run."""
+        """Setting, fit, closest approach and outcome of the run."""
         runs = found.of(cls.name, NVERun)
         if not runs:
             return

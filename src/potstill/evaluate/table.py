@@ -75,7 +75,7 @@ Options = Annotated[dict[str, dict[str, Any]], AfterValidator(_checked)]
 
 
 def attempt(evaluation: Evaluation, bench: Bench, candidate: Candidate) -> Any:
-    """Plain JSON of a result, or `{"error": ...}`: what fails does not end the others."""
+    """Plain JSON of a result, or `{"error": ...}`: a failure does not stop the others."""
     try:
         result = evaluation.run(bench, candidate)
     except PotstillError as error:

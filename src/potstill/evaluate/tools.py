@@ -116,17 +116,17 @@ _APART = 15.0
 
 
 def is_checkpoint(spec: str) -> bool:
-    """Whether text names one of potstill's own files."""
+    """Whether a spec names a potstill checkpoint."""
     return spec.endswith(".pt") and "," not in spec and "*" not in spec
 
 
 def make_calculator(spec: str, args: dict[str, Any] | None = None) -> BaseCalculator:
-    """Make an ASE calculator from text, so that a fresh process can make the same one.
+    """Make an ASE calculator from a spec, as a new process can do as well.
 
     Parameters
     ----------
     spec : str
-        A potstill checkpoint (`*.pt`), or whatever names a teacher: `chgnet`, `module:factory`.
+        A potstill checkpoint (`*.pt`) or a teacher: `chgnet`, `module:factory`.
     args : dict, optional
         Keyword arguments.
     """
@@ -147,7 +147,7 @@ def limited_threads(n: int) -> Iterator[None]:
 
 
 def machine_description() -> dict[str, Any]:
-    """Say what timings and memory figures were taken on: processor, threads, versions."""
+    """Processor, threads and versions that timings and memory figures belong to."""
     packages = versions_of("potstill", "torch", "numpy", "ase", "vesin")
     return {
         "cpu": _cpu_model(),

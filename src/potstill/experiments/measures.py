@@ -394,7 +394,7 @@ class SimilaritySettings(Settings):
         -------
         dict
             `throughput` by model, `cka` by run (student with teacher `after` and `before`),
-            `probes` by model and run, `teachers`: errors of teachers from elsewhere.
+            `probes` by model and run, `teachers`: errors of external teachers.
         """
         experiment, data = finished.experiment, load_parts(finished.experiment.data.parts)
         validation = data[0]["validation"]
@@ -450,7 +450,7 @@ class SimilaritySettings(Settings):
 
 
 def _teacher_file(finished: Finished, run: Run) -> Path | None:
-    """The teacher's potential; teachers that are none of potstill's have no such file."""
+    """Checkpoint of the teacher; external teachers without one have no file."""
     given = run.variant.teacher
     if isinstance(given, GivenTeacher):
         return Path(given.model.spec)

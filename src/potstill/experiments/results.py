@@ -1,4 +1,4 @@
-"""What the runs of a study have come to: one row per run, the seeds of a variant together.
+"""Results of the runs of a study: one row per run, the seeds of a variant together.
 
 Tables and figures take every mean over seeds, and every comparison of a student with what it is
 judged by, from here.
@@ -80,7 +80,7 @@ class Group:
 
     @property
     def strategy(self) -> str:
-        """What tables call that."""
+        """Name of the strategy in tables."""
         return self.variant.strategy
 
     @property
@@ -94,7 +94,7 @@ class Group:
         return {row.run.seed for row in self.rows}
 
     def at(self, seeds: set[int]) -> Group:
-        """Runs of these seeds; a teacher from elsewhere has none (-1) and belongs to all."""
+        """Runs of these seeds; an external teacher has none (-1) and belongs to all."""
         return Group(tuple(r for r in self.rows if r.run.seed in seeds or r.run.seed < 0))
 
     def values(self, key: str, split: str | None = None) -> list[float]:
@@ -211,7 +211,7 @@ class Results:
         return [g for g in groups if g.variant.against and g.rows[0].tests is not None]
 
     def measured(self, keys: Iterable[str]) -> list[Metric]:
-        """The metrics that at least one run has a finite value of."""
+        """Metrics for which at least one run has a finite value."""
         groups = self.variants.values()
         return [metric_of(key) for key in keys if any(group.values(key) for group in groups)]
 

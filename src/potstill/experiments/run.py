@@ -102,7 +102,7 @@ class RunRecord(Result):
 
 
 def _upgraded(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of the engines before this one, of sizes or of features."""
+    """A record of earlier versions, of a study of sizes or of features."""
     same = ("seed", "n_parameters", "epochs", "best_epoch", "seconds", "threads")
     found = {key: cell[key] for key in same} | {"metrics": {}, "tests": None, "taps": {}}
     found |= {

@@ -171,7 +171,7 @@ class _Worker:
         return True
 
     def interrupt(self) -> None:
-        """Let a job that is under way end; a training stops with a checkpoint."""
+        """Ask the current job to stop; a training writes a checkpoint first."""
         if self._process is not None and self.job is not None:
             self._process.terminate()
 

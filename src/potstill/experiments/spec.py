@@ -129,7 +129,7 @@ class Variant:
 
     @property
     def teacher_name(self) -> str:
-        """The variant, or teacher from elsewhere, that it learns from."""
+        """The variant or external teacher that it learns from."""
         if isinstance(self.teacher, TrainedTeacher):
             return self.teacher.variant
         return self.teacher.name if isinstance(self.teacher, GivenTeacher) else ""
@@ -308,7 +308,7 @@ class Experiment:
 
     @property
     def given_teachers(self) -> dict[str, TeacherSettings]:
-        """Teachers from elsewhere by name."""
+        """External teachers by name."""
         found = [v.teacher for v in self.variants if isinstance(v.teacher, GivenTeacher)]
         return {teacher.name: teacher.model for teacher in found}
 

@@ -206,7 +206,7 @@ _GRID_NOTE = (
 
 
 def _telling(groups: Iterable[Group], split: str | None) -> list[Metric]:
-    """Metrics that say something: EFwT may be zero everywhere."""
+    """Metrics that are not zero throughout, as EFwT may be."""
     groups = list(groups)
     return [m for m in S2EF_COLUMNS if any(any(g.values(m.key, split)) for g in groups)]
 
@@ -214,7 +214,7 @@ def _telling(groups: Iterable[Group], split: str | None) -> list[Metric]:
 def _cells(
     results: Results, group: Group, metrics: Iterable[Metric], split: str | None
 ) -> list[Cell]:
-    """Value and share of the gap for each metric, and what becomes of energies and forces."""
+    """Value and share of the gap for each metric, and the changes of energies and forces."""
     cells: list[Cell] = []
     judged = bool(group.variant.against)
     for metric in metrics:

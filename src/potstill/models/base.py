@@ -61,7 +61,7 @@ class TapSpec:
 
 
 class FeatureRecorder:
-    """Keeps the taps that were asked for and lets go of all other features.
+    """Keeps the requested taps and drops all other features.
 
     Parameters
     ----------
@@ -206,7 +206,7 @@ class Potential(nn.Module, ABC):
 
     @property
     def spec(self) -> str:
-        """The kind, or `module:Class` of a model from elsewhere, to build it again."""
+        """The kind, or `module:Class` of an external model, to build it again."""
         kind = type(self)
         own = kind.__module__.startswith("potstill.")
         return self.kind if own else f"{kind.__module__}:{kind.__qualname__}"

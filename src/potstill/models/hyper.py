@@ -21,7 +21,7 @@ Real = Annotated[float, WrapValidator(_as_given), PlainSerializer(lambda number:
 
 
 class Hyperparameters(BaseModel):
-    """What one kind of model can be told: a subclass has a field, with a default, for each value.
+    """Hyper-parameters of one kind of model; a subclass has a field with a default for each.
 
     The docstring of the subclass documents them, as those of all settings do.
     """

@@ -26,7 +26,7 @@ from potstill.structures import NEUTRAL, Properties, Structures
 
 
 class DataWarning(UserWarning):
-    """Data can be read, but something about them deserves a look."""
+    """Data were read, but something about them should be checked."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Checks:
-    """What a run demands of a file, as of `read`."""
+    """Requirements on a file, as in `read`."""
 
     require: Sequence[str] = ()
     allow_partial: bool = False

@@ -51,7 +51,7 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
 
 
 def plain_label(name: str) -> str:
-    """What a model or strategy is called in tables and sentences."""
+    """Name of a model or strategy in tables and sentences."""
     label = LOOKS[name].label if name in LOOKS else name.replace("_", " ")
     return label.replace("$w_F$", "w_F").replace("born again", "born-again student")
 

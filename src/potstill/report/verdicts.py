@@ -108,7 +108,7 @@ def compare(metric: Metric, ours: Sequence[float], theirs: Sequence[float]) -> C
 
 
 def sentence(comparison: Comparison, ours: str, theirs: str) -> str:
-    """One sentence: both values, the difference, and what to make of it.
+    """One sentence: both values, their difference, and whether it is significant.
 
     `ours` and `theirs` are what the two are called, without article.
     """

@@ -123,7 +123,7 @@ def standard_plan(
 
 
 def even_parts(total: int, n: int) -> list[int]:
-    """Share `total` among `n` as evenly as can be, the first getting what is left over."""
+    """Split `total` into `n` parts as evenly as possible, larger parts first."""
     return [total // n + (k < total % n) for k in range(n)]
 
 

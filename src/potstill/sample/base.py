@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 
 def make_generator(seed: int, *key: int) -> np.random.Generator:
-    """Make a random generator of its own for each (seed, key), independent of all others.
+    """Make an independent random generator for each (seed, key).
 
     The key says what it is for: the number of a job and of a frame in it, say.
     """
@@ -108,7 +108,7 @@ class SampledFrames:
 
     @classmethod
     def independent(cls, structures: Structures) -> SampledFrames:
-        """Frames that no dynamics made: no temperature, pressure, energy or time."""
+        """Frames without dynamics: no temperature, pressure, energy or time."""
         nan = torch.full((structures.n_systems,), torch.nan, dtype=torch.float64)
         job = torch.zeros(structures.n_systems, dtype=torch.int64)
         return cls(structures, nan, nan.clone(), nan.clone(), job, nan.clone())
@@ -186,7 +186,7 @@ class Call:
         return make_generator(self.seed, self.number, *key)
 
     def tell(self, done: int, total: int) -> None:
-        """Report progress to whoever asked for it."""
+        """Report progress, if requested."""
         if self.progress is not None:
             self.progress(done, total)
 
@@ -285,11 +285,11 @@ Maker = Callable[[int, np.random.Generator], tuple[Structures, str]]
 
 @dataclass(frozen=True, kw_only=True)
 class IndependentJob(Job):
-    """Frames that owe nothing to one another, each from a generator of its own."""
+    """Independent frames, each with its own random generator."""
 
     @abstractmethod
     def maker(self, start: Structures, calculator: BaseCalculator | None) -> Maker:
-        """Get ready to make frames."""
+        """Return the function that makes the frames."""
 
     def make(
         self, start: Structures, calculator: BaseCalculator | None, call: Call

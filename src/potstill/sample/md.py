@@ -53,7 +53,7 @@ _LONGEST_WAIT = 20
 
 @dataclass(frozen=True)
 class MDState:
-    """All that a run needs to go on, and what it found at that moment.
+    """Everything needed to continue a run, with energy and forces at that moment.
 
     Parameters
     ----------
@@ -113,9 +113,9 @@ class MDJob(Job):
         Take a frame only once the correlation of its forces with those of the last frame taken
         (between -1 and 1) is at most this; `stride` is then the least distance.
     force_nonconservative : bool
-        Run at constant energy even where the calculator says that it conserves none.
+        Run at constant energy even if the calculator does not conserve it.
     allow_dissociation : bool
-        Go on where the structure comes apart (`potstill.soundness`); else the run ends there.
+        Continue if the structure comes apart (`potstill.soundness`); otherwise the run ends.
     """
 
     kind: ClassVar[str] = "md"
@@ -175,7 +175,7 @@ class MDJob(Job):
         return (self.n_equilibration_segments + self.n_frames) * (self.steps_per_segment + 1)
 
     def to_json(self) -> dict[str, Any]:
-        """As of all jobs; folders of plans from before the youngest settings stay valid."""
+        """As of all jobs; newer settings are written only if set: older folders stay valid."""
         settings = super().to_json()
         for name in ("force_nonconservative", "allow_dissociation"):
             if not settings[name]:
@@ -230,7 +230,7 @@ class MDJob(Job):
         return self._frames(start, history.taken)
 
     def frames_so_far(self, start: Structures, folder: Path) -> SampledFrames | None:
-        """Frames that a run which did not come to its end has left in its folder; None if none."""
+        """Frames that an unfinished run left in its folder; None if there are none."""
         taken = History(folder).taken
         return self._frames(start, taken) if taken else None
 
@@ -275,7 +275,7 @@ def _moved(start: Structures, state: MDState) -> Structures:
 
 
 def require_conservative(calculator: BaseCalculator | None, what: str) -> None:
-    """Refuse a calculator that says of itself, by `conservative`, that it conserves no energy.
+    """Refuse a calculator that is not `conservative`.
 
     Raises
     ------

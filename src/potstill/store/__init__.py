@@ -151,7 +151,7 @@ class LabeledStore:
 
     @property
     def info(self) -> dict[str, Any]:
-        """What `create` was told."""
+        """Facts given to `create`."""
         return copy.deepcopy(self._record["info"])
 
     @property
@@ -173,7 +173,7 @@ class LabeledStore:
         return {"fingerprint": state["digest"], **copy.deepcopy(info), "units": units}
 
     def n_labeled(self, source: str) -> int:
-        """Frames that a label set has gone through, failed ones included."""
+        """Frames processed for a label set, including failed ones."""
         return self._source(source)["n_done"]
 
     def failures(self, source: str, tap: str | None = None) -> list[dict[str, Any]]:
@@ -185,7 +185,7 @@ class LabeledStore:
         return self._columns.read_failures(self._record, f"labels/{source}")
 
     def fingerprint(self) -> str:
-        """Hash of all structures and labels; the same however the store came about."""
+        """Hash of all structures and labels; independent of how the store was built."""
         state = self._record
         sources = {
             name: [source["info"].get("fingerprint"), source["digest"]]

@@ -52,7 +52,7 @@ class Columns:
         self.derived: dict[str, np.ndarray] = {}
 
     def forget(self) -> None:
-        """Look at the disk again: another process, or a write that failed, changed it."""
+        """Read the disk again after another process or a failed write has changed it."""
         self._arrays.clear()
 
     def read(self, record: Record, name: str, start: int, stop: int) -> np.ndarray:
@@ -136,7 +136,7 @@ class Columns:
         self.append_bytes(record, f"{name}_bytes", b"".join(encoded))
 
     def read_texts(self, record: Record, name: str, start: int, stop: int) -> tuple[str, ...]:
-        """One text per system, empty where nobody wrote one."""
+        """One text per system, empty where none was written."""
         offsets = self.offsets(record, f"{name}_end", start, stop)
         first = int(offsets[0])
         raw = self.read(record, f"{name}_bytes", first, int(offsets[-1])).tobytes()
@@ -223,7 +223,7 @@ def read_record(path: Path) -> Record:
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Commit: replace the record in one step that survives a kill."""
+    """Commit: replace the record atomically."""
     write_atomically(path / _COMMIT, json.dumps(record, indent=1))
 
 

@@ -36,7 +36,7 @@ _WORDS = ("license", "citation", "level_of_theory")
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """Who a teacher is; written beside its labels.
+    """Identity of a teacher, written beside its labels.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class TeacherInfo:
         Hash of all that decides its answers: weights and hyper-parameters, or method, settings and
         version.
     license, citation, level_of_theory : str
-        In words; "unknown" where nobody said.
+        In words; "unknown" if not given.
     versions : dict of str to str
         Packages that compute the labels.
     conservative : bool
@@ -312,7 +312,7 @@ class Teacher(ABC):
 
 
 class TeacherCalculator(Calculator):
-    """ASE calculator that asks a teacher; those of a frame are `FrameError`."""
+    """ASE calculator that asks a teacher; failures of a frame are `FrameError`."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
@@ -346,7 +346,7 @@ class TeacherCalculator(Calculator):
 
 
 def stated(about: Mapping[str, Any]) -> dict[str, str]:
-    """License, citation and level of theory, as far as somebody stated them."""
+    """License, citation and level of theory, as far as they are given."""
     if "licence" in about:  # its spelling in older files
         about = {**about, "license": about["licence"]}
     return {key: str(about[key]) for key in _WORDS if key in about}

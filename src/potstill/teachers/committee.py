@@ -29,7 +29,7 @@ class CommitteeTeacher(Teacher):
         A teacher that gives the members' mean at once, such as an ensemble within one model. It
         answers when no spread is asked for.
     info : TeacherInfo, optional
-        Who the committee is; by default gathered from the members.
+        Identity of the committee; by default gathered from the members.
     """
 
     def __init__(

@@ -67,7 +67,7 @@ class PotentialTeacher(Teacher):
 
 
 def describe_potential(potential: Potential, name: str, info: Mapping[str, Any]) -> TeacherInfo:
-    """Who a potential is, from what its checkpoint says.
+    """Identity of a potential, from its checkpoint.
 
     A distilled potential inherits the license and the level of theory of its own teacher.
     """

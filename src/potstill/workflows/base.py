@@ -247,7 +247,7 @@ class Stages:
         return {name: entry["seconds"] for name, entry in self._done.items()}
 
     def note(self, name: str) -> str:
-        """What a finished stage left to say."""
+        """Message that a finished stage left."""
         return str(self._done[name].get("note", ""))
 
     @contextmanager

@@ -107,7 +107,7 @@ class MdResult:
 
 
 def run_dynamics(config: MdConfig, display: Display | None = None) -> MdResult:
-    """Run molecular dynamics, or what is left of it, and write its trajectory.
+    """Run molecular dynamics, or the rest of it, and write its trajectory.
 
     The folder gets `config.yaml`, `trajectory.extxyz` and `thermo.csv`.
     """

@@ -110,7 +110,7 @@ class EvaluateConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _options_in_place(cls, data: Any) -> Any:
-        """Bring settings that stand with `tests`, or among `settings` as of old, to `options`."""
+        """Move settings given with `tests`, or in `settings` as in older configs, to `options`."""
         if not isinstance(data, Mapping):
             return data
         data = dict(data)
@@ -207,7 +207,7 @@ def _does_not_apply(skipped: Mapping[str, str]) -> str:
 
 
 def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings:
-    """Do the evaluations of a config, or what is left of them.
+    """Run the evaluations of a config, or those that are left.
 
     Raises
     ------

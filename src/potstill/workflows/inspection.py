@@ -24,7 +24,7 @@ from potstill.workflows.summary import result_rows, summarize, summary_rows
 
 @dataclass(frozen=True)
 class Card:
-    """One table of an inspection."""
+    """One table of `potstill inspect`."""
 
     title: str
     rows: Sequence[Sequence[str]]

@@ -50,7 +50,7 @@ class LabelConfig(Settings):
 
 
 def label(config: LabelConfig, display: Display | None = None) -> LabelReport:
-    """Put structures into a store if asked, and let a teacher label all of it.
+    """Add structures to a store if given, and label all of it with a teacher.
 
     Called again after an interruption, it resumes where it stopped.
     """

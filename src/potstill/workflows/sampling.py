@@ -72,7 +72,7 @@ class SampleConfig(Settings):
 
 
 def sample(config: SampleConfig, display: Display | None = None) -> SampledFrames:
-    """Run the jobs, or what is left of them, and write `structures.extxyz` for `potstill label`.
+    """Run the jobs, or those that are left, and write `structures.extxyz` for `potstill label`.
 
     Raises
     ------

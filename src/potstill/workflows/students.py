@@ -16,7 +16,7 @@ from potstill.workflows.training import train_with_progress
 
 
 def train_students(run: Run) -> None:
-    """Train the student and its controls, or what is left of them.
+    """Train the student and its controls, or those that are left.
 
     Small networks gain little from a second thread, so that two trainings side by side, with a
     share of the threads each, take hardly longer than one.

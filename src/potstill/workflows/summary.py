@@ -61,7 +61,7 @@ def result_rows(found: Findings) -> list[list[str]]:
 
 
 def summary_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """What was measured, for whom, and the value: for a table."""
+    """Rows of a table: quantity, model and value."""
     rows = []
     if "student.pt" in summary:
         model, scores = summary["student.pt"]["model"], summary["student.pt"]["validation_scores"]

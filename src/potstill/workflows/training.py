@@ -241,7 +241,7 @@ def cka_trackers(
 
 @contextmanager
 def _blaming(key: str) -> Iterator[None]:
-    """Say which setting a mistake is in."""
+    """Name the setting that an error belongs to."""
     try:
         yield
     except PotstillError as error:
