@@ -374,7 +374,7 @@ def gather(
     good = [_check_frame(_convert(frame, units), checks) for frame in frames]
     if not good:
         raise DataError(f"{path} holds no frames, or none at the requested index")
-    _check_presence(good, path, keys, checks)
+    _check_presence(good, keys, checks)
     flat = [frame for frame in good if frame.left_out]
     if flat:
         warnings.warn(
@@ -500,7 +500,7 @@ def _check_overlap(frame: Frame, min_distance: float) -> None:
 # -- all frames -----------------------------------------------------------------------------------
 
 
-def _check_presence(frames: Sequence[Frame], path: str, keys: KeyMap, checks: Checks) -> None:
+def _check_presence(frames: Sequence[Frame], keys: KeyMap, checks: Checks) -> None:
     asked = {**{name: name for name in checks.require}, **keys.labels}
     if "virial" in asked:
         asked["stress"] = asked.pop("virial")
