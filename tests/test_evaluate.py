@@ -487,7 +487,7 @@ def test_memory_per_atom_of_a_fresh_process(tmp_path, monkeypatch):
 def test_memory_leaves_out_what_may_not_fit(monkeypatch):
     asked = []
 
-    def measure(job, label, timeout):
+    def measure(job, label):
         asked.append(job["n_atoms"])
         return job["n_atoms"], 2**28 + job["n_atoms"] * 2**22
 
