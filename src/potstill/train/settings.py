@@ -99,6 +99,8 @@ class OptimizerSettings(_Settings):
         Initial learning rate.
     weight_decay : float
         Weight decay; decoupled from the gradient with AdamW.
+    beta2 : float
+        Decay per step of the squared gradients' average; 0.99 suits runs of a few thousand steps.
     clip_norm : float, optional
         Clip the norm of the gradient of all parameters to this value.
     ema_decay : float, optional
@@ -108,6 +110,7 @@ class OptimizerSettings(_Settings):
     name: Literal["adam", "adamw", "amsgrad_adamw"] = "adam"
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
+    beta2: float = Field(default=0.999, gt=0, lt=1)
     clip_norm: float | None = Field(default=None, gt=0)
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
 

@@ -452,9 +452,12 @@ def one_cycle(done: float, rise: float = 0.15, start: float = 0.04) -> float:
 
 def _optimizer(settings: OptimizerSettings, parameters: list[Tensor]) -> torch.optim.Optimizer:
     rate, decay = settings.learning_rate, settings.weight_decay
+    betas = (0.9, settings.beta2)
     # Fused: networks are many small tensors, and one call per tensor and operation takes longer
     # than the kernels of a small batch.
     if settings.name == "adam":
-        return torch.optim.Adam(parameters, lr=rate, weight_decay=decay, fused=True)
+        return torch.optim.Adam(parameters, rate, betas, weight_decay=decay, fused=True)
     amsgrad = settings.name == "amsgrad_adamw"
-    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, amsgrad=amsgrad, fused=True)
+    return torch.optim.AdamW(
+        parameters, rate, betas, weight_decay=decay, amsgrad=amsgrad, fused=True
+    )
