@@ -71,28 +71,13 @@ class Weights(Settings):
 def default_student() -> TrainSettings:
     """A small HIP-NN, trained fast."""
     return TrainSettings(
-        model=ModelSettings(
-            kind="hipnn",
-            hyperparameters={
-                "n_features": 32,
-                "n_sensitivities": 16,
-                "dist_soft_min": 1.6,
-                "dist_soft_max": 4.5,
-                "dist_hard_max": 5.5,
-                "n_atom_layers": 2,
-                "n_interaction_layers": 1,
-                "l_max": 2,
-                # Smaller ones make elastic constants and phonons of crystals wrong: a norm has a
-                # cusp where symmetry makes its tensor vanish.
-                "cusp_reg": 1e-2,
-            },
-        ),
+        model=ModelSettings(kind="hipnn"),
         energy=EnergySettings(zero="least_squares", prior="zbl"),
         # With the energies' zero subtracted the ratios of L_R would be ratios of noise.
         regularization=RegularizationSettings(l2=1e-6, hierarchicality=0.0),
-        optimizer=OptimizerSettings(learning_rate=6e-3, ema_decay=0.99, clip_norm=None),
-        learning_rate=LearningRateSettings(schedule="exponential"),
-        batch_size=2,
+        optimizer=OptimizerSettings(learning_rate=5e-3, ema_decay=0.99, beta2=0.99),
+        learning_rate=LearningRateSettings(schedule="one_cycle"),
+        batch_size=4,
         early_stopping=None,
     )
 

@@ -33,7 +33,7 @@ from potstill.train import TrainingSet, TrainSettings, train
 from potstill.workflows.base import Settings, limited_threads, seconds_in_words
 
 #: Shares of the time that is left for sampling and training.
-TEACHER_SHARE = 0.4
+TEACHER_SHARE = 0.55
 #: Share of MD in the teacher's time; the rest labels frames that need no MD.
 DYNAMICS_SHARE = 0.55
 #: Of the training time: the draft that explores.
@@ -41,12 +41,12 @@ DRAFT_SHARE = 0.25
 #: Share of the budget for MD with the student at the end.
 STUDENT_MD_SHARE = 0.2
 #: More structures than this do not help one material as much as more epochs.
-MAX_FRAMES = 400
+MAX_FRAMES = 800
 #: Rattled and strained structures beside on-policy ones: they teach what MD does not visit.
-MAX_RANDOM = 60
+MAX_RANDOM = 100
 #: Of the frames that need no MD with the teacher, small displacements and strains of the relaxed
 #: structure: what elastic constants and phonons are made of, and MD does not visit.
-MINIMUM_SHARE, MAX_MINIMUM = 1.0 / 8.0, 30
+MINIMUM_SHARE, MAX_MINIMUM = 1.0 / 8.0, 60
 #: Fewer frames of MD with the teacher leave nothing to hold out: four blocks of the split.
 MIN_MD_FRAMES = 16
 #: Frames that need no MD with the teacher: rattled, strained, or visited by the draft.
@@ -385,7 +385,7 @@ def _with_epochs(counts: Counts, order: Order, timings: Timings, seconds: float)
     draft = int(share * seconds / (n_draft * timings.train))
     rounds = math.ceil((1 + order.n_controls) / order.at_once)
     final = int((1.0 - share) * seconds / (rounds * n_all * timings.train))
-    epochs = {"draft_epochs": min(max(draft, 10), 100), "epochs": min(max(final, 8), 300)}
+    epochs = {"draft_epochs": min(max(draft, 10), 60), "epochs": min(max(final, 8), 150)}
     return counts.model_copy(update={**epochs, **order.fixed.given()})
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 HIGHEST_RANK = 4
 
 #: Largest ratio of the variances that `SmoothInteraction.whiten` takes for signal.
-_CONDITION = 1e6
+_CONDITION = 1e4
 
 
 def cosine_squared(r: Tensor, cutoff: float) -> Tensor:
@@ -272,7 +272,8 @@ class SmoothInteraction(Interaction):
     def whiten(self, environment: Tensor) -> None:
         """Take mean and covariances from (n, m, n_sens * n_in) sums.
 
-        Directions with less than a millionth of the largest variance count as if they had that.
+        Directions with less than 1e-4 of the largest variance count as if they had that: more would
+        amplify the rounding of float32, and the noise of the labels.
         """
         for rank, sums in enumerate(_by_rank(environment.to(torch.float64), self.l_max)):
             if rank == 0:
