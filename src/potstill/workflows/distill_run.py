@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from potstill.distill import LossTerm
+from potstill.distill.schedules import Schedule
 from potstill.errors import DataError
 from potstill.experiments.spec import Role, Variant
 from potstill.readers import split_from_file
@@ -59,7 +60,8 @@ class Weights(Settings):
     Parameters
     ----------
     energy, forces, stress, atomic_energies : float
-        Weights of the error terms, which are in eV, eV/Å, eV/Å³ and eV.
+        Weights of the error terms, which are in eV, eV/Å, eV/Å³ and eV. That of atomic energies is
+        the first one: it falls to zero in the first half of the epochs.
     """
 
     energy: float = Field(default=1.0, ge=0)
@@ -274,7 +276,7 @@ def settings_for(
         rule = rule.model_copy(update={"factor": FINAL_RATE ** (1.0 / epochs)})
     return student.model_copy(
         update={
-            "loss": loss_terms(weights, properties, source),
+            "loss": loss_terms(weights, properties, source, epochs),
             "score": ScoreSettings(source=source),
             "learning_rate": rule,
             "epochs": epochs,
@@ -283,13 +285,22 @@ def settings_for(
     )
 
 
-def loss_terms(weights: Weights, properties: Sequence[str], source: str) -> tuple[LossTerm, ...]:
-    """Loss of the student."""
-    return tuple(
-        LossTerm(property=name, source=source, weight=weight)
-        for name, weight in weights.model_dump().items()
-        if weight > 0.0 and name in properties
-    )
+def loss_terms(
+    weights: Weights, properties: Sequence[str], source: str, epochs: int = 1
+) -> tuple[LossTerm, ...]:
+    """Loss of the student.
+
+    The weight of atomic energies falls to zero in the first half of the epochs: what a small
+    student learns of them to the end costs it accuracy in energies and forces.
+    """
+    terms = []
+    for name, weight in weights.model_dump().items():
+        if weight > 0.0 and name in properties:
+            if name == "atomic_energies" and epochs >= 4:
+                values = (weight, 0.0)
+                weight = Schedule(epochs=(1, epochs // 2), values=values, interpolation="linear")
+            terms.append(LossTerm(property=name, source=source, weight=weight))
+    return tuple(terms)
 
 
 #: Folders by the settings that what is in them depends on; none for what changes no result.

@@ -1,0 +1,210 @@
+"""Errors and cost of HIP-NN with smooth invariants on published frames, three seeds each.
+
+    python benchmarks/accuracy.py --data DATA --work students               # Mo, Si, Cu, W
+    python benchmarks/accuracy.py --data DATA --work students --silicon RUN # and a run of distill
+
+Molybdenum, silicon and copper of mlearn (Zuo et al., J. Phys. Chem. A 124, 731 (2020)), the
+published split; tungsten labeled by MACE-MP, with its own validation frames. Of mlearn's training
+frames a twentieth chooses the best epoch and is not trained on. Every model is trained with the
+same settings. Errors are those of the test frames, which nothing was chosen on but the settings'
+loss and learning rate (seed 0 of molybdenum and tungsten).
+
+Cost is processor time per atom and step of NVE at 300 K through ASE's calculator, neighbor lists
+included, of about 4,000 atoms on one thread: the median of `ROUNDS`, in one process for each
+instruction set that runs here.
+
+Numbers are added to `--out`; a trained model in `--work` is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase.build import bulk
+from ase.md.verlet import VelocityVerlet
+from ase.units import fs
+
+from potstill.calculators import PotstillCalculator
+from potstill.checkpoint import load_potential
+from potstill.core import describe_core, instruction_sets
+from potstill.evaluate.errors import evaluate_errors
+from potstill.evaluate.tools import machine_description, set_temperature
+from potstill.readers import read
+from potstill.train import TrainingSet, TrainSettings, train
+
+SEEDS, ROUNDS, STEPS_PER_ROUND, ATOMS = (0, 1, 2), 7, 40, 4000
+
+#: Settings of every training; epochs make about as many steps for all sets.
+SETTINGS: dict[str, Any] = {
+    "loss": [
+        {"property": "energy", "weight": 1.0},
+        {"property": "forces", "weight": 30.0},
+    ],
+    "optimizer": {"learning_rate": 0.01, "ema_decay": 0.99, "beta2": 0.99},
+    "learning_rate": {"schedule": "one_cycle"},
+    "regularization": {"l2": 0.0, "hierarchicality": 0.0},
+    "score": {"weights": {"forces_rmse": 1.0, "energy_per_atom_rmse": 10.0}},
+    "batch_size": 8,
+    "early_stopping": None,
+}
+STEPS = 6000
+
+#: Points of the front: hyper-parameters of HIP-NN beside the cutoff.
+SIZES: dict[str, dict[str, int]] = {
+    "l2": {"l_max": 2},
+    "l4": {"l_max": 4},
+}
+
+#: Files, cutoff (Å) and crystal.
+ELEMENTS: dict[str, dict[str, Any]] = {
+    "Mo": {"set": "mlearn", "cutoff": 5.2, "crystal": ("bcc", 3.168)},
+    "Si": {"set": "mlearn", "cutoff": 5.2, "crystal": ("diamond", 5.469)},
+    "Cu": {"set": "mlearn", "cutoff": 5.2, "crystal": ("fcc", 3.621)},
+    "W": {"set": "w-mace", "cutoff": 5.2, "crystal": ("bcc", 3.188)},
+}
+
+
+def load(element: str, data: Path) -> tuple[TrainingSet, TrainingSet, TrainingSet]:
+    """Training, validation and test frames."""
+    if ELEMENTS[element]["set"] == "w-mace":
+        parts = [data / "w-mace" / f"{n}.xyz.gz" for n in ("training", "validation", "test")]
+        return tuple(_read(file) for file in parts)  # type: ignore[return-value]
+    frames, test = (
+        _read(data / "mlearn" / f"{element}_{part}.extxyz.gz") for part in ("train", "test")
+    )
+    order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(1))
+    held_out = len(frames) // 20
+    return frames.select(order[held_out:]), frames.select(order[:held_out]), test
+
+
+def _read(file: Path) -> TrainingSet:
+    structures, labels = read(file)
+    return TrainingSet(structures, {"reference": labels})
+
+
+def trained(element: str, size: str, seed: int, data: Path, work: Path) -> Path:
+    """The checkpoint of a training, which is run if it is not there."""
+    folder = work / element / f"{size}-seed{seed}"
+    if not (folder / "result.json").is_file():
+        training, validation, _ = load(element, data)
+        hyper = {"dist_hard_max": ELEMENTS[element]["cutoff"], **SIZES[size]}
+        epochs = max(1, round(STEPS * SETTINGS["batch_size"] / len(training)))
+        settings = SETTINGS | {"model": {"hyperparameters": hyper}, "epochs": epochs, "seed": seed}
+        train(TrainSettings.model_validate(settings), training, validation, folder)
+    return folder / "best.pt"
+
+
+def errors(file: Path, element: str, data: Path) -> dict[str, float]:
+    """Force and energy RMSE on the test frames."""
+    test = load(element, data)[2]
+    found = evaluate_errors(load_potential(file)[0], test.structures, test.labels).own
+    return {
+        "force_rmse_eV_per_A": found["forces_rmse"],
+        "energy_rmse_meV_per_atom": 1000.0 * found["energy_per_atom_rmse"],
+    }
+
+
+def cost(files: dict[str, Path], element: str) -> dict[str, float]:
+    """Microseconds per atom and step, taking turns."""
+    lattice, constant = ELEMENTS[element]["crystal"]
+    cell = bulk(element, lattice, a=constant, cubic=True)
+    crystal = cell.repeat(round((ATOMS / len(cell)) ** (1 / 3)))
+    set_temperature(crystal, 300.0, np.random.default_rng(0))
+    runs = {}
+    for name, file in files.items():
+        atoms = crystal.copy()
+        atoms.calc = PotstillCalculator(file)
+        runs[name] = VelocityVerlet(atoms, timestep=1.0 * fs)
+        runs[name].run(50)  # uncounted: 300 K are shared with the potential energy
+    times: dict[str, list[float]] = {name: [] for name in files}
+    for _ in range(ROUNDS):
+        for name, dynamics in runs.items():
+            started = time.process_time()
+            dynamics.run(STEPS_PER_ROUND)
+            times[name].append(time.process_time() - started)
+    per_second = 1e6 / (STEPS_PER_ROUND * len(crystal))
+    return {name: per_second * statistics.median(found) for name, found in times.items()}
+
+
+def costs(files: dict[str, Path], element: str) -> dict[str, dict[str, float]]:
+    """By instruction set, each in a process of its own: the choice is made once."""
+    found = {}
+    for name in (name for name, runs in instruction_sets().items() if runs):
+        given = json.dumps({size: str(file) for size, file in files.items()})
+        command = [sys.executable, __file__, "--cost", element, "--files", given]
+        environment = os.environ | {"POTSTILL_SIMD": name, "OMP_NUM_THREADS": "1"}
+        output = subprocess.run(
+            command, env=environment, capture_output=True, check=True, text=True
+        )
+        found[name] = json.loads(output.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Train, measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--work", type=Path, default=Path("students"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy.json"))
+    parser.add_argument("--elements", nargs="*", default=list(ELEMENTS), choices=list(ELEMENTS))
+    parser.add_argument("--silicon", type=Path, help="folder of a run of `potstill distill`")
+    parser.add_argument("--cost", help=argparse.SUPPRESS)
+    parser.add_argument("--files", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.cost:
+        files = {name: Path(file) for name, file in json.loads(options.files).items()}
+        print(json.dumps(cost(files, options.cost)))
+        return
+    results = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    for element in options.elements:
+        found = {}
+        for size in SIZES:
+            files = [trained(element, size, s, options.data, options.work) for s in SEEDS]
+            by_seed = [errors(file, element, options.data) for file in files]
+            mean = {key: statistics.mean(e[key] for e in by_seed) for key in by_seed[0]}
+            spread = {f"{k}_std": float(np.std([e[k] for e in by_seed], ddof=1)) for k in mean}
+            found[size] = mean | spread | {"seeds": by_seed}
+            found[size]["n_parameters"] = load_potential(files[0])[0].n_parameters
+            print(element, size, mean, flush=True)
+        firsts = {s: options.work / element / f"{s}-seed{SEEDS[0]}" / "best.pt" for s in SIZES}
+        for instructions, times in costs(firsts, element).items():
+            for size, microseconds in times.items():
+                found[size].setdefault("us_per_atom_step", {})[instructions] = microseconds
+        results.setdefault("elements", {})[element] = found
+        _write(options.out, results)
+    _write(options.out, results)
+
+
+def _write(file: Path, results: dict[str, Any]) -> None:
+    results |= {
+        "machine": machine_description(),
+        "core": describe_core(),
+        "command": "python " + " ".join(sys.argv),
+        "settings": SETTINGS | {"steps": STEPS, "sizes": SIZES},
+    }
+    elements = results.get("elements", {})
+    summary = results.setdefault("summary", {})
+    for element in ("W", "Mo"):
+        if element in elements:
+            best = elements[element]["l4"]
+            key, scale = element.lower(), 1000.0 if element == "W" else 1.0
+            unit = "meV_per_A" if element == "W" else "eV_per_A"
+            summary[f"{key}_force_rmse_{unit}"] = scale * best["force_rmse_eV_per_A"]
+            summary[f"{key}_energy_rmse_meV_per_atom"] = best["energy_rmse_meV_per_atom"]
+            summary[f"{key}_us_per_atom_step"] = best["us_per_atom_step"]["avx2"]
+    file.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
