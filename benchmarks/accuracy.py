@@ -37,7 +37,9 @@ from ase.units import fs
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential
 from potstill.core import describe_core, instruction_sets
+from potstill.evaluate.elastic import ElasticScan
 from potstill.evaluate.errors import evaluate_errors
+from potstill.evaluate.phonons import Phonons, PhononsEvaluation
 from potstill.evaluate.tools import machine_description, set_temperature
 from potstill.readers import read
 from potstill.train import TrainingSet, TrainSettings, train
@@ -150,6 +152,28 @@ def costs(files: dict[str, Path], element: str) -> dict[str, dict[str, float]]:
     return found
 
 
+def of_silicon(folder: Path) -> dict[str, Any]:
+    """Numbers of the model that a run of `potstill distill` hands out, against its teacher."""
+    name = json.loads((folder / "choice.json").read_text())["model"]
+    read_json = {
+        test: json.loads((folder / "evaluation" / f"{test}.json").read_text())
+        for test in ("errors", "elastic", "phonons")
+    }
+    channel = read_json["errors"][name]["channels"][f"{name}-teacher"]
+    ours, theirs = (ElasticScan.from_json(read_json["elastic"][n]) for n in (name, "teacher"))
+    deviation = ours.deviation(theirs)
+    waves = (Phonons.from_json(read_json["phonons"][n]) for n in (name, "teacher"))
+    change = ours.largest_change()
+    return {
+        "si_relative_force_rmse_percent": 100.0 * channel["forces_relative_rmse"],
+        "si_elastic_worst_percent": None if deviation is None else 100.0 * deviation.relative,
+        "si_phonon_rmse_THz": PhononsEvaluation.against(*waves)["phonon_rmse"],
+        "si_elastic_change_with_strain_percent": None if change is None else 100 * change.relative,
+        "si_model": name,
+        "si_command": "make distill",
+    }
+
+
 def main() -> None:
     """Train, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -183,6 +207,8 @@ def main() -> None:
                 found[size].setdefault("us_per_atom_step", {})[instructions] = microseconds
         results.setdefault("elements", {})[element] = found
         _write(options.out, results)
+    if options.silicon is not None:
+        results.setdefault("summary", {}).update(of_silicon(options.silicon))
     _write(options.out, results)
 
 
@@ -203,6 +229,8 @@ def _write(file: Path, results: dict[str, Any]) -> None:
             summary[f"{key}_force_rmse_{unit}"] = scale * best["force_rmse_eV_per_A"]
             summary[f"{key}_energy_rmse_meV_per_atom"] = best["energy_rmse_meV_per_atom"]
             summary[f"{key}_us_per_atom_step"] = best["us_per_atom_step"]["avx2"]
+            summary[f"{key}_instruction_set"] = "avx2"
+            summary[f"{key}_command"] = results["command"]
     file.write_text(json.dumps(results, indent=1) + "\n")
 
 
