@@ -242,7 +242,7 @@ def test_plans_keep_to_their_budget_or_say_which_would_do(budget, label, train):
     assert counts.n_md_frames >= 16
     assert counts.epochs >= 8
     assert counts.n_random_frames >= 6
-    assert 3 <= counts.n_minimum_frames <= 30
+    assert 3 <= counts.n_minimum_frames <= MAX_MINIMUM
 
 
 def test_a_slow_teacher_gets_less_dynamics_and_more_rattled_frames():
