@@ -19,6 +19,7 @@ from potstill.workflows import distill as job
 from potstill.workflows import planning
 from potstill.workflows.base import parse_duration, read_start
 from potstill.workflows.planning import (
+    MAX_MINIMUM,
     BudgetError,
     Counts,
     Order,

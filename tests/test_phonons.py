@@ -272,7 +272,8 @@ def test_what_phonons_apply_to(monkeypatch):
     skewed.rattle(0.1, seed=0)
     assert lacks(skewed) == ""
     assert "at most 40 displacements by symmetry, not 48" in lacks(skewed, max_displacements=40)
-    assert PhononsEvaluation().work(bulk("Si", cubic=True)) == 64
+    assert PhononsEvaluation(small=None).work(bulk("Si", cubic=True)) == 64
+    assert PhononsEvaluation().work(bulk("Si", cubic=True)) == 2 * 64
 
     monkeypatch.setitem(sys.modules, "phonopy", None)
     assert lacks(bulk("Cu")) == ""
@@ -389,3 +390,19 @@ def test_files_with_a_single_strain_are_read():
     assert Elastic.metrics(scan)["c11"] == 150.0
     again = ElasticScan.from_json(json.loads(json.dumps(scan.to_json())))
     assert again.to_json() == scan.to_json()
+
+
+def test_a_potential_that_is_rough_at_small_displacements_is_named():
+    a, settings = 4.0, PhononsEvaluation(min_length=8.0)
+    bench = Bench(BenchSettings(), Structures.from_ase(bulk("Al", a=a)))
+    found = {
+        name: settings.run(bench, Candidate(name, Springs({a / math.sqrt(2.0): 3.0}, cone)))
+        for name, cone in (("student", 0.0), ("teacher", 0.05))
+    }
+    assert found["student"].displacement == 0.03
+    assert found["student"].change < 0.02  # of the springs' anharmonicity
+    assert found["teacher"].change > 0.3
+    said = " ".join(v.text for v in PhononsEvaluation.verdicts(Findings({"phonons": found})))
+    assert "The teacher's phonons change by" in said
+    assert "between displacements of 0.01 and 0.03 Å" in said
+    assert "The student's phonons change" not in said

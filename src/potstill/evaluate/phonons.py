@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -68,6 +68,11 @@ class Phonons(Result):
         Least distance between opposite faces of the supercell, Å.
     displacement : float
         Å.
+    small : float, optional
+        Å, another displacement.
+    change : float, optional
+        THz RMSE on the mesh between the frequencies from both displacements: harmonic crystals, and
+        smooth potentials nearly, have none.
     """
 
     mesh: tuple[int, int, int]
@@ -79,10 +84,12 @@ class Phonons(Result):
     n_atoms: int
     length: float
     displacement: float
+    small: float | None = None
+    change: float | None = None
 
     def comparable(self, other: Phonons) -> bool:
-        """Whether both have the same wave vectors and modes."""
-        mine, theirs = ((p.frequencies.shape, p.bands.shape) for p in (self, other))
+        """Whether both have the same wave vectors, modes and displacement."""
+        mine, theirs = ((p.frequencies.shape, p.bands.shape, p.displacement) for p in (self, other))
         return self.mesh == other.mesh and mine == theirs
 
     def imaginary(self, but: Phonons | None = None, most: int = 4) -> list[Mode]:
@@ -298,7 +305,10 @@ class PhononsEvaluation(Evaluation):
     Parameters
     ----------
     displacement : float
-        Å.
+        Å. Models are compared at a finite one, about what 100 K move the atoms of a solid: foundation
+        models are often rough at the usual 0.01 Å.
+    small : float, optional
+        Å, a second displacement, which shows how much frequencies depend on it; none if null.
     min_length : float
         Å, aimed at between opposite faces of the supercell.
     max_atoms : int
@@ -313,7 +323,8 @@ class PhononsEvaluation(Evaluation):
     section = "Properties"
     needs = "crystal"
 
-    displacement: float = Field(default=0.01, gt=0.0)
+    displacement: float = Field(default=0.03, gt=0.0)
+    small: float | None = Field(default=0.01, gt=0.0)
     min_length: float = Field(default=10.0, gt=0.0)
     max_atoms: int = Field(default=200, ge=1)
     max_displacements: int = Field(default=60, ge=1)
@@ -343,17 +354,19 @@ class PhononsEvaluation(Evaluation):
     def work(self, atoms: ase.Atoms) -> int:
         """Atoms whose forces are computed, over all displacements."""
         copies = int(np.prod(repeats_for(atoms, self.min_length, self.max_atoms)))
-        return self.n_displacements(atoms) * len(atoms) * copies
+        times = 1 if self.small is None else 2
+        return times * self.n_displacements(atoms) * len(atoms) * copies
 
     def run(self, bench: Bench, candidate: Candidate) -> Phonons:
         """Phonons at the candidate's own minimum."""
-        return phonons(
-            bench.atoms,
-            candidate.calculator,
-            displacement=self.displacement,
-            min_length=self.min_length,
-            max_atoms=self.max_atoms,
-        )
+        size = {"min_length": self.min_length, "max_atoms": self.max_atoms}
+        given = bench.atoms, candidate.calculator
+        found = phonons(*given, displacement=self.displacement, **size)
+        if self.small is None:
+            return found
+        other = phonons(*given, displacement=self.small, **size)
+        change = float(np.sqrt(np.mean((found.frequencies - other.frequencies) ** 2)))
+        return replace(found, small=self.small, change=change)
 
     @classmethod
     def metrics(cls, result: Phonons) -> dict[str, float]:
@@ -380,6 +393,9 @@ class PhononsEvaluation(Evaluation):
         if modes:
             words = {m: str(own[0]) if own else "none" for m, own in modes.items()}
             yield Row("Lowest imaginary phonon", words)
+        changes = {m: r.change for m, r in found.of(cls.name, Phonons).items()}
+        if any(change is not None for change in changes.values()):
+            yield Row("Change of phonons with the displacement (THz)", changes)
 
     @classmethod
     def drawings(cls, found: Findings) -> Iterable[Drawing]:
@@ -412,13 +428,21 @@ class PhononsEvaluation(Evaluation):
                     f"The {plain_label(model)}'s own phonons are imaginary: "
                     f"{'; '.join(map(str, own))}: its relaxed crystal is no minimum."
                 )
+            if model in results and (results[model].change or 0.0) > AIM_PHONONS:
+                r = results[model]
+                yield Verdict(
+                    f"The {plain_label(model)}'s phonons change by {number(r.change)} THz (RMSE) "
+                    f"between displacements of {r.small:g} and {r.displacement:g} Å: it is rough at "
+                    "the scale of small displacements."
+                )
         if ours is None or theirs is None or not ours.comparable(theirs):
             return
         numbers = cls.against(ours, theirs)
         rmse, largest = numbers["phonon_rmse"], numbers["phonon_largest_deviation"]
         met = rmse <= AIM_PHONONS
         yield Verdict(
-            f"Phonons up to {number(cls.metrics(ours)['phonon_highest'])} THz (teacher "
+            f"Phonons from displacements of {ours.displacement:g} Å, up to "
+            f"{number(cls.metrics(ours)['phonon_highest'])} THz (teacher "
             f"{number(cls.metrics(theirs)['phonon_highest'])} THz): RMSE {number(rmse)} THz, "
             f"{'within' if met else 'beyond'} the bar of {AIM_PHONONS:g} THz; largest deviation "
             f"{number(largest)} THz.",
