@@ -46,7 +46,7 @@ from potstill.train import TrainingSet, TrainSettings, train
 
 SEEDS, ROUNDS, STEPS_PER_ROUND, ATOMS = (0, 1, 2), 7, 40, 4000
 
-#: Settings of every training; epochs make about as many steps for all sets.
+#: Settings of every training.
 SETTINGS: dict[str, Any] = {
     "loss": [
         {"property": "energy", "weight": 1.0},
@@ -57,9 +57,9 @@ SETTINGS: dict[str, Any] = {
     "regularization": {"l2": 0.0, "hierarchicality": 0.0},
     "score": {"weights": {"forces_rmse": 1.0, "energy_per_atom_rmse": 10.0}},
     "batch_size": 8,
+    "epochs": 100,
     "early_stopping": None,
 }
-STEPS = 6000
 
 #: Points of the front: hyper-parameters of HIP-NN beside the cutoff.
 SIZES: dict[str, dict[str, int]] = {
@@ -100,8 +100,7 @@ def trained(element: str, size: str, seed: int, data: Path, work: Path) -> Path:
     if not (folder / "result.json").is_file():
         training, validation, _ = load(element, data)
         hyper = {"dist_hard_max": ELEMENTS[element]["cutoff"], **SIZES[size]}
-        epochs = max(1, round(STEPS * SETTINGS["batch_size"] / len(training)))
-        settings = SETTINGS | {"model": {"hyperparameters": hyper}, "epochs": epochs, "seed": seed}
+        settings = SETTINGS | {"model": {"hyperparameters": hyper}, "seed": seed}
         train(TrainSettings.model_validate(settings), training, validation, folder)
     return folder / "best.pt"
 
@@ -217,7 +216,7 @@ def _write(file: Path, results: dict[str, Any]) -> None:
         "machine": machine_description(),
         "core": describe_core(),
         "command": "python " + " ".join(sys.argv),
-        "settings": SETTINGS | {"steps": STEPS, "sizes": SIZES},
+        "settings": SETTINGS | {"sizes": SIZES},
     }
     elements = results.get("elements", {})
     summary = results.setdefault("summary", {})

@@ -305,8 +305,8 @@ class PhononsEvaluation(Evaluation):
     Parameters
     ----------
     displacement : float
-        Å. Models are compared at a finite one, about what 100 K move the atoms of a solid: foundation
-        models are often rough at the usual 0.01 Å.
+        Å. Models are compared at a finite one, about what 100 K move the atoms of a solid:
+        foundation models are often rough at the usual 0.01 Å.
     small : float, optional
         Å, a second displacement, which shows how much frequencies depend on it; none if null.
     min_length : float
@@ -359,7 +359,7 @@ class PhononsEvaluation(Evaluation):
 
     def run(self, bench: Bench, candidate: Candidate) -> Phonons:
         """Phonons at the candidate's own minimum."""
-        size = {"min_length": self.min_length, "max_atoms": self.max_atoms}
+        size: dict[str, Any] = {"min_length": self.min_length, "max_atoms": self.max_atoms}
         given = bench.atoms, candidate.calculator
         found = phonons(*given, displacement=self.displacement, **size)
         if self.small is None:
@@ -428,12 +428,12 @@ class PhononsEvaluation(Evaluation):
                     f"The {plain_label(model)}'s own phonons are imaginary: "
                     f"{'; '.join(map(str, own))}: its relaxed crystal is no minimum."
                 )
-            if model in results and (results[model].change or 0.0) > AIM_PHONONS:
-                r = results[model]
+            r = results.get(model)
+            if r is not None and r.change is not None and r.change > AIM_PHONONS:
                 yield Verdict(
                     f"The {plain_label(model)}'s phonons change by {number(r.change)} THz (RMSE) "
-                    f"between displacements of {r.small:g} and {r.displacement:g} Å: it is rough at "
-                    "the scale of small displacements."
+                    f"between displacements of {r.small:g} and {r.displacement:g} Å: it is rough "
+                    "at the scale of small displacements."
                 )
         if ours is None or theirs is None or not ours.comparable(theirs):
             return
