@@ -215,7 +215,7 @@ def _write(file: Path, results: dict[str, Any]) -> None:
     results |= {
         "machine": machine_description(),
         "core": describe_core(),
-        "command": "python " + " ".join(sys.argv),
+        "command": "python benchmarks/accuracy.py --data DATA --work FOLDER",
         "settings": SETTINGS | {"sizes": SIZES},
     }
     elements = results.get("elements", {})

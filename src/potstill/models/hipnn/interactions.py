@@ -243,7 +243,9 @@ class SmoothInteraction(Interaction):
         invariants = []
         for rank, tensor in enumerate(tensors, start=1):
             mixed = tensor @ self._weights(rank)
-            invariants.append(torch.sqrt(1.0 + _inner(mixed, mixed, rank)) - 1.0)
+            square = _inner(mixed, mixed, rank)
+            # sqrt(1 + x) - 1, without the cancellation for small ones
+            invariants.append(square / (torch.sqrt(1.0 + square) + 1.0))
         return out + nn.functional.linear(torch.cat(invariants, dim=1), self.mixing)
 
     def _weights(self, rank: int) -> Tensor:
