@@ -247,7 +247,7 @@ def test_plans_keep_to_their_budget_or_say_which_would_do(budget, label, train):
 
 
 def test_a_slow_teacher_gets_less_dynamics_and_more_rattled_frames():
-    timings = Timings(label=0.7, step=0.7, train=0.01, student_step=0.004)
+    timings = Timings(label=1.0, step=1.0, train=0.01, student_step=0.004)
     asked = order(600.0)
     usual, lean = planning._full(asked, timings, 2.0), decide(asked, timings, 2.0)[0]
     assert lean.n_random_frames / lean.n_md_frames > 2 * usual.n_random_frames / usual.n_md_frames

@@ -89,7 +89,10 @@ def test_a_checkpoint_whose_model_is_gone_says_so(tmp_path: Path) -> None:
             "{kind: hipnn, hyperparameters: {n_feature: 8}}",
             "'n_feature'; did you mean 'n_features'",
         ),
-        ("{hyperparameters: {l_max: 3}}", "model 'hipnn': l_max must be 0, 1 or 2, not 3"),
+        (
+            "{hyperparameters: {invariants: norms, l_max: 3}}",
+            "model 'hipnn': l_max must be 0, 1 or 2 with norms, not 3",
+        ),
         ("{kind: schnet, hyperparameters: {cutoff: -1}}", "cutoff: .*greater than 0"),
         ("{kind: zbl}", "model 'zbl': missing a required argument: 'inner'"),
         ("{kind: 'foreign_model:Spring'}", "'foreign_model:Spring' cannot be imported"),

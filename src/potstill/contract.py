@@ -19,13 +19,13 @@ STEP = 5e-4
 _STENCIL = {-2: 1.0 / 12.0, -1: -8.0 / 12.0, 1: 8.0 / 12.0, 2: -1.0 / 12.0}
 
 
-def contract_structures(potential: Potential) -> Structures:
+def contract_structures(potential: Potential, seed: int = 0) -> Structures:
     """Four disordered systems in units of the cutoff, with all species.
 
     A triclinic cell with many images of its 12 atoms within reach, an open cluster, a slab, and one
     atom in a small cell.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     spacing = 0.55 * potential.cutoff
     n_species = len(potential.species_table)
     parts = []

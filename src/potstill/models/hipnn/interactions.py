@@ -16,8 +16,9 @@ from torch import Tensor, nn
 #: Highest rank of the tensors.
 HIGHEST_RANK = 4
 
-#: Largest ratio of the variances that `SmoothInteraction.whiten` takes for signal.
-_CONDITION = 1e4
+#: Largest ratio of the variances that `SmoothInteraction.whiten` takes for signal, and the least
+#: one, as a share of the scalar sums' mean square.
+_CONDITION, _SIGNAL = 1e4, 1e-7
 
 
 def cosine_squared(r: Tensor, cutoff: float) -> Tensor:
@@ -275,16 +276,20 @@ class SmoothInteraction(Interaction):
         """Take mean and covariances from (n, m, n_sens * n_in) sums.
 
         Directions with less than 1e-4 of the largest variance count as if they had that: more would
-        amplify the rounding of float32, and the noise of the labels.
+        amplify the rounding of float32, and the noise of the labels. In small cells of a crystal
+        all sums of a rank may hardly vary, so there is a least variance as well.
         """
+        least = 0.0
         for rank, sums in enumerate(_by_rank(environment.to(torch.float64), self.l_max)):
             if rank == 0:
                 self.center.copy_(sums.mean(dim=(0, 1)))
+                moments = torch.einsum("nme,nmf->ef", sums, sums) / len(sums)
+                least = _SIGNAL * float(torch.linalg.eigvalsh(moments)[-1])
                 sums = sums - sums.mean(dim=0)
             covariance = torch.einsum("nme,nmf->ef", sums, _dual(sums, rank)) / len(sums)
             values, vectors = torch.linalg.eigh(covariance)
             if values[-1] > 0.0:
-                floor = values.clamp(min=float(values[-1]) / _CONDITION)
+                floor = values.clamp(min=max(float(values[-1]) / _CONDITION, least))
                 self.whitening[rank].copy_(vectors / floor.sqrt())
 
 
