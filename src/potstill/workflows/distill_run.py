@@ -22,7 +22,6 @@ from potstill.teachers import Teacher, check_derivatives
 from potstill.train import TrainingSet, TrainSettings
 from potstill.train.settings import (
     EnergySettings,
-    ForceGradientSettings,
     LearningRateSettings,
     ModelSettings,
     OptimizerSettings,
@@ -80,8 +79,6 @@ def default_student() -> TrainSettings:
         regularization=RegularizationSettings(l2=1e-6, hierarchicality=0.0),
         optimizer=OptimizerSettings(learning_rate=5e-3, ema_decay=0.99, beta2=0.99),
         learning_rate=LearningRateSettings(schedule="one_cycle"),
-        # Larger than float32's default: errors become small against the rounding of the energy.
-        force_gradient=ForceGradientSettings(epsilon=0.005),
         batch_size=4,
         early_stopping=None,
     )
