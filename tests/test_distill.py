@@ -78,6 +78,7 @@ class Killed(BaseException):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:constrained_layout:UserWarning")  # tiny figures
+@pytest.mark.filterwarnings("ignore:central differences:UserWarning")  # and errors of a tiny set
 def test_a_run_killed_at_every_stage_ends_like_one_that_was_not(settings, tmp_path, monkeypatch):
     whole = run(settings, tmp_path / "whole")
     stages = dict(job.STAGES)
