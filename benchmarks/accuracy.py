@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ ELEMENTS: dict[str, dict[str, Any]] = {
 }
 
 
+@cache
 def load(element: str, data: Path) -> tuple[TrainingSet, TrainingSet, TrainingSet]:
     """Training, validation and test frames."""
     if ELEMENTS[element]["set"] == "w-mace":
@@ -133,8 +135,8 @@ def cost(files: dict[str, Path], element: str) -> dict[str, float]:
             started = time.process_time()
             dynamics.run(STEPS_PER_ROUND)
             times[name].append(time.process_time() - started)
-    per_second = 1e6 / (STEPS_PER_ROUND * len(crystal))
-    return {name: per_second * statistics.median(found) for name, found in times.items()}
+    scale = 1e6 / (STEPS_PER_ROUND * len(crystal))
+    return {name: scale * statistics.median(found) for name, found in times.items()}
 
 
 def costs(files: dict[str, Path], element: str) -> dict[str, dict[str, float]]:
