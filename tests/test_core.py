@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -235,6 +237,65 @@ def test_parameters_are_those_of_the_model():
         shapes = model.native_parameters().shape.parameter_shapes
         expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
         assert {name: shape for name, shape in shapes.items() if 0 not in shape} == expected
+
+
+def test_kernels_see_every_change_of_the_parameters(monkeypatch):
+    """What they are given is derived again after a change, and only then."""
+    derived = []
+    given = HIPNN.native_parameters
+    monkeypatch.setattr(HIPNN, "native_parameters", lambda m: derived.append(m) or given(m))
+    model, other = make_model(1, 2, 1, **SMOOTH), make_model(1, 2, 1, **SMOOTH)
+    structures = make_structures(model)
+    neighbors = build_neighbor_list(structures, model.cutoff)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+
+    def check(model: HIPNN, n_derived: int) -> None:
+        derived.clear()
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode():
+                native = model.evaluate(structures, neighbors)
+        model.use_core("torch")
+        twin = model.evaluate(structures, neighbors)
+        model.use_core("auto")
+        assert_close(native.forces, twin.forces, model.dtype, "forces")
+        assert_close(native.terms, twin.terms, model.dtype, "terms")
+        assert len(derived) == n_derived
+
+    layer = model.blocks[0][0].layer
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
+
+    def train() -> None:
+        pairs = core.compact_neighbors(neighbors, structures.n_atoms)
+        r_ij, weights = pair_vectors(structures, neighbors), torch.ones(structures.n_atoms, 2)
+        energy = model.native_kernels().weighted_energy
+        energy(structures.species, pairs, r_ij, weights.double()).backward()
+        optimizer.step()
+
+    check(model, 1)
+    check(model, 0)
+    for change in (
+        lambda: layer.tensor_weights[1].data.mul_(1.5),  # no new version of the tensor
+        lambda: layer.whitening.add_(0.1),
+        lambda: layer.center.detach().numpy().__iadd__(0.1),
+        lambda: layer.selfint.register_parameter(
+            "bias", torch.nn.Parameter(torch.ones(7).double())
+        ),
+        train,
+        lambda: model.load_state_dict(other.state_dict()),
+        lambda: model.float(),
+        lambda: model.double(),
+    ):
+        change()
+        check(model, 1)
+        check(model, 0)
+    copy = deepcopy(model)
+    model.energy_layers[1].weight.data.zero_()
+    check(copy, 1)
+    check(model, 1)
+    check(pickle.loads(pickle.dumps(copy)), 1)
+    check(copy, 0)
 
 
 # -- random systems ------------------------------------------------------------------------------

@@ -153,6 +153,7 @@ class HipnnParameters:
 
     shape: HipnnShape
     tensors: tuple[Tensor, ...]
+    _flat: Tensor | None = None
 
     def __post_init__(self) -> None:
         expected = self.shape.parameter_shapes
@@ -177,8 +178,15 @@ class HipnnParameters:
         return self.tensors[0].dtype
 
     def flat(self) -> Tensor:
-        """(n_parameters,) copy of all parameters side by side, detached."""
+        """(n_parameters,) all parameters side by side, detached; a copy unless `joined`."""
+        if self._flat is not None:
+            return self._flat
         return torch.cat([tensor.detach().reshape(-1) for tensor in self.tensors])
+
+    def joined(self) -> HipnnParameters:
+        """The present values, detached and side by side in memory."""
+        flat = self.flat()
+        return HipnnParameters(self.shape, tuple(self.shape.split(flat)), flat)
 
 
 @dataclass(frozen=True)

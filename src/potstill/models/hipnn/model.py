@@ -7,9 +7,11 @@ forces agree for equal weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
-from typing import Any, Literal, Self, cast
+from itertools import chain
+from typing import Any, Literal, Self, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import Field, model_validator
@@ -47,6 +49,8 @@ from potstill.models.hyper import Hyperparameters, Real
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.species import SpeciesTable
 from potstill.structures import Structures
+
+_Result = TypeVar("_Result")
 
 
 class Residual(nn.Module):
@@ -271,11 +275,27 @@ class HIPNN(Potential):
         return self.hyper.n_interaction_layers + 1
 
     def native_kernels(self) -> NativeKernels:
-        """Those of `potstill.core`."""
-        p = self.native_parameters()
+        """Those of `potstill.core`; they take the parameters as they are when called."""
         return NativeKernels(
-            p.dtype, partial(hipnn_pass, p), partial(weighted_energy, p), partial(hipnn_md, p)
+            self.dtype,
+            partial(self._natively, hipnn_pass),
+            lambda *inputs: weighted_energy(self.native_parameters(), *inputs),
+            partial(self._natively, hipnn_md),
         )
+
+    def _natively(self, kernel: Callable[..., _Result], *inputs: Any, **options: Any) -> _Result:
+        """What needs no gradient by the parameters: these are derived anew only after a change.
+
+        Their values are compared, since not all that changes a tensor counts as a new version.
+        """
+        with torch.no_grad():
+            now = torch.cat([t.reshape(-1) for t in chain(self.parameters(), self.buffers())])
+            before, derived = _DERIVED.get(self, (now[:0], None))
+            same = before.dtype == now.dtype and before.device == now.device
+            if derived is None or not (same and torch.equal(before, now)):
+                derived = self.native_parameters().joined()
+                _DERIVED[self] = now, derived
+        return kernel(derived, *inputs, **options)
 
     def native_parameters(self) -> HipnnParameters:
         """Shape and parameters for the kernels of `potstill.core`, in the order of `parameters()`.
@@ -382,3 +402,8 @@ def hierarchicality(terms: Tensor) -> Tensor:
 def _interned(shape: HipnnShape) -> HipnnShape:
     """The first of all equal shapes: what is derived from it is derived once."""
     return shape
+
+
+#: What the kernels were last given of a model, and the values that it was derived from. Not an
+#: attribute: copies and pickles need none of it.
+_DERIVED: WeakKeyDictionary[HIPNN, tuple[Tensor, HipnnParameters]] = WeakKeyDictionary()
