@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -145,6 +145,7 @@ def phonons(
     calculator: BaseCalculator,
     *,
     displacement: float = 0.01,
+    small: float | None = None,
     min_length: float = 10.0,
     max_atoms: int = 200,
     relax_cell: bool = True,
@@ -165,6 +166,8 @@ def phonons(
         A crystal: primitive, conventional or a supercell.
     displacement : float
         Å.
+    small : float, optional
+        Å, another displacement, from which the frequencies are computed again.
     min_length : float
         Å, aimed at between opposite faces of the supercell.
     max_atoms : int
@@ -194,32 +197,45 @@ def phonons(
     start.calc = calculator
     relax(start, fmax=fmax, max_steps=max_steps, cell=relax_cell)
     unit = make_supercell(start, np.linalg.inv(crystal.primitive_matrix).T.round())
-    moved = displaced(unit, displacement, min_length, max_atoms, like=crystal)
-    forces = []
-    for cell in moved.supercells_with_displacements:
-        image = _to_ase(cell)
-        image.calc = calculator
-        forces.append(image.get_forces())
-    moved.forces = np.array(forces)
-    moved.produce_force_constants(show_drift=False)
-    moved.symmetrize_force_constants(show_drift=False)
-
-    def at(points: np.ndarray) -> np.ndarray:
-        moved.run_qpoints(points)
-        return np.sort(moved.qpoints.frequencies, axis=1).round(5)
-
+    moved = _with_forces(displaced(unit, displacement, min_length, max_atoms, crystal), calculator)
+    frequencies, change = _frequencies(moved, mesh_points(mesh)), None
+    if small is not None:
+        other = _with_forces(displaced(unit, small, min_length, max_atoms, crystal), calculator)
+        apart = frequencies - _frequencies(other, mesh_points(mesh))
+        change = float(np.sqrt(np.mean(apart**2)))
     supercell = _to_ase(moved.supercell)
     return Phonons(
         mesh=(mesh[0], mesh[1], mesh[2]),
-        frequencies=at(mesh_points(mesh)),
+        frequencies=frequencies,
         path=path.kpts,
         distance=distance,
-        bands=at(path.kpts),
+        bands=_frequencies(moved, path.kpts),
         corners=corners,
         n_atoms=len(supercell),
         length=float(cell_heights(Structures.from_ase(supercell)).min()),
         displacement=displacement,
+        small=small,
+        change=change,
     )
+
+
+def _with_forces(crystal: Any, calculator: BaseCalculator) -> Any:
+    """Phonopy's object with the force constants of a potential."""
+    forces = []
+    for cell in crystal.supercells_with_displacements:
+        image = _to_ase(cell)
+        image.calc = calculator
+        forces.append(image.get_forces())
+    crystal.forces = np.array(forces)
+    crystal.produce_force_constants(show_drift=False)
+    crystal.symmetrize_force_constants(show_drift=False)
+    return crystal
+
+
+def _frequencies(crystal: Any, points: np.ndarray) -> np.ndarray:
+    """(n, n_modes) THz at wave vectors."""
+    crystal.run_qpoints(points)
+    return np.sort(crystal.qpoints.frequencies, axis=1).round(5)
 
 
 def displaced(
@@ -359,14 +375,14 @@ class PhononsEvaluation(Evaluation):
 
     def run(self, bench: Bench, candidate: Candidate) -> Phonons:
         """Phonons at the candidate's own minimum."""
-        size: dict[str, Any] = {"min_length": self.min_length, "max_atoms": self.max_atoms}
-        given = bench.atoms, candidate.calculator
-        found = phonons(*given, displacement=self.displacement, **size)
-        if self.small is None:
-            return found
-        other = phonons(*given, displacement=self.small, **size)
-        change = float(np.sqrt(np.mean((found.frequencies - other.frequencies) ** 2)))
-        return replace(found, small=self.small, change=change)
+        return phonons(
+            bench.atoms,
+            candidate.calculator,
+            displacement=self.displacement,
+            small=self.small,
+            min_length=self.min_length,
+            max_atoms=self.max_atoms,
+        )
 
     @classmethod
     def metrics(cls, result: Phonons) -> dict[str, float]:

@@ -83,6 +83,16 @@ class Residual(nn.Module):
         return [self.res_layer.weight, *weights, *adjust]
 
 
+def _through(
+    block: Sequence[Residual], features: Tensor, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """Features behind a block's interaction layer, and behind all of its layers."""
+    first = features = block[0](features, geometry)
+    for layer in block[1:]:
+        features = layer(features)
+    return first, features
+
+
 class HIPNNHyperparameters(Hyperparameters):
     """Hyper-parameters of HIP-NN; the defaults are a small student for any elements.
 
@@ -251,16 +261,12 @@ class HIPNN(Potential):
         return self._evaluate(prepared, r_ij).float64_terms
 
     def _evaluate(self, indices: Indices, r_ij: Tensor, taps: Sequence[str] = ()) -> LocalOutput:
-        n_local = indices.pair.shape[0]
-        geometry = Geometry(indices, r_ij.to(self.dtype), self.hyper.l_max)
-        features = nn.functional.one_hot(indices.species, len(self.species_table)).to(self.dtype)
+        features, geometry = self._start(indices, r_ij)
         tapped: dict[str, Tensor] = {}
-        terms = [self.energy_layers[0](features[:n_local])]  # (n_local, 1) each
-        for b, (interaction, *atom_layers) in enumerate(self._layers()):
-            features = interaction(features, geometry)
-            tapped[f"interaction_{b}"] = features
-            for layer in atom_layers:
-                features = layer(features)
+        # (n_local, 1) each
+        terms = [self.energy_layers[0](features[: indices.pair.shape[0]])]
+        for b, block in enumerate(self._layers()):
+            tapped[f"interaction_{b}"], features = _through(block, features, geometry)
             tapped[f"block_{b}"] = features
             terms.append(self.energy_layers[b + 1](features))
         hierarchy = torch.cat(terms, dim=1)
@@ -268,6 +274,11 @@ class HIPNN(Potential):
         # E0 can be hundreds of eV: the hierarchy is summed in float64 whatever the network's dtype.
         atomic = hierarchy.to(torch.float64).sum(dim=1)
         return LocalOutput(atomic, {name: tapped[name] for name in taps}, terms=hierarchy)
+
+    def _start(self, indices: Indices, r_ij: Tensor) -> tuple[Tensor, Geometry]:
+        """Species as features, and the geometry of all layers."""
+        one_hot = nn.functional.one_hot(indices.species, len(self.species_table)).to(self.dtype)
+        return one_hot, Geometry(indices, r_ij.to(self.dtype), self.hyper.l_max)
 
     @property
     def n_terms(self) -> int:
@@ -350,18 +361,13 @@ class HIPNN(Potential):
         known = []
         for batch in batches:
             pairs = build_neighbor_list(batch, self.cutoff)
-            edges, r_ij = Edges.of(batch, pairs), pair_vectors(batch, pairs).to(self.dtype)
+            edges, r_ij = Edges.of(batch, pairs), pair_vectors(batch, pairs)
             indices = self.prepare(batch.species, edges, r_ij, batch.n_atoms)
-            features = nn.functional.one_hot(batch.species, len(self.species_table)).to(self.dtype)
-            known.append((features, Geometry(indices, r_ij, self.hyper.l_max)))
-        for residuals in self._layers():
-            layer = cast(SmoothInteraction, residuals[0].layer)
+            known.append(self._start(indices, r_ij))
+        for block in self._layers():
+            layer = cast(SmoothInteraction, block[0].layer)
             layer.whiten(torch.cat([layer.environment(*state) for state in known]))
-            for k, (features, geometry) in enumerate(known):
-                features = residuals[0](features, geometry)
-                for atom_layer in residuals[1:]:
-                    features = atom_layer(features)
-                known[k] = (features, geometry)
+            known = [(_through(block, *state)[1], state[1]) for state in known]
 
     def regularizers(self) -> dict[str, Regularizer]:
         """`hierarchicality`: later terms should be smaller than earlier ones."""
