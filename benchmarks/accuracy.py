@@ -9,9 +9,9 @@ frames a twentieth chooses the best epoch and is not trained on. Every model is 
 same settings. Errors are those of the test frames, which nothing was chosen on but the settings
 of training (by errors of training, validation and test frames of molybdenum, seeds 0 and 1).
 
-Cost is processor time per atom and step of NVE at 300 K through ASE's calculator, neighbor lists
-included, of about 4,000 atoms on one thread: the median of `ROUNDS`, in one process for each
-instruction set that runs here.
+Cost is that of `pareto.py`: processor time per atom and step of NVE at 300 K through ASE's
+calculator, neighbor lists included, of about 4,000 atoms on one thread, the least of `ROUNDS`, with
+each instruction set that runs here.
 
 Numbers are added to `--out`; a trained model in `--work` is not trained again.
 """
@@ -20,32 +20,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
-import time
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ase.io
 import numpy as np
 import torch
-from ase.build import bulk
-from ase.md.verlet import VelocityVerlet
-from ase.units import fs
+from pareto import ELEMENTS as CRYSTALS
+from pareto import Worker, student, take_turns
 
-from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential
 from potstill.core import describe_core, instruction_sets
 from potstill.evaluate.elastic import ElasticScan
 from potstill.evaluate.errors import evaluate_errors
 from potstill.evaluate.phonons import Phonons, PhononsEvaluation
-from potstill.evaluate.tools import machine_description, set_temperature
+from potstill.evaluate.tools import machine_description
 from potstill.readers import read
 from potstill.train import TrainingSet, TrainSettings, train
 
-SEEDS, ROUNDS, STEPS_PER_ROUND, ATOMS = (0, 1, 2), 7, 40, 4000
+SEEDS, ROUNDS, SECONDS = (0, 1, 2), 7, 0.5
 
 #: Settings of every training.
 SETTINGS: dict[str, Any] = {
@@ -68,12 +64,12 @@ SIZES: dict[str, dict[str, int]] = {
     "l4": {"l_max": 4},
 }
 
-#: Files, cutoff (Å) and crystal.
+#: Files and cutoff (Å).
 ELEMENTS: dict[str, dict[str, Any]] = {
-    "Mo": {"set": "mlearn", "cutoff": 5.2, "crystal": ("bcc", 3.168)},
-    "Si": {"set": "mlearn", "cutoff": 5.2, "crystal": ("diamond", 5.469)},
-    "Cu": {"set": "mlearn", "cutoff": 5.2, "crystal": ("fcc", 3.621)},
-    "W": {"set": "w-mace", "cutoff": 5.2, "crystal": ("bcc", 3.188)},
+    "Mo": {"set": "mlearn", "cutoff": 5.2},
+    "Si": {"set": "mlearn", "cutoff": 5.2},
+    "Cu": {"set": "mlearn", "cutoff": 5.2},
+    "W": {"set": "w-mace", "cutoff": 5.2},
 }
 
 
@@ -117,39 +113,19 @@ def errors(file: Path, element: str, data: Path) -> dict[str, float]:
     }
 
 
-def cost(files: dict[str, Path], element: str) -> dict[str, float]:
-    """Microseconds per atom and step, taking turns."""
-    lattice, constant = ELEMENTS[element]["crystal"]
-    cell = bulk(element, lattice, a=constant, cubic=True)
-    crystal = cell.repeat(round((ATOMS / len(cell)) ** (1 / 3)))
-    set_temperature(crystal, 300.0, np.random.default_rng(0))
-    runs = {}
-    for name, file in files.items():
-        atoms = crystal.copy()
-        atoms.calc = PotstillCalculator(file)
-        runs[name] = VelocityVerlet(atoms, timestep=1.0 * fs)
-        runs[name].run(50)  # uncounted: 300 K are shared with the potential energy
-    times: dict[str, list[float]] = {name: [] for name in files}
-    for _ in range(ROUNDS):
-        for name, dynamics in runs.items():
-            started = time.process_time()
-            dynamics.run(STEPS_PER_ROUND)
-            times[name].append(time.process_time() - started)
-    scale = 1e6 / (STEPS_PER_ROUND * len(crystal))
-    return {name: scale * statistics.median(found) for name, found in times.items()}
-
-
 def costs(files: dict[str, Path], element: str) -> dict[str, dict[str, float]]:
-    """By instruction set, each in a process of its own: the choice is made once."""
-    found = {}
-    for name in (name for name, runs in instruction_sets().items() if runs):
-        given = json.dumps({size: str(file) for size, file in files.items()})
-        command = [sys.executable, __file__, "--cost", element, "--files", given]
-        environment = os.environ | {"POTSTILL_SIMD": name, "OMP_NUM_THREADS": "1"}
-        output = subprocess.run(
-            command, env=environment, capture_output=True, check=True, text=True
-        )
-        found[name] = json.loads(output.stdout.splitlines()[-1])
+    """Microseconds per atom and step by instruction set and size, taking turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = Path(folder) / "start.xyz"
+        ase.io.write(start, CRYSTALS[element].crystal(), format="extxyz")
+        kinds = [name for name, runs in instruction_sets().items() if runs]
+        pairs = [(kind, size) for kind in kinds for size in files]
+        peers = [student(f"{size} {kind}", [files[size]], kind) for kind, size in pairs]
+        workers = [Worker(peer, Path(folder), Path(folder)) for peer in peers]
+        measured = take_turns(workers, [start] * len(workers), SECONDS, ROUNDS)
+    found: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
+    for (kind, size), row in zip(pairs, measured, strict=True):
+        found[kind][size] = row["us_per_atom"]["processor"]
     return found
 
 
@@ -183,14 +159,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy.json"))
     parser.add_argument("--elements", nargs="*", default=list(ELEMENTS), choices=list(ELEMENTS))
     parser.add_argument("--silicon", type=Path, help="folder of a run of `potstill distill`")
-    parser.add_argument("--cost", help=argparse.SUPPRESS)
-    parser.add_argument("--files", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.cost:
-        files = {name: Path(file) for name, file in json.loads(options.files).items()}
-        print(json.dumps(cost(files, options.cost)))
-        return
     results = json.loads(options.out.read_text()) if options.out.is_file() else {}
     for element in options.elements:
         found = {}

@@ -30,12 +30,14 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ import ase.io
 import numpy as np
 from ase.build import bulk
 from common import Times, in_words, us_per_atom
-from pareto_peers import TIMESTEP, read_frames
+from pareto_peers import TIMESTEP, potstill, read_frames
 
 from potstill.checkpoint import load_potential
 from potstill.core import describe_core, instruction_sets
@@ -79,9 +81,10 @@ ENVIRONMENTS = {
 
 @dataclass(frozen=True)
 class Element:
-    """Frames of one element, and the crystal that moves."""
+    """Frames of one element, who labeled them, and the crystal that moves."""
 
     symbol: str
+    labels: str
     train: str
     test: str
     lattice: str
@@ -98,16 +101,16 @@ class Element:
 
 def _mlearn(symbol: str, *crystal: Any) -> Element:
     files = (f"mlearn/{symbol}_{part}.extxyz.gz" for part in ("train", "test"))
-    return Element(symbol, *files, *crystal)
+    return Element(symbol, "DFT, mlearn", *files, *crystal)
 
 
 ELEMENTS = {
     "Mo": _mlearn("Mo", "bcc", 3.168, 12),
     "Si": _mlearn("Si", "diamond", 5.469, 8),
     "Cu": _mlearn("Cu", "fcc", 3.621, 10),
-    "W": Element("W", "w-mace/training.xyz.gz", "w-mace/test.xyz.gz", "bcc", 3.188, 12),
+    "W": Element("W", "MACE-MP", "w-mace/training.xyz.gz", "w-mace/test.xyz.gz", "bcc", 3.188, 12),
 }
-ALUMINIUM = Element("Al", "", "", "fcc", 4.05, 10)
+ALUMINIUM = Element("Al", "", "", "", "fcc", 4.05, 10)
 
 # -- fits ------------------------------------------------------------------------------------------
 
@@ -138,9 +141,12 @@ POD_FIT = {"fitting_weight_energy": 100.0, "fitting_weight_force": 1.0}
 
 #: Sizes of ACE: order of correlation and largest total degree.
 ACE = {"ACE small": (3, 8), "ACE medium": (3, 11), "ACE large": (3, 14)}
-ACE_CUTOFFS = {"Mo": 4.5, "Si": 5.0, "Cu": 5.0, "W": 4.5}
+ACE_CUTOFF = 4.5  # Å: best of 4.5, 5.0 and 5.5 for each element (tungsten: of 4.0 and 4.5)
 #: Energies count as in ACEpotentials; left to itself, the evidence gives them away for forces.
-ACE_FIT = {"e0": "lsq", "opt": "lbfgs", "weights": '{"default": {"E": 30.0, "F": 1.0, "V": 1.0}}'}
+ACE_FIT = {
+    "e0": "lsq", "opt": "lbfgs", "map-polish": "off",
+    "weights": '{"default": {"E": 30.0, "F": 1.0, "V": 1.0}}',
+}  # fmt: skip
 
 #: NEP4: forces first, then energies.
 NEP = {
@@ -176,7 +182,7 @@ def fits(args: argparse.Namespace) -> Iterator[tuple[Path, str, dict[str, Any]]]
                 yield args.peers / "fits" / name / symbol, "ace-jax", {
                     "kind": "ace", **common,
                     "options": {
-                        "order": order, "max-degree": degree, "rcut": ACE_CUTOFFS[symbol], **ACE_FIT
+                        "order": order, "max-degree": degree, "rcut": ACE_CUTOFF, **ACE_FIT
                     },
                 }  # fmt: skip
         if "nep" in args.fit:
@@ -229,7 +235,7 @@ class Worker:
     """A potential in a process of its own environment that waits for requests."""
 
     def __init__(self, peer: Peer, peers: Path, scratch: Path) -> None:
-        self._name, self._log = peer.name, scratch / f"{peer.name}.log".replace("/", "-")
+        self.name, self._log = peer.name, scratch / f"{peer.name}.log".replace("/", "-")
         command = [str(python_of(peers, peer.environment)), str(PEERS), "worker"]
         pipe = subprocess.PIPE
         process = subprocess.Popen(
@@ -250,7 +256,7 @@ class Worker:
             line = ""
         if not line:
             end = self._log.read_text()[-2000:]
-            raise SystemExit(f"{self._name} failed at '{what}'; the end of its output:\n{end}")
+            raise SystemExit(f"{self.name} failed at '{what}'; the end of its output:\n{end}")
         return json.loads(line)
 
     def close(self) -> None:
@@ -275,6 +281,7 @@ class Peer:
     instructions: str
     variables: dict[str, str] = field(default_factory=dict)
     fit: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[Path, ...] = ()
 
 
 WHEEL = "any x86-64 (SSE2)"
@@ -316,46 +323,63 @@ def fitted(symbol: str, peers: Path) -> Iterator[Peer]:
             yield Peer(name, family, "torchnep", "nep", file, None, wheel, fit=made)
 
 
+def student(name: str, seeds: Sequence[Path], instructions: str) -> Peer:
+    """Checkpoints that differ in their seed; the first is timed, with one instruction set."""
+    return Peer(
+        name, f"potstill {instructions}", "potstill", "potstill",
+        {"checkpoint": str(seeds[0].resolve())}, load_potential(seeds[0])[0].n_parameters,
+        instructions, {"POTSTILL_SIMD": instructions}, seeds=tuple(seeds),
+    )  # fmt: skip
+
+
 def students(folders: Iterable[Path], simd: Iterable[str]) -> dict[str, list[Peer]]:
-    """Checkpoints of one element (of runs the best), by element, with each instruction set."""
-    found: dict[str, list[Peer]] = {symbol: [] for symbol in ELEMENTS}
+    """Checkpoints (of runs the best) by element, seeds together, with each instruction set."""
+    groups: dict[tuple[str, str], list[Path]] = {}
     for folder in folders:
         for path in sorted(folder.rglob("*.pt")):
             if path.name != "best.pt" and path.with_name("best.pt").exists():
                 continue  # of a run folder only the best counts
-            potential, _ = load_potential(path)
-            names = potential.species_table.names
-            if len(names) != 1 or names[0] not in found:
-                print(f"{path} is left out: it is of {', '.join(names)}")
+            species = load_potential(path)[0].species_table.names
+            if len(species) != 1 or species[0] not in ELEMENTS:
+                print(f"{path} is left out: it is of {', '.join(species)}")
                 continue
-            n = sum(p.numel() for p in potential.parameters())
-            for instructions in simd:
-                family, file = f"potstill {instructions}", path.relative_to(folder)
-                name = file.parent if path.name == "best.pt" else file.with_suffix("")
-                settings = {"checkpoint": str(path.resolve())}
-                peer = Peer(
-                    str(name), family, "potstill", "potstill", settings, n, instructions,
-                    {"POTSTILL_SIMD": instructions},
-                )  # fmt: skip
-                found[names[0]].append(peer)
+            file = path.relative_to(folder)
+            name = str(file.parent if path.name == "best.pt" else file.with_suffix(""))
+            groups.setdefault((species[0], name.split("-seed")[0]), []).append(path)
+    found: dict[str, list[Peer]] = {symbol: [] for symbol in ELEMENTS}
+    for (symbol, name), seeds in groups.items():
+        found[symbol].extend(student(name, seeds, instructions) for instructions in simd)
     return found
 
 
 # -- measuring -------------------------------------------------------------------------------------
 
 
-def errors(predicted: Path, frames: list[ase.Atoms]) -> dict[str, float]:
+def errors(energies: np.ndarray, forces: np.ndarray, frames: list[ase.Atoms]) -> dict[str, float]:
     """Errors of energies in meV/atom and of force components in eV/Å."""
-    found, sizes = np.load(predicted), np.array([len(atoms) for atoms in frames])
+    sizes = np.array([len(atoms) for atoms in frames])
     wanted = np.array([atoms.get_potential_energy() for atoms in frames])
-    energy = 1e3 * (found["energies"] - wanted) / sizes
-    force = found["forces"] - np.concatenate([atoms.get_forces() for atoms in frames])
+    energy = 1e3 * (energies - wanted) / sizes
+    force = forces - np.concatenate([atoms.get_forces() for atoms in frames])
     return {
         "force_rmse": float(np.sqrt((force**2).mean())),
         "force_mae": float(np.abs(force).mean()),
         "energy_rmse": float(np.sqrt((energy**2).mean())),
         "energy_mae": float(np.abs(energy).mean()),
     }
+
+
+@cache
+def errors_of_seeds(checkpoints: tuple[Path, ...], test: Path) -> dict[str, Any]:
+    """Mean errors of checkpoints, their standard deviations, and those of each."""
+    frames, found = read_frames(test), []
+    for path in checkpoints:
+        energies, forces = zip(*potstill(str(path)).predict(frames), strict=True)
+        found.append(errors(np.array(energies), np.concatenate(forces), frames))
+    means: dict[str, Any] = {key: statistics.mean(one[key] for one in found) for key in found[0]}
+    if len(found) > 1:
+        means |= {f"{key}_std": statistics.stdev(one[key] for one in found) for key in found[0]}
+    return means | {"seeds": found}
 
 
 def measure(
@@ -370,62 +394,115 @@ def measure(
     ase.io.write(test, bare, format="extxyz")
     for path, element in ((moving, ELEMENTS[symbol]), (other, ALUMINIUM)):
         ase.io.write(path, element.crystal(), format="extxyz")
-    rows, workers, steps = [], [], []
+    workers, rows, starts = [], [], []
     for peer in [*peers, aluminium]:
         worker = Worker(peer, args.peers, scratch)
         row: dict[str, Any] = {
-            "name": peer.name, "family": peer.family, "parameters": peer.parameters,
-            "instructions": peer.instructions, "fit": peer.fit,
+            "name": peer.name, "family": peer.family, "environment": peer.environment,
+            "parameters": peer.parameters, "instructions": peer.instructions, "fit": peer.fit,
         }  # fmt: skip
-        if peer is not aluminium:
-            row |= errors(Path(worker.ask("predict", str(test))), frames)
-        row["versions"] = worker.ask("start", str(other if peer is aluminium else moving))
-        worker.ask("run", UNCOUNTED)
-        _, used = worker.ask("run", UNCOUNTED)
-        print(f"{symbol}: {peer.name} takes {used / UNCOUNTED:.3g} s a step", flush=True)
-        steps.append(int(np.clip(args.seconds * UNCOUNTED / used, MIN_STEPS, MAX_STEPS)))
+        if peer.seeds:
+            row |= errors_of_seeds(peer.seeds, args.data / ELEMENTS[symbol].test)
+        elif peer is not aluminium:
+            found = np.load(worker.ask("predict", str(test)))
+            row |= errors(found["energies"], found["forces"], frames)
         rows.append(row)
         workers.append(worker)
+        starts.append(other if peer is aluminium else moving)
+    costs = take_turns(workers, starts, args.seconds, args.rounds)
+    return [row | cost for row, cost in zip(rows, costs, strict=True)]
+
+
+def take_turns(
+    workers: Sequence[Worker], starts: Sequence[Path], seconds: float, rounds: int
+) -> list[dict[str, Any]]:
+    """Versions and cost of each worker in dynamics from its file; ends the workers."""
+    versions, steps = [], []
+    for worker, start in zip(workers, starts, strict=True):
+        versions.append(worker.ask("start", str(start)))
+        worker.ask("run", UNCOUNTED)
+        _, used = worker.ask("run", UNCOUNTED)
+        print(f"{worker.name} takes {used / UNCOUNTED:.3g} s a step", flush=True)
+        steps.append(int(np.clip(seconds * UNCOUNTED / used, MIN_STEPS, MAX_STEPS)))
     times: list[list[Times]] = [[] for _ in workers]
-    for k in range(args.rounds):
-        print(f"{symbol}: round {k + 1} of {args.rounds}", flush=True)
+    for k in range(rounds):
+        print(f"round {k + 1} of {rounds}", flush=True)
         for n_steps, worker, found in zip(steps, workers, times, strict=True):
             found.append(Times(*(t / n_steps for t in worker.ask("run", n_steps))))
-    for row, n_steps, worker, found in zip(rows, steps, workers, times, strict=True):
+    for worker in workers:
         worker.close()
-        n_atoms = len((ALUMINIUM if row["name"] == YARDSTICK else ELEMENTS[symbol]).crystal())
-        row |= {"n_atoms": n_atoms, "n_steps": n_steps, "us_per_atom": us_per_atom(found, n_atoms)}
-    return rows
+    sizes = [len(ase.io.read(start)) for start in starts]
+    return [
+        {"versions": v, "n_atoms": n, "n_steps": k, "us_per_atom": us_per_atom(t, n)}
+        for v, n, k, t in zip(versions, sizes, steps, times, strict=True)
+    ]
 
 
 YARDSTICK = "eam/fs (aluminium)"
 UNCOUNTED, MIN_STEPS, MAX_STEPS = 2, 3, 2000
 
 
-def dominated(row: dict[str, Any], others: Iterable[dict[str, Any]]) -> list[str]:
-    """Names of potentials that are cheaper and better in both errors."""
-    mine = _point(row)
-    return [o["name"] for o in others if "force_rmse" in o and bool(np.all(_point(o) < mine))]
+# -- comparison ------------------------------------------------------------------------------------
 
 
-def _point(row: dict[str, Any]) -> np.ndarray:
-    return np.array([row["us_per_atom"]["processor"], row["force_rmse"], row["energy_rmse"]])
+def cost_of(row: dict[str, Any]) -> float:
+    """Microseconds of processors per atom and step."""
+    return float(row["us_per_atom"]["processor"])
+
+
+def better(row: dict[str, Any], others: Iterable[dict[str, Any]], keys: Iterable[str]) -> list[str]:
+    """Names of potentials that are cheaper and have smaller errors of all the kinds named."""
+    return [
+        other["name"]
+        for other in others
+        if cost_of(other) < cost_of(row) and all(other[key] < row[key] for key in keys)
+    ]
+
+
+def comparison(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """For each instruction set of potstill: who dominates whom."""
+    measured = [row for row in rows if "force_rmse" in row]
+    others = [row for row in measured if row["environment"] != "potstill"]
+    (yardstick,) = (cost_of(row) for row in rows if row["family"] == YARDSTICK)
+    found: dict[str, Any] = {}
+    for family in dict.fromkeys(r["family"] for r in measured if r["environment"] == "potstill"):
+        ours = [row for row in measured if row["family"] == family]
+        entry: dict[str, Any] = {
+            "times_eam_fs": {row["name"]: cost_of(row) / yardstick for row in ours}
+        }
+        for kind, keys in KINDS.items():
+            entry[kind] = {
+                "others_that_potstill_does_not_dominate": {
+                    row["name"]: cost_of(row) for row in others if not better(row, ours, keys)
+                },
+                "potstill_dominated_by": {row["name"]: better(row, others, keys) for row in ours},
+            }
+        found[family] = entry
+    return found
+
+
+KINDS = {
+    "forces": ("force_rmse",),
+    "energies": ("energy_rmse",),
+    "both": ("force_rmse", "energy_rmse"),
+}
 
 
 # -- figures ---------------------------------------------------------------------------------------
 
+#: Label (filled in from the row), color, marker and line of each family.
 STYLES = {
-    "SNAP": Look("SNAP (LAMMPS)", "#E69F00", "s"),
-    "qSNAP": Look("qSNAP (LAMMPS)", "#D55E00", "D"),
-    "POD": Look("POD (LAMMPS)", "#009E73", "^"),
-    "ACE": Look("ACE (ace-jax)", "#CC79A7", "v"),
-    "NEP": Look("NEP (nep-adapters)", "#8C564B", "P"),
+    "SNAP": Look("SNAP, LAMMPS {lammps}, SSE2", "#E69F00", "s"),
+    "qSNAP": Look("qSNAP, LAMMPS {lammps}, SSE2", "#D55E00", "D"),
+    "POD": Look("POD, LAMMPS {lammps}, SSE2", "#009E73", "^"),
+    "ACE": Look("ACE, ace-jax {ace-jax}, native C++", "#CC79A7", "v"),
+    "NEP": Look("NEP, nep-adapters {nep-adapters}, wheel", "#8C564B", "P"),
     "published": Look("ACE as published, other machine", "#888888", "X"),
     "others": Look("front of the others", "#222222", "", ":"),
-    "potstill avx512": Look("potstill, AVX-512", "#0072B2", "o"),
-    "potstill avx2": Look("potstill, AVX2", "#56B4E9", "o", "--"),
-    "potstill baseline": Look("potstill, baseline (SSE2)", "#6A3D9A", "o", "-."),
-    YARDSTICK: Look("cost of eam/fs (LAMMPS)", "#888888", "", "-."),
+    "potstill avx512": Look("potstill {potstill}, AVX-512", "#0072B2", "o"),
+    "potstill avx2": Look("potstill {potstill}, AVX2", "#56B4E9", "o", "--"),
+    "potstill baseline": Look("potstill {potstill}, baseline (SSE2)", "#6A3D9A", "o", "-."),
+    YARDSTICK: Look("cost of eam/fs of Al, LAMMPS {lammps}, SSE2", "#888888", "", "-."),
 }
 
 
@@ -436,36 +513,44 @@ def staircase(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
 
 
+def panel(title: str, found: dict[str, Any], key: str, label: str) -> Panel:
+    """Errors of one kind against cost."""
+    families: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted((row for row in found["rows"] if key in row), key=cost_of):
+        families.setdefault(row["family"], []).append(row)
+    series, others = [], []
+    for family, rows in families.items():
+        ours = rows[0]["environment"] == "potstill"
+        x, y = [cost_of(row) for row in rows], [row[key] for row in rows]
+        spread = [row.get(f"{key}_std", 0.0) for row in rows] if ours else None
+        series.append(Series(family, x, y, y_spread=spread, joined=ours))
+        others += [] if ours else list(zip(x, y, strict=True))
+    if found["published"]:
+        x, y = zip(*((row["us_per_atom"], row[key]) for row in found["published"]), strict=True)
+        series.append(Series("published", x, y))
+    series.append(Series("others", *staircase(np.array(others)), kind="line"))
+    drawn = [row[key] for rows in families.values() for row in rows]
+    cost = [cost_of(row) for row in found["rows"] if row["family"] == YARDSTICK]
+    series.append(Series(YARDSTICK, 2 * cost, [min(drawn), max(drawn)], kind="line"))
+    x_label = "µs of processor per atom and step, one thread"
+    return Panel(x_label, label, series, title, "log", "log")
+
+
 def draw(symbol: str, found: dict[str, Any], folder: Path) -> None:
     """Errors of forces and of energies against cost."""
-    panels = []
-    for quantity, label in (
-        ("force_rmse", "force RMSE (eV/Å)"), ("energy_rmse", "energy RMSE (meV/atom)"),
-    ):  # fmt: skip
-        points: dict[str, list[tuple[float, float]]] = {}
-        for row in found["rows"]:
-            if quantity in row:
-                point = (row["us_per_atom"]["processor"], row[quantity])
-                points.setdefault(row["family"], []).append(point)
-        groups: dict[str, list[tuple[float, float]]] = {"others": []}
-        for family, values in points.items():
-            groups.setdefault(family if "potstill" in family else "others", []).extend(values)
-        series = [
-            Series(name, *staircase(np.array(values)), kind="line")
-            for name, values in groups.items()
-            if values
-        ]
-        series += [Series(family, *np.array(values).T) for family, values in points.items()]
-        if found["published"]:
-            values = [(row["us_per_atom"], row[quantity]) for row in found["published"]]
-            series.append(Series("published", *np.array(values).T))
-        drawn = [y for values in points.values() for _, y in values]
-        cost = [row["us_per_atom"]["processor"] for row in found["rows"] if quantity not in row]
-        series.append(Series(YARDSTICK, 2 * cost, [min(drawn), max(drawn)], kind="line"))
-        panels.append(Panel("µs per atom and step, one thread", label, series, "", "log", "log"))
-    drawing = Drawing(f"pareto_{symbol}", f"Accuracy and cost: {symbol}", "", panels, n_columns=2)
+    frames = f"{symbol}, test frames ({ELEMENTS[symbol].labels})"
+    panels = [
+        panel(frames, found, "force_rmse", "RMSE of force components (eV/Å)"),
+        panel(frames, found, "energy_rmse", "RMSE of energies (meV/atom)"),
+    ]
+    styles = dict(STYLES)
+    for row in found["rows"]:
+        look = STYLES[row["family"]]
+        styles[row["family"]] = replace(look, label=look.label.format(**row["versions"]))
+    name, title = f"pareto_{symbol}", f"Accuracy and cost: {symbol}"
+    drawing = Drawing(name, title, "", panels, n_columns=2, height=4.2, width=5.2)
     with tempfile.TemporaryDirectory() as scratch:
-        figure = write_figure(Path(scratch), drawing, STYLES)
+        figure = write_figure(Path(scratch), drawing, styles)
         shutil.copy(figure.png, folder / figure.png.name)
 
 
@@ -518,10 +603,6 @@ def main() -> None:
             scratch = Path(folder)
             peers = [*published(symbol, args.data, scratch), *fitted(symbol, args.peers)]
             rows = measure(symbol, peers + ours[symbol], args, scratch)
-        for row in rows:
-            if row["family"].startswith("potstill"):
-                others = [o for o in rows if not o["family"].startswith("potstill")]
-                row["dominated_by"] = dominated(row, others)
         record[symbol] = {
             "command": " ".join(["python", *sys.argv]),
             "machine": machine_description() | {"threads": 1},
@@ -530,6 +611,7 @@ def main() -> None:
             "test": ELEMENTS[symbol].test,
             "timestep_fs": TIMESTEP,
             "rounds": args.rounds,
+            "comparison": comparison(rows),
             "rows": rows,
             "published": [
                 {"name": f"linear ACE, {n} functions, {rcut} Å", "parameters": n,
