@@ -49,7 +49,7 @@ SETTINGS: dict[str, Any] = {
         {"property": "energy", "weight": 0.3},
         {"property": "forces", "weight": 30.0},
     ],
-    "optimizer": {"learning_rate": 0.01, "ema_decay": 0.999, "beta2": 0.99},
+    "optimizer": {"learning_rate": 0.01, "ema_decay": "auto", "beta2": 0.99},
     "learning_rate": {"schedule": "one_cycle"},
     "regularization": {"l2": 0.0, "hierarchicality": 0.0},
     "score": {"weights": {"forces_rmse": 1.0, "energy_per_atom_rmse": 10.0}},

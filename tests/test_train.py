@@ -430,6 +430,23 @@ def test_a_stopped_one_cycle_goes_on_with_the_same_rates(tmp_path: Path) -> None
     assert not torch.equal(trained[name], initial[name])
 
 
+def test_an_automatic_average_is_that_of_a_tenth_of_the_run(tmp_path: Path) -> None:
+    """Of 4 frames in twos 24 epochs make 48 steps; of runs of up to ten steps the last is kept."""
+    data = emt_set(4)
+    averages = []
+    for epochs, decay in ((24, "auto"), (24, 1.0 - 10.0 / 48.0), (3, "auto"), (3, None)):
+        run = settings(
+            epochs=epochs,
+            batch_size=2,
+            optimizer={"learning_rate": 0.01, "ema_decay": decay},
+            early_stopping=None,
+        )
+        folder = tmp_path / str(len(averages))
+        averages.append(train(run, data, data, folder).best)
+    assert_same_weights(averages[0], averages[1])
+    assert_same_weights(averages[2], averages[3])
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 

@@ -243,7 +243,8 @@ def prepare(
     training = training.with_neighbors(reach, packed=force_gradient.takes_compact_lists)
 
     run = RunFolder.open(Path(folder), settings, training, fabric, learning_taps(terms))
-    trainee = Trainee.create(student, terms, settings, fabric)
+    order = mixed_batches(training.structures, training.synthetic, settings, epoch=1)
+    trainee = Trainee.create(student, terms, settings, fabric, len(order))
     features.to(fabric.device)
     residual = validation.minus(baseline)
     validated = Validation(settings, network, residual, terms, features, fabric)
@@ -261,7 +262,6 @@ def prepare(
         validated,
     )
     if not restore(run, trainee):
-        order = mixed_batches(training.structures, training.synthetic, settings, epoch=1)
         choose_scales(settings, network, terms, p.draw, order, fabric)
     return p
 

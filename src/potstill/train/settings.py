@@ -103,8 +103,9 @@ class OptimizerSettings(_Settings):
         Decay per step of the squared gradients' average; 0.99 suits runs of a few thousand steps.
     clip_norm : float, optional
         Clip the norm of the gradient of all parameters to this value.
-    ema_decay : float, optional
+    ema_decay : float or "auto", optional
         Decay per step of a moving average of the weights, which is then validated and saved.
+        `auto` averages over a tenth of the run: 1 - 10 / steps.
     """
 
     name: Literal["adam", "adamw", "amsgrad_adamw"] = "adam"
@@ -112,7 +113,7 @@ class OptimizerSettings(_Settings):
     weight_decay: float = Field(default=0.0, ge=0)
     beta2: float = Field(default=0.999, gt=0, lt=1)
     clip_norm: float | None = Field(default=None, gt=0)
-    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] | None = None
 
 
 class LearningRateSettings(_Settings):

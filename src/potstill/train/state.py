@@ -78,6 +78,7 @@ class Trainee:
         terms: Terms,
         settings: TrainSettings,
         fabric: lightning_fabric.Fabric,
+        steps_per_epoch: int,
     ) -> Trainee:
         """Move student and terms to the device and make their optimizer."""
         network = student["network"].to(fabric.device)
@@ -85,6 +86,8 @@ class Trainee:
         trained: list[Tensor] = [*network.parameters(), *terms.parameters()]
         optimizer = _optimizer(settings.optimizer, trained)
         decay = settings.optimizer.ema_decay
+        if decay == "auto":
+            decay = max(0.0, 1.0 - 10.0 / (settings.epochs * steps_per_epoch))
         average = None
         if decay is not None:
             average = {k: v.detach().clone() for k, v in network.state_dict().items()}

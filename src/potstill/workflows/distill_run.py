@@ -77,7 +77,7 @@ def default_student() -> TrainSettings:
         energy=EnergySettings(zero="least_squares", prior="zbl"),
         # With the energies' zero subtracted the ratios of L_R would be ratios of noise.
         regularization=RegularizationSettings(l2=1e-6, hierarchicality=0.0),
-        optimizer=OptimizerSettings(learning_rate=5e-3, ema_decay=0.99, beta2=0.99),
+        optimizer=OptimizerSettings(learning_rate=5e-3, ema_decay="auto", beta2=0.99),
         learning_rate=LearningRateSettings(schedule="one_cycle"),
         batch_size=4,
         early_stopping=None,
