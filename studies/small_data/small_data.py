@@ -63,11 +63,11 @@ SETTINGS: dict[str, Any] = {
 SIZES: dict[str, dict[str, int]] = {
     "default": {},
     "fast": {"l_max": 1, "n_features": 12, "n_channels": 12},
-    "member": {"n_features": 40, "n_channels": 40},
+    "wide": {"n_features": 40, "n_channels": 40},
+    "deep": {"n_interaction_layers": 2, "l_max": 3},
 }
 STUDENTS = ("default", "fast")
 ROLES = ("teacher", *(f"{role}-{size}" for size in STUDENTS for role in ("student", "control")))
-N_MEMBERS = 5
 
 #: A structure is left out where the standard deviation of the committee's forces is more than this
 #: many times that on the validation frames (root mean squares over atoms).
@@ -86,7 +86,9 @@ class Setup:
     timestep: float
     displacement: tuple[float, float]
     max_strain: float
-    #: Steps and L2 weights; of several, the best on validation counts.
+    #: Sizes of the teacher's members, more of them than kinds of structures that they make.
+    members: tuple[str, ...]
+    #: By role or size: steps and L2 weights; of several, the best on validation counts.
     trials: dict[str, tuple[tuple[int, float], ...]]
 
 
@@ -100,8 +102,9 @@ SETS = {
         timestep=2.0,
         displacement=(0.02, 0.3),
         max_strain=0.06,
+        members=("wide",) * 7,
         trials={
-            "member": ((2500, 5e-2),),
+            "wide": ((2500, 5e-2),),
             "control": ((1000, 1e-2), (2500, 1e-2), (2500, 5e-2)),
             "student": ((6000, 0.0),),
         },
@@ -115,9 +118,11 @@ SETS = {
         timestep=0.5,
         displacement=(0.02, 0.1),
         max_strain=0.0,
+        members=("wide", "deep") * 3 + ("wide",),
         trials={
-            "member": ((4000, 1e-2),),
-            "control": ((1500, 1e-2), (4000, 1e-2), (4000, 1e-1)),
+            "wide": ((1500, 1e-2),),
+            "deep": ((1500, 1e-3),),
+            "control": ((700, 0.0), (1500, 0.0), (1500, 1e-2), (4000, 1e-2), (4000, 1e-1)),
             "student": ((15000, 0.0),),
         },
     ),
@@ -192,10 +197,10 @@ def members_of(
 ) -> list[PotentialTeacher]:
     """Larger models that differ in their initial weights and the order of frames."""
     members = []
-    for k in range(N_MEMBERS):
+    for k, size in enumerate(setup.members):
         own = 1000 * (seed + 1) + k
         folder = work / f"member{k}"
-        file = fit(folder, "member", setup, "member", own, training, validation)
+        file = fit(folder, size, setup, size, own, training, validation)
         members.append(PotentialTeacher.from_checkpoint(file))
     return members
 
@@ -387,7 +392,7 @@ def main() -> None:
         "command": "python studies/small_data/small_data.py --data DATA --work FOLDER",
         "machine": machine_description(),
         "versions": versions(),
-        "settings": SETTINGS | {"sizes": SIZES, "members": N_MEMBERS, "max_spread": MAX_SPREAD},
+        "settings": SETTINGS | {"sizes": SIZES, "max_spread": MAX_SPREAD},
     }
     options.collect.write_text(json.dumps(about | {"sets": results}, indent=1) + "\n")
     print(table(results))
