@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential
+from potstill.errors import DivergenceError
 from potstill.evaluate.errors import evaluate_errors
 from potstill.evaluate.tools import machine_description
 from potstill.readers import read
@@ -208,26 +209,14 @@ def members_of(
 # -- what the teacher makes ------------------------------------------------------------------------
 
 
-def made_by(
-    members: list[PotentialTeacher],
-    work: Path,
-    setup: Setup,
-    seed: int,
-    training: TrainingSet,
-    validation: TrainingSet,
-) -> tuple[TrainingSet, dict[str, int]]:
-    """Structures that the teacher makes and labels, and how many there are.
-
-    Members take turns in the dynamics, which costs less than the mean of all at every step.
-    """
-    teacher, start = CommitteeTeacher(members), training.structures
+def jobs_from(start: Structures, setup: Setup) -> list[Job]:
+    """Rattles, strains and dynamics at every temperature, from each of the structures."""
     jobs: list[Job] = []
     for system in range(len(start)):
         jobs.append(RattleJob(n_frames=12, system=system, displacement=setup.displacement))
         if setup.max_strain:
-            jobs.append(
-                StrainJob(n_frames=12, system=system, max_strain=setup.max_strain, displacement=0.1)
-            )
+            strain = StrainJob(n_frames=12, system=system, max_strain=setup.max_strain)
+            jobs.append(replace(strain, displacement=0.1))
         jobs += [
             MDJob(
                 n_frames=15,
@@ -240,28 +229,52 @@ def made_by(
             )
             for temperature in setup.temperatures
         ]
-    unstable: list[str] = []
+    return jobs
+
+
+def made_by(
+    members: list[PotentialTeacher],
+    work: Path,
+    setup: Setup,
+    seed: int,
+    training: TrainingSet,
+    validation: TrainingSet,
+) -> tuple[TrainingSet, dict[str, int]]:
+    """Structures that the teacher makes and labels, and how many there are.
+
+    Members take turns in the dynamics, which costs less than the mean of all at every step.
+    """
+    jobs = jobs_from(training.structures, setup)
+    unstable: list[DivergenceError] = []
     parts = [
         run_plan(
-            SamplingPlan(start, jobs[k :: len(members)], 1000 * seed + k),
+            SamplingPlan(training.structures, jobs[k :: len(members)], 1000 * seed + k),
             PotstillCalculator(member.potential),
             work / f"frames{k}",
             driver=member.info.fingerprint,
-            on_divergence=lambda error: unstable.append(str(error)),
+            on_divergence=unstable.append,
         ).structures
         for k, member in enumerate(members)
     ]
-    frames = Structures.concatenate(parts)
+    frames, teacher = Structures.concatenate(parts), CommitteeTeacher(members)
     labels, _ = teacher.label(frames, (*LABELS, "forces_std"))
-    spread = teacher.label(validation.structures, ("forces_std",))[0]["forces_std"]
-    limit = MAX_SPREAD * float(_rms(spread, validation.structures).square().mean().sqrt())
-    trained = closest_pairs(start)
+    known = teacher.label(validation.structures, ("forces_std",))[0]["forces_std"]
+    limit = MAX_SPREAD * float(_rms(known, validation.structures).square().mean().sqrt())
+    kept = sound(frames, labels["forces_std"], limit, closest_pairs(training.structures))
+    counts = {"made": len(frames), "kept": int(kept.sum()), "unstable_runs": len(unstable)}
+    made = TrainingSet(frames, {"reference": labels.only(LABELS)})
+    return made.select(kept.nonzero()[:, 0]), counts
+
+
+def sound(frames: Structures, spread: Tensor, limit: float, closest: dict[str, float]) -> Tensor:
+    """(S,) bool: where no atoms have fused and the teacher agrees with itself.
+
+    `spread`, (N, 3), is the standard deviation of the forces, of which the root mean square over
+    atoms must be below `limit`, eV/Å; `closest` are the shortest distances of the known frames.
+    """
     each = (frames[system] for system in range(len(frames)))
-    whole = torch.tensor([not fused(closest_pairs(frame), trained) for frame in each])
-    sound = whole & (_rms(labels["forces_std"], frames) < limit)  # false for a failure's NaN
-    counts = {"made": len(frames), "kept": int(sound.sum()), "unstable_runs": len(unstable)}
-    kept = TrainingSet(frames, {"reference": labels.only(LABELS)})
-    return kept.select(sound.nonzero()[:, 0]), counts
+    whole = torch.tensor([not fused(closest_pairs(frame), closest) for frame in each])
+    return whole & (_rms(spread, frames) < limit)  # false for the NaN of a failure
 
 
 def _rms(values: Tensor, structures: Structures) -> Tensor:
