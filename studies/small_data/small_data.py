@@ -101,7 +101,7 @@ SETS = {
         cutoff=5.2,
         temperatures=(300.0, 1500.0, 3000.0, 5000.0),
         timestep=2.0,
-        displacement=(0.02, 0.3),
+        displacement=(0.02, 0.25),
         max_strain=0.06,
         members=("wide",) * 7,
         trials={
@@ -213,7 +213,8 @@ def jobs_from(start: Structures, setup: Setup) -> list[Job]:
     """Rattles, strains and dynamics at every temperature, from each of the structures."""
     jobs: list[Job] = []
     for system in range(len(start)):
-        jobs.append(RattleJob(n_frames=12, system=system, displacement=setup.displacement))
+        rattle = RattleJob(n_frames=12, system=system, displacement=setup.displacement)
+        jobs.append(replace(rattle, closest=0.5))
         if setup.max_strain:
             strain = StrainJob(n_frames=12, system=system, max_strain=setup.max_strain)
             jobs.append(replace(strain, displacement=0.1))
