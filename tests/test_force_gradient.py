@@ -236,6 +236,23 @@ def test_the_error_of_differences_falls_with_the_square_of_epsilon(
         assert np.divide(errors[:-1], errors[1:]) == pytest.approx([4.0, 4.0], rel=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:central differences")
+def test_the_default_in_float32_suits_smooth_invariants(fabric: lightning_fabric.Fabric) -> None:
+    """Rounding is farther below the difference than with the step of networks that have cusps."""
+    data = emt_set(3)
+    torch.manual_seed(1)
+    network = HIPNN(data.structures.species_table, dist_hard_max=4.0)
+    expected, _ = gradient_of(network.double(), data, fabric, BACKPROPAGATION)
+    network = network.float()
+    default, small = (
+        distance(gradient_of(network, data, fabric, how)[0], expected)
+        for how in (FOLDED, FOLDED.model_copy(update={"epsilon": 1e-3}))
+    )
+    assert default < 0.5 * small
+    norms = hipnn(data.structures.species_table).float()
+    assert ForceGradient(FOLDED, norms).epsilon == 1e-3 < ForceGradient(FOLDED, network).epsilon
+
+
 def own_labels(network: Potential, structures: Structures) -> TrainingSet:
     """Labels that the network meets exactly, so that no force is wrong."""
     found = network.predict(structures, properties=("energy", "forces", "stress")).properties

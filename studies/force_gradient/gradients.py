@@ -154,7 +154,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]).replace(str(args.data), "DATA/mlearn"),
         "element": args.element,
         "epochs": args.epochs,
-        "epsilon": DEFAULT_EPSILON[torch.float64],
+        "epsilon": DEFAULT_EPSILON,
         "versions": versions(),
         "models": {},
     }

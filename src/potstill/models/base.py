@@ -144,6 +144,10 @@ class Potential(nn.Module, ABC):
     #: Models that do not derive forces from an energy say so here.
     direct_forces: bool = False
 
+    #: Displacement of atoms, Å, for central differences of gradients in float32, where rounding and
+    #: curvature balance.
+    float32_step: float = 1e-3
+
     #: Models that implement `prepare` and `prepared_terms`, so that training can compile them.
     compilable: bool = False
 

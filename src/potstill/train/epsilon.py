@@ -125,7 +125,7 @@ def scan_epsilon(
     ConfigError
         If the network's precision has no digits for differences.
     """
-    epsilon_for(None, network.dtype)
+    epsilon_for(None, network)
     epsilons = tuple(sorted(epsilons or EPSILONS[network.dtype]))
     fabric = default_fabric()
     network = network.to(fabric.device)

@@ -48,8 +48,8 @@ from potstill.train.settings import ForceGradientSettings
 #: The length a0 of Eq. 9, Å: atoms move by at most epsilon times this.
 LENGTH = 1.0
 
-#: Epsilon by the network's precision; see docs/force-gradients.md for the measurements.
-DEFAULT_EPSILON = {torch.float64: 3e-6, torch.float32: 1e-3}
+#: Epsilon in float64; in float32 the network says it. See docs/force-gradients.md for measurements.
+DEFAULT_EPSILON = 3e-6
 
 #: Largest error of the proxy (see `proxy_error`) that training accepts without a warning.
 SAFE_PROXY_ERROR = {torch.float64: 1e-5, torch.float32: 1e-2}
@@ -298,7 +298,7 @@ class ForceGradient:
                 "backpropagation"
             )
         if self.method == "central_difference":
-            self.epsilon = epsilon_for(settings.epsilon, network.dtype)
+            self.epsilon = epsilon_for(settings.epsilon, network)
         self._watching = watch
         self._features = features
         self._steps = 0
@@ -399,15 +399,16 @@ def difference_passes(
     return [partial(module, "weighted_energy", part, point.neighbors) for part in passes]
 
 
-def epsilon_for(epsilon: float | None, dtype: torch.dtype) -> float:
+def epsilon_for(epsilon: float | None, network: Potential) -> float:
     """Epsilon as it is set, or that of the precision; ConfigError if that leaves no digits."""
-    if dtype not in DEFAULT_EPSILON:
-        name = str(dtype).removeprefix("torch.")
+    defaults = {torch.float64: DEFAULT_EPSILON, torch.float32: network.float32_step}
+    if network.dtype not in defaults:
+        name = str(network.dtype).removeprefix("torch.")
         raise ConfigError(
             f"central differences need float32 or float64, and the network is in {name}: use "
             "force_gradient.method = backpropagation or forward_over_reverse"
         )
-    return DEFAULT_EPSILON[dtype] if epsilon is None else epsilon
+    return defaults[network.dtype] if epsilon is None else epsilon
 
 
 def energies(terms: Tensor, structures: Structures) -> dict[str, Tensor]:
