@@ -18,10 +18,11 @@ updates of neighbor lists included, after a few uncounted ones; rounds alternate
   Verlet with its calculator.
 
 Basis sizes, cutoffs and weights of POD were chosen on an eighth of the training frames (tungsten:
-its validation frames), weights and cutoff of ACE on that of molybdenum; test frames chose nothing,
-and fits use all training frames. potstill is measured with every instruction
-set that it has here, as wheels of others are made for older processors. Times are of processors,
-the least of all rounds, which feel other jobs least; the clock's are in the file, too.
+its validation frames), so were cutoffs of ACE and, on that of molybdenum, its weights; test frames
+chose nothing, and fits use all training frames. Of checkpoints that differ in `-seed<n>` errors are
+means. potstill is measured with every instruction set that it has here, as wheels of others are
+made for older processors. Times are of processors, the least of all rounds, which feel other jobs
+least; the clock's are in the file, too.
 """
 
 from __future__ import annotations
@@ -29,14 +30,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,12 @@ import ase.io
 import numpy as np
 from ase.build import bulk
 from common import Times, in_words, us_per_atom
+from pareto_figure import FIGURES, RESULTS, YARDSTICK, cost_of, draw
 from pareto_peers import TIMESTEP, potstill, read_frames
 
 from potstill.checkpoint import load_potential
 from potstill.core import describe_core, instruction_sets
-from potstill.evaluate.pareto import pareto_front
 from potstill.evaluate.tools import machine_description, set_temperature
-from potstill.report.panels import Drawing, Look, Panel, Series
-from potstill.report.plots import write_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = Path(__file__).with_name("pareto_peers.py")
@@ -141,7 +139,7 @@ POD_FIT = {"fitting_weight_energy": 100.0, "fitting_weight_force": 1.0}
 
 #: Sizes of ACE: order of correlation and largest total degree.
 ACE = {"ACE small": (3, 8), "ACE medium": (3, 11), "ACE large": (3, 14)}
-ACE_CUTOFF = 4.5  # Å: best of 4.5, 5.0 and 5.5 for each element (tungsten: of 4.0 and 4.5)
+ACE_CUTOFF = 4.5  # Å: of those tried (4.0 to 5.5) none was clearly better for any element
 #: Energies count as in ACEpotentials; left to itself, the evidence gives them away for forces.
 ACE_FIT = {
     "e0": "lsq", "opt": "lbfgs", "map-polish": "off",
@@ -319,16 +317,21 @@ def fitted(symbol: str, peers: Path) -> Iterator[Peer]:
             n = weights["WB"].size + weights["Wpair"].size
             yield Peer(name, family, "ace-jax", "ace", model, n, native, fit=made)
         else:
-            file, wheel = {"potential": str(folder / "nep_best.txt")}, "that of its wheel"
-            yield Peer(name, family, "torchnep", "nep", file, None, wheel, fit=made)
+            file = {"potential": str(folder / "nep_best.txt")}
+            yield Peer(name, family, "torchnep", "nep", file, None, WHEEL, fit=made)
 
 
 def student(name: str, seeds: Sequence[Path], instructions: str) -> Peer:
     """Checkpoints that differ in their seed; the first is timed, with one instruction set."""
+    record, made = seeds[0].with_name("settings.json"), {}
+    if record.exists():
+        settings = json.loads(record.read_text())["settings"]
+        keys = ("model", "loss", "optimizer", "learning_rate", "batch_size", "epochs")
+        made = {key: settings[key] for key in keys}
     return Peer(
         name, f"potstill {instructions}", "potstill", "potstill",
         {"checkpoint": str(seeds[0].resolve())}, load_potential(seeds[0])[0].n_parameters,
-        instructions, {"POTSTILL_SIMD": instructions}, seeds=tuple(seeds),
+        instructions, {"POTSTILL_SIMD": instructions}, made, tuple(seeds),
     )  # fmt: skip
 
 
@@ -438,16 +441,10 @@ def take_turns(
     ]
 
 
-YARDSTICK = "eam/fs (aluminium)"
 UNCOUNTED, MIN_STEPS, MAX_STEPS = 2, 3, 2000
 
 
 # -- comparison ------------------------------------------------------------------------------------
-
-
-def cost_of(row: dict[str, Any]) -> float:
-    """Microseconds of processors per atom and step."""
-    return float(row["us_per_atom"]["processor"])
 
 
 def better(row: dict[str, Any], others: Iterable[dict[str, Any]], keys: Iterable[str]) -> list[str]:
@@ -488,72 +485,6 @@ KINDS = {
 }
 
 
-# -- figures ---------------------------------------------------------------------------------------
-
-#: Label (filled in from the row), color, marker and line of each family.
-STYLES = {
-    "SNAP": Look("SNAP, LAMMPS {lammps}, SSE2", "#E69F00", "s"),
-    "qSNAP": Look("qSNAP, LAMMPS {lammps}, SSE2", "#D55E00", "D"),
-    "POD": Look("POD, LAMMPS {lammps}, SSE2", "#009E73", "^"),
-    "ACE": Look("ACE, ace-jax {ace-jax}, native C++", "#CC79A7", "v"),
-    "NEP": Look("NEP, nep-adapters {nep-adapters}, wheel", "#8C564B", "P"),
-    "published": Look("ACE as published, other machine", "#888888", "X"),
-    "others": Look("front of the others", "#222222", "", ":"),
-    "potstill avx512": Look("potstill {potstill}, AVX-512", "#0072B2", "o"),
-    "potstill avx2": Look("potstill {potstill}, AVX2", "#56B4E9", "o", "--"),
-    "potstill baseline": Look("potstill {potstill}, baseline (SSE2)", "#6A3D9A", "o", "-."),
-    YARDSTICK: Look("cost of eam/fs of Al, LAMMPS {lammps}, SSE2", "#888888", "", "-."),
-}
-
-
-def staircase(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The front of (cost, error) as a line: what is to be had for a cost."""
-    front = points[pareto_front(points)]
-    x, y = front[np.argsort(front[:, 0])].T
-    return np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
-
-
-def panel(title: str, found: dict[str, Any], key: str, label: str) -> Panel:
-    """Errors of one kind against cost."""
-    families: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted((row for row in found["rows"] if key in row), key=cost_of):
-        families.setdefault(row["family"], []).append(row)
-    series, others = [], []
-    for family, rows in families.items():
-        ours = rows[0]["environment"] == "potstill"
-        x, y = [cost_of(row) for row in rows], [row[key] for row in rows]
-        spread = [row.get(f"{key}_std", 0.0) for row in rows] if ours else None
-        series.append(Series(family, x, y, y_spread=spread, joined=ours))
-        others += [] if ours else list(zip(x, y, strict=True))
-    if found["published"]:
-        x, y = zip(*((row["us_per_atom"], row[key]) for row in found["published"]), strict=True)
-        series.append(Series("published", x, y))
-    series.append(Series("others", *staircase(np.array(others)), kind="line"))
-    drawn = [row[key] for rows in families.values() for row in rows]
-    cost = [cost_of(row) for row in found["rows"] if row["family"] == YARDSTICK]
-    series.append(Series(YARDSTICK, 2 * cost, [min(drawn), max(drawn)], kind="line"))
-    x_label = "µs of processor per atom and step, one thread"
-    return Panel(x_label, label, series, title, "log", "log")
-
-
-def draw(symbol: str, found: dict[str, Any], folder: Path) -> None:
-    """Errors of forces and of energies against cost."""
-    frames = f"{symbol}, test frames ({ELEMENTS[symbol].labels})"
-    panels = [
-        panel(frames, found, "force_rmse", "RMSE of force components (eV/Å)"),
-        panel(frames, found, "energy_rmse", "RMSE of energies (meV/atom)"),
-    ]
-    styles = dict(STYLES)
-    for row in found["rows"]:
-        look = STYLES[row["family"]]
-        styles[row["family"]] = replace(look, label=look.label.format(**row["versions"]))
-    name, title = f"pareto_{symbol}", f"Accuracy and cost: {symbol}"
-    drawing = Drawing(name, title, "", panels, n_columns=2, height=4.2, width=5.2)
-    with tempfile.TemporaryDirectory() as scratch:
-        figure = write_figure(Path(scratch), drawing, styles)
-        shutil.copy(figure.png, folder / figure.png.name)
-
-
 # -- the command -----------------------------------------------------------------------------------
 
 
@@ -569,8 +500,8 @@ def arguments() -> argparse.Namespace:
     add("--simd", nargs="+", help="instruction sets of potstill; by default all that run here")
     add("--rounds", type=int, default=5)
     add("--seconds", type=float, default=0.5, help="per round and potential")
-    add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "pareto.json")
-    add("--figures", type=Path, default=ROOT / "docs" / "figures")
+    add("--out", type=Path, default=RESULTS)
+    add("--figures", type=Path, default=FIGURES)
     return parser.parse_args()
 
 
@@ -609,6 +540,7 @@ def main() -> None:
             "core": describe_core(),
             "environment": ONE_THREAD,
             "test": ELEMENTS[symbol].test,
+            "labels": ELEMENTS[symbol].labels,
             "timestep_fs": TIMESTEP,
             "rounds": args.rounds,
             "comparison": comparison(rows),
