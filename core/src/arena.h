@@ -66,7 +66,9 @@ struct Sizes {
     static constexpr int L = lanes<T>;
     int n_species, n_features, n_sens, n_layers, n_atom_layers, max_row, ld_features;
     size_t widest;     // of one-hot and dense features
-    ptrdiff_t stride;  // length of the arrays of one atom's pairs within the cutoff
+    // Length of the arrays of pairs within the cutoff, per atom of a block: of atoms side by side, each
+    // species has as many vectors as the atom with most neighbors of it has pairs.
+    ptrdiff_t stride;
 
     explicit Sizes(const Task &task)
         : n_species(task.model.n_species),
@@ -81,7 +83,8 @@ struct Sizes {
             const int64_t n = task.pairs.row_ptr[i + 1] - task.pairs.row_ptr[i];
             if (n > max_row) max_row = static_cast<int>(n);
         }
-        stride = row() + ptrdiff_t(n_species) * L;
+        const ptrdiff_t lanes_wide = ptrdiff_t(n_species < L ? n_species : L) * max_row;
+        stride = n_layers > 1 && row() > lanes_wide ? row() : lanes_wide;
     }
     // Room for the pairs of one atom in the list, with a vector behind them.
     int row() const { return padded<T>(max_row) + L; }

@@ -23,33 +23,41 @@ struct Prepared {
     Span<T> features;  // (n_atoms, padded n_features), of all layers but the last
 };
 
-// The pairs of one atom within the cutoff.
+// Vectors of pairs that are worked on at a time: their tensor components stay in the fastest cache.
+constexpr int chunk_vectors(int M) { return 400 / (M + 8); }
+
+// Pairs within the cutoff, of as many atoms as there are lanes, or of one where features are dense.
 template <class T>
-struct AtomScratch {
-    Span<T> weighted;      // (M, pairs)
-    Span<T> by_pair[3];    // (pairs)
-    Span<T> environment;   // (n_sens, n_in, M), or of dense features (n_sens, M, padded n_in)
+struct PairScratch {
+    Span<T> packed[3];     // (L, row): the pair vectors of each atom
+    Span<T> by_pair[3];    // gradients as the fields are
+    Span<T> components;    // (chunk, M), or of dense features (pairs, M)
+    Span<T> by_component, by_function;  // Chebyshev polynomials: (chunk, M), (chunk, n_sens)
+    Span<T> sums;          // (n_sens, M, L): environments of one species, or their cotangents
     // Dense features only:
+    Span<T> environment;          // (n_sens, M, padded n_in)
     Span<T> near, near_columns;   // (pairs, padded n_features) and its transpose
     Span<T> spelled, by_spelled;  // (n_sens * M, pairs)
     Span<T> by_near;              // (pairs, padded n_features)
-    // Chebyshev polynomials only: cotangents of pairs' components, (M, pairs), and functions.
-    Span<T> by_component, by_function;
 
-    AtomScratch(const Task &task, const Sizes<T> &sizes, int M, Carver &c) {
-        const size_t pairs = sizes.stride, channels = size_t(sizes.n_sens) * M;
-        weighted = c.take<T>(M * pairs);
-        for (Span<T> &g : by_pair) g = c.take<T>(pairs);
+    PairScratch(const Task &task, const Sizes<T> &sizes, int M, Carver &c) {
+        constexpr size_t L = lanes<T>;
+        const size_t chunk = chunk_vectors(M) * L;
+        const size_t pairs = sizes.row(), channels = size_t(sizes.n_sens) * M;
         const bool dense = sizes.n_layers > 1;
-        const int ld = sizes.ld_features, n_s = sizes.n_species;
-        environment = c.take<T>(channels * (dense && ld > n_s ? ld : n_s));
+        for (Span<T> &x : packed) x = c.take<T>(L * pairs);
+        for (Span<T> &g : by_pair) g = c.take<T>(L * pairs);
+        components = c.take<T>(M * (dense && pairs > chunk ? pairs : chunk));
+        by_component = c.take<T>(task.is_smooth() ? M * chunk : 0);
+        by_function = c.take<T>(task.is_smooth() ? sizes.n_sens * chunk : 0);
+        sums = c.take<T>(channels * L);
+        const int ld = sizes.ld_features;
+        environment = c.take<T>(dense ? channels * ld : 0);
         near = c.take<T>(dense ? pairs * ld : 0);
         near_columns = c.take<T>(dense ? pairs * sizes.n_features : 0);
         spelled = c.take<T>(dense ? channels * pairs : 0);
         by_spelled = c.take<T>(dense ? channels * pairs : 0);
         by_near = c.take<T>(dense ? pairs * ld : 0);
-        by_component = c.take<T>(task.is_smooth() ? M * pairs : 0);
-        by_function = c.take<T>(task.is_smooth() ? sizes.n_sens * pairs : 0);
     }
 };
 
@@ -84,11 +92,12 @@ struct BlockScratch {
 // What one part of the atoms works in.
 template <class T>
 struct Part {
-    Row<T> row;
-    PairFields<T> fields;  // of a block's atoms
-    Span<Run> runs;        // (B, n_species)
-    Span<T> sensitivities;  // of a block's runs, each (n_sens, its pairs)
-    AtomScratch<T> atom;
+    Span<Row<T>> rows;      // (L), or one where there is one species
+    PairFields<T> fields;   // of a block's atoms
+    Span<Run> runs;         // (B / L, n_species) of atoms side by side, (B) where features are dense
+    Span<OwnPairs> own;     // (B / L, n_species, L) or (B)
+    Span<T> sensitivities;  // of a block's runs, (their vectors, n_sens) each
+    PairScratch<T> pairs;
     BlockScratch<T> block;
     ForceSums<T> sums;
     ParameterSums<T> parameters;
@@ -96,11 +105,12 @@ struct Part {
     bool indices_fit;
 
     Part(const Task &task, const Sizes<T> &sizes, int M, Carver &c)
-        : row(sizes, c),
+        : rows(place_rows(sizes, c)),
           fields(place_fields(sizes, c)),
           runs(c.take<Run>(size_t(block_atoms) * sizes.n_species)),
+          own(c.take<OwnPairs>(size_t(block_atoms) * sizes.n_species)),
           sensitivities(c.take<T>(size_t(block_atoms) * sizes.stride * sizes.n_sens)),
-          atom(task, sizes, M, c),
+          pairs(task, sizes, M, c),
           block(task, sizes, M, c),
           sums(task, c),
           parameters(task, sizes, c),
@@ -113,6 +123,14 @@ struct Part {
         return sensitivities + ptrdiff_t(run.first) * n_sens;
     }
 
+    static Span<Row<T>> place_rows(const Sizes<T> &sizes, Carver &c) {
+        const Span<Row<T>> rows = c.take<Row<T>>(sizes.n_species > 1 ? lanes<T> : 1);
+        for (size_t a = 0; a < rows.size; ++a) {
+            const Row<T> row(sizes, c);
+            if (c.assigns()) rows[a] = row;
+        }
+        return rows;
+    }
     static PairFields<T> place_fields(const Sizes<T> &sizes, Carver &c) {
         const size_t pairs = size_t(block_atoms) * sizes.stride;
         PairFields<T> f;
@@ -183,30 +201,15 @@ class Layers {
         }
     }
 
-    // Atoms first to first + n - 1; energies and features are written the first time only.
+    // Atoms first to first + n - 1, B at most; energies and features are written the first time only.
     void forward(Part<T> &s, int layer, int64_t first, int n, bool first_time) const {
         if (first_time && layer == 0) write_first_term(first, n);
         const int k_env = sizes_.n_sens * block_of(layer).n_in;
         if (n < B) clear<T>(size_t(k_env) * M * B, s.block.environment);
-        const int n_runs = layer == 0 ? sizes_.n_species : 1;
-        int offset = 0;
-        for (int b = 0; b < n; ++b) {
-            const int start = offset;
-            source_.load(first + b, s.row);
-            if (first_time && layer == 0 && sink_.zbl()) add_zbl(s, first + b);
-            offset = source_.select(first + b, s.row, n_runs, s.fields, s.runs + b * n_runs, offset);
-            for (int z = 0; z < n_runs; ++z) {
-                const Run &run = s.runs[b * n_runs + z];
-                sensitivities<T>(run.n_vectors, s.fields, run.first, prepared_[layer].radial,
-                                 s.sensitivities_of(run, sizes_.n_sens));
-            }
-            weighted_components<T, M>(s.fields, start, (offset - start) / L, s.atom.weighted,
-                                      sizes_.stride);
-            if (layer == 0)
-                one_hot_environment(s, b, start);
-            else
-                dense_environment(s, layer, first + b, b);
-        }
+        if (layer == 0)
+            one_hot_environment(s, first, n, first_time);
+        else
+            dense_environment(s, layer, first, n);
         const ResidualLayout *r = block_of(layer).residuals;
         input_features(s, layer, first, n);
         // Pre-activation: self-interaction, scalar part, and norms or smooth invariants.
@@ -271,21 +274,20 @@ class Layers {
         const int k_env = sizes_.n_sens * block.n_in;
         if (residuals) interaction_gradients(s, layer, first, n);
         if (layer > 0) features_backward(s, layer, first, n);
+        const bool moving = residuals && !task_.is_smooth();
+        if (layer == 0 && !sink_.wants_pairs() && !moving) return;
         // The environment gives way to its cotangent.
         if (task_.is_smooth())
             environment_backward(s, layer, k_env);
         else
             gemm<T, Order::columns>(k_env, M * B, n_features(), prepared_[layer].weights, k_env,
                                     s.block.tensor, M * B, s.block.environment, M * B);
-        const bool moving = residuals && !task_.is_smooth();
         T *moments = moving ? sums.moments_of(layer, sizes_.n_sens) : nullptr;
-        for (int b = 0; b < n; ++b) {
-            if (layer == sizes_.n_layers - 1) sink_.start_gradient(first + b);
-            if (layer == 0)
-                one_hot_backward(s, first + b, b, moments);
-            else
-                dense_backward(s, layer, first + b, b, moments);
-        }
+        for (int b = 0; b < n && layer == sizes_.n_layers - 1; ++b) sink_.start_gradient(first + b);
+        if (layer == 0)
+            one_hot_backward(s, first, n, moments);
+        else
+            for (int b = 0; b < n; ++b) dense_backward(s, layer, first + b, b, moments);
     }
 
   private:
@@ -305,9 +307,9 @@ class Layers {
         return r.scale[rank] >= 0 ? parameters_ + r.scale[rank] : nullptr;
     }
 
-    void add_zbl(Part<T> &s, int64_t i) const {
+    void add_zbl(Part<T> &s, const Row<T> &row, int64_t i) const {
         const double cutoff = sink_.zbl()->cutoff;
-        if (source_.any_within(s.row, T(cutoff * cutoff * 1.0001))) sink_.add_zbl(i, s.sums);
+        if (source_.any_within(row, T(cutoff * cutoff * 1.0001))) sink_.add_zbl(i, s.sums);
     }
 
     // int_weights (n_sens, n_out, n_in) as (n_out, n_sens * n_in).
@@ -365,47 +367,93 @@ class Layers {
 
     // -- forward -------------------------------------------------------------------------------
 
-    void one_hot_environment(Part<T> &s, int b, int start) const {
-        const int n_s = sizes_.n_species;
-        T *own = s.atom.environment;
-        for (int z = 0; z < n_s; ++z) {
-            const Run &run = s.runs[b * n_s + z];
-            environment<T, M>(run.n_vectors, s.sensitivities_of(run, sizes_.n_sens),
-                              s.atom.weighted + (run.first - start), sizes_.stride, sizes_.n_sens,
-                              own + z * M, ptrdiff_t(n_s) * M);
-        }
-        for (int k = 0; k < sizes_.n_sens * n_s * M; ++k) s.block.environment[k * B + b] = own[k];
+    // work(first vector, number of them) for parts of about the same size; once without vectors, too.
+    template <class F>
+    static void in_chunks(int n_vectors, F &&work) {
+        constexpr int most = chunk_vectors(M);
+        int parts = (n_vectors + most - 1) / most, first = 0;
+        do {
+            const int size = parts > 0 ? (n_vectors - first + parts - 1) / parts : 0;
+            work(first, size);
+            first += size;
+        } while (--parts > 0);
     }
 
-    // Features of the neighbors of an atom, in the order of its pairs.
-    void gather(Part<T> &s, int layer, int64_t i, const Run &run) const {
+    // Lanes are atoms, so that sums over pairs take no sums over lanes.
+    void one_hot_environment(Part<T> &s, int64_t first, int n, bool first_time) const {
+        const int n_s = sizes_.n_species, n_sens = sizes_.n_sens, ld = sizes_.row();
+        const Radial<T> &radial = prepared_[0].radial;
+        int offset = 0, label = 0;
+        for (int b = 0, r = 0; b < n; b += L) {
+            const int n_atoms = n - b < L ? n - b : L;
+            for (int z = 0; z < n_s; ++z, ++r) {
+                Run &run = s.runs[r];
+                OwnPairs *own = s.own + r * L;
+                run = {offset, 0};
+                for (int a = 0; a < L; ++a) {
+                    own[a] = {label, 0};
+                    if (a >= n_atoms) continue;
+                    Row<T> &row = s.rows[n_s > 1 ? a : 0];  // kept for the other species
+                    if (z == 0) source_.load(first + b + a, row);
+                    if (z == 0 && first_time && sink_.zbl()) add_zbl(s, row, first + b + a);
+                    source_.pack(row, z, s.pairs.packed, a * ld, s.fields.label + label, own[a]);
+                    label += own[a].n;
+                }
+                source_.interleave(s.pairs.packed, ld, own, s.fields, run);
+                offset += run.n_vectors * L;
+                T *const g = s.sensitivities_of(run, n_sens), *const t = s.pairs.components;
+                sensitivities<T>(s.fields, run, radial, g);
+                in_chunks(run.n_vectors, [&](int v, int n_v) {
+                    components_of<T, M>(s.fields, run.first + v * L, n_v, radial, t);
+                    lane_product<T>(M, n_sens, n_v, {t, L, M * L}, {g + v * n_sens * L, L, n_sens * L},
+                                    s.pairs.sums, L, M * L, v > 0);
+                });
+                T *out = s.block.environment + z * M * B + b;
+                for (int k = 0; k < n_sens; ++k)
+                    for (int m = 0; m < M; ++m)
+                        store(out + (k * n_s * M + m) * B, load(s.pairs.sums + (k * M + m) * L));
+            }
+        }
+    }
+
+    // Features of an atom's neighbors, and what is multiplied with them, in the order of its pairs.
+    void gather(Part<T> &s, int layer, int64_t i, const Run &run, int n_pairs) const {
         const int ld = sizes_.ld_features;
         const T *features = prepared_[layer - 1].features;
         for (int p = 0; p < run.n_vectors * L; ++p) {
-            if (p < run.n_pairs)
-                copy(ld, features + neighbor_of(s, i, run.first + p) * ld, s.atom.near + p * ld);
+            if (p < n_pairs)
+                copy(ld, features + neighbor_of(s, i, run.first + p) * ld, s.pairs.near + p * ld);
             else
-                clear(ld, s.atom.near + p * ld);
+                clear(ld, s.pairs.near + p * ld);
         }
-        spell_out<T, M>(run.n_vectors, s.sensitivities_of(run, sizes_.n_sens), s.atom.weighted,
-                        sizes_.stride, sizes_.n_sens, s.atom.spelled, sizes_.stride);
+        components_of<T, M>(s.fields, run.first, run.n_vectors, prepared_[layer].radial,
+                            s.pairs.components);
+        spell_out<T, M>(run.n_vectors, sizes_.n_sens, s.sensitivities_of(run, sizes_.n_sens),
+                        s.pairs.components, s.pairs.spelled, sizes_.row());
     }
 
     int64_t neighbor_of(const Part<T> &s, int64_t i, int k) const {
         return source_.neighbor_of(i, s.fields.label[k]);
     }
 
-    void dense_environment(Part<T> &s, int layer, int64_t i, int b) const {
-        const Run &run = s.runs[b];
-        gather(s, layer, i, run);
-        const int ld = sizes_.ld_features, n_sens = sizes_.n_sens;
-        gemm<T, Order::rows>(n_sens * M, ld, run.n_vectors * L, s.atom.spelled, sizes_.stride,
-                             s.atom.near, ld, s.atom.environment, ld);
-        for (int n = 0; n < n_sens; ++n)
-            for (int m = 0; m < M; ++m)
-                for (int f = 0; f < n_features(); ++f)
-                    s.block.environment[((n * n_features() + f) * M + m) * B + b] =
-                        s.atom.environment[(n * M + m) * ld + f];
+    void dense_environment(Part<T> &s, int layer, int64_t first, int n) const {
+        const int ld = sizes_.ld_features, n_sens = sizes_.n_sens, pairs = sizes_.row();
+        for (int b = 0, offset = 0; b < n; ++b) {
+            Run &run = s.runs[b];
+            run.first = offset;
+            source_.load(first + b, s.rows[0]);
+            source_.select(s.rows[0], s.fields, run, s.own[b]);
+            offset += run.n_vectors * L;
+            sensitivities<T>(s.fields, run, prepared_[layer].radial, s.sensitivities_of(run, n_sens));
+            gather(s, layer, first + b, run, s.own[b].n);
+            gemm<T, Order::rows>(n_sens * M, ld, run.n_vectors * L, s.pairs.spelled, pairs,
+                                 s.pairs.near, ld, s.pairs.environment, ld);
+            for (int k = 0; k < n_sens; ++k)
+                for (int m = 0; m < M; ++m)
+                    for (int f = 0; f < n_features(); ++f)
+                        s.block.environment[((k * n_features() + f) * M + m) * B + b] =
+                            s.pairs.environment[(k * M + m) * ld + f];
+        }
     }
 
     // Dense input features of a block to the first slot of `features`, as (feature, atom).
@@ -576,23 +624,45 @@ class Layers {
                 below[(first + b) * sizes_.ld_features + f] += s.block.cotangent[f * B + b];
     }
 
-    void one_hot_backward(Part<T> &s, int64_t i, int b, T *moments) const {
+    void one_hot_backward(Part<T> &s, int64_t first, int n, T *moments) const {
         const int n_s = sizes_.n_species;
-        T *own = s.atom.environment;
-        for (int k = 0; k < sizes_.n_sens * n_s * M; ++k) own[k] = s.block.environment[k * B + b];
-        for (int z = 0; z < n_s; ++z) {
-            const Run &run = s.runs[b * n_s + z];
-            pairs_backward<false>(s, 0, i, run, own + z * M, ptrdiff_t(n_s) * M, moments);
+        const PairScratch<T> &x = s.pairs;
+        const Radial<T> &radial = prepared_[0].radial;
+        T *const by_pair[3] = {x.by_pair[0], x.by_pair[1], x.by_pair[2]};
+        for (int b = 0, r = 0; b < n; b += L) {
+            const int n_atoms = n - b < L ? n - b : L;
+            for (int z = 0; z < n_s; ++z, ++r) {
+                const Run &run = s.runs[r];
+                const T *g = s.sensitivities_of(run, sizes_.n_sens);
+                const Cotangent<T> by_sum{x.sums, M * L, L, 0};
+                const T *in = s.block.environment + z * M * B + b;
+                for (int k = 0; k < sizes_.n_sens; ++k)
+                    for (int m = 0; m < M; ++m)
+                        store(x.sums + (k * M + m) * L, load(in + (k * n_s * M + m) * B));
+                if (radial.chebyshev())
+                    in_chunks(run.n_vectors, [&](int v, int n_v) {
+                        T *const at[3] = {by_pair[0] + v * L, by_pair[1] + v * L, by_pair[2] + v * L};
+                        const int k = run.first + v * L;
+                        components_of<T, M>(s.fields, k, n_v, radial, x.components);
+                        chebyshev_backward<T, M>(s.fields, k, n_v, radial, g + v * sizes_.n_sens * L,
+                                                 x.components, by_sum, x.by_component, x.by_function, at);
+                    });
+                else if constexpr (M <= 9)
+                    backward_run<T, M>(s.fields, run, radial, g, by_sum, moments, by_pair);
+                if (!sink_.wants_pairs()) continue;
+                sink_.add_virial(s.fields, run, by_pair, s.sums);
+                sink_.deliver_lanes(first + b, n_atoms, s.own + r * L, s.fields.label, by_pair, s.sums);
+            }
         }
     }
 
     void dense_backward(Part<T> &s, int layer, int64_t i, int b, T *moments) const {
         const Run &run = s.runs[b];
-        const AtomScratch<T> &x = s.atom;
+        const int n_own = s.own[b].n;
+        const PairScratch<T> &x = s.pairs;
         const int ld = sizes_.ld_features, n_pairs = run.n_vectors * L, n_sens = sizes_.n_sens;
-        const ptrdiff_t stride = sizes_.stride;
-        weighted_components<T, M>(s.fields, run.first, run.n_vectors, x.weighted, stride);
-        gather(s, layer, i, run);
+        const ptrdiff_t stride = sizes_.row();
+        gather(s, layer, i, run, n_own);
         for (int n = 0; n < n_sens; ++n)
             for (int m = 0; m < M; ++m) {
                 T *row = x.environment + (n * M + m) * ld;
@@ -600,31 +670,31 @@ class Layers {
                     row[f] = s.block.environment[((n * n_features() + f) * M + m) * B + b];
                 for (int f = n_features(); f < ld; ++f) row[f] = T(0);
             }
-        transpose<T>(n_pairs, n_features(), x.near, ld, x.near_columns, stride);
-        gemm<T, Order::rows>(n_sens * M, n_pairs, n_features(), x.environment, ld, x.near_columns,
-                             stride, x.by_spelled, stride);
         gemm<T, Order::columns>(n_pairs, ld, n_sens * M, x.spelled, stride, x.environment, ld,
                                 x.by_near, ld);
         T *below = s.feature_cotangent[(layer - 1) & 1];
-        for (int p = 0; p < run.n_pairs; ++p)
+        for (int p = 0; p < n_own; ++p)
             add(ld, below + neighbor_of(s, i, run.first + p) * ld, x.by_near + p * ld);
-        pairs_backward<true>(s, layer, i, run, x.by_spelled, stride, moments);
-    }
-
-    template <bool dense>
-    void pairs_backward(Part<T> &s, int layer, int64_t i, const Run &run, const T *cotangent,
-                        ptrdiff_t ld, T *moments) const {
-        T *const by_pair[3] = {s.atom.by_pair[0], s.atom.by_pair[1], s.atom.by_pair[2]};
+        if (!sink_.wants_pairs() && !moments) return;
+        transpose<T>(n_pairs, n_features(), x.near, ld, x.near_columns, stride);
+        gemm<T, Order::rows>(n_sens * M, n_pairs, n_features(), x.environment, ld, x.near_columns,
+                             stride, x.by_spelled, stride);
+        T *const by_pair[3] = {x.by_pair[0], x.by_pair[1], x.by_pair[2]};
         const Radial<T> &radial = prepared_[layer].radial;
-        const T *g = s.sensitivities_of(run, sizes_.n_sens);
-        if (radial.chebyshev()) {
-            const ptrdiff_t stride = sizes_.stride;
-            weighted_components<T, M>(s.fields, run.first, run.n_vectors, s.atom.weighted, stride);
-            chebyshev_backward<T, M, dense>(s.fields, run, radial, g, s.atom.weighted, stride, cotangent,
-                                            ld, s.atom.by_component, s.atom.by_function, by_pair);
-        } else if constexpr (M <= 9)
-            backward_run<T, M, dense>(s.fields, run, radial, g, cotangent, ld, moments, by_pair);
-        sink_.deliver(i, s.fields, run, s.atom.by_pair, s.sums);
+        const T *g = s.sensitivities_of(run, n_sens);
+        Cotangent<T> by_sum{x.by_spelled, M * stride, stride, L};
+        if (radial.chebyshev())
+            for (int v = 0; v < run.n_vectors; ++v, by_sum.data += L) {
+                T *const at[3] = {by_pair[0] + v * L, by_pair[1] + v * L, by_pair[2] + v * L};
+                chebyshev_backward<T, M>(s.fields, run.first + v * L, 1, radial, g + v * n_sens * L,
+                                         x.components + v * M * L, by_sum, x.by_component, x.by_function,
+                                         at);
+            }
+        else if constexpr (M <= 9)
+            backward_run<T, M>(s.fields, run, radial, g, by_sum, moments, by_pair);
+        if (!sink_.wants_pairs()) return;
+        sink_.add_virial(s.fields, run, by_pair, s.sums);
+        sink_.deliver(i, s.own[b], s.fields.label, by_pair, 1, s.sums);
     }
 };
 

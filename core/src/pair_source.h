@@ -1,5 +1,5 @@
 // Where pairs come from: given vectors, or positions. They are loaded atom by atom, and those within
-// the cutoff go to the fields that the layers read.
+// the cutoff go to the fields that the layers read: atoms side by side, or one atom's.
 #pragma once
 
 #include "arena.h"
@@ -81,10 +81,11 @@ class PairSource {
             load_vectors(row, static_cast<const double *>(task_.pass->r_ij) + 3 * begin, n);
         else
             load_vectors(row, static_cast<const float *>(task_.pass->r_ij) + 3 * begin, n);
-        // Beyond any cutoff, so that the last vector is whole.
-        store(row.x[0] + n, broadcast(T(2) * cutoff()));
-        store(row.x[1] + n, Vector<T>{});
-        store(row.x[2] + n, Vector<T>{});
+        // So that the last vector is whole.
+        pad(row.x[0] + n, row.x[1] + n, row.x[2] + n, lanes<T>);
+        const int32_t *neighbor = pairs_.neighbor + begin;
+        for (int k = 0; k < n && task_.model.n_species > 1; ++k)
+            row.species[k] = T(pairs_.species[neighbor[k]]);
         row.labels = task_.md ? pairs_.neighbor + begin : counting_.data;
         // The last vector of labels may reach beyond the list.
         if (task_.md && begin + n + 16 > pairs_.row_ptr[pairs_.n_local]) {
@@ -93,26 +94,39 @@ class PairSource {
         }
     }
 
-    // Fields of the pairs within the cutoff, from `offset` on, in runs of one species of neighbors
-    // each, or in one run of all; returns the offset behind them.
-    int select(int64_t i, const Row<T> &row, int n_runs, const PairFields<T> &f, Run *runs,
-               int offset) const {
-        if (n_runs > 1) {
-            const int32_t *neighbor = pairs_.neighbor + pairs_.row_ptr[i];
-            for (int k = 0; k < row.n; ++k) row.species[k] = T(pairs_.species[neighbor[k]]);
+    // An atom's pairs within the cutoff and with one species of neighbors, if there are several: the
+    // vectors from `at` on, behind which a vector is overwritten.
+    void pack(const Row<T> &row, int species, const Span<T> *x, ptrdiff_t at, int32_t *labels,
+              OwnPairs &own) const {
+        own.n = compress<T>(row.n, row.x[0], row.x[1], row.x[2], row.labels,
+                            task_.model.n_species > 1 ? row.species.data : nullptr, T(species),
+                            cutoff() * cutoff(), x[0] + at, x[1] + at, x[2] + at, labels);
+    }
+
+    // Fields of the packed pairs of several atoms: lane a of vector k is pair k of atom a.
+    void interleave(const Span<T> *packed, ptrdiff_t ld, const OwnPairs *own, const PairFields<T> &f,
+                    Run &run) const {
+        constexpr int L = lanes<T>;
+        for (int a = 0; a < L; ++a) run.n_vectors = own[a].n > run.n_vectors ? own[a].n : run.n_vectors;
+        for (int a = 0; a < L; ++a) {
+            const ptrdiff_t end = a * ld + own[a].n;
+            pad(packed[0] + end, packed[1] + end, packed[2] + end, run.n_vectors - own[a].n);
         }
-        const bool is_polynomial = task_.model.cutoff_function == POTSTILL_POLYNOMIAL;
-        for (int z = 0; z < n_runs; ++z) {
-            Run &run = runs[z];
-            run.first = offset;
-            run.n_pairs = compress<T>(row.n, row.x[0], row.x[1], row.x[2], row.labels,
-                                      n_runs > 1 ? row.species.data : nullptr, T(z),
-                                      cutoff() * cutoff(), f.unit[0] + offset, f.unit[1] + offset,
-                                      f.unit[2] + offset, f.label + offset);
-            complete_fields(f, run, cutoff(), is_polynomial);
-            offset += run.n_vectors * lanes<T>;
-        }
-        return offset;
+        for (int d = 0; d < 3; ++d)
+            transpose<T>(L, run.n_vectors, packed[d], ld, f.unit[d] + run.first, L);
+        complete(f, run);
+    }
+
+    // Fields of an atom's pairs within the cutoff, from run.first on; labels have the same places.
+    void select(const Row<T> &row, const PairFields<T> &f, Run &run, OwnPairs &own) const {
+        T *const x = f.unit[0] + run.first, *const y = f.unit[1] + run.first;
+        T *const z = f.unit[2] + run.first;
+        own.label = run.first;
+        own.n = compress<T>(row.n, row.x[0], row.x[1], row.x[2], row.labels, nullptr, T(0),
+                            cutoff() * cutoff(), x, y, z, f.label + own.label);
+        run.n_vectors = (own.n + lanes<T> - 1) / lanes<T>;
+        pad(x + own.n, y + own.n, z + own.n, run.n_vectors * lanes<T> - own.n);
+        complete(f, run);
     }
 
     // The neighbor that a label of atom i's fields stands for.
@@ -141,6 +155,14 @@ class PairSource {
     Span<Quad> positions_, offsets_;
 
     T cutoff() const { return T(task_.model.cutoff); }
+
+    void complete(const PairFields<T> &f, const Run &run) const {
+        complete_fields(f, run, cutoff(), task_.model.cutoff_function == POTSTILL_POLYNOMIAL);
+    }
+    // Pairs beyond any cutoff.
+    void pad(T *x, T *y, T *z, int n) const {
+        for (int k = 0; k < n; ++k) x[k] = T(2) * cutoff(), y[k] = z[k] = T(0);
+    }
     static POTSTILL_INLINE Vector<T> load_lanes(const T *p) { return POTSTILL_ISA::load(p); }
 
     template <class R>

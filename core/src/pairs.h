@@ -1,5 +1,5 @@
-// Pairs of one atom: geometry, cutoff function, radial sensitivities and the sums over neighbors,
-// forward and backward. Lanes of the vectors are neighbors.
+// Pairs: geometry, cutoff function, radial sensitivities, tensor components, and the way back to pair
+// vectors. Lanes of the vectors are pairs: the k-th pairs of as many atoms, or pairs of one atom.
 #pragma once
 
 #include "gemm.h"
@@ -11,19 +11,23 @@ namespace potstill::POTSTILL_ISA {
 // Components of the tensors up to rank l_max.
 constexpr int n_components(int l_max) { return (l_max + 1) * (l_max + 1); }
 
-// The pairs within the cutoff, by fields, each run of pairs padded to whole vectors with pairs
-// beyond the cutoff: unit vector, distance, its inverse, cutoff function and its derivative.
+// The pairs within the cutoff, by fields, padded to whole vectors with pairs beyond the cutoff: unit
+// vector, distance, its inverse, cutoff function and its derivative.
 template <class T>
 struct PairFields {
     T *unit[3], *r, *inverse_r, *envelope, *slope;
     int32_t *label;  // of positions: the neighbor; of pair vectors: the place in the row
 };
 
-// A run of vectors in the fields of a block: the pairs of one atom with one species of neighbors.
+// A run of vectors in the fields of a block.
 struct Run {
-    int32_t first;      // offset of the first pair, a multiple of the lanes
-    int32_t n_pairs;    // without the padding
+    int32_t first;  // offset of the first pair, a multiple of the lanes
     int32_t n_vectors;
+};
+
+// The pairs of one atom in a run, without the padding: where their labels are, and how many.
+struct OwnPairs {
+    int32_t label, n;
 };
 
 // Gaussians in inverse distance as 2^-(a/r - b)^2, with d/d(1/r) = slope (a/r - b) x value; or
@@ -35,11 +39,6 @@ struct Radial {
     T *a, *b, *slope;
 
     bool chebyshev() const { return !a; }
-};
-
-template <int N>
-struct Count {
-    static constexpr int value = N;
 };
 
 // Cutoff function and its derivative; both vanish from the cutoff on.
@@ -62,14 +61,10 @@ POTSTILL_INLINE void cutoff_function(Vector<T> r, T cutoff, bool is_polynomial, 
     }
 }
 
-// Turn the pair vectors in `unit` of a run, after padding it, into all fields.
+// Turn the pair vectors in `unit` of a run into all fields.
 template <class T>
-inline void complete_fields(const PairFields<T> &f, Run &run, T cutoff, bool is_polynomial) {
+inline void complete_fields(const PairFields<T> &f, const Run &run, T cutoff, bool is_polynomial) {
     constexpr int L = lanes<T>;
-    store(f.unit[0] + run.first + run.n_pairs, broadcast(T(2) * cutoff));
-    store(f.unit[1] + run.first + run.n_pairs, Vector<T>{});
-    store(f.unit[2] + run.first + run.n_pairs, Vector<T>{});
-    run.n_vectors = (run.n_pairs + L - 1) / L;
     for (int k = run.first; k < run.first + run.n_vectors * L; k += L) {
         const Vector<T> x = load(f.unit[0] + k), y = load(f.unit[1] + k), z = load(f.unit[2] + k);
         const Vector<T> square = x * x + (y * y + z * z);
@@ -127,11 +122,11 @@ POTSTILL_INLINE void components(Vector<T> x, Vector<T> y, Vector<T> z, Vector<T>
     }
 }
 
-// Sum over components of s[m ld] times the gradient of component m, up to its part along the vector.
+// Sum over components of s(m) times the gradient of component m, up to its part along the vector.
 template <class T, int M>
-POTSTILL_INLINE void contract_gradients(Vector<T> x, Vector<T> y, Vector<T> z, const T *s, ptrdiff_t ld,
+POTSTILL_INLINE void contract_gradients(Vector<T> x, Vector<T> y, Vector<T> z, const T *s,
                                         Vector<T> &px, Vector<T> &py, Vector<T> &pz) {
-    auto at = [&](int m) { return load(s + m * ld); };
+    auto at = [&](int m) { return load(s + m * lanes<T>); };
     px = py = pz = Vector<T>{};
     if constexpr (M >= 4) px = at(1), py = at(2), pz = at(3);
     if constexpr (M >= 9) {
@@ -166,35 +161,34 @@ POTSTILL_INLINE void contract_gradients(Vector<T> x, Vector<T> y, Vector<T> z, c
     }
 }
 
-// Cutoff function times tensor components of `n_vectors` vectors, side by side: `out` holds
-// M arrays of length `ld`.
+// All tensor components of `n_vectors` vectors, vector after vector. The cutoff function multiplies
+// them where they belong to Gaussians.
 template <class T, int M>
-inline void weighted_components(const PairFields<T> &f, int first, int n_vectors, T *out,
-                                ptrdiff_t ld) {
+inline void components_of(const PairFields<T> &f, int first, int n_vectors, const Radial<T> &radial,
+                          T *out) {
     constexpr int L = lanes<T>;
-    for (int v = 0; v < n_vectors; ++v) {
-        const int k = first + v * L;
+    for (int k = first; k < first + n_vectors * L; k += L, out += M * L) {
         Vector<T> t[M];
         components<T, M>(load(f.unit[0] + k), load(f.unit[1] + k), load(f.unit[2] + k), t);
-        const Vector<T> envelope = load(f.envelope + k);
+        const Vector<T> factor = radial.chebyshev() ? broadcast(T(1)) : load(f.envelope + k);
 #pragma GCC unroll 25
-        for (int m = 0; m < M; ++m) store(out + m * ld + v * L, t[m] * envelope);
+        for (int m = 0; m < M; ++m) store(out + m * L, t[m] * factor);
     }
 }
 
-// All sensitivities of `n_vectors` vectors: that of function n and vector v to out[(n n_vectors + v) L].
+// All sensitivities of a run, vector after vector. Polynomials come with the cutoff function, Gaussians
+// without.
 template <class T>
-inline void sensitivities(int n_vectors, const PairFields<T> &f, int first, const Radial<T> &radial,
-                          T *out) {
+inline void sensitivities(const PairFields<T> &f, const Run &run, const Radial<T> &radial, T *out) {
     constexpr int L = lanes<T>;
+    const int end = run.first + run.n_vectors * L;
     if (radial.chebyshev()) {
-        for (int v = 0; v < n_vectors; ++v) {
+        for (int k = run.first; k < end; k += L) {
             // Beyond the cutoff, where the envelope is zero, polynomials stay finite.
-            const Vector<T> x =
-                minimum<T>(load(f.r + first + v * L) * radial.scale - T(1), broadcast(T(1)));
-            Vector<T> before = x, value = broadcast(T(1));  // T_-1 = T_1
-            for (int n = 0; n < radial.n; ++n) {
-                store(out + (n * ptrdiff_t(n_vectors) + v) * L, value);
+            const Vector<T> x = minimum<T>(load(f.r + k) * radial.scale - T(1), broadcast(T(1)));
+            Vector<T> value = load(f.envelope + k), before = x * value;  // T_-1 = T_1
+            for (int n = 0; n < radial.n; ++n, out += L) {
+                store(out, value);
                 const Vector<T> next = T(2) * x * value - before;
                 before = value;
                 value = next;
@@ -202,92 +196,43 @@ inline void sensitivities(int n_vectors, const PairFields<T> &f, int first, cons
         }
         return;
     }
-    const T *inverse_r = f.inverse_r + first;
-    for (int n = 0; n < radial.n; ++n, out += n_vectors * L) {
-        const Vector<T> a = broadcast(radial.a[n]), b = broadcast(radial.b[n]);
+    for (int k = run.first; k < end; k += L) {
+        const Vector<T> inverse = load(f.inverse_r + k);
 #pragma GCC unroll 2
-        for (int v = 0; v < n_vectors; ++v) {
-            const Vector<T> tau = a * load(inverse_r + v * L) - b;
-            store(out + v * L, exp2_of_negative<T>(Vector<T>{} - tau * tau));
+        for (int n = 0; n < radial.n; ++n, out += L) {
+            const Vector<T> tau = radial.a[n] * inverse - radial.b[n];
+            store(out, exp2_of_negative<T>(Vector<T>{} - tau * tau));
         }
     }
-}
-
-// Rows n and n + 1, ..., components m, ... of the environment: N x C of them.
-template <class T, int N, int C>
-POTSTILL_INLINE void environment_tile(int n_vectors, const T *g, const T *weighted, ptrdiff_t ld, T *out,
-                                      ptrdiff_t ld_out) {
-    constexpr int L = lanes<T>;
-    Vector<T> sum[N * C] = {};
-    for (int v = 0; v < n_vectors; ++v) {
-        Vector<T> factor[N];
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) factor[n] = load(g + (n * ptrdiff_t(n_vectors) + v) * L);
-#pragma GCC unroll 9
-        for (int c = 0; c < C; ++c) {
-            const Vector<T> t = load(weighted + c * ld + v * L);
-#pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) sum[n * C + c] += factor[n] * t;
-        }
-    }
-    T totals[N * C];
-    sum_lanes_of<T>(sum, totals);
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n)
-#pragma GCC unroll 9
-        for (int c = 0; c < C; ++c) out[n * ld_out + c] = totals[n * C + c];
-}
-
-template <class T, int M, int N>
-POTSTILL_INLINE void environment_rows(int n_vectors, const T *g, const T *weighted, ptrdiff_t ld, T *out,
-                                      ptrdiff_t ld_out) {
-    // As many accumulators as registers allow, in blocks of components of nearly the same size.
-    constexpr int most = n_registers == 32 ? 9 : 5, n_blocks = (M + most - 1) / most;
-    constexpr int C = (M + n_blocks - 1) / n_blocks, last = M - (n_blocks - 1) * C;
-    for (int k = 0; k < n_blocks - 1; ++k)
-        environment_tile<T, N, C>(n_vectors, g, weighted + k * C * ld, ld, out + k * C, ld_out);
-    constexpr int m = (n_blocks - 1) * C;
-    environment_tile<T, N, last>(n_vectors, g, weighted + m * ld, ld, out + m, ld_out);
-}
-
-// out(n, m) = sum over the pairs of a run of sensitivity n times tensor component m.
-template <class T, int M>
-inline void environment(int n_vectors, const T *g, const T *weighted, ptrdiff_t ld, int n_sens, T *out,
-                        ptrdiff_t ld_out) {
-    int n = 0;
-    auto rows = [&](auto count) {
-        constexpr int N = decltype(count)::value;
-        for (; n + N <= n_sens; n += N)
-            environment_rows<T, M, N>(n_vectors, g + n * ptrdiff_t(n_vectors) * lanes<T>, weighted, ld,
-                                      out + n * ld_out, ld_out);
-    };
-    if constexpr (M == 1) rows(Count<4>{});
-    rows(Count<2>{});
-    rows(Count<1>{});
 }
 
 // out(n M + m, pair) = sensitivity n times tensor component m, for dense features.
 template <class T, int M>
-inline void spell_out(int n_vectors, const T *g, const T *weighted, ptrdiff_t ld, int n_sens, T *out,
-                      ptrdiff_t ld_out) {
+inline void spell_out(int n_vectors, int n_sens, const T *g, const T *t, T *out, ptrdiff_t ld_out) {
     constexpr int L = lanes<T>;
     for (int n = 0; n < n_sens; ++n)
         for (int v = 0; v < n_vectors; ++v) {
-            const Vector<T> factor = load(g + (n * ptrdiff_t(n_vectors) + v) * L);
+            const Vector<T> factor = load(g + (v * n_sens + n) * L);
 #pragma GCC unroll 9
             for (int m = 0; m < M; ++m)
-                store(out + (n * M + m) * ld_out + v * L, factor * load(weighted + m * ld + v * L));
+                store(out + (n * M + m) * ld_out + v * L, factor * load(t + (v * M + m) * L));
         }
 }
 
-// Backward of a run; `g` holds its sensitivities. `cotangent` is dE/d(environment): for one-hot features the same for all pairs
-// of the run, at [n ld + m]; for dense features one per pair, at [(n M + m) ld + pair]. Writes
-// dE/dr_ij to the three arrays `out`; adds to `moments`, if given, per sensitivity the sums over
-// pairs of q and q tau with q = tau dE/d(ln sensitivity), a vector of partial sums each.
-template <class T, int M, bool dense, bool with_moments, int U>
+// dE/d(environment) of vector v of a run, at [n ld_n + m ld_m + v ld_v]: the same for all, with ld_v
+// zero, where lanes are atoms.
+template <class T>
+struct Cotangent {
+    const T *data;
+    ptrdiff_t ld_n, ld_m, ld_v;
+};
+
+// Backward of a run with Gaussians; `g` holds its sensitivities. Writes dE/dr_ij to the three arrays
+// `out`; adds to `moments`, if given, per sensitivity the sums over pairs of q and q tau with
+// q = tau dE/d(ln sensitivity), a vector of partial sums each.
+template <class T, int M, bool with_moments, int U>
 POTSTILL_INLINE void backward_tile(const PairFields<T> &f, int k0, const Radial<T> &radial, const T *g,
-                                   ptrdiff_t ld_g, const T *cotangent, ptrdiff_t ld, T *moments,
-                                   T *const *out) {
+                                   Cotangent<T> by_sum, T *moments, T *const *out) {
     constexpr int L = lanes<T>;
     Vector<T> inverse[U], envelope[U], t[U][M], sums[U][M] = {}, by_inverse[U] = {};
 #pragma GCC unroll 2
@@ -301,16 +246,13 @@ POTSTILL_INLINE void backward_tile(const PairFields<T> &f, int k0, const Radial<
         Vector<T> first{}, second{};
 #pragma GCC unroll 2
         for (int u = 0; u < U; ++u) {
-            const Vector<T> factor = load(g + n * ld_g + u * L);
+            const Vector<T> factor = load(g + (u * radial.n + n) * L);
             const Vector<T> tau = radial.a[n] * inverse[u] - radial.b[n];
             Vector<T> h;
 #pragma GCC unroll 9
             for (int m = 0; m < M; ++m) {
-                Vector<T> c;
-                if constexpr (dense)
-                    c = load(cotangent + (n * M + m) * ld + u * L);
-                else
-                    c = broadcast(cotangent[n * ld + m]);
+                const Vector<T> c =
+                    load_once(by_sum.data + n * by_sum.ld_n + m * by_sum.ld_m + u * by_sum.ld_v);
                 h = m == 0 ? c : h + c * t[u][m];
                 sums[u][m] += c * factor;
             }
@@ -358,81 +300,66 @@ POTSTILL_INLINE void backward_tile(const PairFields<T> &f, int k0, const Radial<
     }
 }
 
-template <class T, int M, bool dense, bool with_moments>
+template <class T, int M, bool with_moments>
 inline void backward_run_as(const PairFields<T> &f, const Run &run, const Radial<T> &radial, const T *g,
-                            const T *cotangent, ptrdiff_t ld, T *moments, T *const *out) {
+                            Cotangent<T> by_sum, T *moments, T *const *out) {
     constexpr int L = lanes<T>;
-    constexpr int U = n_registers == 32 && M <= 4 && !dense ? 2 : 1;
+    constexpr int U = n_registers == 32 && M <= 4 ? 2 : 1;
     int v = 0;
     auto tile = [&](auto width) {
         T *const at[3] = {out[0] + v * L, out[1] + v * L, out[2] + v * L};
-        backward_tile<T, M, dense, with_moments, decltype(width)::value>(
-            f, run.first + v * L, radial, g + v * L, run.n_vectors * L, cotangent + (dense ? v * L : 0), ld,
-            moments, at);
+        backward_tile<T, M, with_moments, decltype(width)::value>(
+            f, run.first + v * L, radial, g + v * radial.n * L, by_sum, moments, at);
         v += decltype(width)::value;
+        by_sum.data += decltype(width)::value * by_sum.ld_v;
     };
     while (v + U <= run.n_vectors) tile(Count<U>{});
     while (v < run.n_vectors) tile(Count<1>{});
 }
 
-template <class T, int M, bool dense>
+template <class T, int M>
 inline void backward_run(const PairFields<T> &f, const Run &run, const Radial<T> &radial, const T *g,
-                         const T *cotangent, ptrdiff_t ld, T *moments, T *const *out) {
+                         Cotangent<T> by_sum, T *moments, T *const *out) {
     if (moments)
-        backward_run_as<T, M, dense, true>(f, run, radial, g, cotangent, ld, moments, out);
+        backward_run_as<T, M, true>(f, run, radial, g, by_sum, moments, out);
     else
-        backward_run_as<T, M, dense, false>(f, run, radial, g, cotangent, ld, moments, out);
+        backward_run_as<T, M, false>(f, run, radial, g, by_sum, moments, out);
 }
 
-// Backward of a run with Chebyshev polynomials; arguments as of `backward_run`. `weighted` holds the
-// run's weighted components; the scratch arrays have room for M and n_sens rows of length `ld_w`.
-template <class T, int M, bool dense>
-inline void chebyshev_backward(const PairFields<T> &f, const Run &run, const Radial<T> &radial, const T *g,
-                               const T *weighted, ptrdiff_t ld_w, const T *cotangent, ptrdiff_t ld,
-                               T *by_component, T *by_function, T *const *out) {
+// Backward of `n_vectors` vectors with Chebyshev polynomials and one cotangent, given their sensitivities
+// and tensor components. The scratch arrays have room for M and n_sens vectors each.
+template <class T, int M>
+inline void chebyshev_backward(const PairFields<T> &f, int first, int n_vectors, const Radial<T> &radial,
+                               const T *g, const T *t, Cotangent<T> by_sum, T *by_component,
+                               T *by_function, T *const *out) {
     constexpr int L = lanes<T>;
-    const int n_pairs = run.n_vectors * L;
-    if constexpr (dense) {
-        for (int m = 0; m < M; ++m)
-            for (int p = 0; p < n_pairs; p += L) store(by_component + m * ld_w + p, Vector<T>{});
-        for (int n = 0; n < radial.n; ++n)
-            for (int p = 0; p < n_pairs; p += L) {
-                const Vector<T> factor = load(g + n * ptrdiff_t(n_pairs) + p);
-                Vector<T> sum{};
-                for (int m = 0; m < M; ++m) {
-                    const Vector<T> c = load(cotangent + (n * M + m) * ld + p);
-                    T *at = by_component + m * ld_w + p;
-                    store(at, load(at) + c * factor);
-                    sum += c * load(weighted + m * ld_w + p);
-                }
-                store(by_function + n * ld_w + p, sum);
-            }
-    } else {
-        gemm<T, Order::columns>(M, n_pairs, radial.n, cotangent, ld, g, n_pairs, by_component, ld_w);
-        gemm<T, Order::rows>(radial.n, n_pairs, M, cotangent, ld, weighted, ld_w, by_function, ld_w);
-    }
-    for (int p = 0; p < n_pairs; p += L) {
-        const int k = run.first + p;
+    const int n_sens = radial.n;
+    lane_product<T>(M, n_vectors, n_sens, {by_sum.data, by_sum.ld_m, by_sum.ld_n}, {g, n_sens * L, L},
+                    by_component, L, M * L);
+    lane_product<T>(n_sens, n_vectors, M, {by_sum.data, by_sum.ld_n, by_sum.ld_m}, {t, M * L, L},
+                    by_function, L, n_sens * L);
+    for (int v = 0; v < n_vectors; ++v, by_component += M * L) {
+        const int p = v * L, k = first + p;
         const Vector<T> x = load(f.unit[0] + k), y = load(f.unit[1] + k), z = load(f.unit[2] + k);
         const Vector<T> argument =
             minimum<T>(load(f.r + k) * radial.scale - T(1), broadcast(T(1)));
-        Vector<T> before = broadcast(T(1)), derivative{}, by_argument{};  // T_-1 = T_1
-        for (int n = 0; n < radial.n; ++n) {
-            by_argument += load(by_function + n * ld_w + p) * derivative;
-            const Vector<T> next =
-                T(2) * (load(g + n * ptrdiff_t(n_pairs) + p) + argument * derivative) - before;
+        // Derivatives of the products with the cutoff function, of which the one before the first
+        // equals the second: T_-1 = T_1.
+        const Vector<T> twice = T(2) * argument;
+        Vector<T> derivative = load(f.slope + k), radial_part{};
+        Vector<T> before = derivative * argument + load(f.envelope + k) * radial.scale;
+        for (int n = 0; n < n_sens; ++n, g += L, by_function += L) {
+            radial_part += load(by_function) * derivative;
+            // This sum does not wait for the derivative.
+            const Vector<T> known = (T(2) * radial.scale) * load(g) - before;
             before = derivative;
-            derivative = next;
+            derivative = known + twice * derivative;
         }
-        Vector<T> t[M], by_envelope{}, px, py, pz;
-        components<T, M>(x, y, z, t);
-#pragma GCC unroll 25
-        for (int m = 0; m < M; ++m) by_envelope += t[m] * load(by_component + m * ld_w + p);
-        contract_gradients<T, M>(x, y, z, by_component + p, ld_w, px, py, pz);
-        const Vector<T> scale = load(f.envelope + k) * load(f.inverse_r + k);
+        Vector<T> px, py, pz;
+        contract_gradients<T, M>(x, y, z, by_component, px, py, pz);
+        const Vector<T> scale = load(f.inverse_r + k);
         px *= scale, py *= scale, pz *= scale;
-        const Vector<T> radial_part =
-            load(f.slope + k) * by_envelope + by_argument * radial.scale - (px * x + py * y + pz * z);
+        radial_part -= px * x + py * y + pz * z;
         store(out[0] + p, radial_part * x + px);
         store(out[1] + p, radial_part * y + py);
         store(out[2] + p, radial_part * z + pz);

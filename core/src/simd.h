@@ -78,6 +78,15 @@ template <class T>
 POTSTILL_INLINE Vector<T> load(const T *p) {
     return *reinterpret_cast<const typename VectorOf<T>::unaligned *>(p);
 }
+// For several products: GCC would load it again for each, as the operand of an instruction.
+template <class T>
+POTSTILL_INLINE Vector<T> load_once(const T *p) {
+    Vector<T> v = load(p);
+#ifdef __SSE2__
+    asm("" : "+v"(v));
+#endif
+    return v;
+}
 template <class T>
 POTSTILL_INLINE void store(T *p, Vector<T> v) {
     *reinterpret_cast<typename VectorOf<T>::unaligned *>(p) = v;
@@ -159,91 +168,15 @@ POTSTILL_INLINE V shuffled(V a, V b) {
 #endif
 }
 
-// out[k] = sum over the lanes of v[k], four vectors at a time.
-template <class T>
-POTSTILL_INLINE void sum_lanes_of_four(Vector<T> a, Vector<T> b, Vector<T> c, Vector<T> d, T *out) {
-    constexpr bool single = sizeof(T) == 4;
-#if defined(__AVX2__)
-#if defined(__AVX512F__)
-    auto half = [](Vector<T> v) {
-        if constexpr (single)
-            return _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
-        else
-            return _mm256_add_pd(_mm512_castpd512_pd256((__m512d)v), _mm512_extractf64x4_pd((__m512d)v, 1));
-    };
-#else
-    auto half = [](Vector<T> v) {
-        if constexpr (single)
-            return (__m256)v;
-        else
-            return (__m256d)v;
-    };
-#endif
-    if constexpr (single) {
-        const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
-        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
-    } else {
-        const __m256d ab = _mm256_hadd_pd(half(a), half(b)), cd = _mm256_hadd_pd(half(c), half(d));
-        _mm256_storeu_pd(out, _mm256_add_pd(_mm256_blend_pd(ab, cd, 12), _mm256_permute2f128_pd(ab, cd, 0x21)));
-    }
-#else
-    if constexpr (single) {
-        const Vector<T> ab = shuffled<0, 4, 1, 5>(a, b) + shuffled<2, 6, 3, 7>(a, b);
-        const Vector<T> cd = shuffled<0, 4, 1, 5>(c, d) + shuffled<2, 6, 3, 7>(c, d);
-        store(out, shuffled<0, 1, 4, 5>(ab, cd) + shuffled<2, 3, 6, 7>(ab, cd));
-    } else {
-        store(out, Vector<T>{a[0], b[0]} + Vector<T>{a[1], b[1]});
-        store(out + 2, Vector<T>{c[0], d[0]} + Vector<T>{c[1], d[1]});
-    }
-#endif
-}
-
 template <class T>
 POTSTILL_INLINE T sum_lanes(Vector<T> v) {
-    T sums[4];
-    sum_lanes_of_four<T>(v, v, v, v, sums);
-    return sums[0];
-}
-
-template <class T, int N>
-POTSTILL_INLINE void sum_lanes_of(const Vector<T> (&v)[N], T *out) {
-    constexpr int n_eight = vector_bytes == 64 && sizeof(T) == 4 ? N / 8 * 8 : 0, n_four = N / 4 * 4;
-#if defined(__AVX512F__)
-    if constexpr (n_eight > 0) {
+    T sum[lanes<T>];
+    store(sum, v);
 #pragma GCC unroll 4
-        for (int k = 0; k < n_eight; k += 8) {
-            // Fold halves of two vectors into one, four times over.
-            auto fold2 = [](__m512 a, __m512 b) {
-                return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-            };
-            auto fold4 = [](__m512 ab, __m512 cd) {
-                return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
-            };
-            const __m512 first = fold4(fold2((__m512)v[k], (__m512)v[k + 1]),
-                                       fold2((__m512)v[k + 2], (__m512)v[k + 3]));
-            const __m512 second = fold4(fold2((__m512)v[k + 4], (__m512)v[k + 5]),
-                                        fold2((__m512)v[k + 6], (__m512)v[k + 7]));
-            // Four lanes each: of 0, 1, 2, 3 in `first`, of 4, 5, 6, 7 in `second`.
-            const __m512 both = _mm512_add_ps(_mm512_unpacklo_ps(first, second),
-                                              _mm512_unpackhi_ps(first, second));
-            const __m512 sums = _mm512_add_ps(both, _mm512_permute_ps(both, 0x4e));
-            const __m512i order =
-                _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
-            _mm256_storeu_ps(out + k, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, sums)));
-        }
+    for (int half = lanes<T> / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
-        for (int k = n_eight; k < N; ++k) out[k] = sum_lanes<T>(v[k]);
-    }
-#endif
-#pragma GCC unroll 8
-    for (int k = n_eight; k < n_four; k += 4)
-        sum_lanes_of_four<T>(v[k], v[k + 1], v[k + 2], v[k + 3], out + k);
-    if constexpr (N > n_four) {
-        T rest[4];
-        sum_lanes_of_four<T>(v[n_four], v[N - n_four > 1 ? n_four + 1 : n_four],
-                             v[N - n_four > 2 ? n_four + 2 : n_four], v[n_four], rest);
-        for (int k = n_four; k < N; ++k) out[k] = rest[k - n_four];
-    }
+        for (int k = 0; k < half; ++k) sum[k] += sum[k + half];
+    return sum[0];
 }
 
 // c[0] + x c[1] + x^2 c[2] + ..., Horner's scheme.

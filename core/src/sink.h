@@ -44,6 +44,7 @@ class Sink {
           n_terms_(task.model.n_interaction_layers + 1),
           wants_pairs_(task.wants_pairs()) {}
 
+    bool wants_pairs() const { return wants_pairs_; }
     bool wants_virial() const { return md_ && md_->virial; }
     const ZblTable *zbl() const { return zbl_; }
 
@@ -71,38 +72,73 @@ class Sink {
             clear(size_t(3 * (pairs_.row_ptr[i + 1] - pairs_.row_ptr[i])), gradient(i));
     }
 
-    // Take the gradients by the vectors of a run of atom i's pairs.
-    void deliver(int64_t i, const PairFields<T> &fields, const Run &run, const Span<T> *by_pair,
-                 ForceSums<T> &sums) const {
-        if (!wants_pairs_) return;
+    void add_virial(const PairFields<T> &fields, const Run &run, const T *const *by_pair,
+                    const ForceSums<T> &sums) const {
+        constexpr int L = lanes<T>;
+        if (!wants_virial()) return;
+        Vector<T> sum[9];
+        for (int k = 0; k < 9; ++k) sum[k] = load(sums.virial + k * L);
+        for (int v = 0; v < run.n_vectors; ++v) {
+            const int k = run.first + v * L;
+            const Vector<T> r = load(fields.r + k);
+            const Vector<T> gx = load(by_pair[0] + v * L), gy = load(by_pair[1] + v * L),
+                            gz = load(by_pair[2] + v * L);
+#pragma GCC unroll 3
+            for (int a = 0; a < 3; ++a) {
+                const Vector<T> x = r * load(fields.unit[a] + k);
+                sum[3 * a] += x * gx, sum[3 * a + 1] += x * gy, sum[3 * a + 2] += x * gz;
+            }
+        }
+        for (int k = 0; k < 9; ++k) store(sums.virial + k * L, sum[k]);
+    }
+
+    // Take the gradients by the vectors of atom i's pairs, `step` numbers from one to the next; the
+    // virial is added beforehand.
+    void deliver(int64_t i, const OwnPairs &own, const int32_t *labels, const T *const *by_pair,
+                 ptrdiff_t step, ForceSums<T> &sums) const {
+        const T *const gx = by_pair[0], *const gy = by_pair[1], *const gz = by_pair[2];
+        labels += own.label;
         if (pass_) {
             T *row = gradient(i);
-            for (int p = 0; p < run.n_pairs; ++p) {
-                T *at = row + 3 * int64_t(fields.label[run.first + p]);
-                for (int d = 0; d < 3; ++d) at[d] += by_pair[d][p];
+            for (int p = 0; p < own.n; ++p) {
+                T *at = row + 3 * int64_t(labels[p]);
+                at[0] += gx[p * step], at[1] += gy[p * step], at[2] += gz[p * step];
             }
             return;
         }
-        if (md_->virial) add_virial(fields, run, by_pair, sums.virial);
         Double4 total{};
-        const int32_t *neighbor = fields.label + run.first;
-        const T *const gx = by_pair[0], *const gy = by_pair[1], *const gz = by_pair[2];
-        Quad *const forces = sums.forces;
-        auto push = [&](int p, Four<T> part) {
-            const Double4 g = __builtin_convertvector(part, Double4);
-            Quad *other = forces + neighbor[p];
-            store_quad(other, load_quad(other) - g);
-            total += g;
-        };
-        for (int p = 0; p < run.n_pairs; p += 4) {
-            Four<T> x = load_four(gx + p), y = load_four(gy + p), z = load_four(gz + p), w{};
-            transpose_four(x, y, z, w);
-            push(p, x);
-            if (p + 1 < run.n_pairs) push(p + 1, y);
-            if (p + 2 < run.n_pairs) push(p + 2, z);
-            if (p + 3 < run.n_pairs) push(p + 3, w);
+        for (int p = 0; p < own.n; ++p)
+            push(Four<T>{gx[p * step], gy[p * step], gz[p * step], T(0)}, sums.forces + labels[p], total);
+        store_quad(sums.forces + i, load_quad(sums.forces + i) + total);
+    }
+
+    // The same of atoms i, i + 1, ..., in lanes: forces of four at a time.
+    void deliver_lanes(int64_t i, int n_atoms, const OwnPairs *own, const int32_t *labels,
+                       const T *const *by_pair, ForceSums<T> &sums) const {
+        constexpr int L = lanes<T>;
+        int a = 0;
+        for (; a + 4 <= n_atoms && md_; a += 4) {
+            int most = 0;
+            for (int q = a; q < a + 4; ++q) most = own[q].n > most ? own[q].n : most;
+            Double4 total[4] = {};
+            for (int p = 0; p < most; ++p) {
+                const ptrdiff_t at = p * L + a;
+                Four<T> part[4] = {load_four(by_pair[0] + at), load_four(by_pair[1] + at),
+                                   load_four(by_pair[2] + at)};
+                transpose_four(part[0], part[1], part[2], part[3]);
+                for (int q = 0; q < 4; ++q)
+                    if (p < own[a + q].n)
+                        push(part[q], sums.forces + labels[own[a + q].label + p], total[q]);
+            }
+            for (int q = 0; q < 4; ++q) {
+                Quad *center = sums.forces + i + a + q;
+                store_quad(center, load_quad(center) + total[q]);
+            }
         }
-        store_quad(forces + i, load_quad(forces + i) + total);
+        for (; a < n_atoms; ++a) {
+            const T *const own_part[3] = {by_pair[0] + a, by_pair[1] + a, by_pair[2] + a};
+            deliver(i + a, own[a], labels, own_part, L, sums);
+        }
     }
 
   private:
@@ -113,25 +149,17 @@ class Sink {
     const int n_terms_;
     const bool wants_pairs_;
 
+    // To the force on a neighbor, and the other way to the center's.
+    static POTSTILL_INLINE void push(Four<T> gradient, Quad *neighbor, Double4 &center) {
+        const Double4 g = __builtin_convertvector(gradient, Double4);
+        store_quad(neighbor, load_quad(neighbor) - g);
+        center += g;
+    }
+
     T *gradient(int64_t i) const {
         return static_cast<T *>(pass_->gradient) + 3 * pairs_.row_ptr[i];
     }
 
-    static void add_virial(const PairFields<T> &fields, const Run &run, const Span<T> *by_pair,
-                           T *virial) {
-        constexpr int L = lanes<T>;
-        for (int v = 0; v < run.n_vectors; ++v) {
-            const int k = run.first + v * L;
-            const Vector<T> r = load(fields.r + k);
-            for (int a = 0; a < 3; ++a) {
-                const Vector<T> x = r * load(fields.unit[a] + k);
-                for (int c = 0; c < 3; ++c) {
-                    T *at = virial + (3 * a + c) * L;
-                    store(at, load(at) + x * load(by_pair[c] + v * L));
-                }
-            }
-        }
-    }
 };
 
 }  // namespace
