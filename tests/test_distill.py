@@ -231,7 +231,7 @@ def least(asked, timings):
 
 @pytest.mark.parametrize("train", [0.002, 0.012, 0.3])
 @pytest.mark.parametrize("label", [0.001, 0.1, 0.3, 1.5, 5.0, 60.0])
-@pytest.mark.parametrize("budget", [60.0, 180.0, 360.0, 600.0, 7200.0])
+@pytest.mark.parametrize("budget", [60.0, 180.0, 360.0, 720.0, 7200.0])
 def test_plans_keep_to_their_budget_or_say_which_would_do(budget, label, train):
     timings = Timings(label=label, step=0.7 * label, train=train, student_step=0.004)
     refusal = least(order(budget), timings)

@@ -71,15 +71,17 @@ class Weights(Settings):
 
 
 def default_student() -> TrainSettings:
-    """A small HIP-NN, trained fast."""
+    """A small HIP-NN that reaches as far as most foundation models' messages, trained fast."""
     return TrainSettings(
-        model=ModelSettings(kind="hipnn"),
+        model=ModelSettings(
+            kind="hipnn", hyperparameters={"dist_hard_max": 6.5, "n_sensitivities": 16}
+        ),
         energy=EnergySettings(zero="least_squares", prior="zbl"),
         # With the energies' zero subtracted the ratios of L_R would be ratios of noise.
         regularization=RegularizationSettings(l2=1e-6, hierarchicality=0.0),
         optimizer=OptimizerSettings(learning_rate=5e-3, ema_decay="auto", beta2=0.99),
         learning_rate=LearningRateSettings(schedule="one_cycle"),
-        batch_size=4,
+        batch_atoms=128,
         early_stopping=None,
     )
 
@@ -142,7 +144,7 @@ class DistillConfig(Settings):
     structure: str = "silicon"
     temperature: Range = (300.0, 900.0)
     pressure: tuple[float, ...] = (0.0,)
-    budget: Duration = 600.0
+    budget: Duration = 720.0
     out: str = "run"
     n_atoms: int = Field(default=48, ge=1)
     student: TrainSettings = Field(default_factory=default_student)

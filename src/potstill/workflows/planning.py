@@ -33,9 +33,9 @@ from potstill.train import TrainingSet, TrainSettings, train
 from potstill.workflows.base import Settings, limited_threads, seconds_in_words
 
 #: Shares of the time that is left for sampling and training.
-TEACHER_SHARE = 0.55
+TEACHER_SHARE = 0.5
 #: Share of MD in the teacher's time; the rest labels frames that need no MD.
-DYNAMICS_SHARE = 0.55
+DYNAMICS_SHARE = 0.45
 #: Of the training time: the draft that explores.
 DRAFT_SHARE = 0.25
 #: Share of the budget for MD with the student at the end.
