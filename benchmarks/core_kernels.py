@@ -183,7 +183,7 @@ def benchmark_training(model: HIPNN, options: argparse.Namespace) -> dict[str, A
     results: dict[str, Any] = {}
     n_pairs = compact.n_pairs / structures.n_atoms
     force_work = operations(model, n_pairs, forces=True, parameters=False)
-    weighted_work = operations(model, n_pairs, forces=True, parameters=True)
+    weighted_work = operations(model, n_pairs, forces=False, parameters=True)
     for name, call, work, n_bytes in (
         ("force_pass", forces, force_work, n_pairs * (4 + 24 + 12)),
         ("weighted_pass", weighted, weighted_work, n_pairs * (4 + 24)),

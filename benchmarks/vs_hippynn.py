@@ -33,7 +33,7 @@ from common import (
     us_per_atom,
 )
 
-from potstill.core import describe_core
+from potstill.core import describe_core, instruction_set, select_instruction_set
 from potstill.distill.losses import Moments
 from potstill.evaluate.tools import machine_description
 from potstill.models import HIPNN
@@ -191,6 +191,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="per round and competitor")
     parser.add_argument("--repeat", type=int, default=10, help="cells along an edge in MD")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--instruction-sets", nargs="+", default=[None], help="potstill's")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peaks of memory")
     parser.add_argument("--kernels", nargs="+", default=["numba", "sparse", "pytorch"])
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--only", nargs=3, help=argparse.SUPPRESS)
@@ -204,40 +206,51 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "machine": machine_description(),
         "threads": args.threads,
-        "core": describe_core(),
         "malloc": os.environ.get("MALLOC_TRIM_THRESHOLD_", "not tuned"),
         "versions": {"hippynn": _version("hippynn"), "numba": _version("numba")},
     }
-    n_md = 4 * args.repeat**3
-    for size in args.sizes:
-        kernels = args.kernels
-        print(f"{size}: training step with forces, 16 x 108 atoms")
-        steps = {"potstill": potstill_training(potstill_model(size), potstill_training_set(16))}
-        steps |= {f"hippynn:{k}": with_kernels(k, hippynn_training(size)) for k in kernels}
-        training = compare(steps, 16 * 108, args.rounds, args.seconds)
-        print(f"{size}: energy and forces, {n_md} atoms")
-        steps = {"potstill": potstill_md(potstill_model(size), args.repeat)}
-        steps |= {f"hippynn:{k}": with_kernels(k, hippynn_md(size, args.repeat)) for k in kernels}
-        md = compare(steps, n_md, args.rounds, args.seconds)
-        best = min((k for k in md if k != "potstill"), key=lambda k: md[k]["median"])
-        memory = {what: memory_per_atom(what, size, args.threads) for what in ("potstill", best)}
-        record[size] = {
-            "training_us_per_atom": training,
-            "md_us_per_atom": md,
-            "md_memory_kib_per_atom": memory,
-            "training_ratio": _ratio(training),
-            "md_ratio": _ratio(md),
-            "memory_ratio": memory[best] / memory["potstill"],
-        }
-        ratios = {k: round(v, 1) for k, v in record[size].items() if k.endswith("ratio")}
-        print(f"{size}: hippynn's best over potstill: {ratios}; memory in KiB per atom: {memory}")
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    for name in args.instruction_sets:
+        select_instruction_set(name)
+        print(describe_core())
+        found = record.setdefault("instruction_sets", {}).setdefault(instruction_set(), {})
+        for size in args.sizes:
+            found[size] = compare_size(size, args)
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _ratio(times: dict[str, dict]) -> float:
-    others = [t["median"] for name, t in times.items() if name != "potstill"]
-    return min(others) / times["potstill"]["median"]
+def compare_size(size: str, args: argparse.Namespace) -> dict:
+    """Training, MD and, if asked for, memory, with the ratios of hippynn's best to potstill."""
+    kernels, n_md = args.kernels, 4 * args.repeat**3
+    print(f"{size}: training step with forces, 16 x 108 atoms")
+    steps = {"potstill": potstill_training(potstill_model(size), potstill_training_set(16))}
+    steps |= {f"hippynn:{k}": with_kernels(k, hippynn_training(size)) for k in kernels}
+    training = compare(steps, 16 * 108, args.rounds, args.seconds)
+    print(f"{size}: energy and forces, {n_md} atoms")
+    steps = {"potstill": potstill_md(potstill_model(size), args.repeat)}
+    steps |= {f"hippynn:{k}": with_kernels(k, hippynn_md(size, args.repeat)) for k in kernels}
+    md = compare(steps, n_md, args.rounds, args.seconds)
+    best = min((k for k in md if k != "potstill"), key=lambda k: md[k]["median"])
+    row = {
+        "training_us_per_atom": training,
+        "md_us_per_atom": md,
+        "training_ratio": _ratio(training, "median"),
+        "training_processor_ratio": _ratio(training, "processor"),
+        "md_ratio": _ratio(md, "median"),
+        "md_processor_ratio": _ratio(md, "processor"),
+    }
+    if not args.no_memory:
+        memory = {w: memory_per_atom(w, size, args.threads) for w in ("potstill", best)}
+        row["md_memory_kib_per_atom"] = memory
+        row["memory_ratio"] = memory[best] / memory["potstill"]
+    ratios = {k: round(v, 1) for k, v in row.items() if k.endswith("ratio")}
+    print(f"{size}: hippynn's best over potstill: {ratios}", flush=True)
+    return row
+
+
+def _ratio(times: dict[str, dict], what: str) -> float:
+    others = [t[what] for name, t in times.items() if name != "potstill"]
+    return min(others) / times["potstill"][what]
 
 
 def _version(package: str) -> str:
