@@ -1,7 +1,7 @@
 """Errors of fast potentials on published test frames against what a step of MD costs on one thread.
 
     python benchmarks/pareto.py --peers peers --set-up          # an environment for each code
-    python benchmarks/pareto.py --peers peers --fit pod ace     # fits that are missing; nep: hours
+    python benchmarks/pareto.py --peers peers --fit pod ace     # fits that are missing, or nep
     python benchmarks/pareto.py --peers peers --potstill students
 
 Molybdenum, silicon and copper of mlearn (Zuo et al., J. Phys. Chem. A 124, 731 (2020)) and tungsten

@@ -28,7 +28,7 @@ STYLES = {
     "qSNAP": Look("qSNAP, LAMMPS {lammps}, SSE2", "#D55E00", "D"),
     "POD": Look("POD, LAMMPS {lammps}, SSE2", "#009E73", "^"),
     "ACE": Look("ACE, ace-jax {ace-jax}, native C++", "#CC79A7", "v"),
-    "NEP": Look("NEP, nep-adapters {nep-adapters}, SSE2", "#8C564B", "P"),
+    "NEP": Look("NEP, nep-adapters {nep-adapters}, SSE2", "#8C564B", "h"),
     "published": Look("ACE as published, other machine", "#888888", "X"),
     "others": Look("front of the others", "#222222", "", ":"),
     "potstill avx512": Look("potstill {potstill}, AVX-512", "#0072B2", "o"),

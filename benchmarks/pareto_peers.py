@@ -189,7 +189,7 @@ def fit_ace(folder: Path, element: str, train: str, options: dict[str, Any]) -> 
 
 
 def fit_nep(folder: Path, element: str, train: str, options: dict[str, Any]) -> None:
-    """NEP4 by torchnep, which takes hours on a CPU; a tenth of the frames chooses the epoch."""
+    """NEP4 by torchnep (Mo: 15 minutes of one core); a tenth of the frames chooses the epoch."""
     from torchnep import train_nep
 
     labeled(train, folder / "train.xyz")
