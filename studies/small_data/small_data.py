@@ -20,6 +20,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ from potstill.errors import DivergenceError
 from potstill.evaluate.errors import evaluate_errors
 from potstill.evaluate.tools import machine_description
 from potstill.readers import read
+from potstill.report.panels import Drawing, Panel, Series
+from potstill.report.plots import write_figure
 from potstill.sample import Job, MDJob, RattleJob, SamplingPlan, StrainJob, run_plan
 from potstill.soundness import closest_pairs, fused
 from potstill.structures import Structures
@@ -87,7 +91,8 @@ class Setup:
     timestep: float
     displacement: tuple[float, float]
     max_strain: float
-    #: Sizes of the teacher's members, more of them than kinds of structures that they make.
+    #: Sizes of the teacher's members; they take turns in the jobs from each frame, so that their
+    #: number and that of these jobs should have no factor in common.
     members: tuple[str, ...]
     #: By role or size: steps and L2 weights; of several, the best on validation counts.
     trials: dict[str, tuple[tuple[int, float], ...]]
@@ -115,16 +120,16 @@ SETS = {
         test=None,
         n_frames=50,
         cutoff=5.2,
-        temperatures=(300.0, 500.0, 800.0),
+        temperatures=(500.0, 800.0),
         timestep=0.5,
         displacement=(0.02, 0.1),
         max_strain=0.0,
-        members=("wide", "deep") * 3 + ("wide",),
+        members=("wide", "deep") * 2,
         trials={
             "wide": ((1500, 1e-2),),
             "deep": ((1500, 1e-3),),
-            "control": ((700, 0.0), (1500, 0.0), (1500, 1e-2), (4000, 1e-2), (4000, 1e-1)),
-            "student": ((15000, 0.0),),
+            "control": ((700, 0.0), (1500, 0.0), (1500, 1e-2)),
+            "student": ((4000, 0.0),),
         },
     ),
 }
@@ -385,6 +390,24 @@ def _range(summary: dict[str, Any]) -> str:
     return f"({low:+.0f} to {high:+.0f})"
 
 
+def drawing_of(results: dict[str, Any]) -> Drawing:
+    """Force errors of student, control and teacher: means and standard deviations over seeds."""
+    panels = []
+    for name, found in results.items():
+        models = {role: own[METRICS[0]] for role, own in found["models"].items()}
+        sizes = range(len(STUDENTS))
+        series = []
+        for role in ("student", "control"):
+            own = [models[f"{role}-{size}"] for size in STUDENTS]
+            spread = [value.get("std", math.nan) for value in own]
+            series.append(Series(role, [value["mean"] for value in own], list(sizes), spread))
+        teacher = [models["teacher"]["mean"]] * 2
+        series.append(Series("teacher", teacher, [-0.4, len(STUDENTS) - 0.6], kind="line"))
+        title = f"{name}, {found['setup']['n_frames']} frames"
+        panels.append(Panel("force RMSE (meV/Å)", "", series, title, categories=STUDENTS))
+    return Drawing("small_data", "", "", panels, height=2.2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
@@ -394,6 +417,7 @@ def main() -> None:
     both = ["control", "student"]
     parser.add_argument("--roles", nargs="+", choices=both, default=both)
     parser.add_argument("--collect", type=Path, help="only write the results to this JSON file")
+    parser.add_argument("--figures", type=Path, help="with --collect: folder of small_data.png")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.collect is None:
@@ -410,6 +434,9 @@ def main() -> None:
     }
     options.collect.write_text(json.dumps(about | {"sets": results}, indent=1) + "\n")
     print(table(results))
+    if options.figures is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            shutil.copy(write_figure(Path(scratch), drawing_of(results)).png, options.figures)
 
 
 if __name__ == "__main__":
