@@ -18,7 +18,7 @@ from potstill.structures import Structures
 
 SCRIPT = Path(__file__).parents[1] / "studies" / "small_data" / "small_data.py"
 TRIALS = {
-    "wide": ((4, 0.0),),
+    "member": ((4, 0.0),),
     "control": ((2, 0.0), (6, 1e-2)),
     "student": ((6, 0.0),),
 }

@@ -69,7 +69,6 @@ SIZES: dict[str, dict[str, int]] = {
     "default": {},
     "fast": {"l_max": 1, "n_features": 12, "n_channels": 12},
     "wide": {"n_features": 40, "n_channels": 40},
-    "deep": {"n_interaction_layers": 2, "l_max": 3},
 }
 STUDENTS = ("default", "fast")
 ROLES = ("teacher", *(f"{role}-{size}" for size in STUDENTS for role in ("student", "control")))
@@ -94,7 +93,7 @@ class Setup:
     #: Sizes of the teacher's members; they take turns in the jobs from each frame, so that their
     #: number and that of these jobs should have no factor in common.
     members: tuple[str, ...]
-    #: By role or size: steps and L2 weights; of several, the best on validation counts.
+    #: Steps and L2 weights by role, or role and size; of several, the best on validation counts.
     trials: dict[str, tuple[tuple[int, float], ...]]
 
 
@@ -110,7 +109,7 @@ SETS = {
         max_strain=0.06,
         members=("wide",) * 7,
         trials={
-            "wide": ((2500, 5e-2),),
+            "member": ((2500, 5e-2),),
             "control": ((1000, 1e-2), (2500, 1e-2), (2500, 5e-2)),
             "student": ((6000, 0.0),),
         },
@@ -124,12 +123,12 @@ SETS = {
         timestep=0.5,
         displacement=(0.02, 0.1),
         max_strain=0.0,
-        members=("wide", "deep") * 2,
+        members=("wide",) * 5,
         trials={
-            "wide": ((1500, 1e-2),),
-            "deep": ((1500, 1e-3),),
-            "control": ((700, 0.0), (1500, 0.0), (1500, 1e-2)),
-            "student": ((4000, 0.0),),
+            "member": ((1500, 1e-3),),
+            "control": ((700, 0.0), (1500, 0.0)),
+            "control-fast": ((5000, 0.0), (5000, 1e-2)),
+            "student": ((5000, 0.0),),
         },
     ),
 }
@@ -182,9 +181,9 @@ def fit(
     training: TrainingSet,
     validation: TrainingSet,
 ) -> Path:
-    """The best on validation of the trials of a role, which are run if they are not there."""
+    """The best on validation of a role's trials, which are run if they are not there."""
     scores = {}
-    for steps, l2 in setup.trials[role]:
+    for steps, l2 in setup.trials.get(f"{role}-{size}", setup.trials[role]):
         out = folder / f"{steps}-{l2:g}"
         if not (out / "result.json").is_file():
             own = {
@@ -206,7 +205,7 @@ def members_of(
     for k, size in enumerate(setup.members):
         own = 1000 * (seed + 1) + k
         folder = work / f"member{k}"
-        file = fit(folder, size, setup, size, own, training, validation)
+        file = fit(folder, size, setup, "member", own, training, validation)
         members.append(PotentialTeacher.from_checkpoint(file))
     return members
 
