@@ -71,11 +71,9 @@ class Weights(Settings):
 
 
 def default_student() -> TrainSettings:
-    """A small HIP-NN that reaches as far as most foundation models' messages, trained fast."""
+    """A small HIP-NN, trained fast."""
     return TrainSettings(
-        model=ModelSettings(
-            kind="hipnn", hyperparameters={"dist_hard_max": 6.5, "n_sensitivities": 16}
-        ),
+        model=ModelSettings(kind="hipnn"),
         energy=EnergySettings(zero="least_squares", prior="zbl"),
         # With the energies' zero subtracted the ratios of L_R would be ratios of noise.
         regularization=RegularizationSettings(l2=1e-6, hierarchicality=0.0),

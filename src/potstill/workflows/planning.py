@@ -33,11 +33,13 @@ from potstill.train import TrainingSet, TrainSettings, train
 from potstill.workflows.base import Settings, limited_threads, seconds_in_words
 
 #: Shares of the time that is left for sampling and training.
-TEACHER_SHARE = 0.5
+TEACHER_SHARE = 0.55
 #: Share of MD in the teacher's time; the rest labels frames that need no MD.
 DYNAMICS_SHARE = 0.45
 #: Of the training time: the draft that explores.
 DRAFT_SHARE = 0.25
+#: Students that were trained longer fit hot structures better and fell apart sooner above them.
+MAX_EPOCHS = 80
 #: Share of the budget for MD with the student at the end.
 STUDENT_MD_SHARE = 0.2
 #: More structures than this do not help one material as much as more epochs.
@@ -385,7 +387,7 @@ def _with_epochs(counts: Counts, order: Order, timings: Timings, seconds: float)
     draft = int(share * seconds / (n_draft * timings.train))
     rounds = math.ceil((1 + order.n_controls) / order.at_once)
     final = int((1.0 - share) * seconds / (rounds * n_all * timings.train))
-    epochs = {"draft_epochs": min(max(draft, 10), 60), "epochs": min(max(final, 8), 150)}
+    epochs = {"draft_epochs": min(max(draft, 10), 60), "epochs": min(max(final, 8), MAX_EPOCHS)}
     return counts.model_copy(update={**epochs, **order.fixed.given()})
 
 
