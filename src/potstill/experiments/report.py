@@ -71,7 +71,8 @@ def report_experiment(
     rows += [_given_teacher(*given) for given in similarity.get("teachers", {}).items()]
     liquid = stored_distribution(folder, "reference")
     settings: Any = experiment.measures.get("liquid")
-    named = (settings.reference.name, liquid) if liquid and settings.reference else None
+    reference = settings.reference if settings and liquid else None
+    named = (reference.name, liquid) if reference and liquid else None
     results = Results(rows, experiment.baselines, named, similarity)
     evaluated = measured.get("evaluations", {}).get("runs", {})
     keys = list(dict.fromkeys(key for numbers in evaluated.values() for key in numbers))
