@@ -39,7 +39,7 @@ DYNAMICS_SHARE = 0.45
 #: Of the training time: the draft that explores.
 DRAFT_SHARE = 0.25
 #: Students that were trained longer fit hot structures better and fell apart sooner above them.
-MAX_EPOCHS = 80
+MAX_EPOCHS = 60
 #: Share of the budget for MD with the student at the end.
 STUDENT_MD_SHARE = 0.2
 #: More structures than this do not help one material as much as more epochs.
@@ -57,6 +57,8 @@ MIN_FREE_FRAMES = 24
 EVALUATION_SECONDS = 40.0
 #: fs between frames of MD with the draft.
 EXPLORING_STRIDE = 100.0
+#: The draft's highest temperature over the one asked for.
+EXPLORING_MARGIN = 1.4
 #: A plan may exceed its budget by this factor: timings are no better than that.
 TOLERANCE = 1.1
 #: What a slow teacher gets: multiples of the smallest numbers of frames, and the largest share of
