@@ -39,7 +39,7 @@ from potstill.workflows.distill_run import DistillConfig, Run
 from potstill.workflows.distill_run import default_student as default_student
 from potstill.workflows.dynamics import MdConfig, simulate
 from potstill.workflows.evaluation import bench_of, evaluation_class, run_evaluations
-from potstill.workflows.planning import EXPLORING_MARGIN, EXPLORING_STRIDE, FULL, Plan
+from potstill.workflows.planning import EXPLORING_STRIDE, FULL, Plan
 from potstill.workflows.report import write_report
 from potstill.workflows.students import train_model, train_students
 from potstill.workflows.summary import summarize
@@ -143,24 +143,13 @@ def _draft(run: Run) -> str | None:
 
 
 def _explore(run: Run) -> str | None:
-    """Sample by MD with the draft, and label what it visits.
-
-    It goes beyond the highest temperature: a student that has seen no more than what is asked for
-    can fall apart in rare fluctuations there.
-    """
+    """Sample by MD with the draft, and label what it visits."""
     n_frames = run.plan.counts.n_on_policy_frames
     if not n_frames:
         return "left out"
     potential, _ = load_potential(run.folder / "draft" / "best.pt")
-    low, high = run.config.temperature
     plan = run.sampling_plan(
-        n_frames,
-        1.0,
-        temperature=(low, EXPLORING_MARGIN * high),
-        n_temperatures=3,
-        seed=run.config.seed + 1,
-        stride=EXPLORING_STRIDE,
-        equilibration=300.0,
+        n_frames, 1.0, seed=run.config.seed + 1, stride=EXPLORING_STRIDE, equilibration=300.0
     )
     unstable: list[str] = []
 

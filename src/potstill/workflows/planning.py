@@ -38,8 +38,9 @@ TEACHER_SHARE = 0.55
 DYNAMICS_SHARE = 0.45
 #: Of the training time: the draft that explores.
 DRAFT_SHARE = 0.25
-#: Students that were trained longer fit hot structures better and fell apart sooner above them.
-MAX_EPOCHS = 60
+#: Epochs times structures: students that were trained longer had smaller errors, but fell apart in
+#: MD at a third above the temperatures of their training.
+MAX_VISITS = 32_000
 #: Share of the budget for MD with the student at the end.
 STUDENT_MD_SHARE = 0.2
 #: More structures than this do not help one material as much as more epochs.
@@ -57,8 +58,6 @@ MIN_FREE_FRAMES = 24
 EVALUATION_SECONDS = 40.0
 #: fs between frames of MD with the draft.
 EXPLORING_STRIDE = 100.0
-#: The draft's highest temperature over the one asked for.
-EXPLORING_MARGIN = 1.4
 #: A plan may exceed its budget by this factor: timings are no better than that.
 TOLERANCE = 1.1
 #: What a slow teacher gets: multiples of the smallest numbers of frames, and the largest share of
@@ -389,7 +388,8 @@ def _with_epochs(counts: Counts, order: Order, timings: Timings, seconds: float)
     draft = int(share * seconds / (n_draft * timings.train))
     rounds = math.ceil((1 + order.n_controls) / order.at_once)
     final = int((1.0 - share) * seconds / (rounds * n_all * timings.train))
-    epochs = {"draft_epochs": min(max(draft, 10), 60), "epochs": min(max(final, 8), MAX_EPOCHS)}
+    final = min(final, 150, MAX_VISITS // n_all)
+    epochs = {"draft_epochs": min(max(draft, 10), 60), "epochs": max(final, 8)}
     return counts.model_copy(update={**epochs, **order.fixed.given()})
 
 
