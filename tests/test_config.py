@@ -74,7 +74,7 @@ stages:
 
 def test_quantities(file):
     config = load_config(file("budget: 10min\ntemperature: 300:900\n"), DistillConfig)
-    assert (config.budget, config.temperature) == (720.0, (300.0, 900.0))
+    assert (config.budget, config.temperature) == (600.0, (300.0, 900.0))
     config = load_config(file("budget: 45\ntemperature: 500\n"), DistillConfig)
     assert (config.budget, config.temperature) == (45.0, (500.0, 500.0))
     # YAML 1.2: `1e-3` is a number and `no` is a word.
