@@ -134,7 +134,7 @@ def one_step(
     fabric = default_fabric()
     student, residual = initial_student(run, data)
     terms = bind_terms(run, student["network"])
-    trainee = Trainee.create(student, terms, run, fabric)
+    trainee = Trainee.create(student, terms, run, fabric, steps_per_epoch=1)
     reach = student["network"].cutoff
     batch = residual.with_neighbors(reach).batch(torch.arange(len(data)))
     wanted = BatchLoss(terms, 1, batch, fabric).wanted
