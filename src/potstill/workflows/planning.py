@@ -38,9 +38,9 @@ TEACHER_SHARE = 0.55
 DYNAMICS_SHARE = 0.45
 #: Of the training time: the draft that explores.
 DRAFT_SHARE = 0.25
-#: Epochs times structures: students that were trained longer had smaller errors, but fell apart in
-#: MD at a third above the temperatures of their training.
-MAX_VISITS = 32_000
+#: Epochs times atoms, 16,000 steps of 128: students that were trained longer had smaller errors,
+#: but fell apart in MD at a third above the temperatures of their training.
+MAX_VISITS = 16_000 * 128
 #: Share of the budget for MD with the student at the end.
 STUDENT_MD_SHARE = 0.2
 #: More structures than this do not help one material as much as more epochs.
@@ -388,7 +388,7 @@ def _with_epochs(counts: Counts, order: Order, timings: Timings, seconds: float)
     draft = int(share * seconds / (n_draft * timings.train))
     rounds = math.ceil((1 + order.n_controls) / order.at_once)
     final = int((1.0 - share) * seconds / (rounds * n_all * timings.train))
-    final = min(final, 150, MAX_VISITS // n_all)
+    final = min(final, 150, MAX_VISITS // (n_all * order.n_atoms))
     epochs = {"draft_epochs": min(max(draft, 10), 60), "epochs": max(final, 8)}
     return counts.model_copy(update={**epochs, **order.fixed.given()})
 
