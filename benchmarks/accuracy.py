@@ -40,7 +40,6 @@ from potstill.evaluate.errors import evaluate_errors
 from potstill.evaluate.phonons import Phonons, PhononsEvaluation
 from potstill.evaluate.tools import machine_description
 from potstill.readers import read
-from potstill.store import LabeledStore
 from potstill.train import TrainingSet, TrainSettings, train
 
 SEEDS, ROUNDS, SECONDS = (0, 1, 2), 7, 0.5
@@ -156,35 +155,6 @@ def of_silicon(folder: Path) -> dict[str, Any]:
     }
 
 
-def of_larger_student(folder: Path, work: Path) -> dict[str, Any]:
-    """Error of a student about three times as large, trained for three times as many epochs.
-
-    On the labels of a run of `potstill distill`: what remains is neither size nor training.
-    """
-    store = LabeledStore.open(folder / "labels.zarr")
-    source = store.sources[0]
-    everything = TrainingSet(store.structures(), {source: store.labels(source)})
-    split = json.loads((folder / "split.json").read_text())
-    parts = {name: everything.select(torch.tensor(rows)) for name, rows in split.items()}
-    settings = json.loads((folder / "student" / "settings.json").read_text())["settings"]
-    hyper = settings["model"]["hyperparameters"]
-    hyper |= {"n_features": 40, "n_channels": 40, "n_sensitivities": 20}
-    settings["epochs"] *= 3
-    larger = work / "larger"
-    train(TrainSettings.model_validate(settings), parts["train"], parts["validation"], larger)
-    test = parts["test"]
-    potential = load_potential(larger / "best.pt")[0]
-    found = evaluate_errors(potential, test.structures, {"teacher": test.labels[source]}).own
-    return {
-        "si_larger_student": {
-            "relative_force_rmse_percent": 100.0 * found["forces_relative_rmse"],
-            "n_parameters": potential.n_parameters,
-            "epochs": settings["epochs"],
-            "hyperparameters": hyper,
-        }
-    }
-
-
 def main() -> None:
     """Train, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -193,7 +163,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy.json"))
     parser.add_argument("--elements", nargs="*", default=list(ELEMENTS), choices=list(ELEMENTS))
     parser.add_argument("--silicon", type=Path, help="folder of a run of `potstill distill`")
-    parser.add_argument("--larger", action="store_true", help="and a larger student on its labels")
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = json.loads(options.out.read_text()) if options.out.is_file() else {}
@@ -215,8 +184,6 @@ def main() -> None:
         _write(options.out, results)
     if options.silicon is not None:
         results.setdefault("summary", {}).update(of_silicon(options.silicon))
-        if options.larger:
-            results["summary"] |= of_larger_student(options.silicon, options.work)
     _write(options.out, results)
 
 
