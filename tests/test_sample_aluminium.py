@@ -2,7 +2,6 @@
 
 import importlib.util
 import sys
-from pathlib import Path
 
 import ase.io
 import numpy as np
@@ -11,18 +10,15 @@ import pytest
 from potstill.errors import ConfigError, DataError
 from potstill.sample.rattle import shortest_distance
 from potstill.structures import Structures
+from scripts import STUDIES, loaded
 
-SCRIPT = Path(__file__).parents[1] / "studies" / "teacher_student" / "sample_aluminium.py"
+SCRIPT = STUDIES / "teacher_student" / "sample_aluminium.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("sample_aluminium", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sample_aluminium"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["sample_aluminium"]
+    with loaded(SCRIPT) as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,5 @@
 """The parts of the force-gradient studies that their numbers rest on."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import ase.build
 import pytest
 import torch
@@ -14,28 +10,21 @@ from potstill.species import SpeciesTable
 from potstill.structures import Properties, Structures
 from potstill.train import TrainingSet, TrainSettings
 from potstill.train.settings import LearningRateSettings, OptimizerSettings
+from scripts import STUDIES, loaded
 
-FOLDER = Path(__file__).parents[1] / "studies" / "force_gradient"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+FOLDER = STUDIES / "force_gradient"
 
 
 @pytest.fixture(scope="module")
 def tantalum():
-    yield load("snap_tantalum")
-    del sys.modules["snap_tantalum"]
+    with loaded(FOLDER / "snap_tantalum.py") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
 def table1():
-    yield load("ani_table1")
-    del sys.modules["ani_table1"]
+    with loaded(FOLDER / "ani_table1.py") as module:
+        yield module
 
 
 def crystals(symbol="Ta", a=3.3):

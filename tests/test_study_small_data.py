@@ -1,11 +1,8 @@
 """The study of little reference data: its draws, its guard, its statistics, and a tiny run."""
 
-import importlib.util
 import json
-import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import ase.io
 import pytest
@@ -15,8 +12,9 @@ from scipy.stats import ttest_1samp
 from data import rattled_copper
 from potstill.soundness import closest_pairs
 from potstill.structures import Structures
+from scripts import STUDIES, loaded
 
-SCRIPT = Path(__file__).parents[1] / "studies" / "small_data" / "small_data.py"
+SCRIPT = STUDIES / "small_data" / "small_data.py"
 TRIALS = {
     "member": ((4, 0.0),),
     "control": ((2, 0.0), (6, 1e-2)),
@@ -26,12 +24,8 @@ TRIALS = {
 
 @pytest.fixture(scope="module")
 def study():
-    spec = importlib.util.spec_from_file_location("small_data", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["small_data"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["small_data"]
+    with loaded(SCRIPT) as module:
+        yield module
 
 
 @pytest.fixture
