@@ -276,11 +276,11 @@ NB_MODULE(_native, m) {
         "__init__",
         [](potstill_hipnn *self, int n_species, int n_features, int n_sensitivities, int l_max,
            int n_interaction_layers, int n_atom_layers, int cutoff_function, double cutoff,
-           double cusp_reg, int invariants, int n_channels) {
+           double cusp_reg, int invariants, int n_channels, int n_triples) {
             new (self) potstill_hipnn{n_species,       n_features,           n_sensitivities,
                                       l_max,           n_interaction_layers, n_atom_layers,
                                       cutoff_function, cutoff,               cusp_reg,
-                                      invariants,      n_channels};
+                                      invariants,      n_channels,           n_triples};
         });
     nb::class_<Geometry>(m, "Geometry")
         .def(nb::init<Array<const int32_t>, Array<const int64_t>, Array<const int32_t>,

@@ -145,6 +145,11 @@ CASES = [
     (1, 4, 1, "polynomial", 1, {**SMOOTH, "n_sensitivities": 17, "n_channels": 1}),
     (2, 0, 2, "polynomial", 1, SMOOTH),
     (1, 3, 3, "polynomial", 2, {**SMOOTH, "n_sensitivities": 1}),
+    (2, 1, 1, "polynomial", 1, {**SMOOTH, "n_triples": 2}),
+    (1, 2, 2, "polynomial", 2, {**SMOOTH, "n_triples": 4}),
+    (2, 3, 1, "polynomial", 1, {**SMOOTH, "n_triples": 1}),
+    (1, 4, 2, "polynomial", 1, {**SMOOTH, "n_triples": 3}),
+    (3, 4, 1, "cosine_squared", 2, {**SMOOTH, "n_channels": 9, "n_triples": 9}),
 ]
 
 

@@ -36,6 +36,11 @@ struct ZblTable {
     double coulomb, inner, cutoff;
 };
 
+// Invariant products of three tensors of ranks from 1 to l_max whose sum is even.
+constexpr int n_products(int l_max) {
+    return l_max < 2 ? 0 : l_max == 2 ? 2 : l_max == 3 ? 4 : 9;
+}
+
 // One evaluation of a model: what the caller gave, and where the parameters are.
 struct Task {
     potstill_hipnn model;
@@ -50,7 +55,10 @@ struct Task {
     bool is_smooth() const { return model.invariants == POTSTILL_SMOOTH; }
     // Channels of each rank of smooth invariants, and the invariants of all ranks.
     int n_channels() const { return is_smooth() && model.l_max > 0 ? model.n_channels : 0; }
-    int n_invariants() const { return model.l_max * n_channels(); }
+    int n_invariants() const {
+        return model.l_max * n_channels() + n_products(model.l_max) * n_triples();
+    }
+    int n_triples() const { return is_smooth() ? model.n_triples : 0; }
     bool wants_parameters() const { return pass && pass->parameter_gradient; }
     bool wants_pairs() const { return pass ? pass->gradient != nullptr : md->forces != nullptr; }
 };

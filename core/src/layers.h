@@ -5,6 +5,7 @@
 // what is of the size of pairs x channels is kept for one block of atoms, in the cache.
 #pragma once
 
+#include "triples.h"
 #include "gradients.h"
 #include "network.h"
 #include "pair_source.h"
@@ -66,8 +67,9 @@ template <class T>
 struct BlockScratch {
     Span<T> environment;        // (n_sens * n_in, M, B), later its cotangent
     Span<T> tensor;             // (n_features or n_channels, M, B), later its cotangent
-    Span<T> norms;              // (2, n_features, B); or smooth invariants (l_max, n_channels, B)
+    Span<T> norms;              // (2, n_features, B); or smooth invariants (n_invariants, B)
     Span<T> by_invariants;      // the cotangent of the latter
+    Span<T> by_triples;      // (n_triples, M, B): cotangents of the tensors
     Span<T> features;           // (n_atom_layers + 2, widest, B): inputs of the layers
     Span<T> value, derivative;  // (n_atom_layers + 1, n_features, B): softplus and its derivative
     Span<T> cotangent, inner;   // (widest, B)
@@ -80,6 +82,7 @@ struct BlockScratch {
         tensor = c.take<T>((task.is_smooth() ? task.n_channels() : width) * M * B);
         norms = c.take<T>((task.is_smooth() ? task.n_invariants() : 2 * width) * B);
         by_invariants = c.take<T>(task.n_invariants() * B);
+        by_triples = c.take<T>(size_t(task.n_triples()) * M * B);
         features = c.take<T>((n_layers + 1) * sizes.widest * B);
         value = c.take<T>(n_layers * width * B);
         derivative = c.take<T>(n_layers * width * B);
@@ -339,6 +342,7 @@ class Layers {
                                  k_env, x.environment + m * B, M * B, x.tensor + m * B, M * B);
         });
         smooth_invariants<T, M>(n_channels, x.tensor, x.norms);
+        triples<T, M>(task_.n_triples(), x.tensor, x.norms + task_.model.l_max * n_channels * B);
         gemm<T, Order::rows>(n_features(), B, n_invariants,
                              parameters_ + block_of(layer).residuals[0].mixing, n_invariants, x.norms, B,
                              x.inner, B, Start::keep);
@@ -351,7 +355,13 @@ class Layers {
         gemm<T, Order::columns>(n_invariants, B, n_features(),
                                 parameters_ + block_of(layer).residuals[0].mixing, n_invariants, x.inner,
                                 B, x.by_invariants, B);
+        const int n_triples = task_.n_triples(), squares = task_.model.l_max * task_.n_channels() * B;
+        triples_backward<T, M>(n_triples, x.by_invariants + squares, x.norms + squares, x.tensor,
+                                  x.by_triples);
         smooth_invariants_backward<T, M>(task_.n_channels(), x.by_invariants, x.norms, x.tensor);
+        if constexpr (M >= 9)
+            for (int f = 0; f < n_triples; ++f)
+                add((M - 1) * B, x.tensor + (f * M + 1) * B, x.by_triples + (f * M + 1) * B);
     }
 
     void environment_backward(Part<T> &s, int layer, int k_env) const {

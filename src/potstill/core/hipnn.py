@@ -33,6 +33,9 @@ from potstill.units import COULOMB
 _CUTOFF_FUNCTIONS = ("cosine_squared", "polynomial")
 _INVARIANTS = ("norms", "smooth")
 
+#: Invariant products of three tensors of ranks from 1 to l_max whose sum is even, by l_max.
+N_TRIPLES = (0, 0, 2, 4, 9)
+
 
 @dataclass(frozen=True)
 class HipnnShape:
@@ -52,6 +55,8 @@ class HipnnShape:
         What the tensors enter by.
     n_channels : int
         Tensors of each rank, for smooth invariants.
+    n_triples : int
+        Of these, whose products of three are invariants as well.
     """
 
     n_species: int
@@ -65,6 +70,7 @@ class HipnnShape:
     cutoff_function: str = "cosine_squared"
     invariants: str = "norms"
     n_channels: int = 0
+    n_triples: int = 0
 
     @cached_property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -78,7 +84,8 @@ class HipnnShape:
             if self.invariants == "smooth":
                 for rank in range(self.l_max):
                     shapes[f"{first}.layer.tensor_weights.{rank}"] = (n, self.n_channels, n_in)
-                shapes[f"{first}.layer.mixing"] = (width, self.l_max * self.n_channels)
+                n_invariants = self.l_max * self.n_channels + N_TRIPLES[self.l_max] * self.n_triples
+                shapes[f"{first}.layer.mixing"] = (width, n_invariants)
             else:
                 shapes[f"{first}.layer.sensitivity.mu"] = (n,)
                 shapes[f"{first}.layer.sensitivity.sigma"] = (n,)
@@ -130,6 +137,7 @@ class HipnnShape:
             self.cusp_reg,
             _INVARIANTS.index(self.invariants),
             self.n_channels,
+            self.n_triples,
         )
 
 

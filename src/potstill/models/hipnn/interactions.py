@@ -8,13 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 #: Highest rank of the tensors.
 HIGHEST_RANK = 4
+
+#: Ranks of the tensors whose products of three are invariants, in the order of the kernels.
+TRIPLES = (
+    (1, 1, 2),
+    (2, 2, 2),
+    (1, 2, 3),
+    (2, 3, 3),
+    (1, 3, 4),
+    (2, 2, 4),
+    (2, 4, 4),
+    (3, 3, 4),
+    (4, 4, 4),
+)
 
 #: Largest ratio of the variances that `SmoothInteraction.whiten` takes for signal, and the least
 #: one, as a share of the scalar sums' mean square.
@@ -40,6 +55,7 @@ class Sizes(Protocol):
 
     n_sensitivities: int
     n_channels: int
+    n_triples: int
     dist_soft_min: float
     dist_soft_max: float
     dist_hard_max: float
@@ -205,12 +221,15 @@ class NormInteraction(Interaction):
 
 
 class SmoothInteraction(Interaction):
-    """Scalars, and sqrt(1 + |T|²) - 1 of the tensors of every rank, mixed linearly.
+    """Scalars, and invariants of the tensors of every rank, mixed linearly.
 
-    Every rank has weights of its own. With A_l the sums of rank l over the neighbors:
-    Z' = V_0 A_0 + W Z + b + U [sqrt(1 + |V_l A_l|²) - 1 for l = 1, ..., l_max]. This is analytic
-    where a tensor vanishes by symmetry, as on the sites of a crystal, and grows no faster than the
-    density of neighbors.
+    Every rank has weights of its own. With T_l = V_l A_l the tensors, from the sums A_l of rank l
+    over the neighbors: Z' = V_0 A_0 + W Z + b + U [invariants]. The invariants are
+    sqrt(1 + |T_l|²) - 1 for l = 1, ..., l_max, in which there are angles between two neighbors; and
+    of the first `n_triples` channels (T_a T_b T_c) / (1 + |T_a|² + |T_b|² + |T_c|²), in which there
+    are three. The products are those of the bispectrum (Bartók et al., Phys. Rev. Lett. 104, 136403
+    (2010)) for all `TRIPLES` of ranks up to l_max. All this is analytic where a tensor vanishes by
+    symmetry, as on the sites of a crystal, and grows no faster than the density of neighbors.
 
     The sums of different radial functions are nearly collinear. Weights therefore act on whitened
     sums, whose mean and covariance `whiten` takes from data; `kernel_tensors` multiplies both.
@@ -226,7 +245,10 @@ class SmoothInteraction(Interaction):
         shape = (p.n_sensitivities, p.n_channels, n_in)
         tensors = (nn.Parameter(torch.randn(shape) / n_sums**0.5) for _ in range(p.l_max))
         self.tensor_weights = nn.ParameterList(tensors)
-        mixing = torch.empty(n_out, p.l_max * p.n_channels)
+        self.triples = [ranks for ranks in TRIPLES if p.n_triples > 0 and max(ranks) <= p.l_max]
+        self.n_triples = p.n_triples
+        n_invariants = p.l_max * p.n_channels + len(self.triples) * p.n_triples
+        mixing = torch.empty(n_out, n_invariants)
         self.mixing = nn.Parameter(nn.init.xavier_normal_(mixing)) if p.l_max > 0 else None
         self.selfint = linear(n_in, n_out)
         self.register_buffer("whitening", torch.eye(n_sums).repeat(p.l_max + 1, 1, 1))
@@ -241,12 +263,15 @@ class SmoothInteraction(Interaction):
         if not tensors:
             return out
         assert self.mixing is not None
-        invariants = []
-        for rank, tensor in enumerate(tensors, start=1):
-            mixed = tensor @ self._weights(rank)
-            square = _inner(mixed, mixed, rank)
-            # sqrt(1 + x) - 1, without the cancellation for small ones
-            invariants.append(square / (torch.sqrt(1.0 + square) + 1.0))
+        mixed = [tensor @ self._weights(rank) for rank, tensor in enumerate(tensors, start=1)]
+        squares = [_inner(tensor, tensor, rank) for rank, tensor in enumerate(mixed, start=1)]
+        # sqrt(1 + x) - 1, without the cancellation for small ones
+        invariants = [square / (torch.sqrt(1.0 + square) + 1.0) for square in squares]
+        own = slice(self.n_triples)
+        for ranks in self.triples:
+            factors = [mixed[rank - 1][..., own] for rank in ranks]
+            size = 1.0 + sum(squares[rank - 1][:, own] for rank in ranks)
+            invariants.append(_triple(factors, ranks) / size)
         return out + nn.functional.linear(torch.cat(invariants, dim=1), self.mixing)
 
     def _weights(self, rank: int) -> Tensor:
@@ -344,6 +369,33 @@ def _dual(tensor: Tensor, rank: int) -> Tensor:
     swapped = torch.zeros_like(tensor)
     swapped[:, 0], swapped[:, 3] = tensor[:, 3], tensor[:, 0]
     return 2.0 * tensor + swapped
+
+
+def _triple(factors: Sequence[Tensor], ranks: tuple[int, int, int]) -> Tensor:
+    """(n, channels) invariant products of three (n, 2 l + 1, channels) tensors."""
+    a, b, c = factors
+    g = torch.from_numpy(_coupling(ranks)).to(a)
+    return (torch.einsum("ijk,nic,njc->nkc", g, a, b) * c).sum(dim=1)
+
+
+@lru_cache
+def _coupling(ranks: tuple[int, int, int]) -> np.ndarray:
+    """(2 a + 1, 2 b + 1, 2 c + 1) coefficients of the product; |A| |B| |C| where all are aligned.
+
+    There is one invariant tensor of these ranks: the integral over the sphere of the product of
+    components, which the points and weights take exactly.
+    """
+    z, weights = np.polynomial.legendre.leggauss(8)
+    angle = np.arange(16) * (2.0 * math.pi / 16)
+    z, angle = np.repeat(z, 16), np.tile(angle, 8)
+    radius = np.sqrt(1.0 - z**2)
+    points = torch.from_numpy(np.stack([radius * np.cos(angle), radius * np.sin(angle), z], axis=1))
+    of_rank = _by_rank(tensor_components(points, HIGHEST_RANK), HIGHEST_RANK)
+    duals = [_dual(of_rank[rank], rank).numpy() for rank in ranks]
+    coupling = np.einsum("q,qi,qj,qk->ijk", np.repeat(weights, 16), *duals)
+    aligned = [of_rank[rank][0].numpy() for rank in ranks]
+    sizes = [math.sqrt(tensor @ dual[0]) for tensor, dual in zip(aligned, duals, strict=True)]
+    return coupling * math.prod(sizes) / np.einsum("ijk,i,j,k->", coupling, *aligned)
 
 
 def linear(n_in: int, n_out: int) -> nn.Linear:

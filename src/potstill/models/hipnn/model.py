@@ -124,6 +124,8 @@ class HIPNNHyperparameters(Hyperparameters):
         tensors vanish by symmetry (`SmoothInteraction`). `norms`: the original, as in hippynn.
     n_channels : int
         Tensors of each rank in `smooth`; `norms` has `n_features` of them.
+    n_triples : int
+        Of these in `smooth`, whose invariant products of three are taken: four-body terms.
 
     Notes
     -----
@@ -143,6 +145,7 @@ class HIPNNHyperparameters(Hyperparameters):
     cutoff_function: str = "polynomial"
     invariants: Literal["smooth", "norms"] = "smooth"
     n_channels: int = Field(default=24, ge=1)
+    n_triples: int = Field(default=0, ge=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -332,6 +335,7 @@ class HIPNN(Potential):
                 cutoff_function=p.cutoff_function,
                 invariants=p.invariants,
                 n_channels=p.n_channels,
+                n_triples=p.n_triples,
             )
         )
         tensors = [t for block in self._layers() for layer in block for t in layer.kernel_tensors()]
