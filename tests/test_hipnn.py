@@ -16,7 +16,7 @@ from potstill.errors import ModelError
 from potstill.models import HIPNN
 from potstill.models.base import Edges, StartingData
 from potstill.models.hipnn import CUTOFF_FUNCTIONS, hierarchicality
-from potstill.models.hipnn.interactions import Chebyshev, tensor_components
+from potstill.models.hipnn.interactions import TRIPLES, Chebyshev, tensor_components, triple
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.species import SpeciesTable
 from potstill.structures import Structures
@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = dict(
     n_atom_layers=1,
     cutoff_function="polynomial",
 )
-SMOOTH: dict[str, Any] = dict(SIZES, l_max=4, invariants="smooth", n_channels=6)
+SMOOTH: dict[str, Any] = dict(SIZES, l_max=4, invariants="smooth", n_channels=6, n_triples=2)
 NORMS: dict[str, Any] = dict(SIZES, l_max=2, invariants="norms", cusp_reg=1e-6)
 
 
@@ -94,6 +94,9 @@ def test_bad_hyper_parameters_are_refused() -> None:
         HIPNN(AL, n_feature=4)
     with pytest.raises(ModelError, match=r"n_features: .* greater than or equal to 1 \(it is 0\)"):
         HIPNN(AL, 0)
+    for named in ({"n_channels": 3, "n_triples": 4}, {"invariants": "norms", "n_triples": 1}):
+        with pytest.raises(ModelError, match="n_triples must be at most n_channels"):
+            HIPNN(AL, **named)
     with pytest.raises(ModelError, match=r"too many .*: n_features"):
         HIPNN(AL, 4, n_features=4)
 
@@ -108,6 +111,12 @@ def test_defaults_are_a_small_student_and_complete_configs_keep_the_old_ones() -
     for model in (small, old):
         assert HIPNN(AL, **model.hyperparameters()).hyper == model.hyper
     assert "invariants" not in old.hyperparameters()  # fingerprints of old potentials stay
+    assert old.hyper.n_triples == 0 < small.hyper.n_triples
+    before = {k: v for k, v in small.hyperparameters().items() if k != "n_triples"}
+    without = HIPNN(AL, **before)  # a file from before there were products
+    assert without.hyper.n_triples == 0
+    assert without.hyperparameters() == before
+    assert HIPNN(AL, **before, n_triples=3).hyper.n_triples == 3
 
 
 def test_integers_stay_integers_where_fingerprints_hashed_them() -> None:
@@ -199,7 +208,8 @@ def test_crystals_have_curvatures_that_do_not_depend_on_the_step(
     crystal = bulk("Al", structure, a=edge, cubic=True)
     crystal = crystal if structure == "diamond" else crystal.repeat(2)
     smooth = [curvature(network(**SMOOTH), crystal, displace, step) for step in steps]
-    assert smooth == pytest.approx([smooth[0]] * len(steps), rel=0.015)
+    # Without triples the curvature is 6 eV; here parts of that size nearly cancel.
+    assert smooth == pytest.approx([smooth[0]] * len(steps), rel=0.015, abs=0.05)
     cone = [abs(curvature(network(**NORMS), crystal, displace, step)) for step in steps]
     assert cone[0] > 2.0 * cone[-1]
 
@@ -267,6 +277,60 @@ def test_all_matrices_but_those_of_energies_are_regularized(l_max: int) -> None:
     gradients = torch.autograd.grad(energy.sum(), list(named.values()), allow_unused=True)
     unused = {name for name, g in zip(named, gradients, strict=True) if g is None}
     assert not unused
+
+
+def test_triples_of_low_rank_are_what_matrices_give() -> None:
+    torch.manual_seed(4)
+    v, full = torch.randn(20, 3, dtype=torch.float64), torch.randn(20, 3, 3, dtype=torch.float64)
+    q = full + full.transpose(1, 2)
+    q = q - torch.eye(3) * q.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
+    tensors = {1: v, 2: q[:, [0, 0, 0, 1, 1], [0, 1, 2, 1, 2]]}
+
+    def product(*ranks: int) -> torch.Tensor:
+        return triple([tensors[rank].unsqueeze(2) for rank in ranks], ranks).squeeze(1)
+
+    # of a unit vector n and n n - 1/3: n·Q·n = 2/3 and tr Q³ = 2/9, where |Q|² = 2/3
+    v_q_v = torch.einsum("ni,nij,nj->n", v, q, v)
+    torch.testing.assert_close(product(1, 1, 2), (2 / 3) ** 0.5 * v_q_v / (2 / 3))
+    cubed = torch.linalg.matrix_power(q, 3).diagonal(dim1=1, dim2=2).sum(dim=1)
+    torch.testing.assert_close(product(2, 2, 2), (2 / 3) ** 1.5 * cubed / (2 / 9))
+
+
+@pytest.mark.parametrize("ranks", TRIPLES)
+def test_triples_do_not_change_when_all_tensors_are_rotated(ranks: tuple[int, int, int]) -> None:
+    """Tensors are sums over directions: rotating these rotates the tensors."""
+    rotation = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]  # or a reflection
+    near = [directions(12).roll(shift, 1) for shift in range(3)]
+
+    def product(turn: torch.Tensor) -> torch.Tensor:
+        sums = [tensor_components(n @ turn, 4).reshape(3, 4, 25).sum(dim=1) for n in near]
+        parts = [s[:, rank**2 : (rank + 1) ** 2] for s, rank in zip(sums, ranks, strict=True)]
+        return triple([part.unsqueeze(2) for part in parts], ranks)
+
+    still = product(torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(product(rotation), still)
+    assert float(still.abs().min()) > 1e-4
+
+
+def test_triples_tell_apart_neighbors_with_the_same_distances_and_angles() -> None:
+    """0, 1, 2, 5 and 0, 1, 3, 4 of eight points on a circle are homometric.
+
+    The six distances between the points of one are those of the other: an atom in the middle sees
+    the same three-body terms, and only those with three angles differ.
+    """
+    energies = {}
+    for n_triples in (0, 2):
+        model = network(**(SMOOTH | {"n_triples": n_triples}))
+        model.use_core("torch")
+        for points in ((0, 1, 2, 5), (0, 1, 3, 4)):
+            angle = np.array(points) * np.pi / 4
+            ring = 2.2 * np.stack([np.cos(angle), np.sin(angle), 0 * angle], axis=1)
+            atoms = Atoms("Al5", positions=[(0, 0, 0), *ring])
+            found = model.predict(Structures.from_ase(atoms), properties=("atomic_energies",))
+            energies[n_triples, points] = float(found["atomic_energies"][0])
+    same, different = (energies[n, (0, 1, 2, 5)] - energies[n, (0, 1, 3, 4)] for n in (0, 2))
+    assert abs(same) < 1e-12
+    assert abs(different) > 1e-6
 
 
 def test_channels_are_not_of_norms() -> None:

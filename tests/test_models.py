@@ -48,7 +48,7 @@ def hipnn(table: SpeciesTable = TWO, **changes: Any) -> HIPNN:
 
 
 def smooth(table: SpeciesTable = TWO, **changes: Any) -> HIPNN:
-    sizes = dict(invariants="smooth", cutoff_function="polynomial", n_channels=4)
+    sizes = dict(invariants="smooth", cutoff_function="polynomial", n_channels=4, n_triples=2)
     return hipnn(table, **(sizes | changes))
 
 

@@ -107,6 +107,9 @@ struct Coupling {
             }
     }
 
+    // Whether the next pair, if any, has another i.
+    constexpr bool ends_row(int p) const { return p + 1 == n || pairs[p + 1].i != pairs[p].i; }
+
   private:
     // Orders of three components, where those of equal ranks may be exchanged.
     static constexpr int orders(int i, int j, int k) {
@@ -121,38 +124,62 @@ inline constexpr Coupling<A, B, C> coupling{};
 
 // -- of a vector of atoms -------------------------------------------------------------------------
 
-// work(i, j, linear form, the rest of a pair) for all pairs, unrolled.
+// The linear form of a pair.
+template <class T, int A, int B, int C, int p>
+POTSTILL_INLINE Vector<T> linear_form(const Vector<T> *x) {
+    constexpr const auto &pair = coupling<A, B, C>.pairs[p];
+    Vector<T> form = T(pair.factor[0]) * x[pair.k[0]];
+#pragma GCC unroll 9
+    for (int e = 1; e < pair.n; ++e) form += T(pair.factor[e]) * x[pair.k[e]];
+    return form;
+}
+
+// The product of ranks A, B, C of the tensors x, pair by pair; `row` sums over those with the same i.
+// Functions of their own: inlined into one, all of them would take minutes to compile.
 template <class T, int A, int B, int C, int p = 0>
-POTSTILL_INLINE void add_pairs(const Vector<T> *x, Vector<T> &sum) {
+POTSTILL_INLINE void add_pairs(const Vector<T> *x, Vector<T> row, Vector<T> &sum) {
     constexpr const Coupling<A, B, C> &g = coupling<A, B, C>;
     if constexpr (p < g.n) {
         constexpr const auto &pair = g.pairs[p];
-        Vector<T> form{};
-#pragma GCC unroll 9
-        for (int e = 0; e < pair.n; ++e) form += T(pair.factor[e]) * x[pair.k[e]];
-        sum += x[pair.i] * x[pair.j] * form;
-        add_pairs<T, A, B, C, p + 1>(x, sum);
+        row += x[pair.j] * linear_form<T, A, B, C, p>(x);
+        if constexpr (g.ends_row(p)) {
+            sum += x[pair.i] * row;
+            row = Vector<T>{};
+        }
+        add_pairs<T, A, B, C, p + 1>(x, row, sum);
     }
+}
+template <class T, int A, int B, int C>
+__attribute__((noinline)) Vector<T> product(const Vector<T> *x) {
+    Vector<T> sum{};
+    add_pairs<T, A, B, C>(x, Vector<T>{}, sum);
+    return sum;
 }
 
 // by_x += by_product d(product)/dx
 template <class T, int A, int B, int C, int p = 0>
-POTSTILL_INLINE void pairs_backward(const Vector<T> *x, Vector<T> by_product, Vector<T> *by_x) {
+POTSTILL_INLINE void pairs_backward(const Vector<T> *x, Vector<T> by_product, Vector<T> row,
+                                    Vector<T> *__restrict by_x) {
     constexpr const Coupling<A, B, C> &g = coupling<A, B, C>;
     if constexpr (p < g.n) {
         constexpr const auto &pair = g.pairs[p];
-        const Vector<T> both = by_product * x[pair.i] * x[pair.j];
-        Vector<T> form{};
+        const Vector<T> scaled = by_product * x[pair.i], form = linear_form<T, A, B, C, p>(x);
+        const Vector<T> by_form = scaled * x[pair.j];
+        row += form * x[pair.j];
+        by_x[pair.j] += form * scaled;
 #pragma GCC unroll 9
-        for (int e = 0; e < pair.n; ++e) {
-            form += T(pair.factor[e]) * x[pair.k[e]];
-            by_x[pair.k[e]] += T(pair.factor[e]) * both;
+        for (int e = 0; e < pair.n; ++e) by_x[pair.k[e]] += T(pair.factor[e]) * by_form;
+        if constexpr (g.ends_row(p)) {
+            by_x[pair.i] += by_product * row;
+            row = Vector<T>{};
         }
-        form *= by_product;
-        by_x[pair.i] += form * x[pair.j];
-        by_x[pair.j] += form * x[pair.i];
-        pairs_backward<T, A, B, C, p + 1>(x, by_product, by_x);
+        pairs_backward<T, A, B, C, p + 1>(x, by_product, row, by_x);
     }
+}
+template <class T, int A, int B, int C>
+__attribute__((noinline)) void product_backward(const Vector<T> *x, Vector<T> by_product,
+                                                Vector<T> *__restrict by_x) {
+    pairs_backward<T, A, B, C>(x, by_product, Vector<T>{}, by_x);
 }
 
 // work(integral constants A, B, C, number) for all products of tensors up to a rank, in their order.
@@ -232,10 +259,8 @@ inline void triples(int n_channels, const T *y, T *out) {
                 const Orthogonal<T, M> t(y + f * M * B + b);
                 for_products<M>([&](auto a, auto b_, auto c, int number) __attribute__((always_inline)) {
                     constexpr int i = decltype(a)::value, j = decltype(b_)::value, k = decltype(c)::value;
-                    Vector<T> sum{};
-                    add_pairs<T, i, j, k>(t.x, sum);
                     store(out + (number * n_channels + f) * B + b,
-                          sum / (t.square[i] + t.square[j] + t.square[k]));
+                          product<T, i, j, k>(t.x) / (t.square[i] + t.square[j] + t.square[k]));
                 });
             }
 }
@@ -255,7 +280,7 @@ inline void triples_backward(int n_channels, const T *cotangent, const T *values
                     const int at = (number * n_channels + f) * B + b;
                     const Vector<T> by_product =
                         load(cotangent + at) / (t.square[i] + t.square[j] + t.square[k]);
-                    pairs_backward<T, i, j, k>(t.x, by_product, by_x);
+                    product_backward<T, i, j, k>(t.x, by_product, by_x);
                     const Vector<T> by_sum = T(-2) * by_product * load(values + at);
                     by_square[i] += by_sum, by_square[j] += by_sum, by_square[k] += by_sum;
                 });

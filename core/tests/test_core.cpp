@@ -370,13 +370,14 @@ void check_domains(const potstill_hipnn &m, const std::vector<double> &p, const 
 
 // A form of the invariants, and the sizes that go with it.
 struct Form {
-    int invariants, l_max, n_sensitivities, n_channels;
+    int invariants, l_max, n_sensitivities, n_channels, n_triples;
 };
 
-const Form forms[] = {{POTSTILL_NORMS, 0, 3, 0},  {POTSTILL_NORMS, 1, 3, 0},
-                      {POTSTILL_NORMS, 2, 3, 0},  {POTSTILL_SMOOTH, 0, 2, 4},
-                      {POTSTILL_SMOOTH, 1, 1, 1}, {POTSTILL_SMOOTH, 2, 2, 4},
-                      {POTSTILL_SMOOTH, 3, 17, 2}, {POTSTILL_SMOOTH, 4, 3, 4}};
+const Form forms[] = {{POTSTILL_NORMS, 0, 3, 0, 0},  {POTSTILL_NORMS, 1, 3, 0, 0},
+                      {POTSTILL_NORMS, 2, 3, 0, 0},  {POTSTILL_SMOOTH, 0, 2, 4, 1},
+                      {POTSTILL_SMOOTH, 1, 1, 1, 0}, {POTSTILL_SMOOTH, 2, 2, 4, 3},
+                      {POTSTILL_SMOOTH, 3, 17, 2, 2}, {POTSTILL_SMOOTH, 4, 3, 4, 0},
+                      {POTSTILL_SMOOTH, 4, 2, 3, 2}};
 
 void check_models() {
     for (const char *const *set = potstill_compiled_instruction_sets(); *set; ++set) {
@@ -391,7 +392,8 @@ void check_models() {
                 for (int n_species = 1; n_species <= 3; n_species += 2) {
                     const potstill_hipnn m{n_species, n_species == 3 ? 3 : 5, form.n_sensitivities,
                                            form.l_max, n_layers, form.l_max % 3, n_layers % 2, 4.0,
-                                           1e-3, form.invariants, form.n_channels};
+                                           1e-3, form.invariants, form.n_channels,
+                                           form.n_triples};
                     const std::vector<double> p = make_parameters(m);
                     for (int kind = 0; kind < 5; ++kind) {
                         const int n = kind == 0 ? 0 : kind == 1 ? 1 : kind == 2 ? 35 : 3;
@@ -451,7 +453,7 @@ void check_steps(potstill_hipnn m, std::vector<double> p, const System &s) {
 }
 
 void check_errors() {
-    potstill_hipnn m{1, 4, 3, 1, 1, 1, 0, 4.0, 1e-3, POTSTILL_NORMS, 0};
+    potstill_hipnn m{1, 4, 3, 1, 1, 1, 0, 4.0, 1e-3, POTSTILL_NORMS, 0, 0};
     const std::vector<double> p = make_parameters(m);
     System s = make_system(4, 4, 1, 4.0, 4.5);
     const potstill_pass pass{s.r_ij.data(), 1, nullptr, nullptr, nullptr, nullptr};
@@ -478,6 +480,10 @@ void check_errors() {
     expect(potstill_n_parameters(&m) < 0, "no channels");
     m.n_channels = 2;
     expect(potstill_n_parameters(&m) > 0, "l_max 3 of smooth invariants");
+    m.n_triples = 3;
+    expect(potstill_n_parameters(&m) < 0, "more triples than channels");
+    m.n_triples = 2;
+    expect(potstill_n_parameters(&m) > 0, "all channels");
     m.l_max = 5;
     expect(potstill_n_parameters(&m) < 0, "l_max 5");
     expect(potstill_select("mmx") < 0, "an unknown instruction set");

@@ -271,7 +271,7 @@ class SmoothInteraction(Interaction):
         for ranks in self.triples:
             factors = [mixed[rank - 1][..., own] for rank in ranks]
             size = 1.0 + sum(squares[rank - 1][:, own] for rank in ranks)
-            invariants.append(_triple(factors, ranks) / size)
+            invariants.append(triple(factors, ranks) / size)
         return out + nn.functional.linear(torch.cat(invariants, dim=1), self.mixing)
 
     def _weights(self, rank: int) -> Tensor:
@@ -371,15 +371,15 @@ def _dual(tensor: Tensor, rank: int) -> Tensor:
     return 2.0 * tensor + swapped
 
 
-def _triple(factors: Sequence[Tensor], ranks: tuple[int, int, int]) -> Tensor:
+def triple(factors: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
     """(n, channels) invariant products of three (n, 2 l + 1, channels) tensors."""
     a, b, c = factors
-    g = torch.from_numpy(_coupling(ranks)).to(a)
+    g = torch.from_numpy(_coupling(*ranks)).to(a)
     return (torch.einsum("ijk,nic,njc->nkc", g, a, b) * c).sum(dim=1)
 
 
 @lru_cache
-def _coupling(ranks: tuple[int, int, int]) -> np.ndarray:
+def _coupling(*ranks: int) -> np.ndarray:
     """(2 a + 1, 2 b + 1, 2 c + 1) coefficients of the product; |A| |B| |C| where all are aligned.
 
     There is one invariant tensor of these ranks: the integral over the sphere of the product of

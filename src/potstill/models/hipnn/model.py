@@ -130,7 +130,8 @@ class HIPNNHyperparameters(Hyperparameters):
     Notes
     -----
     Where all of the first six are given and `invariants` is not, as in files from before there were
-    `smooth` ones, it is `norms`, with `l_max` 1 and `cusp_reg` 1e-6 by default.
+    `smooth` ones, it is `norms`, with `l_max` 1 and `cusp_reg` 1e-6 by default. Where they are all
+    given beside `smooth`, and `n_triples` is not, it is 0, as in files from before there were any.
     """
 
     n_features: int = Field(default=24, ge=1)
@@ -145,7 +146,7 @@ class HIPNNHyperparameters(Hyperparameters):
     cutoff_function: str = "polynomial"
     invariants: Literal["smooth", "norms"] = "smooth"
     n_channels: int = Field(default=24, ge=1)
-    n_triples: int = Field(default=0, ge=0)
+    n_triples: int = Field(default=8, ge=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -154,11 +155,11 @@ class HIPNNHyperparameters(Hyperparameters):
             return values
         once_required = values.keys() >= set(list(cls.model_fields)[:6])
         if values.get("invariants", "norms" if once_required else "smooth") != "norms":
-            return values
+            return {"n_triples": 0} | values if once_required else values
         own: dict[str, Any] = {"l_max": 1, "cusp_reg": 1e-6} if once_required else {"l_max": 2}
         own |= {"cutoff_function": "cosine_squared", "invariants": "norms"}
         width = values.get("n_features", cls.model_fields["n_features"].default)
-        return own | {"n_channels": width} | values
+        return own | {"n_channels": width, "n_triples": 0} | values
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -166,6 +167,11 @@ class HIPNNHyperparameters(Hyperparameters):
             raise ValueError(f"l_max must be 0, 1 or 2 with norms, not {self.l_max}")
         if self.invariants == "norms" and self.n_channels != self.n_features:
             raise ValueError("n_channels is of smooth invariants; norms have n_features of them")
+        if self.n_triples > (0 if self.invariants == "norms" else self.n_channels):
+            raise ValueError(
+                f"n_triples must be at most n_channels ({self.n_channels}) of smooth invariants, "
+                f"and 0 with norms, not {self.n_triples}"
+            )
         low, high, cutoff = self.dist_soft_min, self.dist_soft_max, self.dist_hard_max
         if not cutoff > 0.0 or (self.invariants == "norms" and not 0.0 < low < high <= cutoff):
             raise ValueError(
@@ -178,8 +184,13 @@ class HIPNNHyperparameters(Hyperparameters):
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """All values; those of `norms` as before there was a choice, for their fingerprints."""
+        """All values; those of `norms`, and no triples, as before there was a choice.
+
+        Fingerprints of such potentials stay what they were.
+        """
         values = super().to_json()
+        if self.n_triples == 0:
+            del values["n_triples"]
         if self.invariants == "norms":
             del values["invariants"], values["n_channels"]
         return values
