@@ -47,10 +47,16 @@ SEEDS, ROUNDS, SECONDS = (0, 1, 2), 7, 0.5
 #: Settings of every training; the batch is beside the element.
 SETTINGS: dict[str, Any] = {
     "loss": [
-        {"property": "energy", "weight": 0.3},
+        {"property": "energy", "weight": 30.0, "per_atom": True},
         {"property": "forces", "weight": 30.0},
     ],
-    "optimizer": {"learning_rate": 0.01, "ema_decay": "auto", "beta2": 0.99},
+    "optimizer": {
+        "name": "adamw",
+        "learning_rate": 0.01,
+        "weight_decay": 0.1,
+        "ema_decay": "auto",
+        "beta2": 0.99,
+    },
     "learning_rate": {"schedule": "one_cycle"},
     "regularization": {"l2": 0.0, "hierarchicality": 0.0},
     "score": {"weights": {"forces_rmse": 1.0, "energy_per_atom_rmse": 10.0}},
@@ -61,7 +67,8 @@ SETTINGS: dict[str, Any] = {
 #: Points of the front: hyper-parameters of HIP-NN beside the cutoff.
 SIZES: dict[str, dict[str, int]] = {
     "l2": {"l_max": 2},
-    "l4": {"l_max": 4},
+    "l4": {},
+    "l4-24": {"n_triples": 24},
 }
 
 #: Files, structures per step and cutoff (Å).
