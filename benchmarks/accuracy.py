@@ -46,6 +46,7 @@ SEEDS, ROUNDS, SECONDS = (0, 1, 2), 7, 0.5
 
 #: Settings of every training; the batch is beside the element.
 SETTINGS: dict[str, Any] = {
+    "energy": {"refit": True},
     "loss": [
         {"property": "energy", "weight": 30.0, "per_atom": True},
         {"property": "forces", "weight": 30.0},

@@ -312,12 +312,41 @@ def test_weight_decay_of_adamw_shrinks_weights_and_that_of_adam_adds_to_gradient
     *_, coupled = one_step_of(tmp_path / "adam", weight_decay=0.3)
     trained = [name for name in before if not torch.equal(before[name], free[name])]
     assert len(trained) > 5
-    for name in trained:
-        expected = free[name] - 0.01 * 0.3 * before[name]
-        torch.testing.assert_close(decayed[name], expected, rtol=1e-9, atol=1e-12)
     network = initial_student(settings(), emt_set(3))[0]["network"]
+    weights = {id(weight) for weight in network.regularized_weights()}
+    shrunk = {name for name, p in network.named_parameters() if id(p) in weights}
+    assert {name.split(".")[-1] for name in set(trained) - shrunk} >= {"bias"}
+    for name in trained:
+        rate = 0.01 * 0.3 if name in shrunk else 0.0
+        expected = free[name] - rate * before[name]
+        torch.testing.assert_close(decayed[name], expected, rtol=1e-9, atol=1e-12)
     for weight, one, other in zip(network.parameters(), plain, coupled, strict=True):
         torch.testing.assert_close(other, one + 0.1 * 0.3 * weight.detach())
+
+
+def test_refit_makes_the_mean_energy_errors_of_the_species_vanish(tmp_path: Path) -> None:
+    data = emt_set(12)
+    plain, refit = (settings(epochs=2, energy={"refit": refit}) for refit in (False, True))
+    files = [train(run, data, data, tmp_path / str(k)).best for k, run in enumerate((plain, refit))]
+    (before, _), (after, info) = map(load_potential, files)
+    assert train(refit, data, data, tmp_path / "1").best == files[1]  # a finished run is left alone
+    assert load_potential(files[1])[1] == info
+    wanted = ("energy", "forces")
+    reference, old, new = (
+        data.labels["reference"]["energy"],
+        before.predict(data.structures, properties=wanted),
+        after.predict(data.structures, properties=wanted),
+    )
+    torch.testing.assert_close(old["forces"], new["forces"], rtol=0, atol=0)
+    composition = data.structures.composition()
+    n_atoms = composition.sum(dim=1)
+    shift = torch.tensor([*info["training"]["energy_shift"].values()], dtype=torch.float64)
+    torch.testing.assert_close(new["energy"] - old["energy"], composition @ shift)
+    errors = [(e["energy"] - reference) / n_atoms for e in (old, new)]
+    slopes = (composition / n_atoms[:, None]).T @ errors[1]
+    assert float(slopes.abs().max()) < 1e-9 < float(errors[0].abs().max())
+    with pytest.raises(ValueError, match=r"energy.refit needs a term of energies"):
+        settings(energy={"refit": True}, loss=[{"property": "forces", "weight": 1.0}])
 
 
 def test_the_moving_average_of_weights_is_validated_and_saved(tmp_path: Path) -> None:

@@ -76,6 +76,10 @@ class EnergySettings(_Settings):
         training and added back in the saved model: a least-squares fit, given values (for example
         of isolated atoms) in eV per atom, or none, as in Matin et al. HIP-NN's first term E0 is
         fitted to the remainder, and its hierarchicality regularizer depends on this choice.
+    refit : bool
+        Fit the per-species energies of the best potential to the training energies at the end,
+        without which all energies per atom may be off by a fraction of a meV. Errors of validation
+        in the run's files are those before.
     prior : {"none", "zbl"}
         A short-range repulsion, subtracted from the labels and part of the saved model.
     prior_inner, prior_cutoff : float, optional
@@ -83,6 +87,7 @@ class EnergySettings(_Settings):
     """
 
     zero: Literal["none", "least_squares"] | dict[str, float] = "least_squares"
+    refit: bool = False
     prior: Literal["none", "zbl"] = "none"
     prior_inner: float | None = None
     prior_cutoff: float | None = None
@@ -98,7 +103,8 @@ class OptimizerSettings(_Settings):
     learning_rate : float
         Initial learning rate.
     weight_decay : float
-        Weight decay; decoupled from the gradient with AdamW.
+        Weight decay. With AdamW it is decoupled from the gradient, and spares what the
+        regularization spares, such as biases and energy layers.
     beta2 : float
         Decay per step of the squared gradients' average; 0.99 suits runs of a few thousand steps.
     clip_norm : float, optional
@@ -336,6 +342,14 @@ class TrainSettings(_Settings):
         if all(isinstance(t, FeatureTerm) and t.share is not None for t in terms):
             raise ValueError("a share of the loss needs another term with a weight")
         return terms
+
+    @model_validator(mode="after")
+    def _energies_to_refit_to(self) -> TrainSettings:
+        if self.energy.refit and not any(
+            t.property == "energy" and t.ever_active for t in self.label_terms
+        ):
+            raise ValueError("energy.refit needs a term of energies in the loss")
+        return self
 
     @model_validator(mode="after")
     def _one_source_of_displaced_structures(self) -> TrainSettings:

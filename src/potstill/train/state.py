@@ -84,7 +84,8 @@ class Trainee:
         network = student["network"].to(fabric.device)
         terms.to(fabric.device)
         trained: list[Tensor] = [*network.parameters(), *terms.parameters()]
-        optimizer = _optimizer(settings.optimizer, trained)
+        decayed = [*network.regularized_weights(), *terms.parameters()]
+        optimizer = _optimizer(settings.optimizer, trained, decayed)
         decay = settings.optimizer.ema_decay
         if decay == "auto":
             decay = max(0.0, 1.0 - 10.0 / (settings.epochs * steps_per_epoch))
@@ -453,7 +454,9 @@ def one_cycle(done: float, rise: float = 0.15, start: float = 0.04) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (done - rise) / (1.0 - rise)))
 
 
-def _optimizer(settings: OptimizerSettings, parameters: list[Tensor]) -> torch.optim.Optimizer:
+def _optimizer(
+    settings: OptimizerSettings, parameters: list[Tensor], decayed: list[Tensor]
+) -> torch.optim.Optimizer:
     rate, decay = settings.learning_rate, settings.weight_decay
     betas = (0.9, settings.beta2)
     # Fused: networks are many small tensors, and one call per tensor and operation takes longer
@@ -461,6 +464,10 @@ def _optimizer(settings: OptimizerSettings, parameters: list[Tensor]) -> torch.o
     if settings.name == "adam":
         return torch.optim.Adam(parameters, rate, betas, weight_decay=decay, fused=True)
     amsgrad = settings.name == "amsgrad_adamw"
-    return torch.optim.AdamW(
-        parameters, rate, betas, weight_decay=decay, amsgrad=amsgrad, fused=True
-    )
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if decay > 0.0:
+        known = {id(p) for p in decayed}
+        spared = [p for p in parameters if id(p) not in known]
+        groups = [{"params": [p for p in parameters if id(p) in known]}]
+        groups.append({"params": spared, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, rate, betas, weight_decay=decay, amsgrad=amsgrad, fused=True)

@@ -74,7 +74,7 @@ def default_student() -> TrainSettings:
     """A small HIP-NN, trained fast."""
     return TrainSettings(
         model=ModelSettings(kind="hipnn"),
-        energy=EnergySettings(zero="least_squares", prior="zbl"),
+        energy=EnergySettings(zero="least_squares", refit=True, prior="zbl"),
         # With the energies' zero subtracted the ratios of L_R would be ratios of noise.
         regularization=RegularizationSettings(l2=1e-6, hierarchicality=0.0),
         optimizer=OptimizerSettings(learning_rate=5e-3, ema_decay="auto", beta2=0.99),
