@@ -74,9 +74,9 @@ SIZES: dict[str, dict[str, int]] = {
 
 #: Files, structures per step and cutoff (Å).
 ELEMENTS: dict[str, dict[str, Any]] = {
-    "Mo": {"set": "mlearn", "batch": 2, "cutoff": 5.2},
-    "Si": {"set": "mlearn", "batch": 2, "cutoff": 5.2},
-    "Cu": {"set": "mlearn", "batch": 2, "cutoff": 5.2},
+    "Mo": {"set": "mlearn", "batch": 8, "cutoff": 5.2},
+    "Si": {"set": "mlearn", "batch": 8, "cutoff": 5.2},
+    "Cu": {"set": "mlearn", "batch": 8, "cutoff": 5.2},
     "W": {"set": "w-mace", "batch": 8, "cutoff": 5.2},
 }
 

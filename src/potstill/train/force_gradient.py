@@ -266,7 +266,8 @@ class ForceGradient:
     Parameters
     ----------
     watch : bool
-        Look at the proxy every `CHECK_EVERY` steps, and warn once where it is too large.
+        Look at the proxy every `CHECK_EVERY` steps, and warn once where it is too large in three
+        steps on end: the slope of a single batch may vanish by chance.
     features : bool
         Whether the loss will be a function of internal features, too. Native kernels keep theirs to
         themselves, so that a pass in torch is added where they give the forces.
@@ -302,6 +303,7 @@ class ForceGradient:
         self._watching = watch
         self._features = features
         self._steps = 0
+        self._suspicions = 0
 
     @property
     def takes_compact_lists(self) -> bool:
@@ -366,12 +368,14 @@ class ForceGradient:
 
     def _watch(self, point: Point, cotangents: Cotangents, move: Displacement) -> None:
         """Look at the proxy now and then, and warn once if epsilon no longer suits the network."""
-        due = self._steps % CHECK_EVERY == 0
+        due = self._steps % CHECK_EVERY == 0 or self._suspicions > 0
         self._steps += 1
         if not (self._watching and due):
             return
         error = proxy_error(self.network, point, cotangents, move)
-        if error > SAFE_PROXY_ERROR[self.network.dtype]:
+        suspicious = error > SAFE_PROXY_ERROR[self.network.dtype]
+        self._suspicions = self._suspicions + 1 if suspicious else 0
+        if self._suspicions == 3:
             self._watching = False
             warnings.warn(
                 f"central differences with epsilon = {self.epsilon:g} have a relative error of "

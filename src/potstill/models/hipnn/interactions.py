@@ -267,10 +267,10 @@ class SmoothInteraction(Interaction):
         squares = [_inner(tensor, tensor, rank) for rank, tensor in enumerate(mixed, start=1)]
         # sqrt(1 + x) - 1, without the cancellation for small ones
         invariants = [square / (torch.sqrt(1.0 + square) + 1.0) for square in squares]
-        own = slice(self.n_triples)
+        first = slice(self.n_triples)
         for ranks in self.triples:
-            factors = [mixed[rank - 1][..., own] for rank in ranks]
-            size = 1.0 + sum(squares[rank - 1][:, own] for rank in ranks)
+            factors = [mixed[rank - 1][..., first] for rank in ranks]
+            size = 1.0 + sum(squares[rank - 1][:, first] for rank in ranks)
             invariants.append(triple(factors, ranks) / size)
         return out + nn.functional.linear(torch.cat(invariants, dim=1), self.mixing)
 
