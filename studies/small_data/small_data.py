@@ -64,11 +64,12 @@ SETTINGS: dict[str, Any] = {
     "early_stopping": None,
 }
 
-#: Hyper-parameters of HIP-NN beside the cutoff.
+#: Hyper-parameters of HIP-NN beside the cutoff: without products of three tensors, which there
+#: were none of when the results were made.
 SIZES: dict[str, dict[str, int]] = {
-    "default": {},
-    "fast": {"l_max": 1, "n_features": 12, "n_channels": 12},
-    "wide": {"n_features": 40, "n_channels": 40},
+    "default": {"n_triples": 0},
+    "fast": {"l_max": 1, "n_features": 12, "n_channels": 12, "n_triples": 0},
+    "wide": {"n_features": 40, "n_channels": 40, "n_triples": 0},
 }
 STUDENTS = ("default", "fast")
 ROLES = ("teacher", *(f"{role}-{size}" for size in STUDENTS for role in ("student", "control")))
