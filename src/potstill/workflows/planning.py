@@ -38,8 +38,8 @@ TEACHER_SHARE = 0.55
 DYNAMICS_SHARE = 0.45
 #: Of the training time: the draft that explores.
 DRAFT_SHARE = 0.25
-#: Epochs times atoms, 40,000 steps of 128: beyond, errors hardly fall, and students without products
-#: of three tensors fell apart in MD at a third above the temperatures of their training.
+#: Epochs times atoms, 40,000 steps of 128: beyond, errors hardly fall, and students without triples
+#: fell apart in MD at a third above the temperatures of their training.
 MAX_VISITS = 40_000 * 128
 #: Share of the budget for MD with the student at the end.
 STUDENT_MD_SHARE = 0.2
