@@ -28,6 +28,7 @@ from ase.build import bulk
 
 from potstill import core
 from potstill.core.base import native
+from potstill.core.hipnn import N_TRIPLES
 from potstill.evaluate.tools import machine_description
 from potstill.models import HIPNN
 from potstill.neighbors import build_neighbor_list, pair_vectors
@@ -91,15 +92,20 @@ def operations(model: HIPNN, n_pairs: float, *, forces: bool, parameters: bool) 
         radial, radial_backward = 2, 6  # the recurrence, and its derivative
         components = (0, 0, 13, 31, 70)[p.l_max]
         gradients = 20 + (0, 0, 17, 78, 164)[p.l_max]
-        after = 2 * (p.l_max * p.n_channels * width + layers)
+        n_invariants = p.l_max * p.n_channels + N_TRIPLES[p.l_max] * p.n_triples
+        after = 2 * (n_invariants * width + layers)
+        triples = p.n_triples * (0, 0, 72, 248, 830)[p.l_max]
+        triples_backward = p.n_triples * (0, 0, 152, 531, 1780)[p.l_max]
         products = 2 * n * (width + (m - 1) * p.n_channels) + after
         through_pairs = forces  # there are no parameters in the radial functions
     else:
         radial = radial_backward = 18  # exp by a polynomial
         components, gradients = 0, 20 + 4 * n
         products = after = 2 * (m * n * width + layers)
+        triples = triples_backward = 0
         through_pairs = forces or parameters
-    work = n_pairs * (geometry + components + n * (radial + 2 * m)) + products
+    work = n_pairs * (geometry + components + n * (radial + 2 * m)) + products + triples
+    work += triples_backward * (through_pairs or parameters)
     if through_pairs:
         work += n_pairs * (gradients + n * (radial_backward + 4 * m)) + products
     elif parameters:

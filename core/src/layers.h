@@ -357,7 +357,7 @@ class Layers {
                                 B, x.by_invariants, B);
         const int n_triples = task_.n_triples(), squares = task_.model.l_max * task_.n_channels() * B;
         triples_backward<T, M>(n_triples, x.by_invariants + squares, x.norms + squares, x.tensor,
-                                  x.by_triples);
+                               x.by_triples);
         smooth_invariants_backward<T, M>(task_.n_channels(), x.by_invariants, x.norms, x.tensor);
         if constexpr (M >= 9)
             for (int f = 0; f < n_triples; ++f)

@@ -64,22 +64,26 @@ constexpr double moment(const int (&power)[3]) {
     return value;
 }
 
+// Mean over the sphere of the product of three. The terms of a harmonic end with one of factor 0.
 constexpr double gaunt(const Harmonic &a, const Harmonic &b, const Harmonic &c) {
     double sum = 0.0;
     for (const Harmonic::Term &s : a.terms)
-        for (const Harmonic::Term &t : b.terms)
+        for (const Harmonic::Term &t : b.terms) {
+            if (s.factor == 0.0 || t.factor == 0.0) break;
             for (const Harmonic::Term &u : c.terms) {
-                int power[3] = {};
-                for (int d = 0; d < 3; ++d) power[d] = s.power[d] + t.power[d] + u.power[d];
-                if (s.factor != 0.0 && t.factor != 0.0 && u.factor != 0.0)
-                    sum += s.factor * t.factor * u.factor * moment(power);
+                if (u.factor == 0.0) break;
+                const int power[3] = {s.power[0] + t.power[0] + u.power[0],
+                                      s.power[1] + t.power[1] + u.power[1],
+                                      s.power[2] + t.power[2] + u.power[2]};
+                sum += s.factor * t.factor * u.factor * moment(power);
             }
+        }
     return sum;
 }
 
 // The product of three tensors of ranks A <= B <= C as a sum over pairs of components (i, j) of x_i
-// x_j times a linear form of x, in all of which equal monomials are one. It is 1 where all tensors
-// are those of one unit vector.
+// x_j times a linear form of x, in all of which equal monomials are one. It is 1 for harmonics of the
+// same unit vector.
 template <int A, int B, int C>
 struct Coupling {
     struct Pair {
@@ -182,11 +186,11 @@ __attribute__((noinline)) void product_backward(const Vector<T> *x, Vector<T> by
     pairs_backward<T, A, B, C>(x, by_product, Vector<T>{}, by_x);
 }
 
-// work(integral constants A, B, C, number) for all products of tensors up to a rank, in their order.
 template <int rank>
 struct Rank {
     static constexpr int value = rank;
 };
+// work(Rank<A>, Rank<B>, Rank<C>, number) for all products of ranks that M components reach, in order.
 template <int M, class F>
 POTSTILL_INLINE void for_products(F &&work) {
     if constexpr (M >= 9) {
@@ -268,7 +272,7 @@ inline void triples(int n_channels, const T *y, T *out) {
 // by_y(f, m, b) = cotangents of the tensors y, given those of `values`, the invariants.
 template <class T, int M>
 inline void triples_backward(int n_channels, const T *cotangent, const T *values, const T *y,
-                                T *by_y) {
+                             T *by_y) {
     constexpr int B = block_atoms, L = lanes<T>;
     if constexpr (M >= 9)
         for (int f = 0; f < n_channels; ++f)
