@@ -41,7 +41,7 @@ from potstill.workflows.evaluation import (
     run_evaluations,
 )
 from potstill.workflows.planning import Counts, Order
-from potstill.workflows.report import write_report
+from potstill.workflows.report import verdicts, write_report
 from potstill.workflows.summary import result_rows, summarize, summary_rows
 from test_soundness import Bond, carbon_monoxide
 
@@ -245,6 +245,23 @@ def test_a_config_states_roles_or_names_have_them(tmp_path):
     assert found.models == ("mine", "teacher", "another")
     (verdict,) = EVALUATIONS["eos"].verdicts(found)
     assert "teacher" in verdict.text
+
+
+def test_the_first_sentence_is_on_the_bars_of_what_is_handed_out():
+    def scan(c44: float) -> ElasticScan:
+        tensor = np.diag([160.0] * 3 + [c44] * 3) + np.pad(60.0 * (1 - np.eye(3)), (0, 3))
+        return ElasticScan((ElasticConstants(tensor, 0.0, 0.0, "stress", True, 0.02),))
+
+    scans = {"student": scan(80.0), "control_wf30": scan(-4.0), "teacher": scan(80.0)}
+    found = Findings({"elastic": scans})
+    own = verdicts(found)
+    assert own[0].startswith("All bars met: elastic constants")
+    assert verdicts(found, "student") == own
+    first, second, *others = verdicts(found, "control_wf30")
+    assert first.startswith("student.pt is the control (w_F = 30), which was better on validation")
+    assert "Bars missed (2 of 2): mechanical stability (C44" in first
+    assert second == f"Of the student: {own[0]}"
+    assert tuple(others) == own[1:]
 
 
 # -- one evaluation more -------------------------------------------------------------------------

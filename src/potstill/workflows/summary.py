@@ -14,7 +14,7 @@ from potstill.metrics import force_key, metric_of
 from potstill.report.panels import plain_label
 from potstill.report.tables import shown
 from potstill.workflows.base import Stages, read_json
-from potstill.workflows.report import collect, verdicts
+from potstill.workflows.report import collect, handed_out, verdicts
 
 
 def summarize(folder: Path) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def summarize(folder: Path) -> dict[str, Any]:
     """
     data = collect(folder)
     summary = {
-        "verdicts": list(verdicts(data.found)),
+        "verdicts": list(verdicts(data.found, handed_out(folder))),
         "problems": list(data.found.problems),
         "metrics": as_json(metrics_of(data.found)),
         "speed_ratio": {str(n): ratio for n, ratio in speed_ratio(data.found).items()},
