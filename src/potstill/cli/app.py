@@ -120,9 +120,9 @@ def distill(
 ) -> None:
     """Distill a teacher for one material: structures, labels, student, control, report, MD.
 
-    Without options: CHGNet, silicon, 300 to 900 K (CHGNet's silicon stays a crystal there), twelve
-    minutes, into ./run. A few labels, MD steps and epochs are timed first, and a plan is made that
-    fits the budget. An interrupted run resumes when the same command is given again.
+    Without options: CHGNet, silicon, 300 to 900 K (CHGNet's silicon stays a crystal there),
+    fourteen minutes, into ./run. A few labels, MD steps and epochs are timed first, and a plan is
+    made that fits the budget. An interrupted run resumes when the same command is given again.
     `potstill config distill` prints all settings.
 
     [bold]Examples[/bold]
