@@ -28,7 +28,7 @@ from ase.build import bulk
 
 from potstill import core
 from potstill.core.base import native
-from potstill.core.hipnn import N_TRIPLES
+from potstill.core.hipnn import N_PRODUCTS
 from potstill.evaluate.tools import machine_description
 from potstill.models import HIPNN
 from potstill.neighbors import build_neighbor_list, pair_vectors
@@ -92,7 +92,7 @@ def operations(model: HIPNN, n_pairs: float, *, forces: bool, parameters: bool) 
         radial, radial_backward = 2, 6  # the recurrence, and its derivative
         components = (0, 0, 13, 31, 70)[p.l_max]
         gradients = 20 + (0, 0, 17, 78, 164)[p.l_max]
-        n_invariants = p.l_max * p.n_channels + N_TRIPLES[p.l_max] * p.n_triples
+        n_invariants = p.l_max * p.n_channels + N_PRODUCTS[p.l_max] * p.n_triples
         after = 2 * (n_invariants * width + layers)
         triples = p.n_triples * (0, 0, 72, 248, 830)[p.l_max]
         triples_backward = p.n_triples * (0, 0, 152, 531, 1780)[p.l_max]

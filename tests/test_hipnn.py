@@ -117,6 +117,8 @@ def test_defaults_are_a_small_student_and_complete_configs_keep_the_old_ones() -
     assert without.hyper.n_triples == 0
     assert without.hyperparameters() == before
     assert HIPNN(AL, **before, n_triples=3).hyper.n_triples == 3
+    assert HIPNN(AL, n_channels=3).hyper.n_triples == 3
+    assert HIPNN(AL, n_channels=3, n_triples=1).hyper.n_triples == 1
 
 
 def test_integers_stay_integers_where_fingerprints_hashed_them() -> None:

@@ -34,7 +34,7 @@ _CUTOFF_FUNCTIONS = ("cosine_squared", "polynomial")
 _INVARIANTS = ("norms", "smooth")
 
 #: Invariant products of three tensors of ranks from 1 to l_max whose sum is even, by l_max.
-N_TRIPLES = (0, 0, 2, 4, 9)
+N_PRODUCTS = (0, 0, 2, 4, 9)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ class HipnnShape:
             if self.invariants == "smooth":
                 for rank in range(self.l_max):
                     shapes[f"{first}.layer.tensor_weights.{rank}"] = (n, self.n_channels, n_in)
-                n_invariants = self.l_max * self.n_channels + N_TRIPLES[self.l_max] * self.n_triples
+                n_invariants = (
+                    self.l_max * self.n_channels + N_PRODUCTS[self.l_max] * self.n_triples
+                )
                 shapes[f"{first}.layer.mixing"] = (width, n_invariants)
             else:
                 shapes[f"{first}.layer.sensitivity.mu"] = (n,)

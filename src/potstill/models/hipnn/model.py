@@ -52,6 +52,9 @@ from potstill.structures import Structures
 
 _Result = TypeVar("_Result")
 
+#: Channels that form triples by default.
+N_TRIPLES = 8
+
 
 class Residual(nn.Module):
     """x + W2 softplus(layer(x)) + b2, with a linear map of x where widths differ."""
@@ -125,7 +128,8 @@ class HIPNNHyperparameters(Hyperparameters):
     n_channels : int
         Tensors of each rank in `smooth`; `norms` has `n_features` of them.
     n_triples : int
-        Of these in `smooth`, whose invariant products of three are taken: four-body terms.
+        Of these in `smooth`, whose invariant products of three are taken: four-body terms. All,
+        where there are fewer than 8.
 
     Notes
     -----
@@ -146,7 +150,7 @@ class HIPNNHyperparameters(Hyperparameters):
     cutoff_function: str = "polynomial"
     invariants: Literal["smooth", "norms"] = "smooth"
     n_channels: int = Field(default=24, ge=1)
-    n_triples: int = Field(default=8, ge=0)
+    n_triples: int = Field(default=N_TRIPLES, ge=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -155,7 +159,9 @@ class HIPNNHyperparameters(Hyperparameters):
             return values
         once_required = values.keys() >= set(list(cls.model_fields)[:6])
         if values.get("invariants", "norms" if once_required else "smooth") != "norms":
-            return {"n_triples": 0} | values if once_required else values
+            most = values.get("n_channels", cls.model_fields["n_channels"].default)
+            few = most if isinstance(most, int) and most < N_TRIPLES else N_TRIPLES
+            return {"n_triples": 0 if once_required else few} | values
         own: dict[str, Any] = {"l_max": 1, "cusp_reg": 1e-6} if once_required else {"l_max": 2}
         own |= {"cutoff_function": "cosine_squared", "invariants": "norms"}
         width = values.get("n_features", cls.model_fields["n_features"].default)
