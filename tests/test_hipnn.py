@@ -16,7 +16,7 @@ from potstill.errors import ModelError
 from potstill.models import HIPNN
 from potstill.models.base import Edges, StartingData
 from potstill.models.hipnn import CUTOFF_FUNCTIONS, hierarchicality
-from potstill.models.hipnn.interactions import TRIPLES, Chebyshev, tensor_components, triple
+from potstill.models.hipnn.interactions import TRIPLES, Chebyshev, Triples, tensor_components
 from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.species import SpeciesTable
 from potstill.structures import Structures
@@ -281,33 +281,38 @@ def test_all_matrices_but_those_of_energies_are_regularized(l_max: int) -> None:
     assert not unused
 
 
+def triple(components: torch.Tensor, ranks: tuple[int, int, int]) -> torch.Tensor:
+    """(n,) product of a channel's tensors from (n, 24) components, not divided by their size."""
+    number = TRIPLES.index(ranks)
+    zeros = torch.zeros(len(components), 4, 1, dtype=torch.float64)
+    return Triples.up_to(4)(components.unsqueeze(2), zeros)[:, number, 0]
+
+
 def test_triples_of_low_rank_are_what_matrices_give() -> None:
     torch.manual_seed(4)
     v, full = torch.randn(20, 3, dtype=torch.float64), torch.randn(20, 3, 3, dtype=torch.float64)
     q = full + full.transpose(1, 2)
     q = q - torch.eye(3) * q.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
-    tensors = {1: v, 2: q[:, [0, 0, 0, 1, 1], [0, 1, 2, 1, 2]]}
-
-    def product(*ranks: int) -> torch.Tensor:
-        return triple([tensors[rank].unsqueeze(2) for rank in ranks], ranks).squeeze(1)
-
+    others = torch.randn(20, 16, dtype=torch.float64)
+    components = torch.cat([v, q[:, [0, 0, 0, 1, 1], [0, 1, 2, 1, 2]], others], dim=1)
     # of a unit vector n and n n - 1/3: n·Q·n = 2/3 and tr Q³ = 2/9, where |Q|² = 2/3
     v_q_v = torch.einsum("ni,nij,nj->n", v, q, v)
-    torch.testing.assert_close(product(1, 1, 2), (2 / 3) ** 0.5 * v_q_v / (2 / 3))
+    expected = (2 / 3) ** 0.5 * v_q_v / (2 / 3)
+    torch.testing.assert_close(triple(components, (1, 1, 2)), expected)
     cubed = torch.linalg.matrix_power(q, 3).diagonal(dim1=1, dim2=2).sum(dim=1)
-    torch.testing.assert_close(product(2, 2, 2), (2 / 3) ** 1.5 * cubed / (2 / 9))
+    expected = (2 / 3) ** 1.5 * cubed / (2 / 9)
+    torch.testing.assert_close(triple(components, (2, 2, 2)), expected)
 
 
 @pytest.mark.parametrize("ranks", TRIPLES)
 def test_triples_do_not_change_when_all_tensors_are_rotated(ranks: tuple[int, int, int]) -> None:
     """Tensors are sums over directions: rotating these rotates the tensors."""
     rotation = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]  # or a reflection
-    near = [directions(12).roll(shift, 1) for shift in range(3)]
+    near = directions(12)
 
     def product(turn: torch.Tensor) -> torch.Tensor:
-        sums = [tensor_components(n @ turn, 4).reshape(3, 4, 25).sum(dim=1) for n in near]
-        parts = [s[:, rank**2 : (rank + 1) ** 2] for s, rank in zip(sums, ranks, strict=True)]
-        return triple([part.unsqueeze(2) for part in parts], ranks)
+        sums = tensor_components(near @ turn, 4).reshape(3, 4, 25).sum(dim=1)
+        return triple(sums[:, 1:], ranks)
 
     still = product(torch.eye(3, dtype=torch.float64))
     torch.testing.assert_close(product(rotation), still)

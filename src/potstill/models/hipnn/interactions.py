@@ -7,9 +7,10 @@ smooth invariants with Chebyshev polynomials and weights of each rank's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -245,9 +246,9 @@ class SmoothInteraction(Interaction):
         shape = (p.n_sensitivities, p.n_channels, n_in)
         tensors = (nn.Parameter(torch.randn(shape) / n_sums**0.5) for _ in range(p.l_max))
         self.tensor_weights = nn.ParameterList(tensors)
-        self.triples = [ranks for ranks in TRIPLES if p.n_triples > 0 and max(ranks) <= p.l_max]
         self.n_triples = p.n_triples
-        n_invariants = p.l_max * p.n_channels + len(self.triples) * p.n_triples
+        self.triples = Triples.up_to(p.l_max if p.n_triples > 0 else 0)
+        n_invariants = p.l_max * p.n_channels + len(self.triples.weights) * p.n_triples
         mixing = torch.empty(n_out, n_invariants)
         self.mixing = nn.Parameter(nn.init.xavier_normal_(mixing)) if p.l_max > 0 else None
         self.selfint = linear(n_in, n_out)
@@ -267,12 +268,17 @@ class SmoothInteraction(Interaction):
         squares = [_inner(tensor, tensor, rank) for rank, tensor in enumerate(mixed, start=1)]
         # sqrt(1 + x) - 1, without the cancellation for small ones
         invariants = [square / (torch.sqrt(1.0 + square) + 1.0) for square in squares]
-        first = slice(self.n_triples)
-        for ranks in self.triples:
-            factors = [mixed[rank - 1][..., first] for rank in ranks]
-            size = 1.0 + sum(squares[rank - 1][:, first] for rank in ranks)
-            invariants.append(triple(factors, ranks) / size)
+        if len(self.triples.weights) > 0:
+            first = slice(self.n_triples)
+            components = torch.cat([tensor[..., first] for tensor in mixed], dim=1)
+            size = torch.stack([square[:, first] for square in squares], dim=1)
+            invariants.append(self.triples(components, size).flatten(1))
         return out + nn.functional.linear(torch.cat(invariants, dim=1), self.mixing)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.triples = self.triples.to(self.int_weights.device)
+        return self
 
     def _weights(self, rank: int) -> Tensor:
         """(n_sens * n_in, n_out or n_channels) that act on the sums of a rank."""
@@ -371,16 +377,9 @@ def _dual(tensor: Tensor, rank: int) -> Tensor:
     return 2.0 * tensor + swapped
 
 
-def triple(factors: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
-    """(n, channels) invariant products of three (n, 2 l + 1, channels) tensors."""
-    a, b, c = factors
-    g = torch.from_numpy(_coupling(*ranks)).to(a)
-    return (torch.einsum("ijk,nic,njc->nkc", g, a, b) * c).sum(dim=1)
-
-
 @lru_cache
-def _coupling(*ranks: int) -> np.ndarray:
-    """(2 a + 1, 2 b + 1, 2 c + 1) coefficients of the product; |A| |B| |C| where all are aligned.
+def triple_coupling(*ranks: int) -> np.ndarray:
+    """(2 a + 1, 2 b + 1, 2 c + 1) float64, of the product; it is |A| |B| |C| for aligned tensors.
 
     There is one invariant tensor of these ranks: the integral over the sphere of the product of
     components, which the points and weights take exactly.
@@ -396,6 +395,61 @@ def _coupling(*ranks: int) -> np.ndarray:
     aligned = [of_rank[rank][0].numpy() for rank in ranks]
     sizes = [math.sqrt(tensor @ dual[0]) for tensor, dual in zip(aligned, duals, strict=True)]
     return coupling * math.prod(sizes) / np.einsum("ijk,i,j,k->", coupling, *aligned)
+
+
+@dataclass(frozen=True)
+class Triples:
+    """Invariant products of three tensors, as sums of monomials of their components.
+
+    Parameters
+    ----------
+    index : Tensor
+        (3, E) int64, which components of rank 1 to l_max, side by side, are multiplied.
+    weights : Tensor
+        (P, E) float64, how the monomials are summed to products.
+    ranks : Tensor
+        (P, l_max) float64, how many tensors of a rank a product has.
+    """
+
+    index: Tensor
+    weights: Tensor
+    ranks: Tensor
+
+    @classmethod
+    def up_to(cls, l_max: int) -> Triples:
+        """All `TRIPLES` of ranks up to `l_max`, each distinct monomial once."""
+        triples = [ranks for ranks in TRIPLES if max(ranks) <= l_max]
+        monomials: list[dict[tuple[int, ...], float]] = []
+        for ranks in triples:
+            coupling = triple_coupling(*ranks)
+            found: dict[tuple[int, ...], float] = {}
+            for at in np.argwhere(np.abs(coupling) > 1e-9):
+                # Rank l starts at l² - 1 where rank 0 is left out.
+                key = tuple(sorted(rank**2 - 1 + int(i) for rank, i in zip(ranks, at, strict=True)))
+                found[key] = found.get(key, 0.0) + float(coupling[tuple(at)])
+            monomials.append(found)
+        index = [key for found in monomials for key in found]
+        weights = torch.block_diag(
+            *(torch.tensor([list(found.values())], dtype=torch.float64) for found in monomials)
+        )
+        counts = [[float(ranks.count(rank)) for rank in range(1, l_max + 1)] for ranks in triples]
+        n = len(triples)
+        return cls(
+            torch.tensor(index, dtype=torch.int64).reshape(-1, 3).T,
+            weights.reshape(n, -1) if n else torch.zeros(0, 0, dtype=torch.float64),
+            torch.tensor(counts, dtype=torch.float64).reshape(n, l_max),
+        )
+
+    def to(self, device: torch.device) -> Triples:
+        """On a device. Types stay, whatever the network's: coefficients are exact."""
+        return Triples(*(t.to(device) for t in (self.index, self.weights, self.ranks)))
+
+    def __call__(self, components: Tensor, squares: Tensor) -> Tensor:
+        """(n, P, channels), bounded, from (n, (l_max + 1)² - 1, channels) and |T|²."""
+        i, j, k = self.index
+        monomials = components[:, i] * components[:, j] * components[:, k]
+        size = 1.0 + self.ranks.to(squares.dtype) @ squares
+        return self.weights.to(components.dtype) @ monomials / size
 
 
 def linear(n_in: int, n_out: int) -> nn.Linear:
