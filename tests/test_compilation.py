@@ -15,6 +15,7 @@ from torch._dynamo import lookup_backend
 
 from potstill.errors import ConfigError
 from potstill.models import Potential
+from potstill.species import SpeciesTable
 from potstill.structures import Structures
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.compilation import CompiledPasses, compiler_state, network_passes
@@ -71,11 +72,16 @@ def gradient_by(module: NetworkPasses, data: TrainingSet, systems: list[int]) ->
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
-def test_one_compilation_serves_batches_of_all_sizes(use: Callable) -> None:
+def smooth(table: SpeciesTable) -> Potential:
+    return hipnn(table, l_max=2, invariants="smooth", n_channels=3, n_triples=2)
+
+
+@pytest.mark.parametrize("make", [ani, smooth])
+def test_one_compilation_serves_batches_of_all_sizes(make: Callable, use: Callable) -> None:
     counter = Counter("aot_eager")
     use(counter)
     data = partly_labelled()
-    network = ani(data.structures.species_table)
+    network = make(data.structures.species_table)
     compiled, eager = CompiledPasses(network), NetworkPasses(network)
     for systems in ([0, 1, 2, 3], [0, 1], [3, 2, 1, 1, 0, 1], [1, 3, 0]):
         found = gradient_by(compiled, data, systems)
