@@ -558,3 +558,25 @@ def test_batches_cover_everything_once_and_respect_the_atom_budget() -> None:
     whole = TrainSettings(batch_size=7, seed=1)
     other, same = (mixed_batches(structures, None, whole, epoch) for epoch in (3, 2))
     assert not torch.equal(other[0], same[0])
+
+
+def test_a_run_of_other_defaults_is_not_continued(tmp_path: Path) -> None:
+    """As after an update: the settings are the same, and the network has other parameters."""
+    data = emt_set(3)
+
+    def interrupt(record: dict) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(settings(), data, data, tmp_path, on_epoch=interrupt).status == "interrupted"
+    payload = read_payload(tmp_path / "last.pt")
+    before = {name: payload[name] for name in ("state", "optimizer")}
+    group = payload["optimizer"]["param_groups"][0]
+    for changed in (
+        {"state": {name: tensor[..., :1] for name, tensor in payload["state"].items()}},
+        {"optimizer": {**payload["optimizer"], "param_groups": [group, group]}},
+    ):
+        torch.save({**payload, **before, **changed}, tmp_path / "last.pt")
+        with pytest.raises(ConfigError, match="holds a run of an older potstill"):
+            train(settings(), data, data, tmp_path)
+    torch.save(payload, tmp_path / "last.pt")
+    assert train(settings(), data, data, tmp_path).status == "finished"

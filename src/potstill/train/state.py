@@ -369,13 +369,25 @@ def snapshot(run: RunFolder, trainee: Trainee) -> None:
 
 
 def restore(run: RunFolder, trainee: Trainee) -> bool:
-    """Continue from the folder's snapshot; False if there is none."""
+    """Continue from the folder's snapshot; False if there is none.
+
+    Raises
+    ------
+    ConfigError
+        If the snapshot is of another network or optimizer than this version makes of the settings.
+    """
     if not run.last.is_file():
         run.drop_records_from(0)
         return False
     payload = read_payload(run.last)
-    trainee.student["network"].load_state_dict(payload["state"])
-    trainee.optimizer.load_state_dict(payload["optimizer"])
+    try:
+        trainee.student["network"].load_state_dict(payload["state"])
+        trainee.optimizer.load_state_dict(payload["optimizer"])
+    except (RuntimeError, ValueError):
+        raise ConfigError(
+            f"{run.path} holds a run of an older potstill, whose defaults for the model or the "
+            "optimizer were others: train into another folder, or continue it with that version"
+        ) from None
     if trainee.average is not None:
         trainee.average = payload["average"]
     if len(trainee.terms.members):
