@@ -49,7 +49,7 @@ typedef struct {
     double cusp_reg;
     int32_t invariants; /* POTSTILL_NORMS or POTSTILL_SMOOTH */
     int32_t n_channels; /* tensors of each rank, of smooth invariants */
-    int32_t n_triples; /* of these, whose products of three are taken */
+    int32_t n_triples;  /* of these, whose products of three are taken */
 } potstill_hipnn;
 
 /* Neighbors of the local atoms: pairs of atom i are row_ptr[i] .. row_ptr[i + 1] - 1. */

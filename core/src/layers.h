@@ -5,12 +5,12 @@
 // what is of the size of pairs x channels is kept for one block of atoms, in the cache.
 #pragma once
 
-#include "triples.h"
 #include "gradients.h"
 #include "network.h"
 #include "pair_source.h"
 #include "pairs.h"
 #include "sink.h"
+#include "triples.h"
 
 namespace potstill::POTSTILL_ISA {
 namespace {
@@ -69,7 +69,7 @@ struct BlockScratch {
     Span<T> tensor;             // (n_features or n_channels, M, B), later its cotangent
     Span<T> norms;              // (2, n_features, B); or smooth invariants (n_invariants, B)
     Span<T> by_invariants;      // the cotangent of the latter
-    Span<T> by_triples;      // (n_triples, M, B): cotangents of the tensors
+    Span<T> by_triples;         // (n_triples, M, B): cotangents of the tensors
     Span<T> features;           // (n_atom_layers + 2, widest, B): inputs of the layers
     Span<T> value, derivative;  // (n_atom_layers + 1, n_features, B): softplus and its derivative
     Span<T> cotangent, inner;   // (widest, B)

@@ -213,11 +213,11 @@ POTSTILL_INLINE void for_products(F &&work) {
 // Tensors of one channel with orthogonal components, and 1/3 plus the squares of each rank.
 template <class T, int M>
 struct Orthogonal {
+    static constexpr T root2 = T(1.4142135623730950488), root_half = T(0.7071067811865475244),
+                       root_3_2 = T(1.2247448713915890491);
     Vector<T> x[M], square[5];
 
     POTSTILL_INLINE explicit Orthogonal(const T *y) {
-        constexpr T root2 = T(1.4142135623730950488), root_half = T(0.7071067811865475244),
-                    root_3_2 = T(1.2247448713915890491);
 #pragma GCC unroll 25
         for (int m = 1; m < M; ++m) x[m] = load(y + m * block_atoms);
         if constexpr (M >= 9) {
@@ -235,8 +235,6 @@ struct Orthogonal {
 
     // Cotangents of the components as they came, given those of the orthogonal ones.
     static POTSTILL_INLINE void write(const Vector<T> *by_x, T *out) {
-        constexpr T root2 = T(1.4142135623730950488), root_half = T(0.7071067811865475244),
-                    root_3_2 = T(1.2247448713915890491);
         constexpr int B = block_atoms;
 #pragma GCC unroll 25
         for (int m = 1; m < M; ++m)

@@ -162,7 +162,9 @@ class TrainingSet:
         return labels + features
 
 
-def fit_offsets(structures: Structures, energy: Tensor) -> tuple[Tensor, int]:
+def fit_offsets(
+    structures: Structures, energy: Tensor, *, per_atom: bool = False
+) -> tuple[Tensor, int]:
     """Least-squares energies per species.
 
     Parameters
@@ -171,6 +173,8 @@ def fit_offsets(structures: Structures, energy: Tensor) -> tuple[Tensor, int]:
         S systems.
     energy : Tensor
         (S,) total energies, eV; NaN entries are left out.
+    per_atom : bool
+        Fit energies per atom, so that systems of all sizes count alike.
 
     Returns
     -------
@@ -181,6 +185,9 @@ def fit_offsets(structures: Structures, energy: Tensor) -> tuple[Tensor, int]:
         Rank of the composition matrix; below n_species the offsets are not unique.
     """
     known = torch.isfinite(energy)
-    composition = structures.composition()[known]
-    offsets = torch.linalg.pinv(composition) @ energy[known].to(torch.float64)
+    composition, energy = structures.composition()[known], energy[known].to(torch.float64)
+    if per_atom:
+        n_atoms = composition.sum(dim=1).clamp(min=1.0)
+        composition, energy = composition / n_atoms[:, None], energy / n_atoms
+    offsets = torch.linalg.pinv(composition) @ energy
     return offsets, int(torch.linalg.matrix_rank(composition))

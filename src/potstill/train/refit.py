@@ -8,7 +8,7 @@ import torch
 
 from potstill.checkpoint import load_potential, save_potential
 from potstill.models import SpeciesOffsets, SumPotential
-from potstill.train.data import TrainingSet
+from potstill.train.data import TrainingSet, fit_offsets
 from potstill.train.settings import TrainSettings
 from potstill.train.validation import EVALUATION_ATOMS
 
@@ -17,7 +17,7 @@ from potstill.train.validation import EVALUATION_ATOMS
 def refit_energy_zero(best: Path, data: TrainingSet, settings: TrainSettings) -> None:
     """Add the mean energy errors per species to the offsets of a saved potential, in place.
 
-    Steps of Adam move the energies of all atoms together by more than the network's own error of
+    Steps of Adam move the energies of all atoms together, by as much as the network's own error of
     an energy per atom. Here the species' energies are solved for instead, by least squares of the
     errors per atom of the training set. The file's `training.energy_shift` holds them, eV; a
     file that has it is left as it is.
@@ -41,11 +41,7 @@ def refit_energy_zero(best: Path, data: TrainingSet, settings: TrainSettings) ->
     for systems in data.structures.batches(EVALUATION_ATOMS):
         structures = data.structures.select(systems)
         predicted[systems] = network.predict(structures, properties=("energy",))["energy"].double()
-    composition = data.structures.composition()
-    n_atoms = composition.sum(dim=1, keepdim=True).clamp(min=1.0)
-    known = torch.isfinite(reference)
-    errors = (reference - predicted)[known, None]
-    shift = (torch.linalg.pinv((composition / n_atoms)[known]) @ (errors / n_atoms[known]))[:, 0]
+    shift, _ = fit_offsets(data.structures, reference - predicted, per_atom=True)
     offsets.offsets += shift
     names = potential.species_table.names
     info["training"]["energy_shift"] = dict(zip(names, shift.tolist(), strict=True))
