@@ -3,10 +3,13 @@
 // of float and double carry one name: the dtype of the arrays chooses.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <array>
 #include <new>
 #include <optional>
 #include <stdexcept>
@@ -276,11 +279,15 @@ NB_MODULE(_native, m) {
         "__init__",
         [](potstill_hipnn *self, int n_species, int n_features, int n_sensitivities, int l_max,
            int n_interaction_layers, int n_atom_layers, int cutoff_function, double cutoff,
-           double cusp_reg, int invariants, int n_channels, int n_triples) {
+           double cusp_reg, int invariants, int n_channels, int n_triples,
+           std::array<int, 4> n_tensor_sensitivities) {
             new (self) potstill_hipnn{n_species,       n_features,           n_sensitivities,
                                       l_max,           n_interaction_layers, n_atom_layers,
                                       cutoff_function, cutoff,               cusp_reg,
-                                      invariants,      n_channels,           n_triples};
+                                      invariants,      n_channels,           n_triples,
+                                      {}};
+            std::copy(n_tensor_sensitivities.begin(), n_tensor_sensitivities.end(),
+                      self->n_tensor_sensitivities);
         });
     nb::class_<Geometry>(m, "Geometry")
         .def(nb::init<Array<const int32_t>, Array<const int64_t>, Array<const int32_t>,

@@ -31,9 +31,9 @@ enum { POTSTILL_NORMS = 0, POTSTILL_SMOOTH = 1 };
  * (n_features, n_in), selfint.bias (n_features), scales of rank 1 and 2 as far as l_max goes
  * (n_features each), res_layer.weight (n_features, n_features), res_layer.bias (n_features), and
  * adjust.weight (n_features, n_in) if n_in != n_features. With smooth invariants, tensor weights
- * (n_sensitivities, n_channels, n_in) of rank 1 to l_max and mixing (n_features, l_max n_channels
- * + n_products n_triples) take the place of mu and sigma, and there are no scales; n_products is 0,
- * 0, 2, 4, 9 for l_max from 0 to 4. Then per atom layer: layer.weight,
+ * (n_tensor_sensitivities, n_channels, n_in) of rank 1 to l_max and mixing (n_features, l_max
+ * n_channels + n_products n_triples) take the place of mu and sigma, and there are no scales;
+ * n_products is 0, 0, 2, 4, 9 for l_max from 0 to 4. Then per atom layer: layer.weight,
  * layer.bias, res_layer.weight, res_layer.bias. After all blocks the energy layers: E0 (n_species),
  * then weight (n_features) and bias (1) per block. n_in is n_species in the first block and
  * n_features in the others. */
@@ -50,6 +50,9 @@ typedef struct {
     int32_t invariants; /* POTSTILL_NORMS or POTSTILL_SMOOTH */
     int32_t n_channels; /* tensors of each rank, of smooth invariants */
     int32_t n_triples;  /* of these, whose products of three are taken */
+    /* How many of the n_sensitivities, from the first on, tensors of rank 1 to 4 have in smooth
+     * invariants: at least 1 up to l_max, and no more than the rank before. */
+    int32_t n_tensor_sensitivities[4];
 } potstill_hipnn;
 
 /* Neighbors of the local atoms: pairs of atom i are row_ptr[i] .. row_ptr[i + 1] - 1. */

@@ -13,12 +13,21 @@ namespace {
 
 // -- layout of the parameters -------------------------------------------------------------------
 
+bool smooth_is_valid(const potstill_hipnn &m) {
+    int32_t most = m.n_sensitivities;
+    for (int rank = 0; rank < m.l_max; ++rank) {
+        const int32_t n = m.n_tensor_sensitivities[rank];
+        if (n < 1 || n > most) return false;
+        most = n;
+    }
+    return m.n_channels >= 1 && m.n_triples >= 0 && m.n_triples <= m.n_channels;
+}
+
 bool is_valid(const potstill_hipnn &m) {
     return m.n_species >= 1 && m.n_features >= 1 && m.n_sensitivities >= 1 && m.l_max >= 0 &&
-           m.l_max <= (m.invariants == POTSTILL_SMOOTH ? 4 : 2) && m.n_interaction_layers >= 1 && m.n_atom_layers >= 0 && m.cutoff > 0.0 &&
-           m.cusp_reg >= 0.0 &&
-           (m.invariants == POTSTILL_NORMS || (m.invariants == POTSTILL_SMOOTH && m.n_channels >= 1 &&
-                                               m.n_triples >= 0 && m.n_triples <= m.n_channels)) &&
+           m.l_max <= (m.invariants == POTSTILL_SMOOTH ? 4 : 2) && m.n_interaction_layers >= 1 &&
+           m.n_atom_layers >= 0 && m.cutoff > 0.0 && m.cusp_reg >= 0.0 &&
+           (m.invariants == POTSTILL_NORMS || (m.invariants == POTSTILL_SMOOTH && smooth_is_valid(m))) &&
            (m.cutoff_function == POTSTILL_COSINE_SQUARED || m.cutoff_function == POTSTILL_POLYNOMIAL);
 }
 
@@ -47,7 +56,8 @@ struct OwnedLayout {
             const bool smooth = m.invariants == POTSTILL_SMOOTH;
             if (smooth) {
                 for (int rank = 0; rank < m.l_max; ++rank)
-                    r->tensor_weight[rank] = take(int64_t(m.n_sensitivities) * m.n_channels * n_in);
+                    r->tensor_weight[rank] =
+                        take(int64_t(m.n_tensor_sensitivities[rank]) * m.n_channels * n_in);
                 r->mixing = take(width * (m.l_max * m.n_channels + n_products(m.l_max) * m.n_triples));
             } else {
                 r->mu = take(m.n_sensitivities);

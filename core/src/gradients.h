@@ -84,7 +84,8 @@ struct ParameterSums {
             own.self.place(c, width, layer > 0 ? width : 0, first.self_weight);
             for (int rank = 0; rank < 4; ++rank) {
                 const bool used = task.is_smooth() && rank < task.model.l_max;
-                own.tensor[rank].place(c, used ? task.n_channels() : 0, sizes.n_sens * block.n_in,
+                own.tensor[rank].place(c, used ? task.n_channels() : 0,
+                                       used ? task.n_sens(rank + 1) * block.n_in : 0,
                                        first.tensor_weight[rank], block.n_in);
             }
             own.mixing.place(c, width, task.n_invariants(), first.mixing);

@@ -36,6 +36,9 @@ struct ZblTable {
     double coulomb, inner, cutoff;
 };
 
+// Of tensors.
+constexpr int HIGHEST_RANK = 4;
+
 // Invariant products of three tensors of ranks from 1 to l_max whose sum is even.
 constexpr int n_products(int l_max) {
     return l_max < 2 ? 0 : l_max == 2 ? 2 : l_max == 3 ? 4 : 9;
@@ -59,6 +62,10 @@ struct Task {
         return model.l_max * n_channels() + n_products(model.l_max) * n_triples();
     }
     int n_triples() const { return is_smooth() ? model.n_triples : 0; }
+    // Radial functions of a rank.
+    int n_sens(int rank) const {
+        return rank > 0 && is_smooth() ? model.n_tensor_sensitivities[rank - 1] : model.n_sensitivities;
+    }
     bool wants_parameters() const { return pass && pass->parameter_gradient; }
     bool wants_pairs() const { return pass ? pass->gradient != nullptr : md->forces != nullptr; }
 };

@@ -152,6 +152,7 @@ class Layers {
         : task_(task),
           sizes_(sizes),
           parameters_(static_cast<const T *>(task.parameters)),
+          ranks_(task),
           source_(task, sizes, c),
           sink_(task),
           prepared_(c.take<Prepared<T>>(sizes.n_layers)) {
@@ -159,10 +160,10 @@ class Layers {
         for (int layer = 0; layer < sizes.n_layers; ++layer) {
             const bool last = layer + 1 == sizes.n_layers;
             Prepared<T> p;
-            const size_t n_sums = size_t(n_sens) * block_of(layer).n_in;
-            p.weights = c.take<T>(n_features() * n_sums);
+            const size_t n_in = block_of(layer).n_in;
+            p.weights = c.take<T>(n_features() * n_sens * n_in);
             for (int rank = 0; rank < task.model.l_max && task.is_smooth(); ++rank)
-                p.tensor_weights[rank] = c.take<T>(task.n_channels() * n_sums);
+                p.tensor_weights[rank] = c.take<T>(task.n_channels() * task.n_sens(rank + 1) * n_in);
             const T scale = T(2.0 / task.model.cutoff);
             p.radial = {n_sens, scale, nullptr, nullptr, nullptr};
             if (!task.is_smooth()) {
@@ -184,10 +185,10 @@ class Layers {
         for (int layer = 0; layer < sizes_.n_layers; ++layer) {
             const int n_in = block_of(layer).n_in, n_sens = sizes_.n_sens;
             const ResidualLayout &r = block_of(layer).residuals[0];
-            arrange(n_features(), n_in, parameters_ + r.weight, prepared_[layer].weights);
+            arrange(n_features(), n_sens, n_in, parameters_ + r.weight, prepared_[layer].weights);
             for (int rank = 0; rank < task_.model.l_max && task_.is_smooth(); ++rank)
-                arrange(task_.n_channels(), n_in, parameters_ + r.tensor_weight[rank],
-                        prepared_[layer].tensor_weights[rank]);
+                arrange(task_.n_channels(), task_.n_sens(rank + 1), n_in,
+                        parameters_ + r.tensor_weight[rank], prepared_[layer].tensor_weights[rank]);
             // exp(-x^2/2) = 2^-(k x)^2 with k^2 = log2(e) / 2
             const double k = 0.8493218002880190428, ln2 = 0.6931471805599453094;
             const Radial<T> &radial = prepared_[layer].radial;
@@ -218,7 +219,7 @@ class Layers {
         // Pre-activation: self-interaction, scalar part, and norms or smooth invariants.
         self_interaction(s, layer, first, n, s.block.inner);
         if (task_.is_smooth())
-            add_invariants(s, layer, k_env);
+            add_invariants(s, layer);
         else if constexpr (M <= 9) {
             gemm<T, Order::rows>(n_features(), M * B, k_env, prepared_[layer].weights, k_env,
                                  s.block.environment, M * B, s.block.tensor, M * B);
@@ -281,7 +282,7 @@ class Layers {
         if (layer == 0 && !sink_.wants_pairs() && !moving) return;
         // The environment gives way to its cotangent.
         if (task_.is_smooth())
-            environment_backward(s, layer, k_env);
+            environment_backward(s, layer);
         else
             gemm<T, Order::columns>(k_env, M * B, n_features(), prepared_[layer].weights, k_env,
                                     s.block.tensor, M * B, s.block.environment, M * B);
@@ -300,6 +301,7 @@ class Layers {
     const Task &task_;
     const Sizes<T> sizes_;
     const T *parameters_;
+    const Ranks ranks_;
     PairSource<T> source_;
     Sink<T> sink_;
     Span<Prepared<T>> prepared_;
@@ -316,8 +318,7 @@ class Layers {
     }
 
     // int_weights (n_sens, n_out, n_in) as (n_out, n_sens * n_in).
-    void arrange(int n_out, int n_in, const T *from, T *to) const {
-        const int n_sens = sizes_.n_sens;
+    static void arrange(int n_out, int n_sens, int n_in, const T *from, T *to) {
         for (int n = 0; n < n_sens; ++n)
             for (int f = 0; f < n_out; ++f)
                 for (int i = 0; i < n_in; ++i)
@@ -332,14 +333,19 @@ class Layers {
         for (int rank = 1; rank <= task_.model.l_max; ++rank) work(rank, rank * rank, 2 * rank + 1);
     }
 
-    void add_invariants(Part<T> &s, int layer, int k_env) const {
+    // Sums over neighbors of a component of a rank.
+    int n_sums(int layer, int rank) const { return task_.n_sens(rank) * block_of(layer).n_in; }
+
+    void add_invariants(Part<T> &s, int layer) const {
         const BlockScratch<T> &x = s.block;
         const int n_channels = task_.n_channels(), n_invariants = task_.n_invariants();
+        const int k_env = n_sums(layer, 0);
         gemm<T, Order::rows>(n_features(), B, k_env, prepared_[layer].weights, k_env, x.environment,
                              M * B, x.inner, B, Start::keep);
         for_ranks([&](int rank, int m, int n) {
-            gemm<T, Order::rows>(n_channels, n * B, k_env, prepared_[layer].tensor_weights[rank - 1],
-                                 k_env, x.environment + m * B, M * B, x.tensor + m * B, M * B);
+            const int k = n_sums(layer, rank);
+            gemm<T, Order::rows>(n_channels, n * B, k, prepared_[layer].tensor_weights[rank - 1], k,
+                                 x.environment + m * B, M * B, x.tensor + m * B, M * B);
         });
         smooth_invariants<T, M>(n_channels, x.tensor, x.norms);
         triples<T, M>(task_.n_triples(), x.tensor, x.norms + task_.model.l_max * n_channels * B);
@@ -364,13 +370,15 @@ class Layers {
                 add((M - 1) * B, x.tensor + (f * M + 1) * B, x.by_triples + (f * M + 1) * B);
     }
 
-    void environment_backward(Part<T> &s, int layer, int k_env) const {
+    void environment_backward(Part<T> &s, int layer) const {
         const BlockScratch<T> &x = s.block;
+        const int k_env = n_sums(layer, 0);
         gemm<T, Order::columns>(k_env, B, n_features(), prepared_[layer].weights, k_env, x.inner, B,
                                 x.environment, M * B);
         for_ranks([&](int rank, int m, int n) {
-            gemm<T, Order::columns>(k_env, n * B, task_.n_channels(),
-                                    prepared_[layer].tensor_weights[rank - 1], k_env, x.tensor + m * B,
+            const int k = n_sums(layer, rank);
+            gemm<T, Order::columns>(k, n * B, task_.n_channels(),
+                                    prepared_[layer].tensor_weights[rank - 1], k, x.tensor + m * B,
                                     M * B, x.environment + m * B, M * B);
         });
     }
@@ -415,12 +423,14 @@ class Layers {
                 sensitivities<T>(s.fields, run, radial, g);
                 in_chunks(run.n_vectors, [&](int v, int n_v) {
                     components_of<T, M>(s.fields, run.first + v * L, n_v, radial, t);
-                    lane_product<T>(M, n_sens, n_v, {t, L, M * L}, {g + v * n_sens * L, L, n_sens * L},
-                                    s.pairs.sums, L, M * L, v > 0);
+                    for (const Ranks::Part &p : ranks_.used)
+                        lane_product<T>(p.n_m, p.n_n, n_v, {t + p.m * L, L, M * L},
+                                        {g + (v * n_sens + p.n) * L, L, n_sens * L},
+                                        s.pairs.sums + (p.n * M + p.m) * L, L, M * L, v > 0);
                 });
                 T *out = s.block.environment + z * M * B + b;
                 for (int k = 0; k < n_sens; ++k)
-                    for (int m = 0; m < M; ++m)
+                    for (int m = 0; m < ranks_.components_of(k); ++m)
                         store(out + (k * n_s * M + m) * B, load(s.pairs.sums + (k * M + m) * L));
             }
         }
@@ -646,16 +656,19 @@ class Layers {
                 const T *g = s.sensitivities_of(run, sizes_.n_sens);
                 const Cotangent<T> by_sum{x.sums, M * L, L, 0};
                 const T *in = s.block.environment + z * M * B + b;
-                for (int k = 0; k < sizes_.n_sens; ++k)
+                for (int k = 0; k < sizes_.n_sens; ++k) {
+                    const int used = ranks_.components_of(k);
                     for (int m = 0; m < M; ++m)
-                        store(x.sums + (k * M + m) * L, load(in + (k * n_s * M + m) * B));
+                        store(x.sums + (k * M + m) * L,
+                              m < used ? load(in + (k * n_s * M + m) * B) : Vector<T>{});
+                }
                 if (radial.chebyshev())
                     in_chunks(run.n_vectors, [&](int v, int n_v) {
                         T *const at[3] = {by_pair[0] + v * L, by_pair[1] + v * L, by_pair[2] + v * L};
                         const int k = run.first + v * L;
                         components_of<T, M>(s.fields, k, n_v, radial, x.components);
-                        chebyshev_backward<T, M>(s.fields, k, n_v, radial, g + v * sizes_.n_sens * L,
-                                                 x.components, by_sum, x.by_component, x.by_function, at);
+                        chebyshev_backward<T, M>(s.fields, k, n_v, radial, ranks_,
+                                                 g + v * sizes_.n_sens * L, x.components, by_sum, x.by_component, x.by_function, at);
                     });
                 else if constexpr (M <= 9)
                     backward_run<T, M>(s.fields, run, radial, g, by_sum, moments, by_pair);
@@ -676,6 +689,10 @@ class Layers {
         for (int n = 0; n < n_sens; ++n)
             for (int m = 0; m < M; ++m) {
                 T *row = x.environment + (n * M + m) * ld;
+                if (m >= ranks_.components_of(n)) {
+                    clear(ld, row);
+                    continue;
+                }
                 for (int f = 0; f < n_features(); ++f)
                     row[f] = s.block.environment[((n * n_features() + f) * M + m) * B + b];
                 for (int f = n_features(); f < ld; ++f) row[f] = T(0);
@@ -696,8 +713,8 @@ class Layers {
         if (radial.chebyshev())
             for (int v = 0; v < run.n_vectors; ++v, by_sum.data += L) {
                 T *const at[3] = {by_pair[0] + v * L, by_pair[1] + v * L, by_pair[2] + v * L};
-                chebyshev_backward<T, M>(s.fields, run.first + v * L, 1, radial, g + v * n_sens * L,
-                                         x.components + v * M * L, by_sum, x.by_component, x.by_function,
+                chebyshev_backward<T, M>(s.fields, run.first + v * L, 1, radial, ranks_,
+                                         g + v * n_sens * L, x.components + v * M * L, by_sum, x.by_component, x.by_function,
                                          at);
             }
         else if constexpr (M <= 9)

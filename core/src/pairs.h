@@ -41,6 +41,58 @@ struct Radial {
     bool chebyshev() const { return !a; }
 };
 
+// Which radial functions go with which tensor components. Functions of a rank are the first ones, and
+// none has more of them than the rank before.
+class Ranks {
+  public:
+    // Components m to m + n_m - 1 with functions n to n + n_n - 1.
+    struct Part {
+        int m, n_m, n, n_n;
+    };
+    struct Parts {
+        int size = 0;
+        Part part[HIGHEST_RANK + 2];
+
+        const Part *begin() const { return part; }
+        const Part *end() const { return part + size; }
+    };
+    // What is used and nothing else; functions that are of rank 0 alone come apart.
+    Parts used;
+    // All that is used, by functions from the first component on, with a few others: functions of a
+    // part are at least four where they can be, as many sums as the processor adds to at a time.
+    Parts by_function;
+
+    explicit Ranks(const Task &task) {
+        const int l_max = task.model.l_max;
+        for (int rank = 0; rank <= l_max; ++rank) n_[rank] = task.n_sens(rank);
+        n_ranks_ = l_max + 1;
+        const int first = l_max > 0 ? n_[1] : n_[0];
+        for (int rank = 0; rank <= l_max; ++rank) {
+            const int n = rank == 0 ? first : n_[rank], n_m = 2 * rank + 1;
+            if (used.size > 0 && used.part[used.size - 1].n_n == n)
+                used.part[used.size - 1].n_m += n_m;
+            else
+                used.part[used.size++] = {rank * rank, n_m, 0, n};
+        }
+        if (first < n_[0]) used.part[used.size++] = {0, 1, first, n_[0] - first};
+        for (int n = 0; n < n_[0];) {
+            const int m = components_of(n), begin = n;
+            while (n < n_[0] && (components_of(n) == m || (n - begin < 4 && components_of(n) > 1))) ++n;
+            by_function.part[by_function.size++] = {0, m, begin, n - begin};
+        }
+    }
+
+    // Components that function n goes with, from the first one on.
+    int components_of(int n) const {
+        int rank = n_ranks_ - 1;
+        while (rank > 0 && n >= n_[rank]) --rank;
+        return (rank + 1) * (rank + 1);
+    }
+
+  private:
+    int n_[HIGHEST_RANK + 1], n_ranks_;
+};
+
 // Cutoff function and its derivative; both vanish from the cutoff on.
 template <class T>
 POTSTILL_INLINE void cutoff_function(Vector<T> r, T cutoff, bool is_polynomial, Vector<T> &value,
@@ -326,18 +378,24 @@ inline void backward_run(const PairFields<T> &f, const Run &run, const Radial<T>
         backward_run_as<T, M, false>(f, run, radial, g, by_sum, moments, out);
 }
 
-// Backward of `n_vectors` vectors with Chebyshev polynomials and one cotangent, given their sensitivities
-// and tensor components. The scratch arrays have room for M and n_sens vectors each.
+// Backward of `n_vectors` vectors with Chebyshev polynomials and one cotangent, zero where a function
+// does not go with a component, given their sensitivities and tensor components. The scratch arrays
+// have room for M and n_sens vectors each.
 template <class T, int M>
 inline void chebyshev_backward(const PairFields<T> &f, int first, int n_vectors, const Radial<T> &radial,
-                               const T *g, const T *t, Cotangent<T> by_sum, T *by_component,
-                               T *by_function, T *const *out) {
+                               const Ranks &ranks, const T *g, const T *t, Cotangent<T> by_sum,
+                               T *by_component, T *by_function, T *const *out) {
     constexpr int L = lanes<T>;
     const int n_sens = radial.n;
-    lane_product<T>(M, n_vectors, n_sens, {by_sum.data, by_sum.ld_m, by_sum.ld_n}, {g, n_sens * L, L},
-                    by_component, L, M * L);
-    lane_product<T>(n_sens, n_vectors, M, {by_sum.data, by_sum.ld_n, by_sum.ld_m}, {t, M * L, L},
-                    by_function, L, n_sens * L);
+    for (const Ranks::Part &p : ranks.used)
+        if (p.n == 0)  // the component of rank 0 has no gradient
+            lane_product<T>(p.n_m, n_vectors, p.n_n,
+                            {by_sum.data + p.m * by_sum.ld_m, by_sum.ld_m, by_sum.ld_n},
+                            {g, n_sens * L, L}, by_component + p.m * L, L, M * L);
+    for (const Ranks::Part &p : ranks.by_function)
+        lane_product<T>(p.n_n, n_vectors, p.n_m,
+                        {by_sum.data + p.n * by_sum.ld_n, by_sum.ld_n, by_sum.ld_m}, {t, M * L, L},
+                        by_function + p.n * L, L, n_sens * L);
     for (int v = 0; v < n_vectors; ++v, by_component += M * L) {
         const int p = v * L, k = first + p;
         const Vector<T> x = load(f.unit[0] + k), y = load(f.unit[1] + k), z = load(f.unit[2] + k);

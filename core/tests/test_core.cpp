@@ -370,14 +370,15 @@ void check_domains(const potstill_hipnn &m, const std::vector<double> &p, const 
 
 // A form of the invariants, and the sizes that go with it.
 struct Form {
-    int invariants, l_max, n_sensitivities, n_channels, n_triples;
+    int invariants, l_max, n_sensitivities, n_channels, n_triples, taper = 0;
 };
 
 const Form forms[] = {{POTSTILL_NORMS, 0, 3, 0, 0},  {POTSTILL_NORMS, 1, 3, 0, 0},
                       {POTSTILL_NORMS, 2, 3, 0, 0},  {POTSTILL_SMOOTH, 0, 2, 4, 1},
                       {POTSTILL_SMOOTH, 1, 1, 1, 0}, {POTSTILL_SMOOTH, 2, 2, 4, 3},
                       {POTSTILL_SMOOTH, 3, 17, 2, 2}, {POTSTILL_SMOOTH, 4, 3, 4, 0},
-                      {POTSTILL_SMOOTH, 4, 2, 3, 2}};
+                      {POTSTILL_SMOOTH, 4, 2, 3, 2}, {POTSTILL_SMOOTH, 4, 9, 2, 1, 2},
+                      {POTSTILL_SMOOTH, 2, 3, 2, 1, 1}};
 
 void check_models() {
     for (const char *const *set = potstill_compiled_instruction_sets(); *set; ++set) {
@@ -390,10 +391,12 @@ void check_models() {
         for (const Form &form : forms)
             for (int n_layers = 1; n_layers <= 3; ++n_layers)
                 for (int n_species = 1; n_species <= 3; n_species += 2) {
-                    const potstill_hipnn m{n_species, n_species == 3 ? 3 : 5, form.n_sensitivities,
-                                           form.l_max, n_layers, form.l_max % 3, n_layers % 2, 4.0,
-                                           1e-3, form.invariants, form.n_channels,
-                                           form.n_triples};
+                    potstill_hipnn m{n_species, n_species == 3 ? 3 : 5, form.n_sensitivities,
+                                     form.l_max, n_layers, form.l_max % 3, n_layers % 2, 4.0,
+                                     1e-3, form.invariants, form.n_channels, form.n_triples, {}};
+                    for (int rank = 0; rank < 4; ++rank)
+                        m.n_tensor_sensitivities[rank] =
+                            form.n_sensitivities - form.taper * (rank + 1);
                     const std::vector<double> p = make_parameters(m);
                     for (int kind = 0; kind < 5; ++kind) {
                         const int n = kind == 0 ? 0 : kind == 1 ? 1 : kind == 2 ? 35 : 3;
@@ -453,7 +456,7 @@ void check_steps(potstill_hipnn m, std::vector<double> p, const System &s) {
 }
 
 void check_errors() {
-    potstill_hipnn m{1, 4, 3, 1, 1, 1, 0, 4.0, 1e-3, POTSTILL_NORMS, 0, 0};
+    potstill_hipnn m{1, 4, 3, 1, 1, 1, 0, 4.0, 1e-3, POTSTILL_NORMS, 0, 0, {3, 3, 3, 3}};
     const std::vector<double> p = make_parameters(m);
     System s = make_system(4, 4, 1, 4.0, 4.5);
     const potstill_pass pass{s.r_ij.data(), 1, nullptr, nullptr, nullptr, nullptr};
@@ -484,6 +487,12 @@ void check_errors() {
     expect(potstill_n_parameters(&m) < 0, "more triples than channels");
     m.n_triples = 2;
     expect(potstill_n_parameters(&m) > 0, "all channels");
+    m.n_tensor_sensitivities[1] = 4;
+    expect(potstill_n_parameters(&m) < 0, "more radial functions than the rank before");
+    m.n_tensor_sensitivities[1] = m.n_tensor_sensitivities[2] = 0;
+    expect(potstill_n_parameters(&m) < 0, "no radial functions");
+    m.n_tensor_sensitivities[1] = m.n_tensor_sensitivities[2] = 2;
+    expect(potstill_n_parameters(&m) > 0, "fewer of higher ranks");
     m.l_max = 5;
     expect(potstill_n_parameters(&m) < 0, "l_max 5");
     expect(potstill_select("mmx") < 0, "an unknown instruction set");

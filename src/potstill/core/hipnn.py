@@ -57,6 +57,9 @@ class HipnnShape:
         Tensors of each rank, for smooth invariants.
     n_triples : int
         Of these, whose products of three are invariants as well.
+    n_tensor_sensitivities : tuple of int
+        How many of the n_sensitivities, from the first on, tensors of rank 1 to l_max have, for
+        smooth invariants; no rank has more than the one before. All of them where it is empty.
     """
 
     n_species: int
@@ -71,6 +74,7 @@ class HipnnShape:
     invariants: str = "norms"
     n_channels: int = 0
     n_triples: int = 0
+    n_tensor_sensitivities: tuple[int, ...] = ()
 
     @cached_property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -82,8 +86,9 @@ class HipnnShape:
             first = f"blocks.{b}.0"
             shapes[f"{first}.layer.int_weights"] = (n, width, n_in)
             if self.invariants == "smooth":
-                for rank in range(self.l_max):
-                    shapes[f"{first}.layer.tensor_weights.{rank}"] = (n, self.n_channels, n_in)
+                for rank, n_rank in enumerate(self._by_rank):
+                    name = f"{first}.layer.tensor_weights.{rank}"
+                    shapes[name] = (n_rank, self.n_channels, n_in)
                 n_invariants = (
                     self.l_max * self.n_channels + N_PRODUCTS[self.l_max] * self.n_triples
                 )
@@ -108,6 +113,10 @@ class HipnnShape:
             shapes[f"energy_layers.{b}.weight"] = (1, width)
             shapes[f"energy_layers.{b}.bias"] = (1,)
         return shapes
+
+    @property
+    def _by_rank(self) -> tuple[int, ...]:
+        return self.n_tensor_sensitivities or (self.n_sensitivities,) * self.l_max
 
     @property
     def n_parameters(self) -> int:
@@ -140,6 +149,7 @@ class HipnnShape:
             _INVARIANTS.index(self.invariants),
             self.n_channels,
             self.n_triples,
+            [*self._by_rank, 0, 0, 0, 0][:4],
         )
 
 

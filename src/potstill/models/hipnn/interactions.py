@@ -57,6 +57,7 @@ class Sizes(Protocol):
     n_sensitivities: int
     n_channels: int
     n_triples: int
+    n_tensor_sensitivities: tuple[int, ...]
     dist_soft_min: float
     dist_soft_max: float
     dist_hard_max: float
@@ -232,6 +233,10 @@ class SmoothInteraction(Interaction):
     (2010)) for all `TRIPLES` of ranks up to l_max. All this is analytic where a tensor vanishes by
     symmetry, as on the sites of a crystal, and grows no faster than the density of neighbors.
 
+    Tensors of rank l have the first n_tensor_sensitivities[l - 1] radial functions, the smoothest:
+    the work per pair is that of the components times the functions, and what varies fast with both
+    angle and distance matters least (linear ACE truncates its basis alike, by a total degree).
+
     The sums of different radial functions are nearly collinear. Weights therefore act on whitened
     sums, whose mean and covariance `whiten` takes from data; `kernel_tensors` multiplies both.
     """
@@ -243,8 +248,10 @@ class SmoothInteraction(Interaction):
         super().__init__(p, Chebyshev(p), unit_input=unit_input)
         n_sums = p.n_sensitivities * n_in
         self.int_weights = nn.Parameter(torch.randn(p.n_sensitivities, n_out, n_in) / n_sums**0.5)
-        shape = (p.n_sensitivities, p.n_channels, n_in)
-        tensors = (nn.Parameter(torch.randn(shape) / n_sums**0.5) for _ in range(p.l_max))
+        tensors = (
+            nn.Parameter(torch.randn(n, p.n_channels, n_in) / (n * n_in) ** 0.5)
+            for n in p.n_tensor_sensitivities
+        )
         self.tensor_weights = nn.ParameterList(tensors)
         self.n_triples = p.n_triples
         self.triples = Triples.up_to(p.l_max if p.n_triples > 0 else 0)
@@ -264,7 +271,10 @@ class SmoothInteraction(Interaction):
         if not tensors:
             return out
         assert self.mixing is not None
-        mixed = [tensor @ self._weights(rank) for rank, tensor in enumerate(tensors, start=1)]
+        mixed = []
+        for rank, tensor in enumerate(tensors, start=1):
+            weights = self._weights(rank)
+            mixed.append(tensor[..., : len(weights)] @ weights)
         squares = [_inner(tensor, tensor, rank) for rank, tensor in enumerate(mixed, start=1)]
         # sqrt(1 + x) - 1, without the cancellation for small ones
         invariants = [square / (torch.sqrt(1.0 + square) + 1.0) for square in squares]
@@ -281,18 +291,20 @@ class SmoothInteraction(Interaction):
         return self
 
     def _weights(self, rank: int) -> Tensor:
-        """(n_sens * n_in, n_out or n_channels) that act on the sums of a rank."""
+        """(n_sens of the rank * n_in, n_out or n_channels) that act on the sums of a rank."""
         own = self.int_weights if rank == 0 else self.tensor_weights[rank - 1]
-        return self.whitening[rank] @ own.permute(0, 2, 1).flatten(0, 1)
+        own = own.permute(0, 2, 1).flatten(0, 1)
+        n = len(own)
+        return self.whitening[rank, :n, :n] @ own
 
     def _bias(self) -> Tensor:
         return self.selfint.bias - self.center @ self._weights(0)
 
     def kernel_tensors(self) -> list[Tensor]:
         """Weights of every rank, mixing, self-interaction and bias, all for sums as they are."""
-        n_sens, _, n_in = self.int_weights.shape
+        n_in = self.int_weights.shape[2]
         weights = (self._weights(rank) for rank in range(self.l_max + 1))
-        by_rank = [w.view(n_sens, n_in, -1).permute(0, 2, 1).contiguous() for w in weights]
+        by_rank = [w.view(-1, n_in, w.shape[1]).permute(0, 2, 1).contiguous() for w in weights]
         mixing = self.selfint.weight.new_empty(len(self.selfint.weight), 0)
         mixing = mixing if self.mixing is None else self.mixing
         return [*by_rank, mixing, self.selfint.weight, self._bias()]
@@ -317,11 +329,13 @@ class SmoothInteraction(Interaction):
                 moments = torch.einsum("nme,nmf->ef", sums, sums) / len(sums)
                 least = _SIGNAL * float(torch.linalg.eigvalsh(moments)[-1])
                 sums = sums - sums.mean(dim=0)
+            n = len(self._weights(rank))
+            sums = sums[..., :n]
             covariance = torch.einsum("nme,nmf->ef", sums, _dual(sums, rank)) / len(sums)
             values, vectors = torch.linalg.eigh(covariance)
             if values[-1] > 0.0:
                 floor = values.clamp(min=max(float(values[-1]) / _CONDITION, least))
-                self.whitening[rank].copy_(vectors / floor.sqrt())
+                self.whitening[rank, :n, :n] = vectors / floor.sqrt()
 
 
 class Indices(NamedTuple):

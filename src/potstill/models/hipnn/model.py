@@ -7,6 +7,7 @@ forces agree for equal weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from itertools import chain
@@ -54,6 +55,9 @@ _Result = TypeVar("_Result")
 
 #: Channels that form triples by default.
 N_TRIPLES = 8
+
+#: By default, the share of its radial functions that each rank has fewer than the one before.
+RADIAL_TAPER = 0.15
 
 
 class Residual(nn.Module):
@@ -130,12 +134,16 @@ class HIPNNHyperparameters(Hyperparameters):
     n_triples : int
         Of these in `smooth`, whose invariant products of three are taken: four-body terms. All,
         where there are fewer than 8.
+    radial_taper : float
+        Tensors of rank l in `smooth` have the first n_sensitivities (1 - radial_taper l) radial
+        functions, rounded down, and at least one: of 10, with 0.15, ranks 1 to 4 have 8, 7, 5, 4.
 
     Notes
     -----
     Where all of the first six are given and `invariants` is not, as in files from before there were
     `smooth` ones, it is `norms`, with `l_max` 1 and `cusp_reg` 1e-6 by default. Where they are all
-    given beside `smooth`, and `n_triples` is not, it is 0, as in files from before there were any.
+    given beside `smooth`, and `n_triples` or `radial_taper` is not, it is 0, as in files from before
+    there was one.
     """
 
     n_features: int = Field(default=24, ge=1)
@@ -151,6 +159,7 @@ class HIPNNHyperparameters(Hyperparameters):
     invariants: Literal["smooth", "norms"] = "smooth"
     n_channels: int = Field(default=24, ge=1)
     n_triples: int = Field(default=N_TRIPLES, ge=0)
+    radial_taper: Real = Field(default=RADIAL_TAPER, ge=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -161,11 +170,12 @@ class HIPNNHyperparameters(Hyperparameters):
         if values.get("invariants", "norms" if once_required else "smooth") != "norms":
             most = values.get("n_channels", cls.model_fields["n_channels"].default)
             few = most if isinstance(most, int) and most < N_TRIPLES else N_TRIPLES
-            return {"n_triples": 0 if once_required else few} | values
+            later = {"n_triples": 0, "radial_taper": 0.0} if once_required else {"n_triples": few}
+            return later | values
         own: dict[str, Any] = {"l_max": 1, "cusp_reg": 1e-6} if once_required else {"l_max": 2}
         own |= {"cutoff_function": "cosine_squared", "invariants": "norms"}
         width = values.get("n_features", cls.model_fields["n_features"].default)
-        return own | {"n_channels": width, "n_triples": 0} | values
+        return own | {"n_channels": width, "n_triples": 0, "radial_taper": 0.0} | values
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -178,6 +188,11 @@ class HIPNNHyperparameters(Hyperparameters):
                 f"n_triples must be at most n_channels ({self.n_channels}) of smooth invariants, "
                 f"and 0 with norms, not {self.n_triples}"
             )
+        if self.invariants == "norms" and self.radial_taper != 0:
+            raise ValueError(
+                f"radial_taper is of smooth invariants: it must be 0 with norms, "
+                f"not {self.radial_taper}"
+            )
         low, high, cutoff = self.dist_soft_min, self.dist_soft_max, self.dist_hard_max
         if not cutoff > 0.0 or (self.invariants == "norms" and not 0.0 < low < high <= cutoff):
             raise ValueError(
@@ -189,14 +204,24 @@ class HIPNNHyperparameters(Hyperparameters):
             raise ValueError(f"unknown cutoff function '{self.cutoff_function}'{near}")
         return self
 
+    @property
+    def n_tensor_sensitivities(self) -> tuple[int, ...]:
+        """Radial functions of the tensors of rank 1 to `l_max`."""
+        n, taper = self.n_sensitivities, self.radial_taper
+        # 0.6 is not quite 4 x 0.15.
+        by_rank = (math.floor(n * (1.0 - taper * rank) + 1e-9) for rank in range(1, self.l_max + 1))
+        return tuple(max(1, count) for count in by_rank)
+
     def to_json(self) -> dict[str, Any]:
-        """All values; those of `norms`, and no triples, as before there was a choice.
+        """All values; those of `norms`, no triples and no taper as before there was a choice.
 
         Fingerprints of such potentials stay what they were.
         """
         values = super().to_json()
         if self.n_triples == 0:
             del values["n_triples"]
+        if self.radial_taper == 0:
+            del values["radial_taper"]
         if self.invariants == "norms":
             del values["invariants"], values["n_channels"]
         return values
@@ -353,6 +378,7 @@ class HIPNN(Potential):
                 invariants=p.invariants,
                 n_channels=p.n_channels,
                 n_triples=p.n_triples,
+                n_tensor_sensitivities=p.n_tensor_sensitivities,
             )
         )
         tensors = [t for block in self._layers() for layer in block for t in layer.kernel_tensors()]
