@@ -7,7 +7,6 @@ forces agree for equal weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from itertools import chain
@@ -55,9 +54,6 @@ _Result = TypeVar("_Result")
 
 #: Channels that form triples by default.
 N_TRIPLES = 8
-
-#: By default, the share of its radial functions that each rank has fewer than the one before.
-RADIAL_TAPER = 0.15
 
 
 class Residual(nn.Module):
@@ -134,16 +130,16 @@ class HIPNNHyperparameters(Hyperparameters):
     n_triples : int
         Of these in `smooth`, whose invariant products of three are taken: four-body terms. All,
         where there are fewer than 8.
-    radial_taper : float
-        Tensors of rank l in `smooth` have the first n_sensitivities (1 - radial_taper l) radial
-        functions, rounded down, and at least one: of 10, with 0.15, ranks 1 to 4 have 8, 7, 5, 4.
+    n_high_sensitivities : int
+        Radial functions of the tensors of rank 3 and 4 in `smooth`, the first of `n_sensitivities`.
+        By default half of them, rounded up: these ranks are two thirds of the work per pair.
 
     Notes
     -----
     Where all of the first six are given and `invariants` is not, as in files from before there were
     `smooth` ones, it is `norms`, with `l_max` 1 and `cusp_reg` 1e-6 by default. Where they are all
-    given beside `smooth`, and `n_triples` or `radial_taper` is not, it is 0, as in files from before
-    there was one.
+    given beside `smooth`, `n_triples` is 0 and `n_high_sensitivities` is `n_sensitivities` where it
+    is not, as in files from before there was a choice.
     """
 
     n_features: int = Field(default=24, ge=1)
@@ -159,7 +155,7 @@ class HIPNNHyperparameters(Hyperparameters):
     invariants: Literal["smooth", "norms"] = "smooth"
     n_channels: int = Field(default=24, ge=1)
     n_triples: int = Field(default=N_TRIPLES, ge=0)
-    radial_taper: Real = Field(default=RADIAL_TAPER, ge=0)
+    n_high_sensitivities: int = Field(default=5, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -167,15 +163,20 @@ class HIPNNHyperparameters(Hyperparameters):
         if not isinstance(values, dict):
             return values
         once_required = values.keys() >= set(list(cls.model_fields)[:6])
-        if values.get("invariants", "norms" if once_required else "smooth") != "norms":
-            most = values.get("n_channels", cls.model_fields["n_channels"].default)
-            few = most if isinstance(most, int) and most < N_TRIPLES else N_TRIPLES
-            later = {"n_triples": 0, "radial_taper": 0.0} if once_required else {"n_triples": few}
-            return later | values
-        own: dict[str, Any] = {"l_max": 1, "cusp_reg": 1e-6} if once_required else {"l_max": 2}
-        own |= {"cutoff_function": "cosine_squared", "invariants": "norms"}
-        width = values.get("n_features", cls.model_fields["n_features"].default)
-        return own | {"n_channels": width, "n_triples": 0, "radial_taper": 0.0} | values
+
+        def given(name: str) -> Any:
+            return values.get(name, cls.model_fields[name].default)
+
+        own: dict[str, Any] = {"n_triples": 0, "n_high_sensitivities": given("n_sensitivities")}
+        if values.get("invariants", "norms" if once_required else "smooth") == "norms":
+            own |= {"l_max": 1, "cusp_reg": 1e-6} if once_required else {"l_max": 2}
+            own |= {"cutoff_function": "cosine_squared", "invariants": "norms"}
+            own["n_channels"] = given("n_features")
+        elif not once_required:
+            most, n = given("n_channels"), given("n_sensitivities")
+            own["n_triples"] = most if isinstance(most, int) and most < N_TRIPLES else N_TRIPLES
+            own["n_high_sensitivities"] = (n + 1) // 2 if isinstance(n, int) else n
+        return own | values
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -188,10 +189,11 @@ class HIPNNHyperparameters(Hyperparameters):
                 f"n_triples must be at most n_channels ({self.n_channels}) of smooth invariants, "
                 f"and 0 with norms, not {self.n_triples}"
             )
-        if self.invariants == "norms" and self.radial_taper != 0:
+        least = self.n_sensitivities if self.invariants == "norms" else 1
+        if not least <= self.n_high_sensitivities <= self.n_sensitivities:
             raise ValueError(
-                f"radial_taper is of smooth invariants: it must be 0 with norms, "
-                f"not {self.radial_taper}"
+                f"n_high_sensitivities must be at most n_sensitivities ({self.n_sensitivities}), "
+                f"and equal with norms, not {self.n_high_sensitivities}"
             )
         low, high, cutoff = self.dist_soft_min, self.dist_soft_max, self.dist_hard_max
         if not cutoff > 0.0 or (self.invariants == "norms" and not 0.0 < low < high <= cutoff):
@@ -207,21 +209,19 @@ class HIPNNHyperparameters(Hyperparameters):
     @property
     def n_tensor_sensitivities(self) -> tuple[int, ...]:
         """Radial functions of the tensors of rank 1 to `l_max`."""
-        n, taper = self.n_sensitivities, self.radial_taper
-        # 0.6 is not quite 4 x 0.15.
-        by_rank = (math.floor(n * (1.0 - taper * rank) + 1e-9) for rank in range(1, self.l_max + 1))
-        return tuple(max(1, count) for count in by_rank)
+        n, high = self.n_sensitivities, self.n_high_sensitivities
+        return (n, n, high, high)[: self.l_max]
 
     def to_json(self) -> dict[str, Any]:
-        """All values; those of `norms`, no triples and no taper as before there was a choice.
+        """All values; those of `norms`, and what there was no choice of, as they were then.
 
         Fingerprints of such potentials stay what they were.
         """
         values = super().to_json()
         if self.n_triples == 0:
             del values["n_triples"]
-        if self.radial_taper == 0:
-            del values["radial_taper"]
+        if self.n_high_sensitivities == self.n_sensitivities:
+            del values["n_high_sensitivities"]
         if self.invariants == "norms":
             del values["invariants"], values["n_channels"]
         return values
