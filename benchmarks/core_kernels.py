@@ -85,7 +85,9 @@ def measure(call: Callable[[], object], n_atoms: int, rounds: int) -> dict[str, 
 def operations(model: HIPNN, n_pairs: float, *, forces: bool, parameters: bool) -> float:
     """Floating-point operations per atom of one pass; a fused multiply-add counts two."""
     p = model.hyper
-    n, width, m = p.n_sensitivities, p.n_features, (p.l_max + 1) ** 2
+    n, width = p.n_sensitivities, p.n_features
+    by_rank = (n, *p.n_tensor_sensitivities)
+    sums = sum((2 * rank + 1) * count for rank, count in enumerate(by_rank))
     layers = width**2 * (1 + 2 * p.n_atom_layers)
     geometry = 60  # distances, direction, cutoff function, tensor components up to rank 1
     if p.invariants == "smooth":
@@ -96,18 +98,18 @@ def operations(model: HIPNN, n_pairs: float, *, forces: bool, parameters: bool) 
         after = 2 * (n_invariants * width + layers)
         triples = p.n_triples * (0, 0, 72, 248, 830)[p.l_max]
         triples_backward = p.n_triples * (0, 0, 152, 531, 1780)[p.l_max]
-        products = 2 * n * (width + (m - 1) * p.n_channels) + after
+        products = 2 * (n * width + (sums - n) * p.n_channels) + after
         through_pairs = forces  # there are no parameters in the radial functions
     else:
         radial = radial_backward = 18  # exp by a polynomial
         components, gradients = 0, 20 + 4 * n
-        products = after = 2 * (m * n * width + layers)
+        products = after = 2 * (sums * width + layers)
         triples = triples_backward = 0
         through_pairs = forces or parameters
-    work = n_pairs * (geometry + components + n * (radial + 2 * m)) + products + triples
+    work = n_pairs * (geometry + components + n * radial + 2 * sums) + products + triples
     work += triples_backward * (through_pairs or parameters)
     if through_pairs:
-        work += n_pairs * (gradients + n * (radial_backward + 4 * m)) + products
+        work += n_pairs * (gradients + n * radial_backward + 4 * sums) + products
     elif parameters:
         work += after
     return work + products * parameters

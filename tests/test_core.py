@@ -149,6 +149,9 @@ CASES = [
     (1, 2, 2, "polynomial", 2, {**SMOOTH, "n_triples": 4}),
     (2, 3, 1, "polynomial", 1, {**SMOOTH, "n_triples": 1}),
     (1, 4, 2, "polynomial", 1, {**SMOOTH, "n_triples": 3}),
+    (1, 4, 1, "polynomial", 1, {**SMOOTH, "n_sensitivities": 10, "n_high_sensitivities": 5}),
+    (2, 4, 2, "polynomial", 2, {**SMOOTH, "n_sensitivities": 6, "n_high_sensitivities": 1}),
+    (3, 3, 1, "polynomial", 2, {**SMOOTH, "n_sensitivities": 5, "n_high_sensitivities": 4}),
     (3, 4, 1, "cosine_squared", 2, {**SMOOTH, "n_channels": 9, "n_triples": 9}),
 ]
 

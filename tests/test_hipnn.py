@@ -97,6 +97,9 @@ def test_bad_hyper_parameters_are_refused() -> None:
     for named in ({"n_channels": 3, "n_triples": 4}, {"invariants": "norms", "n_triples": 1}):
         with pytest.raises(ModelError, match="n_triples must be at most n_channels"):
             HIPNN(AL, **named)
+    for named in ({"n_high_sensitivities": 11}, {"invariants": "norms", "n_high_sensitivities": 5}):
+        with pytest.raises(ModelError, match="n_high_sensitivities must be at most n_sens"):
+            HIPNN(AL, **named)
     with pytest.raises(ModelError, match=r"too many .*: n_features"):
         HIPNN(AL, 4, n_features=4)
 
@@ -112,13 +115,20 @@ def test_defaults_are_a_small_student_and_complete_configs_keep_the_old_ones() -
         assert HIPNN(AL, **model.hyperparameters()).hyper == model.hyper
     assert "invariants" not in old.hyperparameters()  # fingerprints of old potentials stay
     assert old.hyper.n_triples == 0 < small.hyper.n_triples
-    before = {k: v for k, v in small.hyperparameters().items() if k != "n_triples"}
+    later = {"n_triples", "n_high_sensitivities"}
+    before = {k: v for k, v in small.hyperparameters().items() if k not in later}
     without = HIPNN(AL, **before)  # a file from before there were products
-    assert without.hyper.n_triples == 0
+    assert (without.hyper.n_triples, without.hyper.n_high_sensitivities) == (0, 10)
     assert without.hyperparameters() == before
     assert HIPNN(AL, **before, n_triples=3).hyper.n_triples == 3
     assert HIPNN(AL, n_channels=3).hyper.n_triples == 3
     assert HIPNN(AL, n_channels=3, n_triples=1).hyper.n_triples == 1
+    assert small.hyper.n_high_sensitivities == 5
+    assert HIPNN(AL, n_sensitivities=7).hyper.n_high_sensitivities == 4
+    for n in (1, 3, 7):  # dropped or not, the values come back
+        model = HIPNN(AL, n_sensitivities=7, n_high_sensitivities=n)
+        again = HIPNN(AL, **model.hyperparameters())
+        assert again.hyper.n_tensor_sensitivities == (7, 7, n, n)
 
 
 def test_integers_stay_integers_where_fingerprints_hashed_them() -> None:
@@ -338,6 +348,26 @@ def test_triples_tell_apart_neighbors_with_the_same_distances_and_angles() -> No
     same, different = (energies[n, (0, 1, 2, 5)] - energies[n, (0, 1, 3, 4)] for n in (0, 2))
     assert abs(same) < 1e-12
     assert abs(different) > 1e-6
+
+
+def test_fewer_radial_functions_of_high_ranks_are_weights_of_zero() -> None:
+    few = network(**(SMOOTH | {"n_sensitivities": 6, "n_high_sensitivities": 2}))
+    full = network(**(SMOOTH | {"n_sensitivities": 6, "n_high_sensitivities": 6}))
+    values = full.state_dict()
+    for name, value in few.state_dict().items():
+        if values[name].shape != value.shape:
+            assert name.endswith(("tensor_weights.2", "tensor_weights.3"))
+            value = torch.nn.functional.pad(value, (0, 0, 0, 0, 0, 4))
+        values[name] = value
+    full.load_state_dict(values)
+    atoms = bulk("Al", cubic=True)
+    atoms.rattle(0.2, seed=0)
+    found = []
+    for model in (few, full):
+        model.use_core("torch")  # test_core compares the kernels
+        found.append(model.predict(Structures.from_ase(atoms)))
+    for name in ("energy", "forces"):
+        torch.testing.assert_close(found[0][name], found[1][name])
 
 
 def test_channels_are_not_of_norms() -> None:

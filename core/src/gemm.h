@@ -11,6 +11,14 @@ struct Count {
     static constexpr int value = N;
 };
 
+// work(Count<n>), for n of 1 to `most`.
+template <int most, class F>
+POTSTILL_INLINE void with_count(int n, F &&work) {
+    if constexpr (most > 1)
+        if (n < most) return with_count<most - 1>(n, work);
+    work(Count<most>{});
+}
+
 // How the coefficients A(row, k) lie in memory.
 enum class Order {
     rows,     // A[row * stride + k]
@@ -61,12 +69,11 @@ void gemm_columns(int n_rows, int n_k, const T *a, ptrdiff_t stride, const T *x,
     for (; row + R <= n_rows; row += R)
         gemm_tile<T, order, R, C>(n_k, a + row * step, stride, x, ld_x, y + row * ld_y, ld_y, start,
                                   at(row));
-    for (; row + 2 <= n_rows; row += 2)
-        gemm_tile<T, order, 2, C>(n_k, a + row * step, stride, x, ld_x, y + row * ld_y, ld_y, start,
-                                  at(row));
     if (row < n_rows)
-        gemm_tile<T, order, 1, C>(n_k, a + row * step, stride, x, ld_x, y + row * ld_y, ld_y, start,
-                                  at(row));
+        with_count<R - 1>(n_rows - row, [&](auto rest) {
+            gemm_tile<T, order, decltype(rest)::value, C>(n_k, a + row * step, stride, x, ld_x,
+                                                          y + row * ld_y, ld_y, start, at(row));
+        });
 }
 
 // y(row, :) = [0 | bias(row) | y(row, :)] + sum over k of A(row, k) x(k, :), for n_columns columns,
@@ -144,14 +151,6 @@ POTSTILL_INLINE void lane_tile(int n_k, LaneMatrix<T> a, LaneMatrix<T> x, T *y, 
         for (int j = 0; j < J; ++j) store(y + i * ld_i + j * ld_j, sum[i][j]);
 }
 
-// work(Count<n>), for n of 1 to `most`.
-template <int most, class F>
-POTSTILL_INLINE void with_count(int n, F &&work) {
-    if constexpr (most > 1)
-        if (n < most) return with_count<most - 1>(n, work);
-    work(Count<most>{});
-}
-
 // work(Count<size>, first) for parts of at most `most`, all but the last one of the same size.
 template <int most, class F>
 POTSTILL_INLINE void in_parts(int n, F &&work) {
@@ -166,12 +165,15 @@ POTSTILL_INLINE void in_parts(int n, F &&work) {
     });
 }
 
+// Columns of a tile of such a product.
+constexpr int lane_columns = n_registers == 32 ? 5 : 2;
+
 // y(i, j) = [0 | y(i, j)] + sum over k of a(i, k) x(j, k), lane by lane.
 template <class T>
 void lane_product(int n_i, int n_j, int n_k, LaneMatrix<T> a, LaneMatrix<T> x, T *y, ptrdiff_t ld_i,
                   ptrdiff_t ld_j, bool keep = false) {
     in_parts<5>(n_i, [&](auto rows, int i) {
-        in_parts<n_registers == 32 ? 5 : 2>(n_j, [&](auto columns, int j) {
+        in_parts<lane_columns>(n_j, [&](auto columns, int j) {
             lane_tile<T, decltype(rows)::value, decltype(columns)::value>(
                 n_k, a.from(i), x.from(j), y + i * ld_i + j * ld_j, ld_i, ld_j, keep);
         });

@@ -24,8 +24,11 @@ struct Prepared {
     Span<T> features;  // (n_atoms, padded n_features), of all layers but the last
 };
 
-// Vectors of pairs that are worked on at a time: their tensor components stay in the fastest cache.
-constexpr int chunk_vectors(int M) { return 400 / (M + 8); }
+// Vectors of pairs that are worked on at a time, in whole tiles: their tensor components stay in the
+// fastest cache, or where tiles are larger (AVX-512) do not leave the second.
+constexpr int chunk_vectors(int M) {
+    return (n_registers == 32 ? 680 : 400) / (M + 8) / lane_columns * lane_columns;
+}
 
 // Pairs within the cutoff, of as many atoms as there are lanes, or of one where features are dense.
 template <class T>
@@ -385,13 +388,16 @@ class Layers {
 
     // -- forward -------------------------------------------------------------------------------
 
-    // work(first vector, number of them) for parts of about the same size; once without vectors, too.
+    // work(first vector, number of them) for parts of about the same size, in whole tiles if it can be;
+    // once without vectors, too.
     template <class F>
     static void in_chunks(int n_vectors, F &&work) {
         constexpr int most = chunk_vectors(M);
         int parts = (n_vectors + most - 1) / most, first = 0;
         do {
-            const int size = parts > 0 ? (n_vectors - first + parts - 1) / parts : 0;
+            const int rest = n_vectors - first, share = parts > 0 ? (rest + parts - 1) / parts : 0;
+            const int whole = (share + lane_columns - 1) / lane_columns * lane_columns;
+            const int size = whole < rest ? whole : rest;
             work(first, size);
             first += size;
         } while (--parts > 0);

@@ -64,12 +64,15 @@ SETTINGS: dict[str, Any] = {
     "early_stopping": None,
 }
 
-#: Hyper-parameters of HIP-NN beside the cutoff: without products of three tensors, which there
-#: were none of when the results were made.
+#: Of the default when the results were made: no products of three tensors, and all radial functions
+#: for every rank.
+THEN = {"n_triples": 0, "n_high_sensitivities": 10}
+
+#: Hyper-parameters of HIP-NN beside the cutoff.
 SIZES: dict[str, dict[str, int]] = {
-    "default": {"n_triples": 0},
-    "fast": {"l_max": 1, "n_features": 12, "n_channels": 12, "n_triples": 0},
-    "wide": {"n_features": 40, "n_channels": 40, "n_triples": 0},
+    "default": THEN,
+    "fast": {"l_max": 1, "n_features": 12, "n_channels": 12, **THEN},
+    "wide": {"n_features": 40, "n_channels": 40, **THEN},
 }
 STUDENTS = ("default", "fast")
 ROLES = ("teacher", *(f"{role}-{size}" for size in STUDENTS for role in ("student", "control")))
