@@ -49,24 +49,10 @@ SMALL_STRAINS = (0.002, 0.005, 0.01)
 
 #: Settings of every training.
 SETTINGS: dict[str, Any] = {
-    "energy": {"refit": True},
-    "loss": [
-        {"property": "energy", "weight": 30.0, "per_atom": True},
-        {"property": "forces", "weight": 30.0},
-    ],
-    "optimizer": {
-        "name": "adamw",
-        "learning_rate": 0.01,
-        "weight_decay": 0.1,
-        "ema_decay": "auto",
-        "beta2": 0.99,
-    },
-    "learning_rate": {"schedule": "one_cycle"},
-    "regularization": {"l2": 0.0, "hierarchicality": 0.0},
+    "preset": "student",
     "score": {"weights": {"forces_rmse": 1.0, "energy_per_atom_rmse": 10.0}},
     "batch_size": 8,
     "epochs": 100,
-    "early_stopping": None,
 }
 
 #: Points of the front: hyper-parameters of HIP-NN beside the cutoff.

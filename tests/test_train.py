@@ -580,3 +580,26 @@ def test_a_run_of_other_defaults_is_not_continued(tmp_path: Path) -> None:
             train(settings(), data, data, tmp_path)
     torch.save(payload, tmp_path / "last.pt")
     assert train(settings(), data, data, tmp_path).status == "finished"
+
+
+def test_a_preset_fills_what_is_not_given() -> None:
+    plain, preset = TrainSettings(), TrainSettings(preset="student")
+    assert preset.energy.refit
+    assert preset.optimizer.name == "adamw"
+    assert (preset.max_steps, preset.early_stopping) == (10_000, None)
+    changed = TrainSettings(preset="student", optimizer={"learning_rate": 0.005}, epochs=7, seed=2)
+    assert (changed.optimizer.learning_rate, changed.optimizer.weight_decay) == (0.005, 0.1)
+    assert (changed.epochs, changed.seed, changed.max_steps) == (7, 2, 10_000)
+    for one in (plain, preset, changed):  # what a run's folder holds
+        assert TrainSettings.model_validate(one.model_dump(mode="json")) == one
+    with pytest.raises(ValueError, match="'student'"):
+        TrainSettings(preset="studnt")
+
+
+@pytest.mark.parametrize(("max_steps", "epochs", "expected"), [(5, 9, 2), (6, 9, 2), (99, 4, 4)])
+def test_steps_limit_epochs(tmp_path, max_steps, epochs, expected) -> None:
+    data = emt_set(10)  # 3 steps of 4
+    run = settings(max_steps=max_steps, epochs=epochs, precision="float32")
+    result = train(run, data, data, tmp_path)
+    assert (result.status, result.epochs) == ("finished", expected)
+    assert train(run, data, data, tmp_path).epochs == expected  # again: nothing to do

@@ -54,7 +54,7 @@ SETTINGS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
         },
     ),
     "label": (LabelConfig, {"store": "labels.zarr", "teacher": {"spec": "chgnet"}}),
-    "train": (TrainConfig, {"out": "run", "data": _TRAINING}),
+    "train": (TrainConfig, {"out": "run", "data": _TRAINING, "train": {"preset": "student"}}),
     "fit": (FitConfig, {"out": "fit", "data": _TRAINING}),
     "epsilon": (EpsilonConfig, {"out": "epsilon", "data": _TRAINING}),
     "evaluate": (

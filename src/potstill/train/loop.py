@@ -24,7 +24,7 @@ from potstill.train.data import TrainingSet
 from potstill.train.devices import default_fabric
 from potstill.train.force_gradient import ForceGradient
 from potstill.train.initialize import initial_student
-from potstill.train.mixing import batch_weights, mixed_batches
+from potstill.train.mixing import batch_weights, mixed_batches, within_steps
 from potstill.train.objective import BatchLoss
 from potstill.train.refit import refit_energy_zero
 from potstill.train.settings import TrainSettings
@@ -120,6 +120,7 @@ def train(
     ConfigError
         If the folder holds a run with other settings or data.
     """
+    settings = within_steps(settings, training)
     p = prepare(settings, training, validation, folder, initial, teachers or {}, say, fabric)
     run, trainee = p.run, p.trainee
     with Interruption() as interruption, run.event_log(settings, trainee) as log_events:

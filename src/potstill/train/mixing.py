@@ -8,11 +8,14 @@ weighs r times as much in the loss as another one of its batch.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from potstill.errors import ConfigError
 from potstill.structures import Structures
+from potstill.train.data import TrainingSet
 from potstill.train.settings import TrainSettings
 
 
@@ -44,6 +47,15 @@ def mixed_batches(
             raise ConfigError(f"mixing.alpha = {alpha:g} asks for {which} data, but there are none")
         drawn.append(_in_passes(pool, count, settings.seed, epoch, origin))
     return cut(structures, torch.cat(drawn)[order], settings)
+
+
+def within_steps(settings: TrainSettings, data: TrainingSet) -> TrainSettings:
+    """The settings with no more epochs than have `settings.max_steps`."""
+    if settings.max_steps is None:
+        return settings
+    per_epoch = len(mixed_batches(data.structures, data.synthetic, settings, epoch=1))
+    epochs = math.ceil(settings.max_steps / per_epoch)
+    return settings.model_copy(update={"epochs": min(settings.epochs, epochs)})
 
 
 def cut(structures: Structures, order: Tensor, settings: TrainSettings) -> list[Tensor]:

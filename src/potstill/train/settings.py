@@ -271,11 +271,39 @@ def paper_loss(w_forces: float = 10.0) -> tuple[LossTerm, ...]:
     )
 
 
+#: Settings by name, for `TrainSettings.preset`.
+PRESETS: dict[str, dict[str, Any]] = {
+    # As in benchmarks/accuracy.py, but for the number of steps, which suits sets of any size.
+    "student": {
+        "energy": {"refit": True},
+        "loss": [
+            {"property": "energy", "weight": 30.0, "per_atom": True},
+            {"property": "forces", "weight": 30.0},
+        ],
+        "optimizer": {
+            "name": "adamw",
+            "learning_rate": 0.01,
+            "weight_decay": 0.1,
+            "beta2": 0.99,
+            "ema_decay": "auto",
+        },
+        "learning_rate": {"schedule": "one_cycle"},
+        "regularization": {"l2": 0.0, "hierarchicality": 0.0},
+        "epochs": 1000,
+        "max_steps": 10_000,
+        "early_stopping": None,
+    }
+}
+
+
 class TrainSettings(_Settings):
     """All settings of one training run except its data.
 
     Parameters
     ----------
+    preset : "student", optional
+        What is not given has the values of this preset instead of the defaults, which are those of
+        Matin et al.: `student` is what the default network is best trained with.
     mixing : MixingSettings, optional
         Sampling and weighting of synthetic data.
     augment : AugmentSettings, optional
@@ -284,6 +312,8 @@ class TrainSettings(_Settings):
         Terms of the loss; those with `distill` name a strategy of feature distillation.
     epochs : int
         Maximum number of epochs.
+    max_steps : int, optional
+        Maximum number of steps, up to a whole epoch.
     batch_size : int
         Structures per step, over all processes.
     batch_atoms : int, optional
@@ -303,6 +333,7 @@ class TrainSettings(_Settings):
         Write TensorBoard files to `events/`; needs the extra `tensorboard`.
     """
 
+    preset: Literal["student"] | None = None
     model: ModelSettings = Field(default_factory=ModelSettings)
     energy: EnergySettings = Field(default_factory=EnergySettings)
     loss: tuple[AnyTerm, ...] = Field(default_factory=paper_loss)
@@ -314,6 +345,7 @@ class TrainSettings(_Settings):
     mixing: MixingSettings | None = None
     augment: AugmentSettings | None = None
     epochs: int = Field(default=300, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=8, ge=1)
     batch_atoms: int | None = Field(default=None, ge=1)
     early_stopping: int | None = Field(default=50, ge=1)
@@ -322,6 +354,18 @@ class TrainSettings(_Settings):
     compile: bool = False
     seed: int = 0
     tensorboard: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        preset = PRESETS.get(str(values.get("preset"))) if isinstance(values, dict) else None
+        if preset is None:
+            return values
+        merged = dict(preset)
+        for key, value in values.items():
+            both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+            merged[key] = {**merged[key], **value} if both else value
+        return merged
 
     @field_validator("loss", mode="before")
     @classmethod

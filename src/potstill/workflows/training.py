@@ -30,6 +30,7 @@ from potstill.report.tables import number
 from potstill.teachers import Teacher
 from potstill.train import TrainingSet, TrainResult, TrainSettings, train
 from potstill.train.loop import EpochCallback
+from potstill.train.mixing import within_steps
 from potstill.train.signals import is_stored
 from potstill.workflows.base import (
     Display,
@@ -269,6 +270,7 @@ def train_with_progress(
     on_epoch: EpochCallback | None = None,
 ) -> TrainResult:
     """`potstill.train.train` with a display; `on_epoch` is called after that has been updated."""
+    settings = within_steps(settings, training)
     rows = [[source, name, str(n)] for source, name, n in training.summary()]
     if not (folder / "settings.json").is_file():
         display.table(f"{title}: labels", ("source", "property", "structures"), rows)

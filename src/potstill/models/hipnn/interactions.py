@@ -57,13 +57,16 @@ class Sizes(Protocol):
     n_sensitivities: int
     n_channels: int
     n_triples: int
-    n_tensor_sensitivities: tuple[int, ...]
     dist_soft_min: float
     dist_soft_max: float
     dist_hard_max: float
     l_max: int
     cusp_reg: float
     cutoff_function: str
+
+    @property
+    def n_tensor_sensitivities(self) -> tuple[int, ...]:
+        """Radial functions of the tensors of rank 1 to l_max."""
 
 
 class Sensitivity(nn.Module):
