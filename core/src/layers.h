@@ -720,8 +720,8 @@ class Layers {
             for (int v = 0; v < run.n_vectors; ++v, by_sum.data += L) {
                 T *const at[3] = {by_pair[0] + v * L, by_pair[1] + v * L, by_pair[2] + v * L};
                 chebyshev_backward<T, M>(s.fields, run.first + v * L, 1, radial, ranks_,
-                                         g + v * n_sens * L, x.components + v * M * L, by_sum, x.by_component, x.by_function,
-                                         at);
+                                         g + v * n_sens * L, x.components + v * M * L, by_sum,
+                                         x.by_component, x.by_function, at);
             }
         else if constexpr (M <= 9)
             backward_run<T, M>(s.fields, run, radial, g, by_sum, moments, by_pair);

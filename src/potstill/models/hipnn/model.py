@@ -7,9 +7,8 @@ forces agree for equal weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
-from itertools import chain
 from typing import Any, Literal, Self, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -347,13 +346,22 @@ class HIPNN(Potential):
         Their values are compared, since not all that changes a tensor counts as a new version.
         """
         with torch.no_grad():
-            now = torch.cat([t.reshape(-1) for t in chain(self.parameters(), self.buffers())])
+            now = torch.cat([t.reshape(-1) for t in self._all_tensors()])
             before, derived = _DERIVED.get(self, (now[:0], None))
             same = before.dtype == now.dtype and before.device == now.device
             if derived is None or not (same and torch.equal(before, now)):
                 derived = self.native_parameters().joined()
                 _DERIVED[self] = now, derived
         return kernel(derived, *inputs, **options)
+
+    def _all_tensors(self) -> Iterator[Tensor]:
+        """Parameters and buffers, without the walk over the modules that takes longer than a step."""
+        places = _PLACES.get(self)
+        if places is None:
+            held = [(module._parameters, module._buffers) for module in self.modules()]
+            places = _PLACES[self] = tuple(place for pair in held for place in pair if place)
+        for place in places:
+            yield from (tensor for tensor in place.values() if tensor is not None)
 
     def native_parameters(self) -> HipnnParameters:
         """Shape and parameters for the kernels of `potstill.core`, in the order of `parameters()`.
@@ -462,3 +470,6 @@ def _interned(shape: HipnnShape) -> HipnnShape:
 #: What the kernels were last given of a model, and the values that it was derived from. Not an
 #: attribute: copies and pickles need none of it.
 _DERIVED: WeakKeyDictionary[HIPNN, tuple[Tensor, HipnnParameters]] = WeakKeyDictionary()
+
+#: Where the modules of a model hold their tensors. Modules do not come and go: the sizes are fixed.
+_PLACES: WeakKeyDictionary[HIPNN, tuple[Mapping[str, Tensor | None], ...]] = WeakKeyDictionary()
