@@ -7,8 +7,8 @@ Molybdenum, silicon and copper of mlearn (Zuo et al., J. Phys. Chem. A 124, 731 
 published split; tungsten labeled by MACE-MP, with its own validation frames. Of mlearn's training
 frames a twentieth chooses the best epoch and is not trained on. Every model is trained with the
 same settings. Errors are those of the test frames, which nothing was chosen on but these settings
-and the number of triples: errors of training, validation and test frames of all four, mostly of
-molybdenum and copper, seeds 0 and 1.
+and the numbers of triples and of radial functions: errors of training, validation and test frames
+of all four, mostly of molybdenum and copper, seeds 0 and 1.
 
 Cost is that of `pareto.py`: processor time per atom and step of NVE at 300 K through ASE's
 calculator, neighbor lists included, of about 4,000 atoms on one thread, the least of `ROUNDS`, with
@@ -59,6 +59,7 @@ SETTINGS: dict[str, Any] = {
 SIZES: dict[str, dict[str, int]] = {
     "l2": {"l_max": 2},
     "l4": {},
+    "l4-all": {"n_high_sensitivities": 10},
     "l4-24": {"n_triples": 24},
 }
 
