@@ -13,6 +13,7 @@ from potstill.evaluate.base import Bench, Candidate, Evaluation
 from potstill.evaluate.elastic import Elastic
 from potstill.evaluate.eos import Eos
 from potstill.evaluate.errors import S2EF, Errors
+from potstill.evaluate.headroom import Headroom
 from potstill.evaluate.memory import Memory
 from potstill.evaluate.nve import NVE
 from potstill.evaluate.parity import Parity
@@ -37,6 +38,7 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
         Speed,
         Memory,
         NVE,
+        Headroom,
     )
 }
 

@@ -243,8 +243,10 @@ def _evaluate(run: Run) -> None:
     for name, variant in run.models.items():
         file = str(run.folder / name / "best.pt")
         candidates.append(Candidate(name, file, role=variant.role))
+    nve = run.plan.counts.nve_duration or 1.0
     options = {
-        "nve": {"duration": run.plan.counts.nve_duration or 1.0},
+        "nve": {"duration": nve},
+        "headroom": {"duration": 0.5 * nve, "runs": 2},
         "speed": {"sizes": run.plan.speed_sizes},
     }
     chosen = [

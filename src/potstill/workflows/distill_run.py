@@ -97,6 +97,7 @@ def default_tests() -> dict[str, tuple[Candidates, ...]]:
         "speed": ("student", "teacher"),
         "memory": ("student",),
         "nve": ("student", "control"),
+        "headroom": ("student", "control"),
     }
 
 

@@ -332,7 +332,7 @@ def _full(order: Order, timings: Timings, timestep: float) -> Counts:
     nve = min(20.0, STUDENT_MD_SHARE * order.budget * timestep / timings.student_step / 1000.0)
     nve = max(1.0, round(nve, 1))
     md = max(1.0, round(0.25 * nve, 1))
-    own = (nve + md) * 1000.0 / timestep * timings.student_step + EVALUATION_SECONDS
+    own = (2.0 * nve + md) * 1000.0 / timestep * timings.student_step + EVALUATION_SECONDS
     rest = max(order.budget - own, 0.3 * order.budget)
     teacher_time = TEACHER_SHARE * rest
     n_temperatures = 3 if order.budget >= 1200.0 else 2
@@ -416,7 +416,7 @@ def expected_seconds(
     seconds["train"] = rounds * (counts.epochs or 0) * n_all * timings.train
     seconds["dynamics"] = (counts.md_duration or 0.0) * student
     seconds["evaluate"] = (
-        (counts.nve_duration or 0.0) * student
+        2.0 * (counts.nve_duration or 0.0) * student  # at two temperatures
         + EVALUATION_SECONDS
         + order.teacher_calls(md is LEAN) * timings.step
     )
