@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -124,6 +124,8 @@ def _vocabulary() -> tuple[Metric, ...]:
         Metric("phonon_highest", "Highest phonon", "THz"),
         Metric("phonon_rmse", "Phonon RMSE", "THz"),
         Metric("phonon_largest_deviation", "Phonon deviation, largest", "THz"),
+        Metric("vacancy_formation", "Vacancy formation energy", "eV"),
+        Metric("defects_deviation", "Deviation of vacancy and surfaces, largest", "%", 100.0),
         Metric("nve_drift", "NVE drift", "meV/atom"),
         Metric("nve_slope", "NVE slope", "meV/atom/ps"),
         Metric("nve_fluctuation", "NVE fluctuation", "meV/atom"),
@@ -133,10 +135,15 @@ def _vocabulary() -> tuple[Metric, ...]:
 
 #: The vocabulary: what every number of a result, a report and a study is called and shown as.
 METRICS: dict[str, Metric] = {metric.key: metric for metric in _vocabulary()}
+#: Metrics of which there are several, by what their keys start with: `surface_111`.
+FAMILIES: dict[str, Metric] = {"surface": Metric("surface", "Surface energy", "J/m²")}
 
 
 def metric_of(key: str) -> Metric:
-    """The metric of a key; one that has no row in `METRICS` is shown by its key in words."""
+    """The metric of a key; one without a row here is shown by its key in words."""
+    start, _, which = key.partition("_")
+    if start in FAMILIES:
+        return replace(FAMILIES[start], key=key, name=f"{FAMILIES[start].name} ({which})")
     return METRICS.get(key) or Metric(key, key.replace("_", " ").capitalize())
 
 

@@ -43,6 +43,9 @@ BOLTZMANN: float = _ase.kB
 #: One GPa in eV/Å³.
 GPA: float = _ase.GPa
 
+#: One J/m² in eV/Å², for surface energies.
+JOULE_PER_SQUARE_METER: float = _ase.J / _ase.m**2
+
 #: One amu/Å³ in g/cm³.
 AMU_PER_A3_IN_G_PER_CM3: float = 1.66053906660
 

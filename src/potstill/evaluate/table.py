@@ -10,6 +10,7 @@ from pydantic import AfterValidator
 
 from potstill.errors import PotstillError, suggest
 from potstill.evaluate.base import Bench, Candidate, Evaluation
+from potstill.evaluate.defects import DefectsEvaluation
 from potstill.evaluate.elastic import Elastic
 from potstill.evaluate.eos import Eos
 from potstill.evaluate.errors import S2EF, Errors
@@ -34,6 +35,7 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
         Elastic,
         VibrationsEvaluation,
         PhononsEvaluation,
+        DefectsEvaluation,
         Rdf,
         Speed,
         Memory,

@@ -88,8 +88,8 @@ class EvaluateConfig(Settings):
         Starting structure for properties and MD; without it only errors are computed.
     tests : dict of str to dict, or list of str, optional
         Evaluations (`potstill.evaluate.table`) to run, with their settings if any:
-        `{eos: {}, nve: {duration: 5}}`. By default all that apply, except `throughput` and
-        `headroom`, and `s2ef` only with `splits`.
+        `{eos: {}, nve: {duration: 5}}`. By default all that apply, except `throughput`,
+        `defects` and `headroom`, and `s2ef` only with `splits`.
     options : dict of str to dict
         Settings of evaluations, whether or not `tests` names them.
     settings : BenchSettings
