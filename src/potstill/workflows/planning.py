@@ -186,7 +186,7 @@ class Plan(Settings):
             "train": f"{c.epochs} epochs each for the student and its controls",
             "dynamics": f"{c.md_duration:g} ps with the student",
             "evaluate": "errors, elasticity, phonons or vibrations, speed, memory, "
-            f"{c.nve_duration:g} ps of NVE",
+            f"{c.nve_duration:g} ps of NVE and the same a third hotter",
         }
         rows = [[k, work.get(k, ""), seconds_in_words(s)] for k, s in self.seconds.items()]
         return [*rows, ["total", "", seconds_in_words(self.total_seconds)]]
