@@ -12,6 +12,8 @@ from ase.io import write
 from potstill.checkpoint import load_potential
 from potstill.config import DistillConfig, validate
 from potstill.errors import ConfigError, DivergenceError
+from potstill.evaluate.base import Bench, BenchSettings
+from potstill.evaluate.headroom import HeadroomRuns
 from potstill.sample import MDJob, SamplingPlan, run_plan, smallest_supercell
 from potstill.store import LabeledStore
 from potstill.structures import Structures
@@ -309,10 +311,29 @@ def test_the_better_model_on_validation_is_handed_out(settings, tmp_path, monkey
     config = validate({**settings, "out": str(tmp_path / "run")}, DistillConfig)
     context = job.Run.open(config, job.Display())
     models = {"student": None, "control_wf10": None}
+    broken: set[str] = set()
     monkeypatch.setattr(job.Run, "models", models)
     monkeypatch.setattr(job, "train_students", lambda run: None)
-    cases = {(0.3, 0.2): "control_wf10", (0.2, 0.2): "student", (None, 9.0): "control_wf10"}
-    for scores, best in cases.items():
+    monkeypatch.setattr(job, "_bench", lambda run: Bench(BenchSettings()))
+    monkeypatch.setattr(job, "_candidate", lambda run, name: name)
+    monkeypatch.setattr(
+        job.Headroom,
+        "run",
+        lambda self, bench, name: HeadroomRuns(
+            400.0, 1.0, 4, 2, 0 if name in broken else 2, None, ""
+        ),
+    )
+    cases = [
+        ((0.3, 0.2), (), "control_wf10", "was best on validation"),
+        ((0.2, 0.2), (), "student", "was best on validation"),
+        ((None, 9.0), (), "control_wf10", "was best on validation"),
+        ((0.3, 0.2), ("control_wf10",), "student", "stays sound in MD from 400 K, where the con"),
+        ((0.3, 0.2), ("student",), "control_wf10", "was best on validation"),
+        ((0.3, 0.2), tuple(models), "control_wf10", "was best on validation"),
+    ]
+    for scores, unsound, best, reason in cases:
+        broken.clear()
+        broken.update(unsound)
         for name, score in zip(models, scores, strict=True):
             (context.folder / name).mkdir(exist_ok=True)
             (context.folder / name / "best.pt").write_text(name)
@@ -321,4 +342,6 @@ def test_the_better_model_on_validation_is_handed_out(settings, tmp_path, monkey
         note = job._train(context)
         assert f"student.pt is {best}" in note
         assert (context.folder / "student.pt").read_text() == best
-        assert job.read_json(context.folder / "choice.json")["model"] == best
+        chosen = job.read_json(context.folder / "choice.json")
+        assert chosen["model"] == best
+        assert chosen["reason"].startswith(reason)

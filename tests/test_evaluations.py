@@ -256,9 +256,9 @@ def test_the_first_sentence_is_on_the_bars_of_what_is_handed_out():
     found = Findings({"elastic": scans})
     own = verdicts(found)
     assert own[0].startswith("All bars met: elastic constants")
-    assert verdicts(found, "student") == own
-    first, second, *others = verdicts(found, "control_wf30")
-    assert first.startswith("student.pt is the control (w_F = 30), which was better on validation")
+    assert verdicts(found, {"model": "student"}) == own
+    first, second, *others = verdicts(found, {"model": "control_wf30", "reason": "was asked for"})
+    assert first.startswith("student.pt is the control (w_F = 30), which was asked for. ")
     assert "Bars missed (2 of 2): mechanical stability (C44" in first
     assert second == f"Of the student: {own[0]}"
     assert tuple(others) == own[1:]

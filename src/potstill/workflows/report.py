@@ -97,8 +97,7 @@ def write_report(run: str | Path | ReportData, *, about: Mapping[str, str] | Non
     page = Page(
         title=data.title,
         about=tuple({**(about or {}), **data.about}.items()),
-        verdicts=verdicts(data.found, handed_out(data.folder))
-        or ("Nothing has been evaluated yet.",),
+        verdicts=verdicts(data.found, choice(data.folder)) or ("Nothing has been evaluated yet.",),
         facts=tuple(_facts(data.found)),
         notes=data.found.problems,
         sections=tuple(sections),
@@ -106,19 +105,21 @@ def write_report(run: str | Path | ReportData, *, about: Mapping[str, str] | Non
     return write_page(page, data.folder / "report.html")
 
 
-def verdicts(found: Findings, handed_out: str = "") -> tuple[str, ...]:
+def verdicts(found: Findings, chosen: Mapping[str, Any] | None = None) -> tuple[str, ...]:
     """Sentences of the summary: first which bars are missed, then what was found.
 
-    Where `student.pt` is not the student but `handed_out`, the first sentence is on its bars.
+    Where `student.pt` is not the student but another `model` that was `chosen`, the first sentence
+    is on its bars.
     """
     lines = ordered_verdicts(_verdicts(found))
+    handed_out = (chosen or {}).get("model", "")
     if handed_out in ("", found.student) or handed_out not in found.models:
         return lines
     roles = {m: found.role(m) for m in found.models}
     roles |= {found.student: Role.CONTROL, handed_out: Role.STUDENT}
     bars = [v for v in _verdicts(replace(found, roles=roles)) if v.bar]
-    label = plain_label(handed_out)
-    first = f"student.pt is the {label}, which was better on validation than the student. "
+    reason = (chosen or {}).get("reason", "was best on validation")
+    first = f"student.pt is the {plain_label(handed_out)}, which {reason}. "
     return (first + "".join(ordered_verdicts(bars)[:1]), f"Of the student: {lines[0]}", *lines[1:])
 
 
@@ -127,9 +128,9 @@ def _verdicts(found: Findings) -> list[Verdict]:
     return [v for e in every for v in (*_not_done(e, found), *e.verdicts(found))]
 
 
-def handed_out(folder: Path) -> str:
-    """The model that a run of `distill` has copied to `student.pt`; empty in other folders."""
-    return str(read_json(folder / "choice.json", {}).get("model", ""))
+def choice(folder: Path) -> dict[str, Any]:
+    """The model that a run of `distill` has copied to `student.pt`, and why; empty elsewhere."""
+    return dict(read_json(folder / "choice.json", {}))
 
 
 def _not_done(evaluation: type[Evaluation], found: Findings) -> Iterator[Verdict]:

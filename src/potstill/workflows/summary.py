@@ -13,8 +13,8 @@ from potstill.evaluate.table import EVALUATIONS
 from potstill.metrics import force_key, metric_of
 from potstill.report.panels import plain_label
 from potstill.report.tables import shown
-from potstill.workflows.base import Stages, read_json
-from potstill.workflows.report import collect, handed_out, verdicts
+from potstill.workflows.base import Stages
+from potstill.workflows.report import choice, collect, verdicts
 
 
 def summarize(folder: Path) -> dict[str, Any]:
@@ -26,16 +26,16 @@ def summarize(folder: Path) -> dict[str, Any]:
         `verdicts` (sentences, first the bars that are missed), `problems` (what does not apply or
         was not done), `metrics` (model to numbers by the keys of `potstill.metrics.METRICS`),
         `speed_ratio` by number of atoms, `seconds` by stage, `student.pt` (the
-        `model` that it is, and the `validation_scores` by which it was chosen).
+        `model` that it is, the `reason`, and the `validation_scores` and `sound_runs` behind it).
     """
     data = collect(folder)
     summary = {
-        "verdicts": list(verdicts(data.found, handed_out(folder))),
+        "verdicts": list(verdicts(data.found, choice(folder))),
         "problems": list(data.found.problems),
         "metrics": as_json(metrics_of(data.found)),
         "speed_ratio": {str(n): ratio for n, ratio in speed_ratio(data.found).items()},
         "seconds": Stages(folder).seconds,
-        "student.pt": read_json(folder / "choice.json", {}),
+        "student.pt": choice(folder),
     }
     return {key: value for key, value in summary.items() if value}
 
