@@ -219,7 +219,7 @@ def _choice(run: Run) -> dict[str, Any]:
     bench, test = _bench(run), Headroom.model_validate(_options(run)["headroom"])
     others = bench.settings.model_copy(update={"seed": run.config.seed + test.runs})
     best, reason, tried = order[0], "was best on validation", {}
-    for name in order:
+    for name in [name for name in order if math.isfinite(scores[name])]:
         found = test.run(replace(bench, settings=others), _candidate(run, name))
         tried[name] = f"{found.n_sound} of {found.n_runs}"
         if found.n_sound < found.n_runs:
