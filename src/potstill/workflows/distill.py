@@ -294,7 +294,7 @@ def _options(run: Run) -> dict[str, dict[str, Any]]:
     nve = run.plan.counts.nve_duration or 1.0
     return {
         "nve": {"duration": nve},
-        "headroom": {"duration": 0.5 * nve, "runs": 2},
+        "headroom": {"duration": max(0.5 * nve, 0.1), "runs": 2},
         "speed": {"sizes": run.plan.speed_sizes},
     }
 
