@@ -1,6 +1,7 @@
 """What an MD step of a student of aluminium costs beside eam/fs, both on aluminium, in turns.
 
     python benchmarks/pareto.py --peers peers --set-up
+    potstill train benchmarks/aluminium.yaml     # labels: the first two commands of al.yaml
     python benchmarks/vs_eam.py --peers peers --checkpoint runs/al_default/best.pt
 
 The yardstick is that of `pareto.py` (4,000 atoms, 300 K, one thread, whole steps with updates of

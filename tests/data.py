@@ -8,6 +8,7 @@ from pathlib import Path
 import ase
 import pytest
 from ase.build import bulk
+from ase.calculators.calculator import Calculator
 from ase.calculators.emt import EMT
 
 
@@ -21,6 +22,16 @@ def rattled_copper(n: int, displacement: float) -> list[ase.Atoms]:
         atoms.get_stress()
         frames.append(atoms)
     return frames
+
+
+def tersoff_silicon() -> Calculator:
+    """Tersoff's potential of 1988 (T3); skips the test where ASE has none."""
+    tersoff = pytest.importorskip("ase.calculators.tersoff")
+    parameters = tersoff.TersoffParameters(
+        m=3, gamma=1.0, lambda3=0.0, c=1.0039e5, d=16.217, h=-0.59825, n=0.78734, beta=1.1e-6,
+        lambda2=1.73222, B=471.18, R=2.85, D=0.15, lambda1=2.4799, A=1830.8,
+    )  # fmt: skip
+    return tersoff.Tersoff({("Si", "Si", "Si"): parameters})
 
 
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -17,6 +17,7 @@ from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 from ase.constraints import FixAtoms
 
+from data import tersoff_silicon
 from potstill.errors import ConfigError, DataError, ModelError
 from potstill.evaluate import memory
 from potstill.evaluate.base import as_json
@@ -325,12 +326,7 @@ def test_elastic_constants_without_stresses(copper):
 
 def test_relaxed_and_clamped_ions_of_silicon():
     # Tersoff, Phys. Rev. B 38, 9902 (1988): C11 142.5, C12 75.4, C44 69.0, C44 clamped 118.8 GPa.
-    tersoff = pytest.importorskip("ase.calculators.tersoff")
-    parameters = tersoff.TersoffParameters(
-        m=3, gamma=1.0, lambda3=0.0, c=1.0039e5, d=16.217, h=-0.59825, n=0.78734, beta=1.1e-6,
-        lambda2=1.73222, B=471.18, R=2.85, D=0.15, lambda1=2.4799, A=1830.8,
-    )  # fmt: skip
-    calculator = tersoff.Tersoff({("Si", "Si", "Si"): parameters})
+    calculator = tersoff_silicon()
     state = equation_of_state(bulk("Si"), calculator, max_strain=0.015, n_points=7)
     assert state.lattice_constant == pytest.approx(5.432, abs=0.001)
     assert state.energy == pytest.approx(-4.63, abs=0.005)

@@ -16,6 +16,7 @@ from ase.io import write
 from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS
 
+from data import tersoff_silicon
 from potstill.errors import ConfigError, DataError
 from potstill.evaluate.base import Bench, BenchSettings, Candidate, Findings
 from potstill.evaluate.defects import (
@@ -147,12 +148,7 @@ def test_close_packed_faces_cost_least_and_relaxation_gains(copper):
 
 def test_silicon_against_published_numbers():
     # Balamane, Halicioglu and Tiller, Phys. Rev. B 46, 2250 (1992): 3.70 eV for this potential.
-    tersoff = pytest.importorskip("ase.calculators.tersoff")
-    parameters = tersoff.TersoffParameters(
-        m=3, gamma=1.0, lambda3=0.0, c=1.0039e5, d=16.217, h=-0.59825, n=0.78734, beta=1.1e-6,
-        lambda2=1.73222, B=471.18, R=2.85, D=0.15, lambda1=2.4799, A=1830.8,
-    )  # fmt: skip
-    calculator = tersoff.Tersoff({("Si", "Si", "Si"): parameters})
+    calculator = tersoff_silicon()
     found = defects(bulk("Si"), calculator, surfaces=[(1, 1, 1)])
     assert found.vacancy.relaxed == pytest.approx(3.70, abs=0.03)
     assert found.vacancy.n_atoms == 63

@@ -436,7 +436,7 @@ class Layers {
                 });
                 T *out = s.block.environment + z * M * B + b;
                 for (int k = 0; k < n_sens; ++k)
-                    for (int m = 0; m < ranks_.components_of(k); ++m)
+                    for (int m = 0, used = ranks_.components_of(k); m < used; ++m)
                         store(out + (k * n_s * M + m) * B, load(s.pairs.sums + (k * M + m) * L));
             }
         }
@@ -674,7 +674,8 @@ class Layers {
                         const int k = run.first + v * L;
                         components_of<T, M>(s.fields, k, n_v, radial, x.components);
                         chebyshev_backward<T, M>(s.fields, k, n_v, radial, ranks_,
-                                                 g + v * sizes_.n_sens * L, x.components, by_sum, x.by_component, x.by_function, at);
+                                                 g + v * sizes_.n_sens * L, x.components, by_sum,
+                                                 x.by_component, x.by_function, at);
                     });
                 else if constexpr (M <= 9)
                     backward_run<T, M>(s.fields, run, radial, g, by_sum, moments, by_pair);
