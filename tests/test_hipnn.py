@@ -126,7 +126,7 @@ def test_defaults_are_a_small_student_and_complete_configs_keep_the_old_ones() -
     assert small.hyper.n_high_sensitivities == 5
     assert HIPNN(AL, n_sensitivities=7).hyper.n_high_sensitivities == 4
     for n in (1, 3, 7):  # dropped or not, the values come back
-        model = HIPNN(AL, n_sensitivities=7, n_high_sensitivities=n)
+        model = HIPNN(AL, l_max=4, n_sensitivities=7, n_high_sensitivities=n)
         again = HIPNN(AL, **model.hyperparameters())
         assert again.hyper.n_tensor_sensitivities == (7, 7, n, n)
 

@@ -71,9 +71,9 @@ class Weights(Settings):
 
 
 def default_student() -> TrainSettings:
-    """A small HIP-NN, trained fast; all channels form triples, since there are many structures."""
+    """A HIP-NN larger than its defaults (rank 4, all channels form triples): data are plentiful."""
     return TrainSettings(
-        model=ModelSettings(kind="hipnn", hyperparameters={"n_triples": 24}),
+        model=ModelSettings(kind="hipnn", hyperparameters={"l_max": 4, "n_triples": 24}),
         energy=EnergySettings(zero="least_squares", refit=True, prior="zbl"),
         # With the energies' zero subtracted the ratios of L_R would be ratios of noise.
         regularization=RegularizationSettings(l2=1e-6, hierarchicality=0.0),

@@ -131,7 +131,7 @@ class HIPNNHyperparameters(Hyperparameters):
         where there are fewer than 8.
     n_high_sensitivities : int
         Radial functions of the tensors of rank 3 and 4 in `smooth`, the first of `n_sensitivities`.
-        By default half of them, rounded up: these ranks are two thirds of the work per pair.
+        By default half of them, rounded up: most of the work per pair is in these ranks.
 
     Notes
     -----
@@ -148,7 +148,7 @@ class HIPNNHyperparameters(Hyperparameters):
     dist_hard_max: float = 5.5
     n_atom_layers: int = Field(default=2, ge=0)
     n_interaction_layers: int = Field(default=1, ge=1)
-    l_max: int = Field(default=4, ge=0, le=HIGHEST_RANK)
+    l_max: int = Field(default=3, ge=0, le=HIGHEST_RANK)
     cusp_reg: Real = Field(default=1e-2, ge=0)
     cutoff_function: str = "polynomial"
     invariants: Literal["smooth", "norms"] = "smooth"
