@@ -58,10 +58,14 @@ SETTINGS: dict[str, Any] = {
 #: Points of the front: hyper-parameters of HIP-NN beside the cutoff.
 SIZES: dict[str, dict[str, int]] = {
     "l2": {"l_max": 2},
-    "l4": {},
-    "l4-all": {"n_high_sensitivities": 10},
-    "l4-24": {"n_triples": 24},
+    "l3": {},
+    "l4": {"l_max": 4},
+    "l4-all": {"l_max": 4, "n_high_sensitivities": 10},
+    "l4-24": {"l_max": 4, "n_triples": 24},
 }
+
+#: The size whose errors and cost are in the summary.
+ACCURATE = "l4"
 
 #: Files and cutoff (Å).
 ELEMENTS: dict[str, dict[str, Any]] = {
@@ -200,13 +204,14 @@ def _write(file: Path, results: dict[str, Any]) -> None:
     summary = results.setdefault("summary", {})
     for element in ("W", "Mo"):
         if element in elements:
-            best = elements[element]["l4"]
+            best = elements[element][ACCURATE]
             key, scale = element.lower(), 1000.0 if element == "W" else 1.0
             unit = "meV_per_A" if element == "W" else "eV_per_A"
             summary[f"{key}_force_rmse_{unit}"] = scale * best["force_rmse_eV_per_A"]
             summary[f"{key}_energy_rmse_meV_per_atom"] = best["energy_rmse_meV_per_atom"]
             summary[f"{key}_us_per_atom_step"] = best["us_per_atom_step"]["avx2"]
             summary[f"{key}_instruction_set"] = "avx2"
+            summary[f"{key}_size"] = ACCURATE
             summary[f"{key}_command"] = results["command"]
     file.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -258,7 +258,7 @@ class AceKernel(Calculator):
 
     implemented_properties = ["energy", "forces"]  # noqa: RUF012
 
-    def __init__(self, model: str, skin: float = 0.5) -> None:
+    def __init__(self, model: str, skin: float = 1.0) -> None:
         super().__init__()
         import jax
 

@@ -231,6 +231,27 @@ def test_short_distance_warns_with_its_own_limit(potential):
         dimer.get_forces()
 
 
+@pytest.mark.parametrize("shrinks", [False, True])
+@pytest.mark.parametrize("skin", [0.05, 1.0])
+def test_short_distances_are_noticed_at_the_first_step(potential, shrinks, skin):
+    atoms = bulk("Cu", cubic=True, a=3.8).repeat(2)
+    info = {"trained_on": {"shortest_distances": {"Cu-Cu": 2.3}}}
+    atoms.calc = PotstillCalculator(potential, skin=skin, info=info)
+    for _ in range(100):
+        if shrinks:
+            atoms.set_cell(0.99 * atoms.cell.array, scale_atoms=True)
+        else:
+            atoms.positions[0] += 0.02 * (atoms.positions[1] - atoms.positions[0])
+        shortest = atoms.get_all_distances(mic=True)[np.triu_indices(len(atoms), 1)].min()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            atoms.get_forces()
+        assert bool(caught) == (shortest < 0.9 * 2.3)
+        if caught:
+            return
+    raise AssertionError("the atoms never came close")
+
+
 def test_foreign_elements_are_refused(potential):
     atoms = ase.Atoms("CuAl", positions=[[0, 0, 0], [0, 0, 2.6]])
     atoms.calc = PotstillCalculator(potential)

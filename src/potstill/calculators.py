@@ -67,7 +67,7 @@ class PotstillCalculator(Calculator):
     def __init__(
         self,
         potential: Potential | str | Path,
-        skin: float = 0.5,
+        skin: float = 1.0,
         info: Mapping[str, Any] | None = None,
         core: Core | None = None,
     ) -> None:
@@ -95,6 +95,8 @@ class PotstillCalculator(Calculator):
         self._reference: Structures | None = None  # where the list was built
         self._list: Pairs | None = None  # packed for native kernels, or spelled out
         self._close: NeighborList | None = None  # pairs that may come too close meanwhile
+        self._checked: Structures | None = None  # where their distances were last computed
+        self._margin = 0.0  # by how much none of them was too close there, Å
 
     def calculate(
         self,
@@ -194,10 +196,7 @@ class PotstillCalculator(Calculator):
             self._close = self._pairs_to_watch(structures)
             build = build_compact_neighbors if packed else build_neighbor_list
             self._list = build(structures, self.potential.cutoff + self.skin)
-            # A copy: ASE moves atoms in place.
-            self._reference = replace(
-                structures, positions=structures.positions.clone(), cell=structures.cell.clone()
-            )
+            self._reference, self._checked = _copy(structures), None
             self.n_neighbor_lists += 1
         return self._list
 
@@ -212,11 +211,14 @@ class PotstillCalculator(Calculator):
 
     def _pairs_to_watch(self, structures: Structures) -> NeighborList:
         """Pairs that may come to one place, or closer than in training, while the list is used."""
-        reach = ONE_PLACE + self.skin
-        if self._limits is not None and "distance" not in self._warned:
-            reach = max(reach, float(self._limits.max()) + self.skin)
+        reach = self._shortest_of_interest() + self.skin
         # Lists of a shorter reach are slow to build.
         return pairs_within(structures, build_neighbor_list(structures, max(reach, 1.5)), reach)[0]
+
+    def _shortest_of_interest(self) -> float:
+        if self._limits is None or "distance" in self._warned:
+            return ONE_PLACE
+        return max(ONE_PLACE, float(self._limits.max()))
 
     def _check_range(self, structures: Structures) -> None:
         limits = self._trained_on.get("density_g_cm3")
@@ -231,18 +233,30 @@ class PotstillCalculator(Calculator):
                 )
 
     def _check_distances(self, structures: Structures) -> None:
-        """Refuse atoms at one place; warn of those closer than any in the training data."""
+        """Refuse atoms at one place; warn of those closer than any in the training data.
+
+        Distances are computed again where atoms have moved far enough to have come too close.
+        """
         neighbors, limits = self._close, self._limits
         if neighbors is None or neighbors.n_pairs == 0:
             return
+        farthest = self._shortest_of_interest()
+        if self._checked is not None and _list_holds(
+            self._checked, structures, farthest, self._margin
+        ):
+            return
+        self._checked = _copy(structures)
         distance = torch.linalg.vector_norm(pair_vectors(structures, neighbors), dim=1)
         if float(distance.min()) < ONE_PLACE:
             refuse_coinciding_atoms(structures, neighbors)
+        self._margin = min(self.skin, float(distance.min()) - ONE_PLACE)
         if limits is None or "distance" in self._warned:
             return
         first_species = structures.species[neighbors.center]
         second_species = structures.species[neighbors.neighbor]
-        too_close = (distance < limits[first_species, second_species]).nonzero()[:, 0]
+        excess = distance - limits[first_species, second_species]
+        self._margin = min(self._margin, float(excess.min()))
+        too_close = (excess < 0.0).nonzero()[:, 0]
         if len(too_close):
             names = structures.species_table.names
             closest = int(too_close[0])
@@ -258,6 +272,13 @@ class PotstillCalculator(Calculator):
     def _warn(self, kind: str, message: str) -> None:
         self._warned.add(kind)
         warnings.warn(f"extrapolation: {message}", ExtrapolationWarning, stacklevel=2)
+
+
+def _copy(structures: Structures) -> Structures:
+    """The geometry as it is now: ASE moves atoms in place."""
+    return replace(
+        structures, positions=structures.positions.clone(), cell=structures.cell.clone()
+    )
 
 
 def _distance_limits(names: Sequence[str], shortest: Mapping[str, float]) -> Tensor | None:

@@ -283,7 +283,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optimizer": {
             "name": "adamw",
             "learning_rate": 0.01,
-            "weight_decay": 0.1,
+            "weight_decay": 0.01,
             "beta2": 0.99,
             "ema_decay": "auto",
         },
