@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 
 import lightning_fabric
@@ -22,4 +23,12 @@ def default_fabric() -> lightning_fabric.Fabric:
         strategy="ddp" if world > 1 else "auto",
     )
     fabric.launch()
+    if world > 1:
+        atexit.register(_end_processes)
     return fabric
+
+
+def _end_processes() -> None:
+    """End the group: threads of gloo that outlive the interpreter abort its process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
