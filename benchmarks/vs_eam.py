@@ -1,9 +1,9 @@
-"""What an MD step of a student of aluminium or copper costs beside eam/fs of that metal, in turns.
+r"""What an MD step of a student of aluminium or copper costs beside eam/fs of that metal, in turns.
 
     python benchmarks/pareto.py --peers peers --set-up
     potstill train benchmarks/aluminium.yaml     # labels: the first two commands of al.yaml
     python benchmarks/accuracy.py --data DATA --work students --elements Cu
-    python benchmarks/vs_eam.py --peers peers \\
+    python benchmarks/vs_eam.py --peers peers \
         --checkpoints runs/al_default/best.pt students/Cu/l3-seed0/best.pt
 
 The yardstick is that of `pareto.py` (4,000 atoms, 300 K, one thread, whole steps with updates of
