@@ -18,9 +18,9 @@ from pydantic import Field, field_validator
 
 from potstill.errors import ConfigError, ModelError
 from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
-from potstill.evaluate.eos import equation_of_state
+from potstill.evaluate.eos import relaxed_crystal
 from potstill.evaluate.lattice import CrystalLattice, crystal_lattice
-from potstill.evaluate.tools import relax, require_periodic, with_calculator
+from potstill.evaluate.tools import relax, require_periodic
 from potstill.metrics import metric_of
 from potstill.report.panels import Drawing, Panel, Series, plain_label
 from potstill.report.tables import Cell, Row, number
@@ -144,7 +144,7 @@ def defects(
     """
     require_periodic(atoms, "a vacancy or surface")
     planes = None if surfaces is None else [lowest_indices(indices) for indices in surfaces]
-    lattice = crystal_lattice(_relaxed_crystal(atoms, calculator))
+    lattice = crystal_lattice(relaxed_crystal(atoms, calculator))
     conventional = lattice.conventional
     (supercell,) = smallest_supercell(
         Structures.from_ase(conventional), min_length=min_length, max_atoms=max_atoms
@@ -224,19 +224,6 @@ def make_slab(
     crystal.positions -= (heights[widest] + 0.5 * gaps[widest]) * normal * spacing**2
     layers = max(1, int(np.ceil(thickness / spacing - 1e-6)))
     return surface(crystal, indices, layers, vacuum=0.5 * vacuum, periodic=True)
-
-
-def _relaxed_crystal(atoms: ase.Atoms, calculator: BaseCalculator) -> ase.Atoms:
-    """The crystal at the potential's own minimum, as far as it gives stresses."""
-    crystal = with_calculator(atoms, calculator)
-    crystal.set_constraint()
-    has_stress = "stress" in calculator.implemented_properties
-    if not has_stress:
-        lengths = equation_of_state(crystal, calculator).cell_lengths
-        scale = lengths[0] / crystal.cell.lengths()[0]
-        crystal.set_cell(crystal.cell * scale, scale_atoms=True)
-    relax(crystal, fmax=1e-3, max_steps=500, cell=has_stress)
-    return crystal
 
 
 class DefectsEvaluation(Evaluation):

@@ -14,7 +14,7 @@ from numpy.polynomial import Polynomial
 from potstill.errors import ConfigError, ModelError
 from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
 from potstill.evaluate.lattice import conventional_lengths
-from potstill.evaluate.tools import require_periodic, with_calculator
+from potstill.evaluate.tools import relax, require_periodic, with_calculator
 from potstill.report.panels import Drawing, Panel, Series
 from potstill.report.tables import number, signed
 from potstill.report.verdicts import Verdict
@@ -186,6 +186,19 @@ def fit_birch_murnaghan(
         float(v0 * second_v),
         float(-1.0 - v0 * third_v / second_v),
     )
+
+
+def relaxed_crystal(atoms: ase.Atoms, calculator: BaseCalculator) -> ase.Atoms:
+    """The crystal at the potential's own minimum, as far as it gives stresses."""
+    crystal = with_calculator(atoms, calculator)
+    crystal.set_constraint()
+    has_stress = "stress" in calculator.implemented_properties
+    if not has_stress:
+        lengths = equation_of_state(crystal, calculator).cell_lengths
+        scale = lengths[0] / crystal.cell.lengths()[0]
+        crystal.set_cell(crystal.cell * scale, scale_atoms=True)
+    relax(crystal, fmax=1e-3, max_steps=500, cell=has_stress)
+    return crystal
 
 
 class Eos(Evaluation):

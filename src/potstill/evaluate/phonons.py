@@ -189,27 +189,25 @@ def phonons(
         raise ConfigError(f"a displacement must be positive, not {displacement:g} Å")
     crystal = displaced(atoms, displacement, min_length, max_atoms)  # says what is not installed
     path = Cell(crystal.primitive.cell).bandpath(density=_PATH_DENSITY, eps=1e-3)
-    reciprocal = np.linalg.norm(np.linalg.inv(crystal.primitive.cell), axis=0)
-    mesh = np.ceil((_MESH_LENGTH * reciprocal).round(3)).astype(int).tolist()
+    mesh = mesh_of(crystal.primitive, _MESH_LENGTH)
     distance, corners = path.get_linear_kpoint_axis()[0], _corners(path)
 
-    start = _to_ase(crystal.primitive)
+    start = to_ase(crystal.primitive)
     start.calc = calculator
     relax(start, fmax=fmax, max_steps=max_steps, cell=relax_cell)
-    unit = make_supercell(start, np.linalg.inv(crystal.primitive_matrix).T.round())
-    moved = _with_forces(displaced(unit, displacement, min_length, max_atoms, crystal), calculator)
-    frequencies, change = _frequencies(moved, mesh_points(mesh)), None
+    moved = with_forces(crystal, start, displacement)
+    frequencies, change = frequencies_at(moved, mesh_points(mesh)), None
     if small is not None:
-        other = _with_forces(displaced(unit, small, min_length, max_atoms, crystal), calculator)
-        apart = frequencies - _frequencies(other, mesh_points(mesh))
+        other = with_forces(crystal, start, small)
+        apart = frequencies - frequencies_at(other, mesh_points(mesh))
         change = float(np.sqrt(np.mean(apart**2)))
-    supercell = _to_ase(moved.supercell)
+    supercell = to_ase(moved.supercell)
     return Phonons(
         mesh=(mesh[0], mesh[1], mesh[2]),
         frequencies=frequencies,
         path=path.kpts,
         distance=distance,
-        bands=_frequencies(moved, path.kpts),
+        bands=frequencies_at(moved, path.kpts),
         corners=corners,
         n_atoms=len(supercell),
         length=float(cell_heights(Structures.from_ase(supercell)).min()),
@@ -219,35 +217,47 @@ def phonons(
     )
 
 
-def _with_forces(crystal: Any, calculator: BaseCalculator) -> Any:
-    """Phonopy's object with the force constants of a potential."""
+def with_forces(crystal: Any, primitive: ase.Atoms, displacement: float) -> Any:
+    """Phonopy's object with the force constants of a relaxed primitive cell, by its calculator.
+
+    `crystal` is that of `displaced` for the cell before it was relaxed or strained.
+    """
+    unit = make_supercell(primitive, np.linalg.inv(crystal.primitive_matrix).T.round())
+    moved = displaced(unit, displacement, like=crystal)
     forces = []
-    for cell in crystal.supercells_with_displacements:
-        image = _to_ase(cell)
-        image.calc = calculator
+    for cell in moved.supercells_with_displacements:
+        image = to_ase(cell)
+        image.calc = primitive.calc
         forces.append(image.get_forces())
-    crystal.forces = np.array(forces)
-    crystal.produce_force_constants(show_drift=False)
-    crystal.symmetrize_force_constants(show_drift=False)
-    return crystal
+    moved.forces = np.array(forces)
+    moved.produce_force_constants(show_drift=False)
+    moved.symmetrize_force_constants(show_drift=False)
+    return moved
 
 
-def _frequencies(crystal: Any, points: np.ndarray) -> np.ndarray:
-    """(n, n_modes) THz at wave vectors."""
+def frequencies_at(crystal: Any, points: np.ndarray) -> np.ndarray:
+    """(n, n_modes) THz at wave vectors; imaginary ones are negative."""
     crystal.run_qpoints(points)
     return np.sort(crystal.qpoints.frequencies, axis=1).round(5)
+
+
+def mesh_of(primitive: Any, length: float) -> list[int]:
+    """Divisions of the Brillouin zone, along a vector b `length` times |b| / 2 pi, rounded up."""
+    reciprocal = np.linalg.norm(np.linalg.inv(primitive.cell), axis=0)
+    return np.ceil((length * reciprocal).round(3)).astype(int).tolist()
 
 
 def displaced(
     atoms: ase.Atoms,
     displacement: float,
-    min_length: float,
-    max_atoms: int,
+    min_length: float = 10.0,
+    max_atoms: int = 200,
     like: Any = None,
 ) -> Any:
     """Phonopy's object for a crystal, with the displacements that its symmetry asks for.
 
-    `like` is that of the crystal before it was relaxed, whose primitive cell is taken.
+    `like` is that of the crystal before it was relaxed, whose primitive cell and supercell are
+    taken.
     """
     purpose = "for phonons"
     phonopy = require("phonopy", extra="phonons", purpose=purpose)
@@ -297,7 +307,8 @@ def repeats_for(atoms: ase.Atoms, min_length: float, max_atoms: int) -> list[int
     return repeats.tolist()
 
 
-def _to_ase(cell: Any) -> ase.Atoms:
+def to_ase(cell: Any) -> ase.Atoms:
+    """Phonopy's cell as ASE's atoms."""
     return ase.Atoms(
         cell.symbols, cell=cell.cell, scaled_positions=cell.scaled_positions, masses=cell.masses,
         pbc=True,
@@ -315,16 +326,14 @@ def _corners(path: Any) -> tuple[tuple[int, str], ...]:
     )
 
 
-class PhononsEvaluation(Evaluation):
-    """Phonons beside the teacher's.
+class FiniteDisplacements(Evaluation):
+    """Base of evaluations that displace the atoms of a crystal, one for each of its symmetries.
 
     Parameters
     ----------
     displacement : float
         Å. Models are compared at a finite one, about what 100 K move the atoms of a solid:
         foundation models are often rough at the usual 0.01 Å.
-    small : float, optional
-        Å, a second displacement, which shows how much frequencies depend on it; none if null.
     min_length : float
         Å, aimed at between opposite faces of the supercell.
     max_atoms : int
@@ -333,14 +342,10 @@ class PhononsEvaluation(Evaluation):
         Crystals of so low a symmetry that they need more are refused: each costs a force call.
     """
 
-    name = "phonons"
-    title = "phonons"
-    result = Phonons
     section = "Properties"
     needs = "crystal"
 
     displacement: float = Field(default=0.03, gt=0.0)
-    small: float | None = Field(default=0.01, gt=0.0)
     min_length: float = Field(default=10.0, gt=0.0)
     max_atoms: int = Field(default=200, ge=1)
     max_displacements: int = Field(default=60, ge=1)
@@ -366,6 +371,22 @@ class PhononsEvaluation(Evaluation):
         except OptionalDependencyError:
             return 0  # a result of its own: `run` says what to install
         return len(crystal.supercells_with_displacements)
+
+
+class PhononsEvaluation(FiniteDisplacements):
+    """Phonons beside the teacher's.
+
+    Parameters
+    ----------
+    small : float, optional
+        Å, a second displacement, which shows how much frequencies depend on it; none if null.
+    """
+
+    name = "phonons"
+    title = "phonons"
+    result = Phonons
+
+    small: float | None = Field(default=0.01, gt=0.0)
 
     def work(self, atoms: ase.Atoms) -> int:
         """Atoms whose forces are computed, over all displacements."""
