@@ -374,7 +374,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Comma-separated: errors, s2ef, throughput, eos, elastic, vibrations, phonons, "
-            "defects, speed, memory, nve, headroom."
+            "defects, expansion, speed, memory, nve, headroom."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,

@@ -189,7 +189,7 @@ def phonons(
         raise ConfigError(f"a displacement must be positive, not {displacement:g} Å")
     crystal = displaced(atoms, displacement, min_length, max_atoms)  # says what is not installed
     path = Cell(crystal.primitive.cell).bandpath(density=_PATH_DENSITY, eps=1e-3)
-    mesh = mesh_of(crystal.primitive, _MESH_LENGTH)
+    mesh = mesh_of(crystal.primitive)
     distance, corners = path.get_linear_kpoint_axis()[0], _corners(path)
 
     start = to_ase(crystal.primitive)
@@ -241,10 +241,10 @@ def frequencies_at(crystal: Any, points: np.ndarray) -> np.ndarray:
     return np.sort(crystal.qpoints.frequencies, axis=1).round(5)
 
 
-def mesh_of(primitive: Any, length: float) -> list[int]:
-    """Divisions of the Brillouin zone, along a vector b `length` times |b| / 2 pi, rounded up."""
+def mesh_of(primitive: Any) -> list[int]:
+    """Divisions of the Brillouin zone: 20 Å times |b| / 2 pi along a vector b, rounded up."""
     reciprocal = np.linalg.norm(np.linalg.inv(primitive.cell), axis=0)
-    return np.ceil((length * reciprocal).round(3)).astype(int).tolist()
+    return np.ceil((_MESH_LENGTH * reciprocal).round(3)).astype(int).tolist()
 
 
 def displaced(

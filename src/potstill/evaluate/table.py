@@ -14,6 +14,7 @@ from potstill.evaluate.defects import DefectsEvaluation
 from potstill.evaluate.elastic import Elastic
 from potstill.evaluate.eos import Eos
 from potstill.evaluate.errors import S2EF, Errors
+from potstill.evaluate.expansion import Expansion
 from potstill.evaluate.headroom import Headroom
 from potstill.evaluate.memory import Memory
 from potstill.evaluate.nve import NVE
@@ -36,6 +37,7 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
         VibrationsEvaluation,
         PhononsEvaluation,
         DefectsEvaluation,
+        Expansion,
         Rdf,
         Speed,
         Memory,

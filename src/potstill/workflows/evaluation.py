@@ -89,7 +89,7 @@ class EvaluateConfig(Settings):
     tests : dict of str to dict, or list of str, optional
         Evaluations (`potstill.evaluate.table`) to run, with their settings if any:
         `{eos: {}, nve: {duration: 5}}`. By default all that apply, except `throughput`,
-        `defects` and `headroom`, and `s2ef` only with `splits`.
+        `defects`, `expansion` and `headroom`, and `s2ef` only with `splits`.
     options : dict of str to dict
         Settings of evaluations, whether or not `tests` names them.
     settings : BenchSettings
