@@ -21,7 +21,7 @@ from data import tersoff_silicon
 from potstill.errors import ConfigError, DataError, ModelError
 from potstill.evaluate.base import Bench, BenchSettings, Findings
 from potstill.evaluate.expansion import Expansion, ThermalExpansion, Unstable, thermal_expansion
-from potstill.evaluate.phonons import phonons
+from potstill.evaluate.phonons import displaced, phonons, with_forces
 from potstill.report.verdicts import ordered_verdicts
 from potstill.structures import Structures
 from potstill.workflows.evaluation import EvaluateConfig, evaluate
@@ -165,6 +165,31 @@ def test_copper_obeys_grueneisens_relation(copper):
     assert copper.at(copper.heat_capacity) == pytest.approx(molar, rel=0.01)
 
 
+def test_phonopy_finds_the_same(copper):
+    """Phonopy fits the same equation by iteration, and has another formula of the capacity."""
+    core = pytest.importorskip("phonopy.qha.core")
+    start = bulk("Cu", a=(4.0 * copper.volumes[1] / (1.0 + copper.strains[1]) ** 3) ** (1.0 / 3.0))
+    crystal, temperatures = displaced(start, 0.01, min_length=5.0), np.arange(0.0, 331.0, 10.0)
+    parts = []
+    for strain in copper.strains:
+        atoms = bulk("Cu", a=start.cell.lengths()[0] * 2.0**0.5 * (1.0 + strain))
+        atoms.calc = EMT()
+        moved = with_forces(crystal, atoms, 0.01)
+        moved.run_mesh([10, 10, 10], is_mesh_symmetry=False)
+        moved.run_thermal_properties(temperatures=temperatures)
+        parts.append(moved.thermal_properties.thermal_properties[1:])
+    free, entropy, heat = np.array(parts).transpose(1, 2, 0)
+    qha = core.QHA(
+        copper.volumes, copper.energies, temperatures, heat, entropy, free, eos="birch_murnaghan"
+    )
+    qha.run()
+    assert np.allclose(copper.volume, qha.volume_temperature, rtol=1e-7)
+    assert np.allclose(copper.alpha, np.array(qha.thermal_expansion) / 3.0, rtol=1e-3, atol=1e-10)
+    assert np.allclose(copper.bulk_modulus, qha.bulk_modulus_temperature, rtol=1e-4)
+    capacity = np.array(qha.heat_capacity_P_polyfit)
+    assert np.allclose(copper.heat_capacity[10:], capacity[10:], rtol=2e-3)
+
+
 def test_expansion_starts_at_zero_from_the_zero_point(copper):
     assert copper.alpha[0] == 0.0
     assert 0.0 < copper.alpha[1] < 0.02 * copper.thermal_expansion
@@ -274,11 +299,11 @@ def test_verdicts(copper):
     first, _ = said(student=copper, teacher=rough)
     assert first == (
         "Thermal expansion of the teacher is uncertain: without one of the volumes it changes by "
-        "5.00·10⁻⁶/K."
+        "5.00·10⁻⁶/K. Displacements larger than 0.01 Å may give smoother phonons."
     )
     assert said(student=replace(copper, alpha_error=np.nan)) == (
         "Thermal expansion of the student is uncertain: without one of the volumes there may be "
-        "none.",
+        "none. Displacements larger than 0.01 Å may give smoother phonons.",
     )
     assert said(student=copper, teacher=replace(other, temperature=200.0)) == ()
     left_out = replace(copper, unstable=(Unstable(0.02, -1.25),))

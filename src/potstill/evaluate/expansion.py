@@ -4,12 +4,16 @@ At each of several volumes V the atoms relax, and the phonons give the free ener
 
     F(V, T) = E(V) + sum_i [ h nu_i(V) / 2 + k_B T ln(1 - exp(-h nu_i(V) / k_B T)) ]
 
-per wave vector, with the zero point. An equation of state finds its minimum V(T) at each
-temperature; the linear coefficient is alpha(T) = V'(T) / 3 V(T) (Togo, Chaput, Tanaka and Hug,
-Phys. Rev. B 81, 174301, 2010; phonopy's own fit). Crystals are scaled isotropically, whatever their
-lattice: of those that are not cubic a third of the volumetric expansion is the mean of the three
-axes, at the shape they have at 0 K. Phonons interact with one another through the volume only, so
-that the result is worth less the closer a crystal is to melting.
+per wave vector, with the zero point (phonopy). The Birch-Murnaghan equation gives its minimum V(T)
+at each temperature, with the free energy G(T) there; the linear coefficient is V'(T) / 3 V(T), the
+heat capacity at constant pressure -T G''(T) (Togo, Chaput, Tanaka and Hug, Phys. Rev. B 81, 174301,
+2010). The equation is fitted here rather than by phonopy: it is a linear problem, and where F(V) is
+flat phonopy's iteration diverges and does not say so.
+
+Crystals are scaled isotropically, whatever their lattice: of those that are not cubic a third of
+the volumetric expansion is the mean of the three axes, at the shape they have at 0 K. Phonons
+depend on one another through the volume only, so that the result is worth less the closer a crystal
+is to melting.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import numpy as np
 from ase.calculators.calculator import BaseCalculator
 from pydantic import model_validator
 
-from potstill.errors import ConfigError, ModelError, require
+from potstill.errors import ConfigError, ModelError
 from potstill.evaluate.base import Bench, Candidate, Findings, Result
 from potstill.evaluate.eos import fit_birch_murnaghan, relaxed_crystal
 from potstill.evaluate.lattice import conventional_lengths
@@ -42,7 +46,7 @@ from potstill.metrics import metric_of
 from potstill.report.panels import Drawing, Panel, Series, plain_label
 from potstill.report.tables import Row, number, signed
 from potstill.report.verdicts import Verdict
-from potstill.units import ENERGY
+from potstill.units import ENERGY, GPA
 
 #: Volumes without imaginary modes that a fit needs.
 _FEWEST = 5
@@ -92,6 +96,8 @@ class ThermalExpansion(Result):
     alpha_error : float
         1/K, standard error of the coefficient at `temperature` from fits that leave out one volume:
         how rough energies and phonons are. NaN if such a fit has no minimum.
+    displacement : float
+        Å, of phonons.
     """
 
     derived = ("lattice_constant", "thermal_expansion")
@@ -109,6 +115,7 @@ class ThermalExpansion(Result):
     temperature: float
     max_temperature: float
     alpha_error: float
+    displacement: float
 
     def at(self, values: np.ndarray) -> float:
         """One of the curves at the temperature where numbers are quoted."""
@@ -186,7 +193,7 @@ def thermal_expansion(
     # An even mesh without its center, whose acoustic modes have no free energy.
     mesh = [n + n % 2 for n in mesh_of(crystal.primitive)]
     temperatures = step * np.arange(np.ceil(max_temperature / step) + 2.0)
-    kept, energies, thermal, unstable = [], [], [], []
+    kept, energies, free, unstable = [], [], [], []
     for strain in np.linspace(min_strain, max_strain, n_volumes).tolist():
         scaled = with_calculator(start, calculator)
         scaled.set_cell(start.cell * (1.0 + strain), scale_atoms=True)
@@ -198,7 +205,7 @@ def thermal_expansion(
             continue
         kept.append(strain)
         energies.append(scaled.get_potential_energy())
-        thermal.append(_thermal(moved, mesh, temperatures))
+        free.append(_free_energy(moved, mesh, temperatures))
     formula, strains, n = start.get_chemical_formula(), np.array(kept), len(start)
     if len(kept) < _FEWEST:
         raise ModelError(
@@ -206,9 +213,7 @@ def thermal_expansion(
             f"expansion needs {_FEWEST} volumes without, and {len(kept)} are left"
         )
     volumes = start.get_volume() * (1.0 + strains) ** 3
-    static = np.array(energies) - min(energies)
-    free, entropy, heat = np.array(thermal).transpose(1, 2, 0)  # (temperatures, volumes)
-    total = static + free * ENERGY["kJ/mol"]
+    total = np.array(energies) - min(energies) + np.array(free).T  # (temperatures, volumes)
     minima = _minima(volumes, total)
     held = len(minima)
     # Derivatives are central differences: the last temperature has none.
@@ -218,30 +223,26 @@ def thermal_expansion(
             f"linear strains of {signed(100.0 * kept[0])} and {signed(100.0 * kept[-1])} %: "
             f"{_remedy(kept, total[held], unstable)}"
         )
-    curves = (part[:held] for part in (temperatures, heat, entropy, free))
-    qha = require("phonopy.qha.core", extra="phonons", purpose="for phonons").QHA(
-        volumes, static, *curves, eos="birch_murnaghan"
-    )
-    qha.run()
-    volume = np.array(qha.volume_temperature)
-    # Phonopy's iteration does not say that it diverged.
-    if not np.allclose(volume, minima[: len(volume)], rtol=1e-5):
-        raise ModelError(f"phonopy's fit of the free energy of {formula} did not converge")
+    volume, least, modulus = minima.T
+    alpha, heat = np.zeros(held - 1), np.zeros(held - 1)
+    alpha[1:] = np.log(volume[2:] / volume[:-2]) / (6.0 * step)
+    heat[1:] = -temperatures[1 : held - 1] * np.diff(least, 2) / step**2
     length = float(conventional_lengths(start)[0])
     return ThermalExpansion(
         strains=strains,
         volumes=volumes / n,
         energies=np.array(energies) / n,
         unstable=tuple(unstable),
-        temperatures=temperatures[: len(volume)],
-        volume=volume / n,
-        lattice_constants=length * np.cbrt(volume / start.get_volume()),
-        alpha=np.array(qha.thermal_expansion) / 3.0,
-        bulk_modulus=np.array(qha.bulk_modulus_temperature),
-        heat_capacity=np.array(qha.heat_capacity_P_polyfit) / n,
+        temperatures=temperatures[: held - 1],
+        volume=volume[:-1] / n,
+        lattice_constants=length * np.cbrt(volume[:-1] / start.get_volume()),
+        alpha=alpha,
+        bulk_modulus=modulus[:-1] / GPA,
+        heat_capacity=heat * 1e3 / ENERGY["kJ/mol"] / n,
         temperature=temperature,
         max_temperature=max_temperature,
         alpha_error=_left_out_one(volumes, total, int(temperature / step + 0.5), step),
+        displacement=displacement,
     )
 
 
@@ -272,11 +273,11 @@ def _listed(unstable: Sequence[Unstable]) -> str:
     return ", ".join(map(str, unstable))
 
 
-def _thermal(moved: Any, mesh: Sequence[int], temperatures: np.ndarray) -> np.ndarray:
-    """(3, n_temperatures) free energy, kJ/mol, entropy and heat capacity, J/(mol K), per cell."""
+def _free_energy(moved: Any, mesh: Sequence[int], temperatures: np.ndarray) -> np.ndarray:
+    """(n_temperatures,) free energy of phonons, eV per primitive cell."""
     moved.run_mesh(mesh, is_mesh_symmetry=False)
     moved.run_thermal_properties(temperatures=temperatures)
-    return np.array(moved.thermal_properties.thermal_properties[1:])
+    return np.array(moved.thermal_properties.thermal_properties[1]) * ENERGY["kJ/mol"]
 
 
 def _remedy(strains: Sequence[float], free: np.ndarray, unstable: Sequence[Unstable]) -> str:
@@ -289,10 +290,10 @@ def _remedy(strains: Sequence[float], free: np.ndarray, unstable: Sequence[Unsta
 
 
 def _minima(volumes: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Volumes of least free energy from 0 K on, until the lowest value stands at an end.
+    """(n, 3) volume, free energy and bulk modulus from 0 K on, while the strains hold the minimum.
 
-    `total` are free energies (n_temperatures, n_volumes). A fit alone would find minima that no
-    value supports.
+    `total` are free energies (n_temperatures, n_volumes). The lowest value must not stand at an
+    end: a fit alone finds minima that no value supports.
     """
     found = []
     for free in total:
@@ -300,7 +301,7 @@ def _minima(volumes: np.ndarray, total: np.ndarray) -> np.ndarray:
         fit = fit_birch_murnaghan(volumes, free) if inside else None
         if fit is None:
             break
-        found.append(fit[0])
+        found.append(fit[:3])
     return np.array(found)
 
 
@@ -419,7 +420,7 @@ class Expansion(FiniteDisplacements):
             )
         ]
         caption = (
-            "Quasi-harmonic, with zero point, each of the model's own crystal. Crystals are scaled "
+            "Quasi-harmonic, with zero point, of each model's own crystal. Crystals are scaled "
             "isotropically: the coefficient is a third of the volumetric one."
         )
         yield Drawing("expansion", "Thermal expansion", caption, panels)
@@ -439,10 +440,11 @@ class Expansion(FiniteDisplacements):
                 )
             if r is not None and not r.alpha_error <= _ROUGH * abs(r.thermal_expansion):
                 apart = number(1e6 * r.alpha_error)
+                change = "there may be none" if apart == "–" else f"it changes by {apart}·10⁻⁶/K"
                 yield Verdict(
                     f"Thermal expansion of the {plain_label(model)} is uncertain: without one of "
-                    "the volumes "
-                    + (f"it changes by {apart}·10⁻⁶/K." if apart != "–" else "there may be none.")
+                    f"the volumes {change}. Displacements larger than {r.displacement:g} Å may "
+                    "give smoother phonons."
                 )
         if ours is None or theirs is None or ours.temperature != theirs.temperature:
             return
