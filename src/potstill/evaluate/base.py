@@ -349,7 +349,8 @@ SECTIONS: dict[str, tuple[str, str, str]] = {
         "constants: of cubic crystals averages over the axes, at the strain stated. Phonons: each "
         "model at its own minimum, RMSE over a mesh of the Brillouin zone. Deviations are from the "
         "teacher; those of elastic constants at a strain of 0.02 if it was taken. Vacancies and "
-        "surfaces: relaxed in a fixed cell of each model's own crystal, without reconstruction.",
+        "surfaces: relaxed in a fixed cell of each model's own crystal, without reconstruction. "
+        "Expansion: quasi-harmonic, with a standard error from leaving out one volume at a time.",
     ),
     "Dynamics": (
         "table_dynamics",

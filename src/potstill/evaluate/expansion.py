@@ -395,7 +395,7 @@ class Expansion(FiniteDisplacements):
         errors = {
             m: r.alpha_error * metric_of("thermal_expansion").scale for m, r in results.items()
         }
-        yield Row("Its change if one volume is left out (10⁻⁶/K)", errors)
+        yield Row("Its standard error, one volume left out (10⁻⁶/K)", errors)
         if any(r.unstable for r in results.values()):
             words = {m: _listed(r.unstable) or "none" for m, r in results.items()}
             yield Row("Strains left out of it, with imaginary phonons", words)
@@ -439,12 +439,15 @@ class Expansion(FiniteDisplacements):
                     f"{signed(100.0 * r.strains[-1])} % do not hold the free energy's minimum."
                 )
             if r is not None and not r.alpha_error <= _ROUGH * abs(r.thermal_expansion):
-                apart = number(1e6 * r.alpha_error)
-                change = "there may be none" if apart == "–" else f"it changes by {apart}·10⁻⁶/K"
+                error = number(1e6 * r.alpha_error)
+                reason = (
+                    "without one of the volumes there may be none"
+                    if error == "–"
+                    else f"its standard error is {error}·10⁻⁶/K (jackknife over the volumes)"
+                )
                 yield Verdict(
-                    f"Thermal expansion of the {plain_label(model)} is uncertain: without one of "
-                    f"the volumes {change}. Displacements larger than {r.displacement:g} Å may "
-                    "give smoother phonons."
+                    f"Thermal expansion of the {plain_label(model)} is uncertain: {reason}. "
+                    f"Displacements larger than {r.displacement:g} Å may give smoother phonons."
                 )
         if ours is None or theirs is None or ours.temperature != theirs.temperature:
             return
