@@ -218,7 +218,7 @@ def test_solid_argon_at_four_kelvin():
 
 def test_tersoffs_silicon_has_no_negative_expansion():
     found = thermal_expansion(bulk("Si"), tersoff_silicon(), **QUICK)
-    assert np.all(found.alpha[1:] > -1e-10)
+    assert np.all(found.alpha > -5e-8)  # silicon itself: -0.5e-6 at 80 K
     assert 3e-6 < found.thermal_expansion < 6e-6
     assert 5.432 < found.lattice_constants[0] < found.lattice_constant < 5.46  # 5.432: at rest
 

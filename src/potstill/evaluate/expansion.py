@@ -199,13 +199,17 @@ def thermal_expansion(
         scaled.set_cell(start.cell * (1.0 + strain), scale_atoms=True)
         relax(scaled, fmax=fmax, max_steps=max_steps)
         moved = with_forces(crystal, scaled, displacement)
-        lowest = float(frequencies_at(moved, mesh_points(mesh)).min())
+        moved.run_mesh(mesh, is_mesh_symmetry=False)
+        lowest = min(
+            float(frequencies.min())  # zone center and boundary are in the other mesh only
+            for frequencies in (moved.mesh.frequencies, frequencies_at(moved, mesh_points(mesh)))
+        )
         if lowest < -IMAGINARY:
             unstable.append(Unstable(strain, lowest))
             continue
         kept.append(strain)
         energies.append(scaled.get_potential_energy())
-        free.append(_free_energy(moved, mesh, temperatures))
+        free.append(_free_energy(moved, temperatures))
     formula, strains, n = start.get_chemical_formula(), np.array(kept), len(start)
     if len(kept) < _FEWEST:
         raise ModelError(
@@ -273,9 +277,8 @@ def _listed(unstable: Sequence[Unstable]) -> str:
     return ", ".join(map(str, unstable))
 
 
-def _free_energy(moved: Any, mesh: Sequence[int], temperatures: np.ndarray) -> np.ndarray:
-    """(n_temperatures,) free energy of phonons, eV per primitive cell."""
-    moved.run_mesh(mesh, is_mesh_symmetry=False)
+def _free_energy(moved: Any, temperatures: np.ndarray) -> np.ndarray:
+    """(n_temperatures,) free energy of the phonons on the mesh, eV per primitive cell."""
     moved.run_thermal_properties(temperatures=temperatures)
     return np.array(moved.thermal_properties.thermal_properties[1]) * ENERGY["kJ/mol"]
 
