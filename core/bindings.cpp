@@ -71,7 +71,7 @@ auto unlocked(F &&call) {
 potstill_pairs pairs(const Array<const int32_t> &species, const Array<const int64_t> &row_ptr,
                      const Array<const int32_t> &neighbor) {
     return {int64_t(species.size()), int64_t(row_ptr.size()) - 1, species.data(), row_ptr.data(),
-            neighbor.data()};
+            neighbor.data(), nullptr, 0};
 }
 
 template <class T, class R>
@@ -93,7 +93,7 @@ struct Geometry {
     Optional<const uint16_t> image;
     Optional<const double> charge;
     Array<double> energies;
-    Optional<double> forces, virial;
+    Optional<double> forces, virial, center_virials, neighbor_virials;
     potstill_pairs list;
     potstill_zbl zbl;
     potstill_md md;
@@ -103,7 +103,8 @@ struct Geometry {
              Optional<const uint16_t> image_, Array<const double> offsets_,
              Optional<const double> zbl_charge, double zbl_coulomb, double zbl_inner,
              double zbl_cutoff, Array<double> energies_, Optional<double> forces_,
-             Optional<double> virial_)
+             Optional<double> virial_, bool add_forces, Optional<double> center_virials_,
+             Optional<double> neighbor_virials_)
         : species(species_),
           neighbor(neighbor_),
           row_ptr(row_ptr_),
@@ -114,10 +115,13 @@ struct Geometry {
           energies(energies_),
           forces(forces_),
           virial(virial_),
+          center_virials(center_virials_),
+          neighbor_virials(neighbor_virials_),
           list(pairs(species, row_ptr, neighbor)),
           zbl{address(charge), zbl_coulomb, zbl_inner, zbl_cutoff} {
         md = {positions.data(),        address(image),  offsets.data(),  int64_t(offsets.shape(0)),
-              charge ? &zbl : nullptr, energies.data(), address(forces), address(virial)};
+              charge ? &zbl : nullptr, energies.data(), address(forces), address(virial),
+              add_forces,              address(center_virials), address(neighbor_virials)};
     }
     Geometry(const Geometry &) = delete;  // `md` points into it
 };
@@ -163,6 +167,36 @@ struct State {
     }
     void finish() {
         unlocked([&] { return potstill_finish(state); });
+    }
+};
+
+// A model that was read from a file.
+struct ModelFile {
+    potstill_model *model;
+
+    explicit ModelFile(const std::string &path) : model(potstill_open_model(path.c_str())) {
+        if (!model) throw std::runtime_error(potstill_error());
+    }
+    ModelFile(const ModelFile &) = delete;
+    ~ModelFile() { potstill_close_model(model); }
+
+    std::vector<std::string> species() const {
+        std::vector<std::string> names;
+        for (int k = 0; k < potstill_model_n_species(model); ++k)
+            names.emplace_back(potstill_model_species(model, k));
+        return names;
+    }
+
+    void evaluate(const Geometry &g, bool in_double, int n_threads) const {
+        State s;
+        const int n_layers = potstill_model_n_layers(model);
+        unlocked([&] {
+            int code = potstill_begin_model(s.state, model, in_double, &g.list, &g.md, n_threads);
+            for (int k = 0; k < n_layers && code == 0; ++k) code = potstill_layer_forward(s.state, k);
+            for (int k = n_layers - 1; k >= 0 && code == 0 && g.md.forces; --k)
+                code = potstill_layer_reverse(s.state, k);
+            return code == 0 ? potstill_finish(s.state) : code;
+        });
     }
 };
 
@@ -293,11 +327,13 @@ NB_MODULE(_native, m) {
         .def(nb::init<Array<const int32_t>, Array<const int64_t>, Array<const int32_t>,
                       Array<const double>, Optional<const uint16_t>, Array<const double>,
                       Optional<const double>, double, double, double, Array<double>,
-                      Optional<double>, Optional<double>>(),
+                      Optional<double>, Optional<double>, bool, Optional<double>, Optional<double>>(),
              nb::arg("species"), nb::arg("row_ptr"), nb::arg("neighbor"), nb::arg("positions"),
              nb::arg("image").none(), nb::arg("offsets"), nb::arg("zbl_charge").none(),
              nb::arg("zbl_coulomb"), nb::arg("zbl_inner"), nb::arg("zbl_cutoff"),
-             nb::arg("energies"), nb::arg("forces").none(), nb::arg("virial").none());
+             nb::arg("energies"), nb::arg("forces").none(), nb::arg("virial").none(),
+             nb::arg("add_forces"), nb::arg("center_virials").none(),
+             nb::arg("neighbor_virials").none());
     nb::class_<State> state(m, "State");
     state.def(nb::init<>())
         .def("forward", &State::forward)
@@ -305,6 +341,15 @@ NB_MODULE(_native, m) {
         .def("finish", &State::finish)
         .def("features", &rows_of<potstill_layer_features>)
         .def("cotangents", &rows_of<potstill_layer_cotangents>);
+    nb::class_<ModelFile>(m, "ModelFile")
+        .def(nb::init<const std::string &>())
+        .def_prop_ro("species", &ModelFile::species)
+        .def_prop_ro("cutoff", [](const ModelFile &f) { return potstill_model_cutoff(f.model); })
+        .def_prop_ro("n_layers", [](const ModelFile &f) { return potstill_model_n_layers(f.model); })
+        .def_prop_ro("is_double", [](const ModelFile &f) { return potstill_model_is_double(f.model) != 0; })
+        .def_prop_ro("provenance",
+                     [](const ModelFile &f) { return std::string(potstill_model_provenance(f.model)); })
+        .def("evaluate", &ModelFile::evaluate);
     define_functions<float>(m, state);
     define_functions<double>(m, state);
     define_pass<float, float>(m);

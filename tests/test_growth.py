@@ -189,7 +189,9 @@ def tungsten_snap() -> tuple[SNAP, SpeciesOffsets, ZBL]:
 
 
 def test_a_deployment_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_cutoff(potential: Potential, folder: Path, stem: str) -> list[Path]:
+    def write_cutoff(
+        potential: Potential, folder: Path, stem: str, info: Mapping[str, Any]
+    ) -> list[Path]:
         file = folder / f"{stem}.txt"
         file.write_text(f"{potential.cutoff}\n")
         return [file]

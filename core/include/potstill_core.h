@@ -55,13 +55,17 @@ typedef struct {
     int32_t n_tensor_sensitivities[4];
 } potstill_hipnn;
 
-/* Neighbors of the local atoms: pairs of atom i are row_ptr[i] .. row_ptr[i + 1] - 1. */
+/* Neighbors of the local atoms: pairs of atom i are row_ptr[i] .. row_ptr[i + 1] - 1. Engines that keep
+ * each atom's neighbors in a place of its own give `rows` instead of `neighbor`: with positions, not
+ * with pair vectors. These indices are taken as they are, without a check. */
 typedef struct {
     int64_t n_atoms;         /* local atoms, then ghosts */
     int64_t n_local;
     const int32_t *species;  /* (n_atoms) */
     const int64_t *row_ptr;  /* (n_local + 1), starts at 0 */
-    const int32_t *neighbor; /* (row_ptr[n_local]) */
+    const int32_t *neighbor; /* (row_ptr[n_local]), or NULL if there are rows */
+    const int32_t *const *rows; /* (n_local) addresses, or NULL */
+    int32_t mask;               /* bits of a number in `rows` that are the neighbor's index */
 } potstill_pairs;
 
 /* Ziegler-Biersack-Littmark repulsion; charge per species, radii as in potstill.models.prior. */
@@ -94,6 +98,11 @@ typedef struct {
     double *energies;          /* (n_local) */
     double *forces;            /* (n_atoms, 3), ghosts included; or NULL */
     double *virial;            /* (9) sum of r_ij outer dE/dr_ij; or NULL; needs forces */
+    int32_t add_forces;        /* whether to add to what `forces` holds */
+    /* The virial by atoms, both or NULL: each pair's at its center (n_local, 9), and at its neighbor
+     * (n_atoms, 9), ghosts included. Of one interaction layer the latter is what the heat flux takes
+     * (Fan et al., Phys. Rev. B 92, 094301 (2015), equation 20). */
+    double *center_virials, *neighbor_virials;
 } potstill_md;
 
 /* Number of parameters, or an error for hyper-parameters out of range. */
@@ -150,6 +159,30 @@ int potstill_finish(potstill_state *);
  * outside of an evaluation. */
 void *potstill_layer_features(potstill_state *, int layer, int64_t *stride);
 void *potstill_layer_cotangents(potstill_state *, int layer, int64_t *stride);
+
+/* Bytes of memory that a state keeps. */
+size_t potstill_state_bytes(const potstill_state *);
+
+/* Models in files: network, repulsion and the energies of single atoms, all that a potential of
+ * potstill is made of. The format is described in docs/lammps.md. `open` and `parse` return NULL
+ * where a file is missing, damaged, newer than this library or no such file. */
+typedef struct potstill_model potstill_model;
+potstill_model *potstill_open_model(const char *path);
+potstill_model *potstill_parse_model(const void *content, size_t n_bytes); /* of such a file */
+void potstill_close_model(potstill_model *);
+
+int32_t potstill_model_n_species(const potstill_model *);
+const char *potstill_model_species(const potstill_model *, int32_t species); /* e.g. "Al" */
+double potstill_model_cutoff(const potstill_model *); /* the largest of all its parts */
+int32_t potstill_model_n_layers(const potstill_model *);
+int32_t potstill_model_n_features(const potstill_model *);
+int32_t potstill_model_is_double(const potstill_model *); /* what it was trained in */
+const char *potstill_model_provenance(const potstill_model *); /* JSON: versions, training, license */
+
+/* As `potstill_begin_f32` or `_f64`, with all parts of the model: `md->zbl` is not looked at, and the
+ * energies of single atoms are added to `md->energies`. */
+int potstill_begin_model(potstill_state *, const potstill_model *, int32_t in_double,
+                         const potstill_pairs *, const potstill_md *, int n_threads);
 
 /* Pack a list of pairs sorted by center. Returns the number of images n_images, or a negative
  * error. `image` holds, per pair, the row of `images` with its cell shift. `images` has room for

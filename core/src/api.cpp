@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "model_file.h"
 #include "zbl.h"
 
 namespace potstill {
@@ -121,7 +122,7 @@ int check_pairs(const potstill_pairs &p, int32_t n_species) {
 int check_indices(const potstill_pairs &p, const potstill_md &md) {
     const int64_t n_pairs = p.n_local > 0 ? p.row_ptr[p.n_local] : 0;
     for (int64_t k = 0; k < n_pairs; ++k)
-        if (p.neighbor[k] < 0 || p.neighbor[k] >= p.n_atoms ||
+        if ((!p.rows && (p.neighbor[k] < 0 || p.neighbor[k] >= p.n_atoms)) ||
             (md.image && md.image[k] >= md.n_images))
             return fail(POTSTILL_BAD_ARGUMENT, "pair %lld has a neighbor or image that does not exist",
                         (long long)k);
@@ -129,8 +130,10 @@ int check_indices(const potstill_pairs &p, const potstill_md &md) {
 }
 
 int check_md(const potstill_md &md) {
-    if (md.virial && !md.forces)
+    if ((md.virial || md.center_virials) && !md.forces)
         return fail(POTSTILL_BAD_ARGUMENT, "the virial is only computed together with the forces");
+    if (!md.center_virials != !md.neighbor_virials)
+        return fail(POTSTILL_BAD_ARGUMENT, "the virials of centers and of neighbors come together");
     if (md.zbl && !(md.zbl->inner >= 0.0 && md.zbl->inner < md.zbl->cutoff))
         return fail(POTSTILL_BAD_ARGUMENT, "ZBL needs 0 <= inner < cutoff, not %g and %g",
                     md.zbl->inner, md.zbl->cutoff);
@@ -163,6 +166,7 @@ struct potstill_state {
     const Kernels *kernels = nullptr;
     void *evaluation = nullptr;  // NULL between evaluations
     int step = 0;
+    const double *offsets = nullptr;  // (n_species) energies of single atoms, of models from files
 
     potstill_state() = default;
     potstill_state(const potstill_state &) = delete;
@@ -182,10 +186,13 @@ struct potstill_state {
     int begin(const potstill_hipnn &model, const void *parameters, const potstill_pairs &pairs,
               const potstill_pass *given_pass, const potstill_md *given_md, int n_threads, bool single) {
         evaluation = nullptr;
+        offsets = nullptr;
         if (!is_valid(model)) return fail(POTSTILL_BAD_ARGUMENT, "the hyper-parameters are out of range");
         if (const int code = check_pairs(pairs, model.n_species)) return code;
         if (given_md && pairs.n_atoms > 0)  // no atoms, no forces: their array may have no address
             if (const int code = check_md(*given_md)) return code;
+        if (given_pass && pairs.rows)
+            return fail(POTSTILL_BAD_ARGUMENT, "neighbors in rows are for given positions");
         if (n_threads < 1) return fail(POTSTILL_BAD_ARGUMENT, "n_threads must be at least 1");
         const KernelsOf of = current_kernels();
         if (!of) return POTSTILL_NO_INSTRUCTIONS;
@@ -236,6 +243,8 @@ struct potstill_state {
             return fail(POTSTILL_BAD_ARGUMENT, "the evaluation has steps left, or none has begun");
         kernels->finish(evaluation);
         evaluation = nullptr;
+        for (int64_t i = 0; offsets && i < task.pairs.n_local; ++i)
+            md.energies[i] += offsets[task.pairs.species[i]];
         return 0;
     }
 
@@ -268,10 +277,13 @@ int zbl_alone(const potstill_pairs &p, const potstill_md &md) {
     if (const int code = check_indices(p, md)) return code;
     OwnedZbl zbl;
     zbl.fill(*md.zbl, n_species);
-    for (int64_t k = 0; md.forces && k < 3 * p.n_atoms; ++k) md.forces[k] = 0.0;
+    for (int64_t k = 0; md.forces && !md.add_forces && k < 3 * p.n_atoms; ++k) md.forces[k] = 0.0;
+    for (int64_t k = 0; md.center_virials && k < 9 * p.n_local; ++k) md.center_virials[k] = 0.0;
+    for (int64_t k = 0; md.neighbor_virials && k < 9 * p.n_atoms; ++k) md.neighbor_virials[k] = 0.0;
     for (int k = 0; md.virial && k < 9; ++k) md.virial[k] = 0.0;
     for (int64_t i = 0; i < p.n_local; ++i)
-        md.energies[i] = zbl_of_atom(zbl.table, p, md, i, md.forces, 3, md.virial);
+        md.energies[i] = zbl_of_atom(zbl.table, p, md, i, md.forces, 3, md.virial,
+                                     md.neighbor_virials);
     return 0;
 }
 
@@ -331,6 +343,20 @@ int potstill_begin_f64(potstill_state *state, const potstill_hipnn *model, const
                        const potstill_pairs *pairs, const potstill_md *what, int n_threads) {
     return state->begin(*model, parameters, *pairs, nullptr, what, n_threads, false);
 }
+
+int potstill_begin_model(potstill_state *state, const potstill_model *model, int32_t in_double,
+                         const potstill_pairs *pairs, const potstill_md *what, int n_threads) {
+    potstill_md md = *what;
+    md.zbl = model->has_zbl ? &model->zbl : nullptr;
+    const void *parameters = in_double ? static_cast<const void *>(model->in_double.data())
+                                       : static_cast<const void *>(model->in_single.data());
+    if (const int code = state->begin(model->hipnn, parameters, *pairs, nullptr, &md, n_threads, !in_double))
+        return code;
+    state->offsets = model->offsets.data();
+    return 0;
+}
+
+size_t potstill_state_bytes(const potstill_state *state) { return state->arena.size; }
 
 int potstill_layer_forward(potstill_state *state, int layer) { return state->forward(layer); }
 int potstill_layer_reverse(potstill_state *state, int layer) { return state->reverse(layer); }

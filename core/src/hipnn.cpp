@@ -95,6 +95,8 @@ class Evaluation {
             part.sums.clear();
             for (Span<T> &x : part.feature_cotangent) x.clear();
             part.parameters.clear();
+            for (int64_t v = 9 * start_of(k); task_.wants_atom_virials() && v < 9 * start_of(k + 1); ++v)
+                task_.md->center_virials[v] = 0.0;
         });
         for (int k = 0; k < n_parts_; ++k)
             if (!parts_[k].indices_fit)
@@ -120,8 +122,15 @@ class Evaluation {
                 for (int64_t i = share(pairs_.n_atoms, part); i < share(pairs_.n_atoms, part + 1); ++i) {
                     Double4 sum{};
                     for (int p = 0; p < n_parts_; ++p) sum += load_quad(parts_[p].sums.forces + i);
-                    for (int d = 0; d < 3; ++d) task_.md->forces[3 * i + d] = sum[d];
+                    double *force = task_.md->forces + 3 * i;
+                    for (int d = 0; d < 3; ++d) force[d] = task_.md->add_forces ? force[d] + sum[d] : sum[d];
                 }
+            const int64_t n_virials = task_.wants_atom_virials() ? 9 * pairs_.n_atoms : 0;
+            for (int64_t k = share(n_virials, part); k < share(n_virials, part + 1); ++k) {
+                double sum = 0.0;
+                for (int p = 0; p < n_parts_; ++p) sum += parts_[p].sums.neighbor_virials[k];
+                task_.md->neighbor_virials[k] = sum;
+            }
             if (!task_.wants_parameters()) return;
             const int64_t n = task_.layout.n_parameters;
             for (int64_t k = share(n, part); k < share(n, part + 1); ++k) {

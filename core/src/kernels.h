@@ -66,6 +66,7 @@ struct Task {
     int n_sens(int rank) const {
         return rank > 0 && is_smooth() ? model.n_tensor_sensitivities[rank - 1] : model.n_sensitivities;
     }
+    bool wants_atom_virials() const { return md && md->center_virials; }
     bool wants_parameters() const { return pass && pass->parameter_gradient; }
     bool wants_pairs() const { return pass ? pass->gradient != nullptr : md->forces != nullptr; }
 };

@@ -681,6 +681,9 @@ class Layers {
                     backward_run<T, M>(s.fields, run, radial, g, by_sum, moments, by_pair);
                 if (!sink_.wants_pairs()) continue;
                 sink_.add_virial(s.fields, run, by_pair, s.sums);
+                for (int a = 0; a < n_atoms; ++a)
+                    sink_.share_virial(first + b + a, s.own[r * L + a], s.fields, run, a, L, by_pair,
+                                       s.sums);
                 sink_.deliver_lanes(first + b, n_atoms, s.own + r * L, s.fields.label, by_pair, s.sums);
             }
         }
@@ -728,6 +731,7 @@ class Layers {
             backward_run<T, M>(s.fields, run, radial, g, by_sum, moments, by_pair);
         if (!sink_.wants_pairs()) return;
         sink_.add_virial(s.fields, run, by_pair, s.sums);
+        sink_.share_virial(i, s.own[b], s.fields, run, 0, 1, by_pair, s.sums);
         sink_.deliver(i, s.own[b], s.fields.label, by_pair, 1, s.sums);
     }
 };

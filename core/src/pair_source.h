@@ -58,6 +58,7 @@ class PairSource {
 
     // Whether the neighbors and images of some atoms are indices into their arrays.
     bool indices_fit(int64_t first_atom, int64_t last_atom) const {
+        if (pairs_.rows) return true;  // as the engine says
         const int64_t first = pairs_.row_ptr[first_atom], last = pairs_.row_ptr[last_atom];
         uint32_t neighbor = 0;
         for (int64_t k = first; k < last; ++k) {
@@ -75,20 +76,20 @@ class PairSource {
     void load(int64_t i, Row<T> &row) const {
         const int64_t begin = pairs_.row_ptr[i];
         const int n = row.n = int(pairs_.row_ptr[i + 1] - begin);
+        const int32_t *neighbor = pairs_.rows ? masked(row, i, n) : pairs_.neighbor + begin;
         if (task_.md)
-            load_positions(row, i, begin, n);
+            load_positions(row, i, neighbor, begin, n);
         else if (task_.pass->r_ij_is_double)
             load_vectors(row, static_cast<const double *>(task_.pass->r_ij) + 3 * begin, n);
         else
             load_vectors(row, static_cast<const float *>(task_.pass->r_ij) + 3 * begin, n);
         // So that the last vector is whole.
         pad(row.x[0] + n, row.x[1] + n, row.x[2] + n, lanes<T>);
-        const int32_t *neighbor = pairs_.neighbor + begin;
         for (int k = 0; k < n && task_.model.n_species > 1; ++k)
             row.species[k] = T(pairs_.species[neighbor[k]]);
-        row.labels = task_.md ? pairs_.neighbor + begin : counting_.data;
+        row.labels = task_.md ? neighbor : counting_.data;
         // The last vector of labels may reach beyond the list.
-        if (task_.md && begin + n + 16 > pairs_.row_ptr[pairs_.n_local]) {
+        if (task_.md && !pairs_.rows && begin + n + 16 > pairs_.row_ptr[pairs_.n_local]) {
             for (int k = 0; k < n; ++k) row.own_labels[k] = row.labels[k];
             row.labels = row.own_labels;
         }
@@ -163,6 +164,13 @@ class PairSource {
     void pad(T *x, T *y, T *z, int n) const {
         for (int k = 0; k < n; ++k) x[k] = T(2) * cutoff(), y[k] = z[k] = T(0);
     }
+    const int32_t *masked(Row<T> &row, int64_t i, int n) const {
+        const int32_t *from = pairs_.rows[i];
+        int32_t *const to = row.own_labels;
+        const int32_t mask = pairs_.mask;
+        for (int k = 0; k < n; ++k) to[k] = from[k] & mask;
+        return to;
+    }
     static POTSTILL_INLINE Vector<T> load_lanes(const T *p) { return POTSTILL_ISA::load(p); }
 
     template <class R>
@@ -179,8 +187,8 @@ class PairSource {
         }
     }
 
-    void load_positions(const Row<T> &row, int64_t i, int64_t begin, int n) const {
-        const int32_t *neighbor = pairs_.neighbor + begin;
+    void load_positions(const Row<T> &row, int64_t i, const int32_t *neighbor, int64_t begin,
+                        int n) const {
         const uint16_t *image = task_.md->image ? task_.md->image + begin : nullptr;
         // In registers: for all the compiler knows, the stores could change members.
         T *const x = row.x[0], *const y = row.x[1], *const z = row.x[2];

@@ -14,17 +14,20 @@ namespace {
 template <class T>
 struct ForceSums {
     Span<Quad> forces;  // (n_atoms)
+    Span<double> neighbor_virials;  // (n_atoms, 9) if asked for
     Span<T> virial;     // (9, L), of the latest block
     double virial_sum[9];
 
     ForceSums(const Task &task, Carver &c)
         : forces(c.take<Quad>(task.md && task.md->forces ? task.pairs.n_atoms : 0)),
+          neighbor_virials(c.take<double>(task.wants_atom_virials() ? 9 * task.pairs.n_atoms : 0)),
           virial(c.take<T>(9 * lanes<T>)) {}
 
     void clear() {
         for (double &v : virial_sum) v = 0.0;
         virial.clear();
         forces.clear();
+        neighbor_virials.clear();
     }
     void flush_virial() {
         for (int k = 0; k < 9; ++k)
@@ -63,7 +66,8 @@ class Sink {
     void add_zbl(int64_t i, ForceSums<T> &sums) const {
         double *forces = wants_pairs_ ? sums.forces.data->x : nullptr;
         md_->energies[i] += zbl_of_atom(*zbl_, pairs_, *md_, i, forces, 4,
-                                        wants_virial() ? sums.virial_sum : nullptr);
+                                        wants_virial() ? sums.virial_sum : nullptr,
+                                        md_->center_virials ? sums.neighbor_virials.data : nullptr);
     }
 
     // Gradients by the vectors of an atom are sums over the layers, that start here.
@@ -90,6 +94,25 @@ class Sink {
             }
         }
         for (int k = 0; k < 9; ++k) store(sums.virial + k * L, sum[k]);
+    }
+
+    // Virials of atom i's pairs at both of their atoms: from place `lane` of the run on, each `step`.
+    void share_virial(int64_t i, const OwnPairs &own, const PairFields<T> &fields, const Run &run,
+                      int lane, ptrdiff_t step, const T *const *by_pair, ForceSums<T> &sums) const {
+        if (!md_ || !md_->center_virials) return;
+        double *center = md_->center_virials + 9 * i;
+        for (int p = 0; p < own.n; ++p) {
+            const ptrdiff_t at = lane + p * step, k = run.first + at;
+            double *neighbor = sums.neighbor_virials + 9 * int64_t(fields.label[own.label + p]);
+            for (int a = 0; a < 3; ++a) {
+                const double x = double(fields.r[k]) * double(fields.unit[a][k]);
+                for (int c = 0; c < 3; ++c) {
+                    const double part = x * double(by_pair[c][at]);
+                    center[3 * a + c] += part;
+                    neighbor[3 * a + c] += part;
+                }
+            }
+        }
     }
 
     // Take the gradients by the vectors of atom i's pairs, `step` numbers from one to the next; the

@@ -11,14 +11,20 @@ double zbl_half_pair(const ZblTable &, int32_t first, int32_t second, double r, 
 
 namespace {
 
-// Energy of local atom i. Adds its pairs to forces, `stride` numbers per atom, and virial, unless
-// they are NULL.
+// Neighbor of pair p, which is one of atom i's.
+inline int64_t neighbor_of_pair(const potstill_pairs &pairs, int64_t i, int64_t p) {
+    return pairs.rows ? pairs.rows[i][p - pairs.row_ptr[i]] & pairs.mask : pairs.neighbor[p];
+}
+
+// Energy of local atom i. Adds its pairs to forces, `stride` numbers per atom, virial and the virials
+// of neighbors, unless they are NULL.
 inline double zbl_of_atom(const ZblTable &table, const potstill_pairs &pairs, const potstill_md &md,
-                          int64_t i, double *forces, ptrdiff_t stride, double *virial) {
+                          int64_t i, double *forces, ptrdiff_t stride, double *virial,
+                          double *neighbor_virials) {
     double energy = 0.0, total[3] = {0.0, 0.0, 0.0};
     const double *own = md.positions + 3 * i;
     for (int64_t p = pairs.row_ptr[i]; p < pairs.row_ptr[i + 1]; ++p) {
-        const int64_t j = pairs.neighbor[p];
+        const int64_t j = neighbor_of_pair(pairs, i, p);
         const double *offset = md.image ? md.offsets + 3 * int64_t(md.image[p]) : nullptr;
         double d[3];
         for (int a = 0; a < 3; ++a) {
@@ -36,9 +42,14 @@ inline double zbl_of_atom(const ZblTable &table, const potstill_pairs &pairs, co
             total[a] += g[a];
             forces[stride * j + a] -= g[a];
         }
-        if (virial)
-            for (int a = 0; a < 3; ++a)
-                for (int c = 0; c < 3; ++c) virial[3 * a + c] += d[a] * g[c];
+        for (int a = 0; a < 3 && (virial || neighbor_virials); ++a)
+            for (int c = 0; c < 3; ++c) {
+                const double part = d[a] * g[c];
+                if (virial) virial[3 * a + c] += part;
+                if (!neighbor_virials) continue;
+                md.center_virials[9 * i + 3 * a + c] += part;
+                neighbor_virials[9 * j + 3 * a + c] += part;
+            }
     }
     if (forces)
         for (int a = 0; a < 3; ++a) forces[stride * i + a] += total[a];

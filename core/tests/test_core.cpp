@@ -37,7 +37,7 @@ struct System {
     int64_t n_local;
 
     potstill_pairs pairs() const {
-        return {int64_t(species.size()), n_local, species.data(), row_ptr.data(), neighbor.data()};
+        return {int64_t(species.size()), n_local, species.data(), row_ptr.data(), neighbor.data(), nullptr, 0};
     }
     size_t n_pairs() const { return neighbor.size(); }
 };
@@ -159,15 +159,21 @@ void check_differences(const potstill_hipnn &m, const std::vector<double> &p, co
 }
 
 struct MdOutcome {
-    std::vector<double> energies, forces, virial;
+    std::vector<double> energies, forces, virial, centers, neighbors;
 
     explicit MdOutcome(const System &s)
-        : energies(size_t(s.n_local)), forces(3 * s.species.size()), virial(9) {
-        forces.reserve(3);  // an address even in a domain without atoms: forces are asked for
+        : energies(size_t(s.n_local)),
+          forces(3 * s.species.size()),
+          virial(9),
+          centers(9 * size_t(s.n_local)),
+          neighbors(9 * s.species.size()) {
+        // An address even in a domain without atoms: they are asked for.
+        for (std::vector<double> *x : {&forces, &centers, &neighbors}) x->reserve(3);
     }
     potstill_md task(const System &s, const potstill_zbl *zbl) {
         return {s.positions.data(), s.image.empty() ? nullptr : s.image.data(), s.offsets.data(),
-                int64_t(s.offsets.size() / 3), zbl, energies.data(), forces.data(), virial.data()};
+                int64_t(s.offsets.size() / 3), zbl, energies.data(), forces.data(), virial.data(),
+                0, centers.data(), neighbors.data()};
     }
     double energy() const {
         double sum = 0.0;
@@ -209,6 +215,22 @@ void check_md(const potstill_hipnn &m, const std::vector<double> &p, const Syste
     }
     for (size_t k = 0; k < 9; ++k)
         expect(close(o.virial[k], bare.virial[k] + repulsion.virial[k], 1e-10), "ZBL adds its virial");
+    // Virials by atoms are sums of r_ij outer dE/dr_ij over their pairs.
+    std::vector<double> centers(bare.centers.size()), neighbors(bare.neighbors.size());
+    for (size_t i = 0; i < size_t(s.n_local); ++i)
+        for (size_t k = size_t(s.row_ptr[i]); k < size_t(s.row_ptr[i + 1]); ++k)
+            for (size_t x = 0; x < 9; ++x) {
+                const double part = s.r_ij[3 * k + x / 3] * terms.gradient[3 * k + x % 3];
+                centers[9 * i + x] += part, neighbors[9 * size_t(s.neighbor[k]) + x] += part;
+            }
+    for (size_t k = 0; k < centers.size(); ++k)
+        expect(close(bare.centers[k], centers[k], 1e-10) &&
+                   close(o.centers[k], centers[k] + repulsion.centers[k], 1e-10),
+               "virials of centers");
+    for (size_t k = 0; k < neighbors.size(); ++k)
+        expect(close(bare.neighbors[k], neighbors[k], 1e-10) &&
+                   close(o.neighbors[k], neighbors[k] + repulsion.neighbors[k], 1e-10),
+               "virials of neighbors");
     for (size_t d = 0; d < 3; ++d) {
         double total = 0.0;
         for (size_t i = 0; i < s.species.size(); ++i) total += o.forces[3 * i + d];
@@ -240,6 +262,7 @@ void check_md(const potstill_hipnn &m, const std::vector<double> &p, const Syste
     MdOutcome other(s);
     potstill_md md = other.task(s, &zbl);
     md.image = nullptr, md.forces = nullptr, md.virial = nullptr;
+    md.center_virials = md.neighbor_virials = nullptr;
     expect(potstill_md_f32(&m, parameters.data(), &pairs, &md, 1) == 0, potstill_error());
 }
 
@@ -316,11 +339,22 @@ void check_domains(const potstill_hipnn &m, const std::vector<double> &p, const 
     potstill_state *states[2];
     std::vector<MdOutcome> outcomes;
     for (const Domain &domain : domains) outcomes.emplace_back(domain.s);
+    // One domain keeps its neighbors in rows, with a bit of its own, and adds to the forces it has.
+    const System &first = domains[0].s;
+    std::vector<int32_t> marked(first.neighbor);
+    for (int32_t &j : marked) j |= 1 << 30;
+    std::vector<const int32_t *> rows(size_t(first.n_local) + 1);
+    for (size_t i = 0; i < size_t(first.n_local); ++i) rows[i] = marked.data() + first.row_ptr[i];
     for (size_t d = 0; d < 2; ++d) {
-        const potstill_md md = outcomes[d].task(domains[d].s, &zbl);
+        potstill_md md = outcomes[d].task(domains[d].s, &zbl);
+        potstill_pairs pairs = domains[d].s.pairs();
+        if (d == 0) {
+            pairs.neighbor = nullptr, pairs.rows = rows.data(), pairs.mask = (1 << 30) - 1;
+            md.add_forces = 1;
+            for (double &f : outcomes[d].forces) f = 7.0;
+        }
         states[d] = potstill_new_state();
-        expect(begin(states[d], m, parameters, domains[d].s.pairs(), md, 1 + int(d)) == 0,
-               potstill_error());
+        expect(begin(states[d], m, parameters, pairs, md, 1 + int(d)) == 0, potstill_error());
     }
     // Rows of ghosts and of their owners: carry(ghost's, owner's).
     auto exchange = [&](void *(*rows)(potstill_state *, int, int64_t *), int layer, auto carry) {
@@ -350,6 +384,11 @@ void check_domains(const potstill_hipnn &m, const std::vector<double> &p, const 
     for (size_t d = 0; d < 2; ++d) {
         expect(potstill_finish(states[d]) == 0, potstill_error());
         potstill_delete_state(states[d]);
+        for (double &f : outcomes[d].forces) f -= d == 0 ? 7.0 : 0.0;
+        for (size_t k = 0; k < outcomes[d].centers.size(); ++k)
+            sum.centers[9 * domains[d].owner[k / 9] + k % 9] += outcomes[d].centers[k];
+        for (size_t k = 0; k < outcomes[d].neighbors.size(); ++k)
+            sum.neighbors[9 * domains[d].owner[k / 9] + k % 9] += outcomes[d].neighbors[k];
         for (size_t k = 0; k < 9; ++k) sum.virial[k] += outcomes[d].virial[k];
         for (size_t i = 0; i < domains[d].owner.size(); ++i) {
             const size_t owner = domains[d].owner[i];
@@ -366,6 +405,8 @@ void check_domains(const potstill_hipnn &m, const std::vector<double> &p, const 
     agree(sum.energies, expected.energies, "domains have the whole's energies");
     agree(sum.forces, expected.forces, "domains have the whole's forces");
     agree(sum.virial, expected.virial, "domains have the whole's virial");
+    agree(sum.centers, expected.centers, "domains have the whole's virials of centers");
+    agree(sum.neighbors, expected.neighbors, "domains have the whole's virials of neighbors");
 }
 
 // A form of the invariants, and the sizes that go with it.
@@ -436,6 +477,7 @@ void check_steps(potstill_hipnn m, std::vector<double> p, const System &s) {
     int64_t stride = 0;
     expect(potstill_layer_forward(state, 0) < 0, "nothing has begun");
     for (int with_forces = 0; with_forces < 2; ++with_forces) {
+        md.center_virials = md.neighbor_virials = nullptr;
         if (!with_forces) md.forces = nullptr, md.virial = nullptr;
         else md.forces = o.forces.data(), md.virial = o.virial.data();
         expect(potstill_begin_f64(state, &m, p.data(), &pairs, &md, 1) == 0, potstill_error());
@@ -575,11 +617,85 @@ void check_lists() {
     expect(potstill_count_pairs(&systems, row_ptr, range, 1) < 0, "no cutoff");
 }
 
+// A model file, and whatever may have happened to it.
+void check_files() {
+    const potstill_hipnn m{1, 4, 3, 1, 2, 1, 0, 4.0, 1e-3, POTSTILL_NORMS, 0, 0, {0, 0, 0, 0}};
+    std::vector<double> numbers = make_parameters(m);
+    const size_t end = 8 * numbers.size();
+    numbers.push_back(-3.5), numbers.push_back(13.0);
+    auto file = [&](const std::string &sum) {
+        auto tensor = [](const char *name, size_t from, size_t to) {
+            return "\"" + std::string(name) + "\":{\"dtype\":\"F64\",\"shape\":[" +
+                   std::to_string((to - from) / 8) + "],\"data_offsets\":[" + std::to_string(from) + "," +
+                   std::to_string(to) + "]}";
+        };
+        const std::string header =
+            R"({"__metadata__":{"format":"potstill","format_version":"1","checksum":")" + sum +
+            R"(","model":"{\"units\":\"angstrom, eV\",\"precision\":\"float64\",\"species\":[\"Al\"],)"
+            R"(\"network\":\"hipnn\",\"hipnn\":{\"n_species\":1,\"n_features\":4,\"n_sensitivities\":3,)"
+            R"(\"l_max\":1,\"n_interaction_layers\":2,\"n_atom_layers\":1,\"n_channels\":0,)"
+            R"(\"n_triples\":0,\"cutoff\":4.0,\"cusp_reg\":1e-3,\"cutoff_function\":\"cosine_squared\",)"
+            R"(\"invariants\":\"norms\",\"n_tensor_sensitivities\":[]},\"zbl\":{\"coulomb\":14.3996,)"
+            R"(\"inner\":1.0,\"cutoff\":2.5}}","provenance":"{\"note\": \"\u00c5\"}"},)" +
+            tensor("parameters", 0, end) + "," + tensor("offsets", end, end + 8) + "," +
+            tensor("zbl.charge", end + 8, end + 16) + "}";
+        const uint64_t length = header.size();
+        std::string content(reinterpret_cast<const char *>(&length), 8);
+        content += header;
+        content.append(reinterpret_cast<const char *>(numbers.data()), 8 * numbers.size());
+        return content;
+    };
+    auto opens = [](const std::string &content) {
+        const std::vector<char> exact(content.begin(), content.end());
+        potstill_model *model = potstill_parse_model(exact.data(), exact.size());
+        potstill_close_model(model);
+        return model != nullptr;
+    };
+    expect(!opens(file("00000000")), "a wrong checksum");
+    const std::string words = potstill_error(), mark = "its checksum is ";
+    const std::string content = file(words.substr(words.find(mark) + mark.size(), 8));
+    potstill_model *model = potstill_parse_model(content.data(), content.size());
+    expect(model != nullptr, potstill_error());
+    if (!model) return;
+    expect(!std::strcmp(potstill_model_species(model, 0), "Al"), "the species");
+    expect(potstill_model_species(model, 1) == nullptr, "one species only");
+    expect(potstill_model_cutoff(model) == 4.0 && potstill_model_n_layers(model) == 2, "sizes");
+    // It evaluates as its parts do.
+    const System s = make_system(12, 12, 1, 5.0, 4.5);
+    const double charge = 13.0;
+    const potstill_zbl zbl{&charge, 14.3996, 1.0, 2.5};
+    const std::vector<double> p(numbers.begin(), numbers.end() - 2);
+    const MdOutcome expected = run_md(m, p, s, &zbl, 1);
+    MdOutcome o(s);
+    const potstill_md md = o.task(s, nullptr);
+    const potstill_pairs pairs = s.pairs();
+    potstill_state *state = potstill_new_state();
+    expect(potstill_begin_model(state, model, 1, &pairs, &md, 1) == 0, potstill_error());
+    for (int k = 0; k < 2; ++k) potstill_layer_forward(state, k);
+    for (int k = 1; k >= 0; --k) potstill_layer_reverse(state, k);
+    expect(potstill_finish(state) == 0, potstill_error());
+    expect(potstill_state_bytes(state) > 0, "a state keeps memory");
+    potstill_delete_state(state);
+    potstill_close_model(model);
+    expect(o.forces == expected.forces && o.virial == expected.virial, "forces of a model from a file");
+    for (size_t i = 0; i < o.energies.size(); ++i)
+        expect(close(o.energies[i], expected.energies[i] - 3.5, 1e-14), "its energies have their zero");
+    for (size_t n = 0; n < content.size(); n += n < 2000 ? 1 : 97)
+        expect(!opens(content.substr(0, n)), "a part of a file");
+    for (size_t k = 0; k < content.size(); k += k < 2000 ? 1 : 97) {
+        std::string damaged = content;
+        damaged[k] = char(damaged[k] ^ (1 << (k % 7)));
+        expect(!opens(damaged), "a damaged file");
+    }
+    expect(potstill_open_model("no/such/file") == nullptr, "a missing file");
+}
+
 }  // namespace
 
 int main() {
     check_models();
     check_errors();
+    check_files();
     check_packing();
     check_lists();
     potstill_release_memory();

@@ -306,11 +306,15 @@ class MdResult:
         (N, 3) eV/Å; ghosts carry what belongs to their owners.
     virial : Tensor or None
         (3, 3) eV: sum over pairs of r_ij outer dE/dr_ij, which is volume times stress.
+    center_virials, neighbor_virials : Tensor or None
+        (n_local, 3, 3) and (N, 3, 3) eV: the same sum by the pairs' centers, and by their neighbors.
     """
 
     energies: Tensor
     forces: Tensor | None
     virial: Tensor | None
+    center_virials: Tensor | None = None
+    neighbor_virials: Tensor | None = None
 
 
 def hipnn_md(
@@ -351,7 +355,7 @@ def hipnn_md(
     ModelError
         If an array does not fit.
     """
-    geometry, result = _geometry(species, neighbors, positions, cell, zbl, forces, virial)
+    geometry, result = md_geometry(species, neighbors, positions, cell, zbl, forces, virial)
     if parameters is None:
         call(native().zbl, geometry)
     else:
@@ -405,7 +409,9 @@ class HipnnLayers:
         virial: bool = False,
         n_threads: int | None = None,
     ) -> None:
-        geometry, self._result = _geometry(species, neighbors, positions, cell, zbl, forces, virial)
+        geometry, self._result = md_geometry(
+            species, neighbors, positions, cell, zbl, forces, virial
+        )
         self._state = native().State()
         call(self._state.begin, geometry, *_model(parameters), n_threads or torch.get_num_threads())
 
@@ -435,7 +441,7 @@ def _model(parameters: HipnnParameters) -> tuple[Any, Any]:
     return parameters.shape._native, parameters.flat().numpy()
 
 
-def _geometry(
+def md_geometry(
     species: Tensor,
     neighbors: CompactNeighbors,
     positions: Tensor,
@@ -443,6 +449,7 @@ def _geometry(
     zbl: ZblParameters | None,
     forces: bool,
     virial: bool,
+    atom_virials: bool = False,
 ) -> tuple[Any, MdResult]:
     """One system for the kernels, and where they write."""
     n_atoms = species.shape[0]
@@ -452,6 +459,8 @@ def _geometry(
         torch.empty(neighbors.n_local, dtype=torch.float64),
         torch.empty(n_atoms, 3, dtype=torch.float64) if forces else None,
         torch.empty(3, 3, dtype=torch.float64) if virial else None,
+        torch.empty(neighbors.n_local, 3, 3, dtype=torch.float64) if atom_virials else None,
+        torch.empty(n_atoms, 3, 3, dtype=torch.float64) if atom_virials else None,
     )
     offsets = neighbors.images.to(torch.float64) @ cell.detach().to(torch.float64)
     geometry = native().Geometry(
@@ -466,6 +475,9 @@ def _geometry(
         result.energies.numpy(),
         None if result.forces is None else result.forces.numpy(),
         None if result.virial is None else result.virial.numpy(),
+        False,
+        None if result.center_virials is None else result.center_virials.numpy(),
+        None if result.neighbor_virials is None else result.neighbor_virials.numpy(),
     )
     return geometry, result
 

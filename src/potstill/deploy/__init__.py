@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+from potstill.deploy.lammps import write_lammps
 from potstill.deploy.lammps_snap import write_lammps_snap
 from potstill.errors import ConfigError, suggest
 from potstill.models import Potential
 
-#: By target: writes a potential into a folder, under a stem, and returns the files.
-DEPLOYMENTS: dict[str, Callable[[Potential, Path, str], list[Path]]] = {
+#: By target: writes a potential, and what is known of it, into a folder, under a stem, and returns
+#: the files.
+DEPLOYMENTS: dict[str, Callable[[Potential, Path, str, Mapping[str, Any]], list[Path]]] = {
+    "lammps": write_lammps,
     "lammps-snap": write_lammps_snap,
 }
 
 
 def deploy(
-    potential: Potential, target: str, folder: str | Path, stem: str = "student"
+    potential: Potential,
+    target: str,
+    folder: str | Path,
+    stem: str = "student",
+    info: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write a potential for another program.
 
@@ -30,6 +38,8 @@ def deploy(
         Made if it does not exist.
     stem : str
         The files' names without endings.
+    info : mapping, optional
+        What is known of the potential, as `load_potential` returns it.
 
     Raises
     ------
@@ -42,4 +52,4 @@ def deploy(
         raise ConfigError(f"there is no deployment '{target}'{suggest(target, DEPLOYMENTS)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return DEPLOYMENTS[target](potential, folder, stem)
+    return DEPLOYMENTS[target](potential, folder, stem, info or {})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +14,9 @@ from potstill.files import write_atomically
 from potstill.models import SNAP, ZBL, Potential, SpeciesOffsets, SumPotential
 
 
-def write_lammps_snap(potential: Potential, folder: Path, stem: str) -> list[Path]:
+def write_lammps_snap(
+    potential: Potential, folder: Path, stem: str, info: Mapping[str, Any]
+) -> list[Path]:
     """Write `.snapcoeff`, `.snapparam` and `.in`, the commands that use them.
 
     Per-species offsets become part of the constant coefficients, so that total energies are those
@@ -26,6 +30,8 @@ def write_lammps_snap(potential: Potential, folder: Path, stem: str) -> list[Pat
         Where to.
     stem : str
         The files' names without endings.
+    info : mapping
+        Not written: these files have no place for it.
 
     Raises
     ------

@@ -1,0 +1,192 @@
+"""Native potentials for LAMMPS' pair style potstill: a model file and an example of its use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ase
+import ase.units
+import numpy as np
+import torch
+
+from potstill import __version__
+from potstill.checkpoint import potential_fingerprint
+from potstill.core.model_file import write_model_file
+from potstill.errors import ModelError
+from potstill.files import write_atomically
+from potstill.models import HIPNN, ZBL, Potential, SpeciesOffsets, SumPotential
+
+#: Starts the plugin and the potential, for all scripts.
+PAIR_COMMANDS = """\
+plugin load ${plugin}
+pair_style potstill
+pair_coeff * * ${model} NAMES
+"""
+
+_EXAMPLE = """\
+# Molecular dynamics with STEM.potstill, a potential of potstill. Its types: TYPES
+#
+#   potstill lammps build
+#   mpiexec -n 2 lmp -in STEM.in -var plugin "$(potstill lammps path)" -var data FILE
+#
+# FILE is a data file of LAMMPS with the atom types above. In the environment variable
+# LAMMPS_PLUGIN_PATH the folder of the plugin saves the command `plugin load`.
+
+variable plugin index potstillplugin.so
+variable data index structure.data
+variable model index STEM.potstill
+variable temperature index 300.0
+
+units metal             # or real
+atom_style atomic
+boundary p p p
+newton on               # off gives the same, and is slower
+read_data ${data}
+
+# Numbers are computed in the precision that the model was trained in, PRECISION here; `pair_style
+# potstill double` and `single` choose another one.
+PAIR_COMMANDS
+# Elements by atom type; NULL is for types that other styles of a `hybrid/overlay` serve.
+
+neighbor 1.0 bin
+neigh_modify delay 0 every 5 check yes
+timestep 0.001          # ps
+velocity all create ${temperature} 4928459 mom yes rot yes dist gaussian
+fix integrate all nve
+
+thermo 100
+thermo_style custom step temp pe etotal press
+run 1000
+"""
+
+
+def write_lammps(
+    potential: Potential, folder: Path, stem: str, info: Mapping[str, Any]
+) -> list[Path]:
+    """Write `.potstill`, the model, and `.in`, a commented example.
+
+    Parameters
+    ----------
+    potential : Potential
+        A HIP-NN, or its sum with offsets and a ZBL prior.
+    folder : Path
+        Where to.
+    stem : str
+        The files' names without endings.
+    info : mapping
+        What is known of the potential, as `load_potential` returns it; kept in the model file.
+
+    Raises
+    ------
+    ModelError
+        If it has any other part.
+    """
+    network, prior, offsets = _parts(potential)
+    parameters = network.native_parameters().joined()
+    names = potential.species_table.names
+    energies = torch.zeros(len(names)) if offsets is None else offsets.offsets
+    files = [folder / f"{stem}.potstill", folder / f"{stem}.in"]
+    teacher = info.get("teacher")
+    provenance = {
+        "potstill": __version__,
+        "fingerprint": potential_fingerprint(potential),
+        "license": teacher.get("license", "unknown") if isinstance(teacher, Mapping) else "unknown",
+        "info": dict(info),
+    }
+    native = None if prior is None else prior.native_parts()
+    zbl = None if native is None else native.prior
+    write_model_file(files[0], names, parameters, energies, zbl, provenance)
+    text = _EXAMPLE.replace("PAIR_COMMANDS", PAIR_COMMANDS).replace("NAMES", " ".join(names))
+    types = ", ".join(f"{k} {name}" for k, name in enumerate(names, 1))
+    precision = str(parameters.dtype).removeprefix("torch.")
+    for word, value in {"STEM": stem, "TYPES": types, "PRECISION": precision}.items():
+        text = text.replace(word, value)
+    write_atomically(files[1], text)
+    return files
+
+
+def _parts(potential: Potential) -> tuple[HIPNN, ZBL | None, SpeciesOffsets | None]:
+    """The network, the prior and the offsets of a potential that is made of nothing else."""
+    parts = list(_summands(potential))
+    by_kind = {type(part): part for part in parts}
+    network, prior, offsets = (by_kind.get(kind) for kind in (HIPNN, ZBL, SpeciesOffsets))
+    kinds = ", ".join(part.kind for part in parts)
+    if network is None or len(by_kind) != len(parts) or set(by_kind) - {HIPNN, ZBL, SpeciesOffsets}:
+        raise ModelError(
+            f"LAMMPS' pair style potstill runs one HIP-NN, with offsets and a ZBL prior, not {kinds}"
+        )
+    if isinstance(prior, ZBL) and prior.switching != "factor":
+        raise ModelError(
+            "the core multiplies ZBL by its switch, and this prior is switched as in LAMMPS' own "
+            "pair style zbl: train with the switching 'factor'"
+        )
+    assert isinstance(network, HIPNN)
+    assert prior is None or isinstance(prior, ZBL)
+    assert offsets is None or isinstance(offsets, SpeciesOffsets)
+    return network, prior, offsets
+
+
+def _summands(potential: Potential) -> Iterator[Potential]:
+    if not isinstance(potential, SumPotential):
+        yield potential
+        return
+    for component in potential.components.values():
+        yield from _summands(component)
+
+
+def lammps_data(atoms: ase.Atoms, names: Sequence[str]) -> tuple[str, np.ndarray]:
+    """Write a structure for `read_data` with `atom_style atomic`, velocities included.
+
+    Parameters
+    ----------
+    atoms : ase.Atoms
+        Periodic or not; its cell must span the space.
+    names : sequence of str
+        Elements by atom type.
+
+    Returns
+    -------
+    text : str
+        The data file, in metal units, in a frame whose first cell vector is along x and whose second
+        is in the plane of x and y.
+    rotation : (3, 3) ndarray
+        Takes rows of vectors of that frame to those of `atoms` as `rows @ rotation`.
+
+    Raises
+    ------
+    ModelError
+        If the structure holds an element that is not among the names.
+    """
+    foreign = sorted(set(atoms.get_chemical_symbols()) - set(names))
+    if foreign:
+        raise ModelError(
+            f"the structure holds {', '.join(foreign)}, but the model knows only {', '.join(names)}"
+        )
+    cell, rotation = atoms.cell.standard_form()
+    c = cell.array.tolist()
+    lines = [
+        "LAMMPS data file of potstill\n",
+        f"{len(atoms)} atoms",
+        f"{len(names)} atom types\n",
+        *(f"0 {c[k][k]!r} {axis}lo {axis}hi" for k, axis in enumerate("xyz")),
+        f"{c[1][0]!r} {c[2][0]!r} {c[2][1]!r} xy xz yz\n",
+        "Masses\n",
+    ]
+    masses = {name: ase.Atom(name).mass for name in names}
+    masses |= dict(zip(atoms.symbols, atoms.get_masses(), strict=True))
+    lines += [f"{k} {float(masses[name])!r} # {name}" for k, name in enumerate(names, 1)]
+    types = [list(names).index(symbol) + 1 for symbol in atoms.symbols]
+    rows = (atoms.positions @ rotation.T).tolist()
+    lines += ["\nAtoms # atomic\n"]
+    lines += [
+        f"{k} {kind} {x!r} {y!r} {z!r}"
+        for k, (kind, (x, y, z)) in enumerate(zip(types, rows, strict=True), 1)
+    ]
+    if atoms.has("momenta"):
+        # ASE's velocities are Å over its own unit of time, LAMMPS' are Å/ps.
+        rows = (atoms.get_velocities() @ rotation.T * (1000.0 * ase.units.fs)).tolist()
+        lines += ["\nVelocities\n"]
+        lines += [f"{k} {x!r} {y!r} {z!r}" for k, (x, y, z) in enumerate(rows, 1)]
+    return "\n".join(lines) + "\n", rotation
