@@ -241,14 +241,15 @@ def build_plugin(lammps: Installation) -> Path:
     plugin.parent.mkdir(parents=True, exist_ok=True)
     temporary = plugin.with_name(f".{os.getpid()}-{PLUGIN}")
     command = [
-        *(_compiler(), "-std=c++17", "-O2", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden"),
+        *(_compiler(), "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"),
         *(f"-D{lammps.sizes}", f"-DPOTSTILL_LAMMPS_VERSION={lammps.number}"),
         f'-DPOTSTILL_VERSION="{__version__}"',
         *(f"-I{core / 'include'}", "-isystem", str(lammps.include)),
         *("-isystem", str(lammps.mpi_include)),
         *(str(source) for source in _sources(core) if source.suffix == ".cpp"),
         *(str(_library(core)), "-o", str(temporary)),
-        *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []),
+        # Apple's clang comes without OpenMP, and the core is compiled without it there.
+        *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-fopenmp"]),
     ]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
