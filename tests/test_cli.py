@@ -108,7 +108,7 @@ def test_a_command_that_works_restarts_the_process(monkeypatch):
     monkeypatch.setattr(process.platform, "libc_ver", lambda: ("glibc", "2.36"))
     for name in (*process.MALLOC, "OMP_WAIT_POLICY", process.NO_TUNING):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sys.modules["potstill.cli.app"], "BEFORE_WORK", [])
+    monkeypatch.setattr(base, "BEFORE_WORK", [])
     monkeypatch.setattr(sys, "argv", ["potstill", "config", "md"])
     with pytest.raises(SystemExit):
         main()

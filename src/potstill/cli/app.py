@@ -5,40 +5,17 @@ What they need is imported inside of them: help and mistakes in options cost not
 
 from __future__ import annotations
 
-import functools
-import inspect as inspect_module
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from potstill import __version__
-from potstill.cli.base import BEFORE_WORK, RichDisplay, one_sentence, quiet_warnings
+from potstill.cli.base import app, command, display, quiet_warnings
 from potstill.errors import ConfigError
-from potstill.process import tune_process
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-app = typer.Typer(
-    name="potstill",
-    help="""Distill accurate interatomic potentials into fast ones.
-
-    A teacher (any potential) labels structures, a small student learns from the labels, and the
-    student runs in ASE.
-
-    Start with: [bold]potstill distill[/bold]
-    """,
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-display = RichDisplay(Console())
 
 Config = Annotated[
     Path | None,
@@ -54,35 +31,6 @@ OtherTeacher = Annotated[str | None, typer.Option(help="As for distill.")]
 Drawn = Annotated[int | None, typer.Option(help="Number of structures to draw.")]
 
 
-def main() -> None:
-    """Entry point of the command `potstill`."""
-    BEFORE_WORK.append(tune_process)
-    app()
-
-
-def _command(panel: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Register a command, which ends with one sentence on mistakes.
-
-    Only a command that does its work restarts the process. The lines of each paragraph of its help
-    are joined, to fill any width.
-    """
-
-    def register(function: Callable[P, T]) -> Callable[P, T]:
-        @functools.wraps(function)
-        def work(*args: P.args, **kwargs: P.kwargs) -> T:
-            for prepare in BEFORE_WORK:
-                prepare()
-            with one_sentence():
-                return function(*args, **kwargs)
-
-        paragraphs = inspect_module.cleandoc(function.__doc__ or "").split("\n\n")
-        text = "\n\n".join(" ".join(paragraph.splitlines()) for paragraph in paragraphs)
-        app.command(help=text, rich_help_panel=panel)(work)
-        return function
-
-    return register
-
-
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
@@ -93,7 +41,7 @@ def _version(
         raise typer.Exit
 
 
-@_command("Distill")
+@command("Distill")
 def distill(
     teacher: Annotated[
         str | None,
@@ -149,7 +97,7 @@ def distill(
     display.say(f"Report:  {result.folder}/report.html")
 
 
-@_command("Prepare data")
+@command("Prepare data")
 def sample(
     config: Annotated[
         Path, typer.Argument(help="YAML file: start, jobs, teacher, out; see `potstill config`.")
@@ -180,7 +128,7 @@ def sample(
     display.say(f"{len(frames)} structures in {Path(settings.out) / FILE}")
 
 
-@_command("Prepare data")
+@command("Prepare data")
 def label(
     store: Annotated[Path, typer.Argument(help="Label store; created if it does not exist.")],
     files: Annotated[
@@ -225,7 +173,7 @@ def label(
     display.say(f"{report.n_labeled} structures labeled, {report.n_failed} failed")
 
 
-@_command("Train")
+@command("Train")
 def train(
     config: Annotated[
         Path, typer.Argument(help="YAML file: out, data, train, stages; see `potstill config`.")
@@ -256,7 +204,7 @@ def train(
     )
 
 
-@_command("Train")
+@command("Train")
 def fit(
     config: Annotated[
         Path, typer.Argument(help="YAML file: out, data, model, weights; see `potstill config`.")
@@ -282,7 +230,7 @@ def fit(
     )
 
 
-@_command("Train")
+@command("Train")
 def epsilon(
     config: Annotated[Path, typer.Argument(help="YAML file with data and train, as for train.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
@@ -320,7 +268,7 @@ def epsilon(
     display.say(f"Plot: {out / 'epsilon_scan.svg'}")
 
 
-@_command("Train")
+@command("Train")
 def study(
     config: Annotated[Path, typer.Argument(help="YAML file of a study; see `potstill config`.")],
     out: Annotated[Path, typer.Option(help="Folder of the study.")],
@@ -356,7 +304,7 @@ def study(
     display.say(f"Report: {out / 'report.html'}")
 
 
-@_command("Check")
+@command("Check")
 def evaluate(
     models: Annotated[
         list[str] | None,
@@ -408,7 +356,7 @@ def evaluate(
     display.table("Results", ("", "model", ""), result_rows(found))
 
 
-@_command("Check")
+@command("Check")
 def cka(
     student: Annotated[str, typer.Argument(help="Checkpoint.")],
     teacher: Annotated[str, typer.Argument(help="Checkpoint.")],
@@ -446,7 +394,7 @@ def cka(
     display.say(f"Figures and cka.json are in {out}")
 
 
-@_command("Check")
+@command("Check")
 def inspect(
     path: Annotated[Path, typer.Argument(help="Store, checkpoint, run folder or structure file.")],
 ) -> None:
@@ -457,7 +405,7 @@ def inspect(
         display.table(card.title, card.columns, card.rows)
 
 
-@_command("Use")
+@command("Use")
 def md(
     model: Annotated[str | None, typer.Argument(help="Checkpoint, or a teacher.")] = None,
     structure: Annotated[str | None, typer.Argument(help="Structure file, or silicon.")] = None,
@@ -506,7 +454,7 @@ def md(
     display.say(f"Temperature and energies in {result.thermo}")
 
 
-@_command("Help")
+@command("Help")
 def config(
     command: Annotated[
         str,
@@ -527,7 +475,7 @@ def config(
     typer.echo(config_template(command), nl=False)
 
 
-@_command("Help")
+@command("Help")
 def doctor() -> None:
     """Show what is installed, which extras work, and run a self-test of about ten seconds."""
     from potstill.workflows.doctor import examine

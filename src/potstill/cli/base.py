@@ -1,12 +1,14 @@
-"""Around the commands: errors in one sentence, the display."""
+"""Around the commands: their registration, errors in one sentence, the display."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import ParamSpec, TextIO, TypeVar
 
 import typer
 from rich.console import Console
@@ -25,6 +27,10 @@ from rich.table import Table
 
 from potstill.display import Display, Task, seconds_in_words
 from potstill.errors import PotstillError
+from potstill.process import tune_process
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: Called before a command does its work. Only the entry point may restart the process: whoever
 #: calls `app` from Python has one of their own.
@@ -152,3 +158,49 @@ def quiet_warnings(console: Console) -> None:
             console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
     warnings.showwarning = show
+
+
+app = typer.Typer(
+    name="potstill",
+    help="""Distill accurate interatomic potentials into fast ones.
+
+    A teacher (any potential) labels structures, a small student learns from the labels, and the
+    student runs in ASE.
+
+    Start with: [bold]potstill distill[/bold]
+    """,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+display = RichDisplay(Console())
+
+
+def main() -> None:
+    """Entry point of the command `potstill`."""
+    BEFORE_WORK.append(tune_process)
+    app()
+
+
+def command(panel: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Register a command, which ends with one sentence on mistakes.
+
+    Only a command that does its work restarts the process. The lines of each paragraph of its help
+    are joined, to fill any width.
+    """
+
+    def register(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def work(*args: P.args, **kwargs: P.kwargs) -> T:
+            for prepare in BEFORE_WORK:
+                prepare()
+            with one_sentence():
+                return function(*args, **kwargs)
+
+        paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+        text = "\n\n".join(" ".join(paragraph.splitlines()) for paragraph in paragraphs)
+        app.command(help=text, rich_help_panel=panel)(work)
+        return function
+
+    return register

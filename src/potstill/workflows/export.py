@@ -1,0 +1,184 @@
+"""Handing a student to other programs, with a proof that it is the same there."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import torch
+
+from potstill.checkpoint import load_potential
+from potstill.deploy import deploy
+from potstill.deploy.lammps_build import (
+    Installation,
+    build_plugin,
+    core_folder,
+    find_lammps,
+    plugin_path,
+)
+from potstill.display import Display
+from potstill.errors import ConfigError, suggest
+from potstill.models import HIPNN, ZBL, Potential, SpeciesOffsets, SumPotential
+from potstill.species import SpeciesTable
+from potstill.workflows.base import limited_threads
+from potstill.workflows.lammps_check import LammpsRun, Parity, check_parity, random_structures
+
+#: Executable, headers and headers of MPI; None for those of the wheel.
+Place = tuple[Path | None, Path | None, Path | None]
+
+
+def export(
+    model: str | Path,
+    target: str,
+    folder: str | Path,
+    *,
+    structures: Sequence[Path] = (),
+    check: bool = True,
+    installation: Place = (None, None, None),
+    display: Display | None = None,
+) -> list[Path]:
+    """Write a checkpoint for another program, and compare it there with the checkpoint.
+
+    Parameters
+    ----------
+    model : path
+        A checkpoint.
+    target : str
+        A key of `DEPLOYMENTS`.
+    folder : path
+        Where to write.
+    structures : sequence of Path
+        Files whose first structures are compared besides random ones.
+    check : bool
+        Whether to compare; of the target `lammps` only.
+    installation : tuple
+        The LAMMPS to compare with, by default the wheel of this Python.
+    display : Display, optional
+        Receives the results.
+
+    Returns
+    -------
+    list of Path
+        What was written.
+
+    Raises
+    ------
+    ModelError
+        If the target cannot run the potential, or runs another one.
+    OptionalDependencyError
+        If it is to be compared and there is no LAMMPS.
+    """
+    display = display or Display()
+    potential, info = load_potential(model)
+    # What is missing is said before anything is written.
+    compared = check and target == "lammps"
+    lammps = find_lammps(*installation) if compared else None
+    files = deploy(potential, target, folder, Path(model).stem, info)
+    if lammps is None:
+        return files
+    low, high = (info.get("trained_on") or {}).get("density_g_cm3") or (None, None)
+    density = None if low is None else 0.5 * (low + high)
+    compare = random_structures(potential, density)
+    for path in structures:
+        compare[path.name] = ase.io.read(path)
+    report(compare_in_lammps(potential, files[0], lammps, compare), display)
+    return files
+
+
+def compare_in_lammps(
+    potential: Potential, file: Path, lammps: Installation, structures: dict[str, ase.Atoms]
+) -> Parity:
+    """The self-test of an exported file, on one rank and, where there is mpiexec, on two."""
+    plugin = build_plugin(lammps)
+    with tempfile.TemporaryDirectory() as scratch, limited_threads(1):
+        run = LammpsRun(lammps, plugin, file, potential.species_table.names, Path(scratch))
+        ranks = (1, 2) if lammps.mpiexec else (1,)
+        return check_parity(potential, run, structures, ranks=ranks)
+
+
+def report(parity: Parity, display: Display) -> None:
+    """Show the tables of the self-test."""
+    display.table(
+        "LAMMPS beside the checkpoint in ASE: largest relative differences",
+        ("structure", "ranks", "energies", "forces", "stress"),
+        parity.rows,
+    )
+    display.table(
+        "100 fs of NVE on one thread per rank",
+        ("program", "ranks", "change of the energy, eV/atom", "µs per atom and step"),
+        parity.drift,
+    )
+
+
+def lammps_plugin(
+    action: str, installation: Place, *, core: bool = False, display: Display | None = None
+) -> list[str]:
+    """Build the plugin, say where it is, or test it.
+
+    Parameters
+    ----------
+    action : {"build", "path", "doctor"}
+        What to do.
+    installation : tuple
+        The LAMMPS that is meant.
+    core : bool
+        Whether `path` asks for the folder of potstill's core.
+    display : Display, optional
+        Receives the tables of `doctor`.
+
+    Returns
+    -------
+    list of str
+        Lines to print.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such action, the plugin cannot be built, or its path is asked for before.
+    ModelError
+        If the test fails.
+    """
+    display = display or Display()
+    actions = ("build", "path", "doctor")
+    if action not in actions:
+        raise ConfigError(f"`potstill lammps` does not know '{action}'{suggest(action, actions)}")
+    if action == "path" and core:
+        return [str(core_folder())]
+    lammps = find_lammps(*installation)
+    if action == "path":
+        plugin = plugin_path(lammps)
+        if not plugin.is_file():
+            raise ConfigError("there is no plugin for this LAMMPS yet: run `potstill lammps build`")
+        return [str(plugin)]
+    plugin = build_plugin(lammps)
+    if action == "build":
+        return [f"The plugin for LAMMPS {lammps.version} is {plugin}"]
+    facts = {
+        "version": lammps.version,
+        "program": lammps.program,
+        "headers": lammps.include,
+        "MPI headers": lammps.mpi_include,
+        "mpiexec": lammps.mpiexec or "none: one rank only",
+        "plugin": plugin,
+    }
+    display.table("LAMMPS", ("", ""), [[name, str(value)] for name, value in facts.items()])
+    potential = _small_potential()
+    with tempfile.TemporaryDirectory() as folder:
+        (file, _) = deploy(potential, "lammps", folder, "doctor")
+        structures = random_structures(potential)
+        report(compare_in_lammps(potential, file, lammps, structures), display)
+    return ["The pair style works."]
+
+
+def _small_potential() -> Potential:
+    """Of two species and two interaction layers, untrained."""
+    table = SpeciesTable.from_symbols(["Al", "Cu"])
+    sizes: dict[str, Any] = {"n_features": 8, "n_sensitivities": 6, "n_interaction_layers": 2}
+    distances = {"dist_soft_min": 1.6, "dist_soft_max": 4.5, "dist_hard_max": 5.0}
+    torch.manual_seed(0)
+    network = HIPNN(table, **sizes, **distances, n_atom_layers=1, l_max=2).double()
+    offsets = SpeciesOffsets(table, [-3.0, -4.0])
+    return SumPotential({"offsets": offsets, "prior": ZBL(table, 1.0, 2.0), "network": network})

@@ -1,0 +1,382 @@
+"""Whether an exported potential is, in LAMMPS, what its checkpoint is in ASE."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ase
+import ase.units
+import numpy as np
+from ase.build import bulk
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from ase.md.verlet import VelocityVerlet
+from numpy.typing import NDArray
+
+from potstill.calculators import PotstillCalculator
+from potstill.deploy.lammps import PAIR_COMMANDS, lammps_data
+from potstill.deploy.lammps_build import Installation
+from potstill.errors import ModelError
+from potstill.models import Potential, SpeciesOffsets, SumPotential
+from potstill.units import AMU_PER_A3_IN_G_PER_CM3
+
+#: LAMMPS' own conversion from bar in its metal units; ASE's differs in the eighth digit.
+BAR = 1.0 / 1.6021765e6
+
+#: Relative differences that rounding leaves, by the network's precision.
+TOLERANCES = {"float64": 1e-10, "float32": 2e-6}
+
+# What relative differences are relative to, at least: eV, eV/Å, eV/Å³.
+_FLOORS = {"energies": 1.0, "forces": 1.0, "stress": 0.01}
+
+#: Largest difference of the two codes' changes of the total energy in NVE, eV per atom.
+DRIFT_TOLERANCE = 1e-5
+
+_STATIC = """\
+units metal
+atom_style atomic
+boundary BOUNDARY
+newton NEWTON
+box tilt large
+read_data structure.data
+PAIR
+compute energy all pe/atom
+compute virial all stress/atom NULL virial
+dump all all custom 1 dump.txt id fx fy fz c_energy c_virial[*]
+dump_modify all sort id format float %.17g
+thermo_style custom pe pxx pyy pzz pyz pxz pxy
+run 0
+print "$(pe:%.17g) $(pxx:%.17g) $(pyy:%.17g) $(pzz:%.17g) $(pyz:%.17g) $(pxz:%.17g) $(pxy:%.17g)" &
+  file results.txt
+"""
+
+_DYNAMICS = """\
+units metal
+atom_style atomic
+box tilt large
+read_data structure.data
+PAIR
+neighbor 0.5 bin
+neigh_modify delay 0 every 1 check yes
+timestep 0.001
+fix integrate all nve
+thermo EVERY
+thermo_modify format float %.17g
+thermo_style custom etotal
+run STEPS
+"""
+
+
+@dataclass(frozen=True)
+class LammpsRun:
+    """LAMMPS, its plugin and a model file, and how they are used.
+
+    Parameters
+    ----------
+    lammps : Installation
+        Where to run.
+    plugin : Path
+        The pair style.
+    model : Path
+        The exported file.
+    names : sequence of str
+        Elements by atom type.
+    folder : Path
+        For the files of a run.
+    n_ranks : int
+        MPI ranks.
+    pair : str
+        Commands of the pair style, with the variables `plugin` and `model`; those of the example by
+        default.
+    newton : str
+        "on" or "off".
+    """
+
+    lammps: Installation
+    plugin: Path
+    model: Path
+    names: Sequence[str]
+    folder: Path
+    n_ranks: int = 1
+    pair: str = ""
+    newton: str = "on"
+
+    def output(self, script: str) -> str:
+        """Return what LAMMPS prints.
+
+        Raises
+        ------
+        ModelError
+            If it ends with an error, with its message.
+        """
+        pair = self.pair or PAIR_COMMANDS.replace("NAMES", " ".join(self.names))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "in.lammps").write_text(
+            script.replace("PAIR", pair).replace("NEWTON", self.newton), encoding="utf-8"
+        )
+        variables = ("-var", "plugin", str(self.plugin), "-var", "model", str(self.model.resolve()))
+        command = self.lammps.command(
+            self.n_ranks, "-in", "in.lammps", "-log", "none", "-nocite", *variables
+        )
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.lammps.environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            text = done.stdout + done.stderr
+            errors = re.findall(r"ERROR.*", text) or text.strip().splitlines()[-1:]
+            raise ModelError(f"LAMMPS stopped: {errors[0] if errors else done.returncode}")
+        return done.stdout
+
+    def static(self, atoms: ase.Atoms) -> dict[str, NDArray[np.float64]]:
+        """Energies (N,), forces (N, 3) and stress (3, 3) in the frame of the atoms.
+
+        Virials (N, 3, 3) are those of `compute stress/atom`, with the sign of the stress.
+        """
+        atoms = _in_a_box(atoms)
+        data, rotation = lammps_data(atoms, self.names)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "structure.data").write_text(data, encoding="utf-8")
+        boundary = " ".join("p" if periodic else "m" for periodic in atoms.pbc)
+        self.output(_STATIC.replace("BOUNDARY", boundary))
+        rows = np.loadtxt(self.folder / "dump.txt", skiprows=9, ndmin=2)
+        sums = np.array((self.folder / "results.txt").read_text().split(), dtype=float)
+        virials = BAR * np.array([_matrix(row[5:][[0, 1, 2, 5, 4, 3]]) for row in rows])
+        return {
+            "energy": sums[0],
+            "energies": rows[:, 4],
+            "forces": rows[:, 1:4] @ rotation,
+            "stress": rotation.T @ _matrix(-BAR * sums[1:]) @ rotation,
+            "virials": rotation.T @ virials @ rotation,
+        }
+
+    def dynamics(self, atoms: ase.Atoms, steps: int, every: int) -> tuple[NDArray[np.float64], float]:
+        """Total energies (eV) every so many steps of 1 fs in NVE, and the seconds of the loop."""
+        data, _ = lammps_data(atoms, self.names)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "structure.data").write_text(data, encoding="utf-8")
+        script = _DYNAMICS.replace("STEPS", str(steps)).replace("EVERY", str(every))
+        text = self.output(script)
+        table = re.search(r"TotEng\s*\n(.*?)\nLoop time of (\S+)", text, re.DOTALL)
+        if table is None:
+            raise ModelError("LAMMPS printed no energies")
+        lines = [line for line in table[1].splitlines() if re.fullmatch(r"\s*\S+\s*", line)]
+        return np.array(lines, dtype=float), float(table[2])
+
+
+def _matrix(voigt: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(3, 3) from xx, yy, zz, yz, xz, xy."""
+    xx, yy, zz, yz, xz, xy = voigt
+    return np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
+
+
+def _in_a_box(atoms: ase.Atoms) -> ase.Atoms:
+    """The same with a cell that holds all atoms along open directions."""
+    atoms = atoms.copy()
+    if not atoms.pbc.all():
+        open_axes = [axis for axis in range(3) if not atoms.pbc[axis]]
+        atoms.cell = atoms.cell.complete()
+        atoms.center(vacuum=5.0, axis=open_axes)
+    return atoms
+
+
+# -- the self-test -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What the self-test found.
+
+    Parameters
+    ----------
+    rows : list of list of str
+        Structure, ranks, and the relative differences of energies, forces and stress.
+    drift : list of list of str
+        Program, ranks, change of the total energy, and time per atom and step.
+    """
+
+    rows: list[list[str]] = field(default_factory=list)
+    drift: list[list[str]] = field(default_factory=list)
+
+
+def check_parity(
+    potential: Potential,
+    run: LammpsRun,
+    structures: Mapping[str, ase.Atoms],
+    *,
+    ranks: Sequence[int] = (1, 2),
+    steps: int = 100,
+) -> Parity:
+    """Compare LAMMPS with ASE: energies, forces and stress of all structures, and drift in NVE.
+
+    Parameters
+    ----------
+    potential : Potential
+        The checkpoint's.
+    run : LammpsRun
+        How LAMMPS uses the exported file.
+    structures : mapping of str to ase.Atoms
+        By name; the first, which must be periodic, is repeated for the dynamics.
+    ranks : sequence of int
+        Numbers of MPI ranks.
+    steps : int
+        Length of the dynamics, fs.
+
+    Raises
+    ------
+    ModelError
+        At the first difference beyond `TOLERANCES`, or of the drift beyond `DRIFT_TOLERANCE`.
+    """
+    tolerance = TOLERANCES[_precision(potential)]
+    found = Parity()
+    for name, atoms in structures.items():
+        expected = _expected(potential, atoms)
+        for n_ranks in ranks:
+            values = _on(run, n_ranks).static(atoms)
+            errors = _differences(expected, values)
+            found.rows.append(
+                [name, str(n_ranks), *(f"{errors[k]:.1e}" if k in errors else "" for k in _FLOORS)]
+            )
+            for kind, error in errors.items():
+                if not error <= tolerance:
+                    raise ModelError(
+                        f"the exported potential is not the checkpoint: of '{name}' on {n_ranks} "
+                        f"ranks, {kind} in LAMMPS and ASE differ by {error:.1e} of their size, more "
+                        f"than {tolerance:g}"
+                    )
+    _check_drift(potential, run, next(iter(structures.values())), ranks, steps, found)
+    return found
+
+
+def _on(run: LammpsRun, n_ranks: int) -> LammpsRun:
+    return LammpsRun(
+        run.lammps, run.plugin, run.model, run.names, run.folder, n_ranks, run.pair, run.newton
+    )
+
+
+def _precision(potential: Potential) -> str:
+    """The network's: that of the only parameters there are."""
+    return str(next(potential.parameters()).dtype).removeprefix("torch.")
+
+
+def _expected(potential: Potential, atoms: ase.Atoms) -> dict[str, NDArray[np.float64]]:
+    """The same by ASE, with the zero of the energies, which tells nothing of precision."""
+    atoms = atoms.copy()
+    atoms.calc = PotstillCalculator(potential)
+    expected = {
+        "energies": atoms.get_potential_energies(),
+        "forces": atoms.get_forces(apply_constraint=False),
+        "zero": _zero(potential)[[potential.species_table.names.index(s) for s in atoms.symbols]],
+    }
+    if atoms.pbc.all():
+        expected["stress"] = atoms.get_stress(voigt=False, apply_constraint=False)
+    return expected
+
+
+def _zero(potential: Potential) -> NDArray[np.float64]:
+    parts = potential.components.values() if isinstance(potential, SumPotential) else [potential]
+    for part in parts:
+        if isinstance(part, SpeciesOffsets):
+            return part.offsets.numpy()
+    return np.zeros(len(potential.species_table.names))
+
+
+def _differences(
+    expected: Mapping[str, NDArray[np.float64]], found: Mapping[str, NDArray[np.float64]]
+) -> dict[str, float]:
+    """Largest differences of each kind, relative to the largest value or a floor."""
+    errors = {}
+    for kind, floor in _FLOORS.items():
+        if kind not in expected:
+            continue
+        size = expected[kind] - expected["zero"] if kind == "energies" else expected[kind]
+        scale = max(floor, float(np.abs(size).max()))
+        errors[kind] = float(np.abs(found[kind] - expected[kind]).max()) / scale
+    return errors
+
+
+def _check_drift(
+    potential: Potential,
+    run: LammpsRun,
+    atoms: ase.Atoms,
+    ranks: Sequence[int],
+    steps: int,
+    found: Parity,
+) -> None:
+    every = max(1, steps // 10)
+    atoms = atoms.copy() * (2, 2, 2)
+    MaxwellBoltzmannDistribution(atoms, temperature_K=300.0, rng=np.random.default_rng(0))
+    Stationary(atoms)
+    moving = atoms.copy()
+    moving.calc = PotstillCalculator(potential)
+    moving.get_forces()
+    energies = [moving.get_total_energy()]
+    dynamics = VelocityVerlet(moving, timestep=1.0 * ase.units.fs)
+    began = time.perf_counter()
+    for _ in range(steps // every):
+        dynamics.run(every)
+        energies.append(moving.get_total_energy())
+    seconds = time.perf_counter() - began
+    in_ase = np.array(energies) - energies[0]
+    per_step = 1e6 / (len(atoms) * steps)
+
+    def row(program: str, n_ranks: int, changes: NDArray[np.float64], seconds: float) -> None:
+        largest = float(np.abs(changes).max()) / len(atoms)
+        found.drift.append([program, str(n_ranks), f"{largest:.1e}", f"{seconds * per_step:.2f}"])
+
+    row("ASE", 1, in_ase, seconds)
+    for n_ranks in ranks:
+        total, seconds = _on(run, n_ranks).dynamics(atoms, steps, every)
+        in_lammps = total - total[0]
+        row("LAMMPS", n_ranks, in_lammps, seconds)
+        difference = float(np.abs(in_lammps - in_ase).max()) / len(atoms)
+        if not difference <= DRIFT_TOLERANCE:
+            raise ModelError(
+                f"the exported potential does not move as the checkpoint: in {steps} fs of NVE on "
+                f"{n_ranks} ranks the total energies of LAMMPS and ASE part by {difference:.1e} eV "
+                f"per atom, more than {DRIFT_TOLERANCE:g}"
+            )
+
+
+def random_structures(
+    potential: Potential, density: float | None = None, seed: int = 0
+) -> dict[str, ase.Atoms]:
+    """Random structures of a potential's species: a crystal with vibrations, a hot one, a tiny cell.
+
+    Parameters
+    ----------
+    potential : Potential
+        Of chemical elements.
+    density : float, optional
+        g/cm³; without it, atoms have 16 Å³ each.
+    seed : int
+        Of the random numbers.
+    """
+    generator = np.random.default_rng(seed)
+    names = potential.species_table.names
+
+    def crystal(repeat: int, amplitude: float) -> ase.Atoms:
+        atoms = bulk("X", "fcc", a=4.0, cubic=True) * (repeat, repeat, repeat)
+        atoms.symbols[:] = [names[k % len(names)] for k in range(len(atoms))]
+        volume = 16.0 * len(atoms)
+        if density is not None:
+            volume = AMU_PER_A3_IN_G_PER_CM3 * float(atoms.get_masses().sum()) / density
+        shear = np.eye(3) + np.triu(generator.uniform(-0.2, 0.2, (3, 3)), 1).T
+        edge = (volume / np.linalg.det(shear)) ** (1.0 / 3.0)
+        atoms.set_cell(edge * shear, scale_atoms=True)
+        atoms.positions += amplitude * generator.standard_normal(atoms.positions.shape)
+        return atoms
+
+    return {
+        "vibrating crystal": crystal(3, 0.05),
+        "hot crystal": crystal(3, 0.35),
+        "cell of a few atoms": crystal(1, 0.1),
+    }
