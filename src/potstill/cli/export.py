@@ -51,7 +51,9 @@ def export(
 
       potstill export run/student.pt run/lammps
 
-      potstill export run/student.pt lammps --structure cell.cif --lmp ~/lammps/build/lmp --include ~/lammps/src
+      potstill export run/student.pt run/lammps --structure cell.cif
+
+      potstill export run/student.pt run/lammps --lmp build/lmp --include lammps/src
 
       potstill export run/snap/best.pt run/snap --to lammps-snap
     """
@@ -91,7 +93,7 @@ def lammps(
 
       mpiexec -n 2 lmp -in student.in -var plugin "$(potstill lammps path)" -var data cell.data
 
-      potstill lammps doctor --lmp ~/lammps/build/lmp --include ~/lammps/src
+      potstill lammps doctor --lmp build/lmp --include lammps/src
     """
     from potstill.workflows.export import lammps_plugin
 

@@ -307,7 +307,7 @@ class MdResult:
     virial : Tensor or None
         (3, 3) eV: sum over pairs of r_ij outer dE/dr_ij, which is volume times stress.
     center_virials, neighbor_virials : Tensor or None
-        (n_local, 3, 3) and (N, 3, 3) eV: the same sum by the pairs' centers, and by their neighbors.
+        (n_local, 3, 3) and (N, 3, 3) eV: the same sum by the pairs' centers, and by neighbors.
     """
 
     energies: Tensor

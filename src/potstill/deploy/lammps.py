@@ -113,9 +113,10 @@ def _parts(potential: Potential) -> tuple[HIPNN, ZBL | None, SpeciesOffsets | No
     by_kind = {type(part): part for part in parts}
     network, prior, offsets = (by_kind.get(kind) for kind in (HIPNN, ZBL, SpeciesOffsets))
     kinds = ", ".join(part.kind for part in parts)
-    if network is None or len(by_kind) != len(parts) or set(by_kind) - {HIPNN, ZBL, SpeciesOffsets}:
+    foreign = set(by_kind) - {HIPNN, ZBL, SpeciesOffsets}
+    if network is None or foreign or len(by_kind) != len(parts):
         raise ModelError(
-            f"LAMMPS' pair style potstill runs one HIP-NN, with offsets and a ZBL prior, not {kinds}"
+            f"LAMMPS' pair style potstill runs a HIP-NN, with offsets and a ZBL prior, not {kinds}"
         )
     if isinstance(prior, ZBL) and prior.switching != "factor":
         raise ModelError(
@@ -149,8 +150,8 @@ def lammps_data(atoms: ase.Atoms, names: Sequence[str]) -> tuple[str, np.ndarray
     Returns
     -------
     text : str
-        The data file, in metal units, in a frame whose first cell vector is along x and whose second
-        is in the plane of x and y.
+        The data file, in metal units, in a frame whose first cell vector is along x and whose
+        second is in the plane of x and y.
     rotation : (3, 3) ndarray
         Takes rows of vectors of that frame to those of `atoms` as `rows @ rotation`.
 

