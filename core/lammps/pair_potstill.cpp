@@ -72,8 +72,6 @@ void PairPotstill::coeff(int narg, char **arg) {
                    "Pair style potstill needs pair_coeff * * FILE and an element or NULL for each of the "
                    "{} atom types: {} arguments, not {}",
                    n_types, 3 + n_types, narg);
-    if (std::strcmp(arg[0], "*") != 0 || std::strcmp(arg[1], "*") != 0)
-        error->all(FLERR, "Pair style potstill needs pair_coeff * *, not {} {}", arg[0], arg[1]);
     read_model(arg[2]);
     in_double_ = precision_ < 0 ? potstill_model_is_double(model_) : precision_ != 0;
 

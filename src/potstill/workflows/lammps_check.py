@@ -15,7 +15,6 @@ import ase.units
 import numpy as np
 import torch
 from ase.build import bulk
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
 from ase.md.verlet import VelocityVerlet
 from numpy.typing import NDArray
 
@@ -141,7 +140,7 @@ class LammpsRun:
             text=True,
         )
         if done.returncode != 0:
-            text = done.stdout + done.stderr
+            text = done.stderr + done.stdout  # the plugin itself has no other place than stderr
             errors = re.findall(r"ERROR.*", text) or text.strip().splitlines()[-1:]
             raise ModelError(f"LAMMPS stopped: {errors[0] if errors else done.returncode}")
         return done.stdout
@@ -344,8 +343,9 @@ def _check_drift(
 ) -> None:
     every = max(1, steps // 10)
     atoms = atoms.copy() * (2, 2, 2)
-    MaxwellBoltzmannDistribution(atoms, temperature_K=300.0, rng=np.random.default_rng(0))
-    Stationary(atoms)
+    widths = np.sqrt(atoms.get_masses() * ase.units.kB * 300.0)[:, None]
+    momenta = widths * np.random.default_rng(0).standard_normal((len(atoms), 3))
+    atoms.set_momenta(momenta - momenta.mean(axis=0))
     moving = atoms.copy()
     moving.calc = PotstillCalculator(potential)
     moving.get_forces()
