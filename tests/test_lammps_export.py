@@ -112,6 +112,22 @@ def test_ranks_and_newton_change_nothing(n_layers, run_of):
             np.testing.assert_allclose(total, expected["stress"], rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["comm_modify cutoff 1.0", "comm_style tiled\nbalance 1.0 rcb", "newton off on", "suffix omp"],
+)
+def test_ways_of_communication_change_nothing(setting, run_of):
+    """LAMMPS itself widens a communication range that is shorter than the cutoff."""
+    potential = student("Al", "Cu", n_interaction_layers=2)
+    atoms = crystal("Al", "Cu") * (3, 2, 2)
+    atoms.rattle(0.05, seed=1)
+    first, _, later = setting.partition("\n")
+    run = run_of(potential, n_ranks=3)
+    run = replace(run, pair=f"{'' if 'newton' in first else first}\n{run.commands()}{later}")
+    run = replace(run, newton="off on" if "newton" in first else "on")
+    assert_close(run.static(atoms), in_ase(potential, atoms))
+
+
 def test_single_precision_and_a_choice_of_it(run_of):
     potential = student("Al", "Cu", dtype=torch.float32, n_interaction_layers=2)
     atoms = crystal("Al", "Cu")

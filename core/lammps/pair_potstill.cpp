@@ -155,15 +155,6 @@ double PairPotstill::init_one(int i, int j) {
     return potstill_model_cutoff(model_);
 }
 
-void PairPotstill::setup() {
-    const double reach = comm->get_comm_cutoff(), cutoff = potstill_model_cutoff(model_);
-    if (reach < cutoff)
-        error->all(FLERR,
-                   "Pair style potstill has a cutoff of {:.3f} angstrom, beyond the communication range of "
-                   "{:.3f}: enlarge it by comm_modify cutoff",
-                   cutoff, reach);
-}
-
 // -- evaluation ---------------------------------------------------------------------------------
 
 void PairPotstill::compute(int eflag, int vflag) {

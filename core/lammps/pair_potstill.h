@@ -20,7 +20,6 @@ class PairPotstill : public Pair {
     void coeff(int narg, char **arg) override;
     void init_style() override;
     double init_one(int i, int j) override;
-    void setup() override;
     double memory_usage() override;
 
     int pack_forward_comm(int n, int *list, double *buffer, int pbc_flag, int *pbc) override;

@@ -69,8 +69,8 @@ neigh_modify delay 0 every 1 check yes
 timestep 0.001
 fix integrate all nve
 thermo EVERY
-thermo_modify format float %.17g
 thermo_style custom etotal
+thermo_modify format float %.17g
 run STEPS
 """
 
