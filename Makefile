@@ -19,7 +19,7 @@ OUT ?= runs/silicon
 OUT_SHORT ?= runs/silicon-short
 
 # Sources of the native core: a change compiles it anew.
-NATIVE := CMakeLists.txt $(wildcard core/*.cpp core/include/* core/src/*)
+NATIVE := CMakeLists.txt $(wildcard core/*.cpp core/include/* core/lammps/* core/src/*)
 
 # More for pytest, as in `make test PYTEST_ARGS="-k layers"`.
 PYTEST_ARGS ?=

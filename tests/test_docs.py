@@ -53,7 +53,8 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "page", ["data-formats.md", "teachers.md", "feature-distillation.md", "models.md"]
+    "page",
+    ["data-formats.md", "teachers.md", "feature-distillation.md", "lammps.md", "models.md"],
 )
 def test_examples_run(folder, page):
     code = examples(page)
@@ -116,6 +117,7 @@ def test_every_page_with_examples_is_run():
     assert with_code == {
         "data-formats.md",
         "feature-distillation.md",
+        "lammps.md",
         "models.md",
         "teachers.md",
         "tutorial.md",

@@ -242,6 +242,13 @@ def test_a_wheel_from_the_sdist_holds_the_whole_package(tmp_path):
     (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
     # Without a compiler there is a wheel as well: the same files, and no extension module.
     compiled = [f"potstill/{name}" for name in extension_modules(wheel)]
+    with zipfile.ZipFile(wheel) as archive:
+        library = {name for name in archive.namelist() if name.startswith(LIBRARY)}
+    assert bool(library) == bool(compiled)
+    if compiled:
+        wanted = {"potstill/core/lib/libpotstill_core.a", "potstill/core/include/potstill_core.h"}
+        wanted |= {f"potstill/core/lammps/{p.name}" for p in (ROOT / "core" / "lammps").iterdir()}
+        assert wanted <= library
     assert wheel.name.endswith("-none-any.whl") != bool(compiled)
     assert bool(compiled) == (shutil.which("c++") is not None)
     expected = {
@@ -253,12 +260,13 @@ def test_a_wheel_from_the_sdist_holds_the_whole_package(tmp_path):
         packed = {name for name in archive.namelist() if name.startswith("potstill/")}
         (metadata,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
         assert f"\nVersion: {potstill.__version__}\n" in archive.read(metadata).decode()
-    assert packed == expected | set(compiled)
+    assert packed == expected | set(compiled) | library
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "pyproject.toml", "CHANGELOG.md", "CMakeLists.txt"} <= names
     assert {f"core/{path.name}" for path in (ROOT / "core").iterdir() if path.is_file()} <= names
-    sources = {f"core/src/{path.name}" for path in (ROOT / "core" / "src").iterdir()}
+    folders = [ROOT / "core" / "src", ROOT / "core" / "lammps"]
+    sources = {str(path.relative_to(ROOT)) for folder in folders for path in folder.iterdir()}
     assert sources <= names
 
 
@@ -291,6 +299,10 @@ def test_without_a_compiler_the_install_succeeds_and_says_so(tmp_path):
     )
     assert result.returncode != 0
     assert "POTSTILL_REQUIRE_NATIVE is set" in result.stdout + result.stderr
+
+
+#: What engines link, and the pair style for LAMMPS, beside the extension module.
+LIBRARY = ("potstill/core/lib/", "potstill/core/include/", "potstill/core/lammps/")
 
 
 def extension_modules(wheel: Path) -> list[str]:

