@@ -99,6 +99,14 @@ def test_all_kinds_of_students_are_those_of_ase(invariants, l_max, n_layers, run
         assert_close(found, expected)
 
 
+def test_a_folder_of_plugins_needs_no_command(plugin, run_of, monkeypatch):
+    monkeypatch.setenv("LAMMPS_PLUGIN_PATH", str(plugin.parent))
+    potential, atoms = student("Al"), crystal("Al")
+    run = run_of(potential)
+    run = replace(run, pair=run.commands().replace("plugin load ${plugin}\n", ""))
+    assert_close(run.static(atoms), in_ase(potential, atoms))
+
+
 @pytest.mark.parametrize("n_layers", [1, 3])
 def test_ranks_and_newton_change_nothing(n_layers, run_of):
     potential = student("Al", "Cu", n_interaction_layers=n_layers)
@@ -307,8 +315,14 @@ def test_dynamics_minimization_and_restart(run_of):
 def test_energy_is_conserved_as_in_ase(run_of):
     potential = student("Al")
     run = run_of(potential)
-    found = check_parity(potential, run, {"crystal": crystal("Al")}, ranks=(1, 2), steps=40)
-    assert [row[:3] for row in found.rows] == [["crystal", n, "float64"] for n in "12"]
+    cluster = crystal("Al")
+    cluster.pbc = False
+    structures = {"cluster": cluster, "crystal": crystal("Al")}
+    found = check_parity(potential, run, structures, ranks=(1, 2), steps=40)
+    assert [row[:3] for row in found.rows] == [
+        [name, n_ranks, "float64"] for name in structures for n_ranks in "12"
+    ]
+    assert [bool(row[5]) for row in found.rows] == [False, False, True, True]
     assert [row[:2] for row in found.drift] == [["ASE", "1"], ["LAMMPS", "1"], ["LAMMPS", "2"]]
 
 

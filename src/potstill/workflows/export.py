@@ -81,9 +81,8 @@ def export(
         return files
     low, high = (info.get("trained_on") or {}).get("density_g_cm3") or (None, None)
     density = None if low is None else 0.5 * (low + high)
-    compare = random_structures(potential, density)
-    for path in structures:
-        compare[path.name] = read_start(str(path))[0].to_ase()[0]
+    compare = {path.name: read_start(str(path))[0].to_ase()[0] for path in structures}
+    compare |= random_structures(potential, density)
     report(compare_in_lammps(potential, files[0], lammps, compare), display)
     return files
 
