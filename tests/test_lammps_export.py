@@ -21,6 +21,8 @@ from potstill.core.model_file import ModelFile
 from potstill.deploy import deploy, lammps_build
 from potstill.deploy.lammps_build import build_plugin, find_lammps, plugin_path
 from potstill.errors import ConfigError, ModelError, OptionalDependencyError
+from potstill.models import HIPNN
+from potstill.species import Species, SpeciesTable
 from potstill.structures import Structures
 from potstill.workflows import export as workflow
 from potstill.workflows.export import lammps_plugin
@@ -326,6 +328,17 @@ def test_energy_is_conserved_as_in_ase(run_of):
     assert [row[:2] for row in found.drift] == [["ASE", "1"], ["LAMMPS", "1"], ["LAMMPS", "2"]]
 
 
+def test_ranks_that_run_alone_are_found(run_of, tmp_path):
+    """As with the mpiexec of another MPI."""
+    alone = tmp_path / "mpiexec"
+    alone.write_text('#!/bin/sh\nshift 2\nexec "$@"\n')
+    alone.chmod(0o755)
+    run = run_of(student("Al"), n_ranks=2)
+    run = replace(run, lammps=replace(run.lammps, mpiexec=alone))
+    with pytest.raises(ModelError, match="mpiexec is not of the MPI that"):
+        run.static(crystal("Al"))
+
+
 def test_another_potential_than_the_checkpoint_is_found(run_of):
     potential = student("Al")
     run = run_of(potential)
@@ -454,8 +467,11 @@ def test_export_fails_where_lammps_gives_other_numbers(plugin, tmp_path, monkeyp
     monkeypatch.setattr(workflow, "build_plugin", lambda _: plugin)
     monkeypatch.setattr(workflow, "deploy", spoiled)
     save_potential(tmp_path / "best.pt", student("Al"), {})
-    words = call("export", tmp_path / "best.pt", tmp_path, code=2).stderr
+    words = call("export", tmp_path / "best.pt", tmp_path / "out", code=2).stderr
     assert "the exported potential is not the checkpoint" in words
+    assert not (tmp_path / "out").exists()  # nothing is left behind
+    call("export", tmp_path / "best.pt", tmp_path / "out", "--no-check")
+    assert (tmp_path / "out" / "best.potstill").exists()
 
 
 def test_the_plugin_is_built_once_and_found(lammps, tmp_path, monkeypatch):
@@ -477,6 +493,23 @@ def test_a_compiler_that_fails_leaves_its_messages(lammps, tmp_path, monkeypatch
     with pytest.raises(ConfigError, match=r"messages are in .*\.log"):
         build_plugin(lammps)
     assert not plugin_path(lammps).exists()
+
+
+def test_a_cache_that_cannot_be_written_is_told(lammps, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="set XDG_CACHE_HOME"):
+        build_plugin(lammps)
+
+
+def test_beads_are_exported_without_a_comparison(tmp_path):
+    table = SpeciesTable((Species("W", 72.0),))
+    network = HIPNN(table, 4, 4, 2.0, 8.0, 9.0, 1)
+    save_potential(tmp_path / "best.pt", network, {})
+    words = call("export", tmp_path / "best.pt", tmp_path / "out", code=2).stderr
+    assert "export with --no-check" in words
+    call("export", tmp_path / "best.pt", tmp_path / "out", "--no-check")
+    assert ModelFile(tmp_path / "out" / "best.potstill").species == ("W",)
 
 
 def test_doctor_runs_a_small_model(plugin, monkeypatch):

@@ -165,7 +165,7 @@ app = typer.Typer(
     help="""Distill accurate interatomic potentials into fast ones.
 
     A teacher (any potential) labels structures, a small student learns from the labels, and the
-    student runs in ASE.
+    student runs in ASE and LAMMPS.
 
     Start with: [bold]potstill distill[/bold]
     """,

@@ -223,7 +223,7 @@ def plugin_path(lammps: Installation) -> Path:
     """Where the plugin for an installation is, or will be: a place per version of all its parts."""
     core = core_folder()
     digest = hashlib.blake2b(digest_size=6)
-    for part in (lammps.program, lammps.include, lammps.mpi_include, _compiler()):
+    for part in (lammps.program, lammps.include, lammps.mpi_include):
         digest.update(f"{part}\n".encode())
     for file in [_library(core), *_sources(core)]:
         digest.update(file.read_bytes())
@@ -238,13 +238,18 @@ def build_plugin(lammps: Installation) -> Path:
     Raises
     ------
     ConfigError
-        If there is no compiler, or compilation fails.
+        If there is no compiler, compilation fails, or the cache cannot be written.
     """
     plugin = plugin_path(lammps)
     if plugin.is_file():
         return plugin
     core = core_folder()
-    plugin.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        plugin.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the plugin cannot be written ({error}): set XDG_CACHE_HOME to another folder"
+        ) from None
     temporary = plugin.with_name(f".{os.getpid()}-{PLUGIN}")
     command = [
         *(_compiler(), "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"),

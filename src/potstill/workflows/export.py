@@ -21,6 +21,7 @@ from potstill.deploy.lammps_build import (
 )
 from potstill.display import Display
 from potstill.errors import ConfigError, suggest
+from potstill.files import write_atomically
 from potstill.models import HIPNN, ZBL, Potential, SpeciesOffsets, SumPotential
 from potstill.species import SpeciesTable
 from potstill.workflows.base import limited_threads, read_start
@@ -70,20 +71,30 @@ def export(
         If the target cannot run the potential, or runs another one.
     OptionalDependencyError
         If it is to be compared and there is no LAMMPS.
+    ConfigError
+        If it is to be compared and has beads, or the pair style cannot be built.
     """
     display = display or Display()
     potential, info = load_potential(model)
-    # What is missing is said before anything is written.
-    compared = check and target == "lammps"
-    lammps = find_lammps(*installation) if compared else None
-    files = deploy(potential, target, folder, Path(model).stem, info)
-    if lammps is None:
-        return files
+    stem = Path(model).stem
+    if not check or target != "lammps":
+        return deploy(potential, target, folder, stem, info)
+    lammps = find_lammps(*installation)
+    if bool((potential.species_table.atomic_numbers < 0).any()):
+        raise ConfigError(
+            "ASE, which LAMMPS is compared with, has no beads: export with --no-check"
+        )
     low, high = (info.get("trained_on") or {}).get("density_g_cm3") or (None, None)
     density = None if low is None else 0.5 * (low + high)
     compare = {path.name: read_start(str(path))[0].to_ase()[0] for path in structures}
     compare |= random_structures(potential, density)
-    report(compare_in_lammps(potential, files[0], lammps, compare), display)
+    with tempfile.TemporaryDirectory() as scratch:
+        # What fails is not left behind.
+        checked = deploy(potential, target, scratch, stem, info)
+        report(compare_in_lammps(potential, checked[0], lammps, compare), display)
+        files = [Path(folder) / file.name for file in checked]
+        for file, place in zip(checked, files, strict=True):
+            write_atomically(place, file.read_bytes())
     return files
 
 

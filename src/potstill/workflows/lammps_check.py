@@ -41,6 +41,9 @@ _FLOORS = {"energies": 1.0, "forces": 1.0, "stress": 0.01}
 #: Largest difference of the two codes' changes of the total energy in NVE, eV per atom.
 DRIFT_TOLERANCE = 1e-5
 
+# Longest run, s: a deadlock ends.
+_PATIENCE = 1200
+
 # Fewest atoms of the dynamics: times of smaller systems tell little.
 _MOVING = 500
 
@@ -135,18 +138,28 @@ class LammpsRun:
         command = self.lammps.command(
             self.n_ranks, "-in", "in.lammps", "-log", "none", "-nocite", *variables
         )
-        done = subprocess.run(
-            command,
-            cwd=self.folder,
-            env=self.lammps.environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
+        try:
+            done = subprocess.run(
+                command,
+                cwd=self.folder,
+                env=self.lammps.environment(),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=_PATIENCE,
+            )
+        except subprocess.TimeoutExpired:
+            raise ModelError(f"LAMMPS did not end in {_PATIENCE} seconds: {command}") from None
         if done.returncode != 0:
             text = done.stderr + done.stdout  # the plugin itself has no other place than stderr
             errors = re.findall(r"ERROR.*", text) or text.strip().splitlines()[-1:]
             raise ModelError(f"LAMMPS stopped: {errors[0] if errors else done.returncode}")
+        for grid in re.findall(r"(\d+) by (\d+) by (\d+) MPI processor grid", done.stdout):
+            if math.prod(map(int, grid)) != self.n_ranks:
+                raise ModelError(
+                    f"{self.lammps.mpiexec} is not of the MPI that {self.lammps.program} was "
+                    f"compiled with: of {self.n_ranks} ranks each runs alone"
+                )
         return done.stdout
 
     def static(self, atoms: ase.Atoms) -> dict[str, NDArray[np.float64]]:
