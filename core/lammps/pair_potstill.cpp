@@ -243,7 +243,7 @@ void PairPotstill::collect_ghosts(std::vector<double> &values, int width) {
     if (force->newton) return;
     const size_t bytes = size_t(width) * sizeof(double);
     rows_ = {reinterpret_cast<char *>(values.data()), bytes, bytes, true};
-    comm->reverse_comm(this, width);
+    comm->reverse_comm(this);
 }
 
 void PairPotstill::add_energies() {

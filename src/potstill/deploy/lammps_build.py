@@ -22,6 +22,9 @@ from potstill.errors import ConfigError, OptionalDependencyError
 
 PLUGIN = "potstillplugin.so"
 
+# The name of a method that takes a string of before C++11.
+_OLD_STRINGS = b"_ZN9LAMMPS_NS5Error3oneERKSsi"
+
 
 @dataclass(frozen=True)
 class Installation:
@@ -90,6 +93,19 @@ class Installation:
     def sizes(self) -> str:
         """Width of atom and step numbers: LAMMPS_SMALLBIG or LAMMPS_BIGBIG."""
         return "LAMMPS_BIGBIG" if "-DLAMMPS_BIGBIG" in self.banner else "LAMMPS_SMALLBIG"
+
+    @property
+    def definitions(self) -> list[str]:
+        """How it was compiled, as far as a plugin must be the same: macros with their values."""
+        found = [self.sizes]
+        prefix = self.program.resolve().parents[1]
+        folders = [self.program.resolve().parent, prefix / "lib", prefix / "lib64"]
+        libraries = [path for folder in folders for path in folder.glob("liblammps.so*")]
+        for file in [*libraries[:1], self.program]:
+            # GCC's strings from before C++11, as in wheels for old systems.
+            if _OLD_STRINGS in file.read_bytes():
+                return [*found, "_GLIBCXX_USE_CXX11_ABI=0"]
+        return found
 
     def environment(self) -> dict[str, str]:
         """Environment for its processes: its libraries are found, one thread per rank."""
@@ -253,8 +269,8 @@ def build_plugin(lammps: Installation) -> Path:
     temporary = plugin.with_name(f".{os.getpid()}-{PLUGIN}")
     command = [
         *(_compiler(), "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"),
-        *(f"-D{lammps.sizes}", f"-DPOTSTILL_LAMMPS_VERSION={lammps.number}"),
-        f'-DPOTSTILL_VERSION="{__version__}"',
+        *(f"-D{macro}" for macro in lammps.definitions),
+        *(f"-DPOTSTILL_LAMMPS_VERSION={lammps.number}", f'-DPOTSTILL_VERSION="{__version__}"'),
         *(f"-I{core / 'include'}", "-isystem", str(lammps.include)),
         *("-isystem", str(lammps.mpi_include)),
         *(str(source) for source in _sources(core) if source.suffix == ".cpp"),

@@ -152,7 +152,8 @@ class LammpsRun:
             raise ModelError(f"LAMMPS did not end in {_PATIENCE} seconds: {command}") from None
         if done.returncode != 0:
             text = done.stderr + done.stdout  # the plugin itself has no other place than stderr
-            errors = re.findall(r"ERROR.*", text) or text.strip().splitlines()[-1:]
+            errors = re.findall(r"(?:ERROR|Open of file .* failed).*", text)
+            errors = errors or text.strip().splitlines()[-1:]
             raise ModelError(f"LAMMPS stopped: {errors[0] if errors else done.returncode}")
         for grid in re.findall(r"(\d+) by (\d+) by (\d+) MPI processor grid", done.stdout):
             if math.prod(map(int, grid)) != self.n_ranks:
