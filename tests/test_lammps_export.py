@@ -27,7 +27,7 @@ from potstill.structures import Structures
 from potstill.workflows import export as workflow
 from potstill.workflows.export import lammps_plugin
 from potstill.workflows.lammps_check import LammpsRun, check_parity, random_structures
-from test_model_file import FAULTS, crystal, student
+from students import FAULTS, crystal, student
 
 pytestmark = [
     pytest.mark.skipif(not available(), reason="needs the native core"),
