@@ -48,9 +48,7 @@ def compare(checkpoint: Path, options: argparse.Namespace) -> tuple[str, dict[st
         start = Path(folder) / "start.xyz"
         ase.io.write(start, element.crystal(), format="extxyz")
         workers = [Worker(peer, options.peers, Path(folder)) for peer in (*peers, yardstick)]
-        *ours, theirs = take_turns(
-            workers, [start] * len(workers), options.seconds, options.rounds
-        )
+        *ours, theirs = take_turns(workers, [start] * len(workers), options.seconds, options.rounds)
     return metal, {
         "n_parameters": network.n_parameters,
         "cutoff": network.cutoff,

@@ -276,9 +276,7 @@ class PotstillCalculator(Calculator):
 
 def _copy(structures: Structures) -> Structures:
     """The geometry as it is now: ASE moves atoms in place."""
-    return replace(
-        structures, positions=structures.positions.clone(), cell=structures.cell.clone()
-    )
+    return replace(structures, positions=structures.positions.clone(), cell=structures.cell.clone())
 
 
 def _distance_limits(names: Sequence[str], shortest: Mapping[str, float]) -> Tensor | None:
