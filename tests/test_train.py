@@ -455,7 +455,7 @@ def test_a_stopped_one_cycle_goes_on_with_the_same_rates(tmp_path: Path) -> None
     assert len(fixed) == 2
     for name in fixed:
         assert torch.equal(trained[name], initial[name])
-    name = "blocks.0.0.layer.tensor_weights.3"
+    name = "blocks.0.0.layer.tensor_weights.2"
     assert not torch.equal(trained[name], initial[name])
 
 
@@ -588,7 +588,7 @@ def test_a_preset_fills_what_is_not_given() -> None:
     assert preset.optimizer.name == "adamw"
     assert (preset.max_steps, preset.early_stopping) == (10_000, None)
     changed = TrainSettings(preset="student", optimizer={"learning_rate": 0.005}, epochs=7, seed=2)
-    assert (changed.optimizer.learning_rate, changed.optimizer.weight_decay) == (0.005, 0.1)
+    assert (changed.optimizer.learning_rate, changed.optimizer.weight_decay) == (0.005, 0.01)
     assert (changed.epochs, changed.seed, changed.max_steps) == (7, 2, 10_000)
     for one in (plain, preset, changed):  # what a run's folder holds
         assert TrainSettings.model_validate(one.model_dump(mode="json")) == one
