@@ -83,7 +83,7 @@ def write_lammps(
     ModelError
         If it has any other part.
     """
-    network, prior, offsets = _parts(potential)
+    network, prior, offsets = exported_parts(potential)
     parameters = network.native_parameters().joined()
     names = potential.species_table.names
     energies = torch.zeros(len(names)) if offsets is None else offsets.offsets
@@ -107,8 +107,14 @@ def write_lammps(
     return files
 
 
-def _parts(potential: Potential) -> tuple[HIPNN, ZBL | None, SpeciesOffsets | None]:
-    """The network, the prior and the offsets of a potential that is made of nothing else."""
+def exported_parts(potential: Potential) -> tuple[HIPNN, ZBL | None, SpeciesOffsets | None]:
+    """The network, the prior and the offsets of a potential that is made of nothing else.
+
+    Raises
+    ------
+    ModelError
+        If it has any other part.
+    """
     parts = list(_summands(potential))
     by_kind = {type(part): part for part in parts}
     network, prior, offsets = (by_kind.get(kind) for kind in (HIPNN, ZBL, SpeciesOffsets))

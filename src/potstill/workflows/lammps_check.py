@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from ase.build import bulk
 from ase.md.verlet import VelocityVerlet
+from ase.stress import voigt_6_to_full_3x3_stress
 from numpy.typing import NDArray
 
 from potstill.calculators import PotstillCalculator
 from potstill.core import build_compact_neighbors
 from potstill.core.model_file import ModelFile
-from potstill.deploy.lammps import PAIR_COMMANDS, lammps_data
+from potstill.deploy.lammps import PAIR_COMMANDS, exported_parts, lammps_data
 from potstill.deploy.lammps_build import Installation
 from potstill.errors import ModelError
-from potstill.models import Potential, SpeciesOffsets, SumPotential
+from potstill.models import Potential
 from potstill.structures import Structures
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3
 
@@ -176,12 +177,13 @@ class LammpsRun:
         self.output(_STATIC.replace("BOUNDARY", boundary))
         rows = np.loadtxt(self.folder / "dump.txt", skiprows=9, ndmin=2)
         sums = np.array((self.folder / "results.txt").read_text().split(), dtype=float)
-        virials = BAR * np.array([_matrix(row[5:][[0, 1, 2, 5, 4, 3]]) for row in rows])
+        voigt = rows[:, 5:][:, [0, 1, 2, 5, 4, 3]]  # LAMMPS ends with xy, xz, yz
+        virials = BAR * np.array([voigt_6_to_full_3x3_stress(row) for row in voigt])
         return {
             "energy": sums[0],
             "energies": rows[:, 4],
             "forces": rows[:, 1:4] @ rotation,
-            "stress": rotation.T @ _matrix(-BAR * sums[1:]) @ rotation,
+            "stress": rotation.T @ voigt_6_to_full_3x3_stress(-BAR * sums[1:]) @ rotation,
             "virials": rotation.T @ virials @ rotation,
         }
 
@@ -199,12 +201,6 @@ class LammpsRun:
             raise ModelError("LAMMPS printed no energies")
         lines = [line for line in table[1].splitlines() if re.fullmatch(r"\s*\S+\s*", line)]
         return np.array(lines, dtype=float), float(table[2])
-
-
-def _matrix(voigt: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(3, 3) from xx, yy, zz, yz, xz, xy."""
-    xx, yy, zz, yz, xz, xy = voigt
-    return np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
 
 
 def _in_a_box(atoms: ase.Atoms) -> ase.Atoms:
@@ -332,11 +328,11 @@ def _by_core(
 
 
 def _zero(potential: Potential) -> NDArray[np.float64]:
-    parts = potential.components.values() if isinstance(potential, SumPotential) else [potential]
-    for part in parts:
-        if isinstance(part, SpeciesOffsets):
-            return part.offsets.numpy()
-    return np.zeros(len(potential.species_table.names))
+    """Energies of single atoms by species."""
+    offsets = exported_parts(potential)[2]
+    if offsets is None:
+        return np.zeros(len(potential.species_table.names))
+    return offsets.offsets.numpy()
 
 
 def _differences(
