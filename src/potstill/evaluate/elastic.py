@@ -124,8 +124,9 @@ class ElasticConstants(Result):
 COMPARED_STRAIN = 0.02
 #: Largest relative deviation of a constant from the teacher's that meets the bar.
 AIM_ELASTIC = 0.12
-#: Constants that change by more than this part between two strains tell of a rough potential.
-ROUGH = 0.05
+#: Constants that change by more than this part between two strains up to `SMALL_STRAIN` tell of a
+#: rough potential; beyond that strain, smooth ones may change as well.
+ROUGH, SMALL_STRAIN = 0.03, 0.01
 #: Constants below this part of the largest are judged against that part: zeros stay zeros.
 _FLOOR = 0.1
 
@@ -199,8 +200,13 @@ class ElasticScan(Result):
         return ()
 
     def largest_change(self) -> Difference | None:
-        """The largest change of a constant between two strains; None with a single strain."""
-        pairs = [largest_difference(a, b) for a, b in combinations(self.constants, 2)]
+        """The largest change of a constant between two strains; None with a single strain.
+
+        Strains up to `SMALL_STRAIN`, if there are two of them, else all.
+        """
+        small = [r for r in self.constants if r.strain <= SMALL_STRAIN]
+        used = small if len(small) > 1 else self.constants
+        pairs = [largest_difference(a, b) for a, b in combinations(used, 2)]
         return max(pairs, key=lambda d: d.relative, default=None)
 
     def deviation(self, teacher: ElasticScan) -> Difference | None:
@@ -229,8 +235,8 @@ def elastic_scan(
     atoms, calculator : ase.Atoms, BaseCalculator
         As for `elastic_constants`, whose other settings `settings` are.
     strains : sequence of float
-        Central differences cancel odd orders: for a smooth potential the constants at 0.005 and
-        0.02 are the same to a fraction of a percent.
+        Central differences cancel odd orders: for a smooth potential the constants at 0.002 and
+        0.01 are the same to a fraction of a percent.
     """
     require_periodic(atoms, "the elastic tensor")
     start = with_calculator(atoms, calculator)
@@ -397,7 +403,7 @@ class Elastic(Evaluation):
     needs = "crystal"
 
     strains: tuple[Annotated[float, Field(gt=0.0, lt=0.2)], ...] = Field(
-        default=(0.005, 0.02), min_length=1
+        default=(0.002, 0.005, 0.01, 0.02), min_length=1
     )
 
     def run(self, bench: Bench, candidate: Candidate) -> ElasticScan:

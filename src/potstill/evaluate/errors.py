@@ -424,10 +424,11 @@ class Errors(Evaluation):
             if "free_forces_rmse" in ours:
                 every = number(100 * ours.get("forces_relative_rmse", math.nan))
                 atoms = f", over free atoms; over all, fixed ones included, {every} %"
+            n = max(report.n_systems for report in found.of(cls.name, ErrorReport).values())
             share, bar = f"{number(100 * relative)} %", f"{100 * AIM_RELATIVE_FORCES:.0f} %"
             yield Verdict(
-                f"On held-out structures the student reproduces the {whose} forces to {share} "
-                f"(RMSE over the standard deviation of the forces{atoms}), "
+                f"On {n} held-out structures the student reproduces the {whose} forces to "
+                f"{share} (RMSE over the standard deviation of the forces{atoms}), "
                 f"{'below' if met else 'above'} the bar of {bar}.",
                 f"relative force RMSE {share} (bar {bar})",
                 met,

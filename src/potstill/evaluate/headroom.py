@@ -1,4 +1,4 @@
-"""Whether molecular dynamics holds above the temperatures of the training."""
+"""Whether molecular dynamics holds above the temperatures that were asked for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from potstill.report.verdicts import Verdict
 
 @dataclass(frozen=True)
 class HeadroomRuns(Result):
-    """Runs at constant energy that start hotter than the training was.
+    """Runs at constant energy that start above the highest temperature of the other tests.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ class HeadroomRuns(Result):
 
 
 class Headroom(Evaluation):
-    """Stability of molecular dynamics above the temperatures of the training.
+    """Stability of molecular dynamics above the temperatures that were asked for.
 
     Longer training makes small errors smaller and may make extrapolation worse, which neither test
     errors nor MD at the trained temperature show.
@@ -59,7 +59,7 @@ class Headroom(Evaluation):
     """
 
     name = "headroom"
-    title = "stability above the trained temperature"
+    title = "stability above the highest temperature"
     result = HeadroomRuns
     section = "Dynamics"
     needs = "structure"
@@ -113,7 +113,7 @@ class Headroom(Evaluation):
             return
         met = runs.n_sound == runs.n_runs
         text = (
-            f"Started at {runs.temperature:.0f} K, above the temperatures of training, "
+            f"Started at {runs.temperature:.0f} K, above the highest temperature asked for, "
             f"{runs.n_sound} of the student's {runs.n_runs} NVE runs of {runs.duration:g} ps stay "
             f"sound{'' if met else f'; one broke down after {runs.broke_at:g} ps: {runs.reason}'}."
         )

@@ -27,7 +27,13 @@ from potstill.evaluate.base import Bench, BenchSettings, Candidate, Role
 from potstill.evaluate.headroom import Headroom
 from potstill.readers import split_from_file, write_split
 from potstill.report.panels import plain_label
-from potstill.sample import SampledFrames, run_plan, split_in_blocks
+from potstill.sample import (
+    SampledFrames,
+    SamplingPlan,
+    even_parts,
+    run_plan,
+    split_in_blocks,
+)
 from potstill.structures import Structures
 from potstill.workflows.base import (
     Display,
@@ -48,8 +54,14 @@ from potstill.workflows.summary import summarize
 
 #: Shares of the teacher's dynamics; what is sampled otherwise, the larger part, is for training.
 SPLIT = {"train": 0.3, "validation": 0.25, "test": 0.45}
-#: Frames per block of the split, and frames left out between blocks.
-BLOCK, GAP = 4, 1
+#: Shares of what the draft visits at the temperatures of the run: the teacher's own MD affords too
+#: few frames to hold out for errors that mean something.
+EXPLORED_SPLIT = {"train": 0.85, "validation": 0.05, "test": 0.1}
+#: Frames per block of the two splits, and frames left out between blocks.
+BLOCK, EXPLORED_BLOCK, GAP = 4, 8, 1
+#: Share of the exploring above the temperatures of the run, where `headroom` starts, and runs it is
+#: divided into: without it some students have a hole there, and a draft may have one, too.
+HOT_SHARE, HOT_RUNS = 0.2, 4
 
 
 @dataclass(frozen=True)
@@ -150,9 +162,7 @@ def _explore(run: Run) -> str | None:
     if not n_frames:
         return "left out"
     potential, _ = load_potential(run.folder / "draft" / "best.pt")
-    plan = run.sampling_plan(
-        n_frames, 1.0, seed=run.config.seed + 1, stride=EXPLORING_STRIDE, equilibration=300.0
-    )
+    plan = exploring_plan(run, n_frames)
     unstable: list[str] = []
 
     def note() -> str | None:
@@ -178,16 +188,44 @@ def _explore(run: Run) -> str | None:
     except DivergenceError as error:
         unstable.append(str(error))
         return note()
+    parts = split_explored(frames, run.config.temperature[1], run.config.seed)
+    kept = torch.cat(list(parts.values())).sort().values
     store = run.store
-    store.append(frames.structures, skip_existing=True)
+    store.append(frames.structures.select(kept), skip_existing=True)
     split = split_from_file(run.folder / "split.json", store.n_systems)
-    held_out = torch.cat([split["validation"], split["test"]])
-    new = torch.arange(store.n_systems - len(frames), store.n_systems)
-    assert not bool(torch.isin(new, held_out).any())
-    split["train"] = torch.cat([split["train"], new]).unique()
+    first = store.n_systems - len(kept)
+    for name, index in parts.items():
+        new = first + torch.searchsorted(kept, index)
+        split[name] = torch.cat([split[name], new]).unique()
     write_split(run.folder / "split.json", split)
     run.label(f"labeling the draft's frames with {run.teacher.name}")
     return note()
+
+
+def exploring_plan(run: Run, n_frames: int) -> SamplingPlan:
+    """MD with the draft: at the temperatures of the run, and a part of it above them.
+
+    There at constant volume only, where nothing expands without bound.
+    """
+    settings = {"stride": EXPLORING_STRIDE, "equilibration": 300.0, "seed": run.config.seed + 1}
+    n_hot = round(HOT_SHARE * n_frames)
+    plan = run.sampling_plan(n_frames - n_hot, 1.0, **settings)
+    hot = Headroom().factor * run.config.temperature[1]
+    jobs = [*plan.jobs]
+    for n in even_parts(n_hot, HOT_RUNS):
+        jobs += run.sampling_plan(n, 1.0, temperature=hot, pressure=(), **settings).jobs if n else []
+    return replace(plan, jobs=jobs)
+
+
+def split_explored(frames: SampledFrames, highest: float, seed: int) -> dict[str, torch.Tensor]:
+    """Split the draft's MD up to the highest temperature; what is hotter is for training."""
+    asked = (frames.temperature <= highest).nonzero()[:, 0]
+    parts = split_in_blocks(
+        frames.select(asked), EXPLORED_SPLIT, seed=seed, block=EXPLORED_BLOCK, gap=GAP
+    )
+    split = {name: asked[index] for name, index in parts.items()}
+    hotter = (frames.temperature > highest).nonzero()[:, 0]
+    return split | {"train": torch.cat([split["train"], hotter])}
 
 
 def _train(run: Run) -> str:

@@ -249,17 +249,19 @@ class Run:
         return {"student": student, **controls}
 
     def sampling_plan(self, n_frames: int, md_share: float, **settings: Any) -> SamplingPlan:
-        """MD at the run's temperatures and pressures, and rattles and strains."""
+        """MD at the run's temperatures and pressures, or at others, and rattles and strains."""
         at_pressure = "stress" in self.plan.properties and self.plan.teacher_md.at_pressure
+        own = {
+            "temperature": self.config.temperature,
+            "pressure": self.config.pressure if at_pressure else (),
+            "n_temperatures": self.plan.counts.n_temperatures or 1,
+        }
         return standard_plan(
             self.start,
-            temperature=self.config.temperature,
             n_frames=n_frames,
-            pressure=self.config.pressure if at_pressure else (),
-            n_temperatures=self.plan.counts.n_temperatures or 1,
             md_share=md_share,
             timestep=self.plan.timestep,
-            **settings,
+            **(own | settings),
         )
 
 

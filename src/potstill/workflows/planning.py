@@ -63,9 +63,9 @@ TOLERANCE = 1.1
 #: What a slow teacher gets: multiples of the smallest numbers of frames, and the largest share of
 #: the budget for all but training.
 SCALES, BEFORE_TRAINING = (8.0, 4.0, 2.0, 1.4, 1.0), 0.6
-#: Teacher calls for E(V), elastic constants at two strains and a relaxation, and MD steps per size
+#: Teacher calls for E(V), elastic constants at four strains and a relaxation, and MD steps per size
 #: timed.
-EOS_CALLS, ELASTIC_CALLS, RELAXATION_CALLS, TIMED_STEPS = 40, 150, 10, 6
+EOS_CALLS, ELASTIC_CALLS, RELAXATION_CALLS, TIMED_STEPS = 40, 300, 10, 6
 #: Numbers of atoms that speed is measured for.
 SPEED_SIZES = (64, 512)
 #: Periodic cells are not made smaller than this for a slow teacher.
