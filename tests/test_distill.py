@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.io import write
@@ -14,7 +15,7 @@ from potstill.config import DistillConfig, validate
 from potstill.errors import ConfigError, DivergenceError
 from potstill.evaluate.base import Bench, BenchSettings
 from potstill.evaluate.headroom import HeadroomRuns
-from potstill.sample import MDJob, SamplingPlan, run_plan, smallest_supercell
+from potstill.sample import MDJob, SampledFrames, SamplingPlan, run_plan, smallest_supercell
 from potstill.store import LabeledStore
 from potstill.structures import Structures
 from potstill.workflows import distill as job
@@ -133,6 +134,42 @@ def test_held_out_frames_are_not_next_to_training_frames(settings, tmp_path):
     assert set(split["train"]) >= set(range(40, 50))
     groups = context.store.structures().group
     assert sum(group.startswith("near the minimum") for group in groups) == 4
+
+
+def test_exploring_goes_above_the_highest_temperature_at_constant_volume(settings, tmp_path):
+    settings |= {"temperature": "300:600", "pressure": [0.0]}
+    config = validate({**settings, "out": str(tmp_path / "run")}, DistillConfig)
+    plan = job.exploring_plan(job.Run.open(config, job.Display()), 100)
+    hot = [md for md in plan.jobs if md.temperature == 800.0]
+    assert sum(md.n_frames for md in plan.jobs) == 100
+    assert [md.n_frames for md in hot] == [5, 5, 5, 5]  # one that breaks down takes few with it
+    assert {md.pressure for md in hot} == {None}
+    others = [md for md in plan.jobs if md not in hot]
+    assert {md.temperature for md in others} == {300.0, 600.0}
+    assert {md.pressure for md in others} == {None, 0.0}
+
+
+def explored(n, temperature, number):
+    start = Structures.from_ase(bulk("Cu"))
+    frames = SampledFrames.independent(Structures.concatenate([start] * n))
+    return replace(
+        frames,
+        temperature=torch.full((n,), temperature, dtype=torch.float64),
+        job=torch.full((n,), number),
+        time=100.0 * torch.arange(n, dtype=torch.float64),
+    )
+
+
+def test_of_what_the_draft_visits_a_part_is_held_out_and_what_is_hotter_is_not():
+    frames = SampledFrames.concatenate([explored(160, 900.0, 0), explored(40, 1200.0, 1)])
+    parts = job.split_explored(frames, 900.0, seed=0)
+    train = set(parts["train"].tolist())
+    assert train >= set(range(160, 200))
+    for name, least in (("test", 12), ("validation", 6)):
+        held_out = parts[name].tolist()
+        assert least <= len(held_out) <= 24
+        assert max(held_out) < 160
+        assert not train & {k + d for k in held_out for d in (-1, 0, 1)}
 
 
 def test_runs_from_before_frames_near_the_minimum_resume_as_they_were(settings, tmp_path):

@@ -207,14 +207,13 @@ def exploring_plan(run: Run, n_frames: int) -> SamplingPlan:
 
     There at constant volume only, where nothing expands without bound.
     """
-    settings = {"stride": EXPLORING_STRIDE, "equilibration": 300.0, "seed": run.config.seed + 1}
+    settings: dict[str, Any] = {"stride": EXPLORING_STRIDE, "equilibration": 300.0}
+    settings["seed"] = run.config.seed + 1
     n_hot = round(HOT_SHARE * n_frames)
-    plan = run.sampling_plan(n_frames - n_hot, 1.0, **settings)
-    hot = Headroom().factor * run.config.temperature[1]
-    jobs = [*plan.jobs]
-    for n in even_parts(n_hot, HOT_RUNS):
-        jobs += run.sampling_plan(n, 1.0, temperature=hot, pressure=(), **settings).jobs if n else []
-    return replace(plan, jobs=jobs)
+    plans = [run.sampling_plan(n_frames - n_hot, 1.0, **settings)]
+    settings |= {"temperature": Headroom().factor * run.config.temperature[1], "pressure": ()}
+    plans += [run.sampling_plan(n, 1.0, **settings) for n in even_parts(n_hot, HOT_RUNS) if n]
+    return replace(plans[0], jobs=[job for plan in plans for job in plan.jobs])
 
 
 def split_explored(frames: SampledFrames, highest: float, seed: int) -> dict[str, torch.Tensor]:
