@@ -366,6 +366,17 @@ def test_models_are_compared_at_the_same_finite_strain():
     assert elsewhere.deviation(theirs) is None
 
 
+def test_roughness_is_a_change_between_small_strains():
+    tensors = (cubic(128, 54, 43), cubic(124, 54, 43), cubic(112, 56, 41))
+    strains = (0.002, 0.01, 0.02)
+    scan = ElasticScan(tuple(map(constants, tensors, strains)))
+    change = scan.largest_change()
+    assert (change.name, change.values, change.strains) == ("C11", (128, 124), (0.002, 0.01))
+    (verdict,) = Elastic.verdicts(Findings({"elastic": {"student": scan}}))
+    assert not verdict.met
+    assert "C11 is 128 GPa at 0.002 and 124 GPa at 0.01" in verdict.text
+
+
 def test_every_element_of_other_crystals_counts():
     hexagonal = cubic(60, 25, 16)
     hexagonal[2, 2] = 65.0
