@@ -251,7 +251,7 @@ class Run:
     def sampling_plan(self, n_frames: int, md_share: float, **settings: Any) -> SamplingPlan:
         """MD at the run's temperatures and pressures, or at others, and rattles and strains."""
         at_pressure = "stress" in self.plan.properties and self.plan.teacher_md.at_pressure
-        own = {
+        own: dict[str, Any] = {
             "temperature": self.config.temperature,
             "pressure": self.config.pressure if at_pressure else (),
             "n_temperatures": self.plan.counts.n_temperatures or 1,
