@@ -1,11 +1,13 @@
-"""Small students with random weights, a crystal for them, and ways to spoil a model file."""
+"""Small students with random weights, a crystal, its results, and ways to spoil a model file."""
 
 import struct
 import zlib
 
+import numpy as np
 import torch
 from ase.build import bulk
 
+from potstill.calculators import PotstillCalculator
 from potstill.models import HIPNN, ZBL, SpeciesOffsets, SumPotential
 from potstill.species import SpeciesTable
 
@@ -30,6 +32,21 @@ def crystal(*elements, seed=0):
     atoms.set_cell([[3.7, 0.0, 0.0], [0.9, 7.1, 0.0], [-0.6, 1.2, 7.4]], scale_atoms=True)
     atoms.rattle(0.12, seed=seed)
     return atoms
+
+
+def in_ase(potential, atoms):
+    atoms = atoms.copy()
+    atoms.calc = PotstillCalculator(potential)
+    return {
+        "energies": atoms.get_potential_energies(),
+        "forces": atoms.get_forces(),
+        "stress": atoms.get_stress(voigt=False),
+    }
+
+
+def assert_close(found, expected, tolerance=1e-11):
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=0, atol=tolerance, err_msg=name)
 
 
 def with_sum(content):

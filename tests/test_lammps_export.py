@@ -4,7 +4,9 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
+from importlib.metadata import entry_points
 
 import ase.units
 import numpy as np
@@ -27,7 +29,7 @@ from potstill.structures import Structures
 from potstill.workflows import export as workflow
 from potstill.workflows.export import lammps_plugin
 from potstill.workflows.lammps_check import LammpsRun, check_parity, random_structures
-from students import FAULTS, crystal, student
+from students import FAULTS, assert_close, crystal, in_ase, student
 
 pytestmark = [
     pytest.mark.skipif(not available(), reason="needs the native core"),
@@ -37,45 +39,6 @@ pytestmark = [
 ]
 
 KCAL_PER_EV = 23.060549  # LAMMPS' own
-
-
-@pytest.fixture(scope="session")
-def lammps():
-    return find_lammps()
-
-
-@pytest.fixture(scope="session")
-def plugin(lammps, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return build_plugin(lammps)
-
-
-@pytest.fixture
-def run_of(lammps, plugin, tmp_path):
-    """Makes runs of an exported potential."""
-
-    def make(potential, **options):
-        file = deploy(potential, "lammps", tmp_path, "m")[0]
-        names = potential.species_table.names
-        return LammpsRun(lammps, plugin, file, names, tmp_path / "run", **options)
-
-    return make
-
-
-def in_ase(potential, atoms):
-    atoms = atoms.copy()
-    atoms.calc = PotstillCalculator(potential)
-    return {
-        "energies": atoms.get_potential_energies(),
-        "forces": atoms.get_forces(),
-        "stress": atoms.get_stress(voigt=False),
-    }
-
-
-def assert_close(found, expected, tolerance=1e-11):
-    for name, values in expected.items():
-        np.testing.assert_allclose(found[name], values, rtol=0, atol=tolerance, err_msg=name)
 
 
 # -- parity ------------------------------------------------------------------------------------
@@ -485,6 +448,27 @@ def test_the_plugin_is_built_once_and_found(lammps, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert "libpotstill_core.a" in {p.name for p in (lammps_build.core_folder() / "lib").iterdir()}
     assert "did you mean 'build'?" in call("lammps", "biuld", code=2).stderr
+
+
+def test_lammps_own_package_finds_the_plugin(lammps, plugin, tmp_path, monkeypatch):
+    """By its entry point: no `plugin load`, neither in `lmp` nor in Python; none is no error."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(lammps_build, "plugin_path", lambda _: plugin)
+    found = {entry.name: entry for entry in entry_points(group="lammps.plugins")}["potstill"]
+    code = "import sys, lammps, os; print(os.environ['LAMMPS_PLUGIN_PATH'], 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [found.load()(), "False"]
+    script = tmp_path / "in.lammps"
+    script.write_text(
+        "units metal\nregion box block 0 9 0 9 0 9\ncreate_box 1 box\npair_style potstill\n"
+    )
+    command = [sys.executable, "-c", "from lammps.executable import lmp; lmp()", "-in", str(script)]
+    options = {"env": lammps.environment(), "capture_output": True, "text": True, "cwd": tmp_path}
+    before = subprocess.run(command, **options)
+    assert "Unrecognized pair style 'potstill'" in before.stdout
+    assert build_plugin(lammps) == plugin
+    after = subprocess.run(command, **options)
+    assert after.returncode == 0, after.stdout
 
 
 def test_a_compiler_that_fails_leaves_its_messages(lammps, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "potstill"
 
 #: From the bottom to the top. `x.*` stands for the package `x` and all modules in it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "display", "process", "template", "worker"),
+    ("errors", "files", "display", "process", "template", "worker", "lammps_folder"),
     ("properties", "units", "species", "isolation"),
     ("ase_bridge", "ragged"),
     ("structures",),

@@ -242,6 +242,10 @@ class Pairs(Potential):
     def taps(self) -> dict[str, TapSpec]:
         return {"density": TapSpec("node_scalar", 2 if self.fault == "tap" else 1)}
 
+    @property
+    def reach(self) -> float:
+        return 2.0 if self.fault == "farther" else 4.0
+
     def hyperparameters(self) -> dict[str, Any]:
         return {}
 
@@ -272,6 +276,7 @@ FAULTS = {
     "": set(),
     "axis": {"rotation_and_reflection"},
     "reach": {"longer_lists_change_nothing"},
+    "farther": {"reach"},
     "jump": {"continuity"},
     "detached": {"forces_are_the_gradient", "stress_is_the_strain_derivative"},
     "stranger": {"batched_equals_single", "extensivity"},

@@ -3,6 +3,12 @@
 
 #include "lammps.h"
 #include "pair_potstill.h"
+#include "pair_potstill_python.h"
+
+template <class Style>
+static void *make_pair(void *lammps) {
+    return new Style(static_cast<LAMMPS_NS::LAMMPS *>(lammps));
+}
 
 // Of LAMMPS' lammpsplugin.h, which installations do not bring along.
 extern "C" {
@@ -20,10 +26,6 @@ typedef void (*lammpsplugin_regfunc)(lammpsplugin_t *, void *);
 
 int lammps_version(void *lammps);  // of LAMMPS' C library, the same in all versions
 
-static void *make_pair(void *lammps) {
-    return new LAMMPS_NS::PairPotstill(static_cast<LAMMPS_NS::LAMMPS *>(lammps));
-}
-
 __attribute__((visibility("default"))) void lammpsplugin_init(void *lammps, void *handle, void *regfunc) {
     // Classes of another version have another layout: nothing of them may be touched.
     const int found = lammps_version(lammps);
@@ -40,8 +42,12 @@ __attribute__((visibility("default"))) void lammpsplugin_init(void *lammps, void
     plugin.name = "potstill";
     plugin.info = "pair style potstill, of potstill " POTSTILL_VERSION;
     plugin.author = "The potstill developers";
-    plugin.creator.v1 = &make_pair;
+    plugin.creator.v1 = &make_pair<LAMMPS_NS::PairPotstill>;
     plugin.handle = handle;
+    reinterpret_cast<lammpsplugin_regfunc>(regfunc)(&plugin, lammps);
+    plugin.name = "potstill/python";
+    plugin.info = "pair style potstill/python, of potstill " POTSTILL_VERSION;
+    plugin.creator.v1 = &make_pair<LAMMPS_NS::PairPotstillPython>;
     reinterpret_cast<lammpsplugin_regfunc>(regfunc)(&plugin, lammps);
 }
 }

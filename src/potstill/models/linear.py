@@ -169,6 +169,11 @@ class SNAP(Potential):
         """The bispectrum components, in the order of `component_labels`."""
         return {"bispectrum": TapSpec("node_scalar", self.n_components)}
 
+    @property
+    def reach(self) -> float:
+        """The cutoff."""
+        return self.cutoff
+
     def forward(
         self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
     ) -> LocalOutput:

@@ -231,6 +231,12 @@ class PaiNN(Potential):
             )
 
     @property
+    def reach(self) -> float:
+        """A cutoff per layer, and one more where the neighbors of neighbors decide which count."""
+        capped = self.hyper.max_neighbors is not None
+        return (self.hyper.num_layers + capped) * self.cutoff
+
+    @property
     def taps(self) -> dict[str, TapSpec]:
         """Scalars and vectors after each block, and what the last layers read."""
         scalar = TapSpec("node_scalar", self.hyper.hidden_channels)

@@ -74,6 +74,11 @@ class ZBL(Potential):
         self.inner = float(inner)
         self.register_buffer("nuclear_charge", numbers.to(torch.float64))
 
+    @property
+    def reach(self) -> float:
+        """The cutoff."""
+        return self.cutoff
+
     def forward(
         self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
     ) -> LocalOutput:

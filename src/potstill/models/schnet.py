@@ -147,6 +147,11 @@ class SchNet(Potential):
         self.energy_layer = xavier_linear(p.hidden_channels // 2, 1)
 
     @property
+    def reach(self) -> float:
+        """A cutoff per interaction block."""
+        return self.hyper.num_interactions * self.cutoff
+
+    @property
     def taps(self) -> dict[str, TapSpec]:
         """Features of atoms after the embedding and each block, filters, and the last layer."""
         taps = {"embedding": TapSpec("node_scalar", self.hyper.hidden_channels)}

@@ -46,6 +46,11 @@ class SpeciesOffsets(Potential):
             raise ModelError(f"{len(species_table)} species need as many offsets: {values.shape}")
         self.register_buffer("offsets", values)
 
+    @property
+    def reach(self) -> float:
+        """The cutoff."""
+        return self.cutoff
+
     def forward(
         self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
     ) -> LocalOutput:
@@ -108,6 +113,11 @@ class SumPotential(Potential):
     def dtype(self) -> torch.dtype:
         """Sums are formed in float64."""
         return torch.float64
+
+    @property
+    def reach(self) -> float:
+        """The farthest of the components."""
+        return max(component.reach for component in self.components.values())
 
     @property
     def taps(self) -> dict[str, TapSpec]:

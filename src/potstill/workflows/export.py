@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +13,14 @@ import torch
 
 from potstill.checkpoint import load_potential
 from potstill.deploy import deploy
+from potstill.deploy.lammps import why_not_native
 from potstill.deploy.lammps_build import (
     Installation,
     build_plugin,
     core_folder,
     find_lammps,
     plugin_path,
+    python_library,
 )
 from potstill.display import Display
 from potstill.errors import ConfigError, suggest
@@ -77,6 +80,11 @@ def export(
     display = display or Display()
     potential, info = load_potential(model)
     stem = Path(model).stem
+    if target == "lammps" and (reason := why_not_native(potential)) is not None:
+        display.say(
+            f"{reason[0].upper()}{reason[1:]}. So this is for the pair style potstill/python, "
+            "which calls PyTorch in every step and is many times slower"
+        )
     if not check or target != "lammps":
         return deploy(potential, target, folder, stem, info)
     lammps = find_lammps(*installation)
@@ -105,7 +113,8 @@ def compare_in_lammps(
     plugin = build_plugin(lammps)
     with tempfile.TemporaryDirectory() as scratch, limited_threads(1):
         run = LammpsRun(lammps, plugin, file, potential.species_table.names, Path(scratch))
-        ranks = (1, 2) if lammps.mpiexec else (1,)
+        several = lammps.mpiexec and (file.suffix == ".potstill" or math.isfinite(potential.reach))
+        ranks = (1, 2) if several else (1,)
         return check_parity(potential, run, structures, ranks=ranks)
 
 
@@ -117,7 +126,7 @@ def report(parity: Parity, display: Display) -> None:
         parity.rows,
     )
     display.table(
-        "100 fs of NVE on one thread per rank",
+        f"{parity.steps} fs of NVE on one thread per rank",
         ("program", "ranks", "change of the energy, eV/atom", "µs per atom and step"),
         parity.drift,
     )
@@ -173,6 +182,7 @@ def lammps_plugin(
         "MPI headers": lammps.mpi_include,
         "mpiexec": lammps.mpiexec or "none: one rank only",
         "plugin": plugin,
+        "Python": python_library() or "no shared library: potstill/python in LAMMPS' module only",
     }
     display.table("LAMMPS", ("", ""), [[name, str(value)] for name, value in facts.items()])
     potential = _small_potential()

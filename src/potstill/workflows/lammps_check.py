@@ -8,6 +8,7 @@ import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,10 +24,10 @@ from numpy.typing import NDArray
 from potstill.calculators import PotstillCalculator
 from potstill.core import build_compact_neighbors
 from potstill.core.model_file import ModelFile
-from potstill.deploy.lammps import PAIR_COMMANDS, exported_parts, lammps_data
+from potstill.deploy.lammps import PAIR_COMMANDS, STYLES, lammps_data, summands
 from potstill.deploy.lammps_build import Installation
 from potstill.errors import ModelError
-from potstill.models import Potential
+from potstill.models import Potential, SpeciesOffsets
 from potstill.structures import Structures
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3
 
@@ -45,8 +46,9 @@ DRIFT_TOLERANCE = 1e-5
 # Longest run, s: a deadlock ends.
 _PATIENCE = 1200
 
-# Fewest atoms of the dynamics: times of smaller systems tell little.
-_MOVING = 500
+# Length of the dynamics, fs, and fewest atoms: times of smaller systems tell little. With PyTorch
+# both are smaller, and the test takes as long.
+_DYNAMICS_OF = {"potstill": (100, 500), "potstill/python": (20, 100)}
 
 _STATIC = """\
 units metal
@@ -117,10 +119,15 @@ class LammpsRun:
     pair: str = ""
     newton: str = "on"
 
-    def commands(self, style: str = "") -> str:
+    @property
+    def style(self) -> str:
+        """The pair style that the file is for."""
+        return STYLES[self.model.suffix]
+
+    def commands(self, arguments: str = "") -> str:
         """Return the commands of the example, with arguments of the pair style."""
-        commands = PAIR_COMMANDS.replace("NAMES", " ".join(self.names))
-        return commands.replace("pair_style potstill", f"pair_style potstill {style}")
+        style = f"{self.style} {arguments}"
+        return PAIR_COMMANDS.replace("NAMES", " ".join(self.names)).replace("STYLE", style)
 
     def output(self, script: str) -> str:
         """Return what LAMMPS prints.
@@ -226,8 +233,11 @@ class Parity:
         Structure, ranks, precision, and the relative differences of energies, forces and stress.
     drift : list of list of str
         Program, ranks, change of the total energy, and time per atom and step.
+    steps : int
+        Length of the dynamics, fs.
     """
 
+    steps: int
     rows: list[list[str]] = field(default_factory=list)
     drift: list[list[str]] = field(default_factory=list)
 
@@ -238,14 +248,14 @@ def check_parity(
     structures: Mapping[str, ase.Atoms],
     *,
     ranks: Sequence[int] = (1, 2),
-    steps: int = 100,
+    steps: int | None = None,
 ) -> Parity:
     """Compare LAMMPS with ASE: energies, forces and stress of all structures, and drift in NVE.
 
     Two float32 results differ by the order of their sums. So a float32 network is compared in its
     own precision, where `TOLERANCES` or ten times its difference from float64 are let pass (of 85
     trained students on three structures the largest was 3.8 times), and in float64, where LAMMPS
-    must agree with the core's own evaluation of the file.
+    must agree with the core's own evaluation of the file, or with the checkpoint cast to float64.
 
     Parameters
     ----------
@@ -257,21 +267,26 @@ def check_parity(
         By name; the first periodic one serves for the dynamics, repeated where it is small.
     ranks : sequence of int
         Numbers of MPI ranks.
-    steps : int
-        Length of the dynamics, fs.
+    steps : int, optional
+        Length of the dynamics, fs; by default what the pair style needs no minute for.
 
     Raises
     ------
     ModelError
         At the first difference beyond what is let pass, or of the drift beyond `DRIFT_TOLERANCE`.
     """
-    found = Parity()
-    file = ModelFile(run.model)
+    default, n_moving = _DYNAMICS_OF[run.style]
+    found = Parity(default if steps is None else steps)
+    single = any(p.dtype == torch.float32 for p in potential.parameters())
     for name, atoms in structures.items():
-        exact, checkpoint = _by_core(file, potential, atoms), _by_ase(potential, atoms)
+        checkpoint = _by_ase(potential, atoms)
+        if run.style == "potstill":
+            exact = _by_core(ModelFile(run.model), potential, atoms)
+        else:
+            exact = _by_ase(deepcopy(potential).double(), atoms)
         noise = _differences(exact, checkpoint)
         # Of a float64 network the checkpoint's own values are wanted.
-        wanted = {"float64": exact} | {str(file.dtype).removeprefix("torch."): checkpoint}
+        wanted = {"float64": exact, "float32": checkpoint} if single else {"float64": checkpoint}
         for n_ranks, precision in itertools.product(ranks, wanted):
             style = "double" if precision == "float64" else "single"
             values = replace(run, n_ranks=n_ranks, pair=run.commands(style)).static(atoms)
@@ -289,7 +304,8 @@ def check_parity(
                         f"their size, more than {allowed:.1e}"
                     )
     moving = next(atoms for atoms in structures.values() if atoms.pbc.all())
-    _check_drift(potential, run, moving, ranks, steps, found)
+    repeats = math.ceil((n_moving / len(moving)) ** (1 / 3))
+    _check_drift(potential, run, moving * ((repeats,) * 3), ranks, found)
     return found
 
 
@@ -329,10 +345,11 @@ def _by_core(
 
 def _zero(potential: Potential) -> NDArray[np.float64]:
     """Energies of single atoms by species."""
-    offsets = exported_parts(potential)[2]
-    if offsets is None:
-        return np.zeros(len(potential.species_table.names))
-    return offsets.offsets.numpy()
+    zero = np.zeros(len(potential.species_table.names))
+    for part in summands(potential):
+        if isinstance(part, SpeciesOffsets):
+            zero += part.offsets.numpy()
+    return zero
 
 
 def _differences(
@@ -354,11 +371,10 @@ def _check_drift(
     run: LammpsRun,
     atoms: ase.Atoms,
     ranks: Sequence[int],
-    steps: int,
     found: Parity,
 ) -> None:
+    steps = found.steps
     every = max(1, steps // 10)
-    atoms = atoms.copy() * ((math.ceil((_MOVING / len(atoms)) ** (1 / 3)),) * 3)
     widths = np.sqrt(atoms.get_masses() * ase.units.kB * 300.0)[:, None]
     momenta = widths * np.random.default_rng(0).standard_normal((len(atoms), 3))
     atoms.set_momenta(momenta - momenta.mean(axis=0))

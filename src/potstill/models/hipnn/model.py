@@ -270,6 +270,11 @@ class HIPNN(Potential):
         )
 
     @property
+    def reach(self) -> float:
+        """A cutoff per interaction layer."""
+        return self.hyper.n_interaction_layers * self.cutoff
+
+    @property
     def taps(self) -> dict[str, TapSpec]:
         """`interaction_b` and `block_b` per block b, and `hierarchical_energies`."""
         taps = {
