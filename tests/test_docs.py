@@ -54,9 +54,14 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "page",
-    ["data-formats.md", "teachers.md", "feature-distillation.md", "lammps.md", "models.md"],
+    [
+        *("data-formats.md", "teachers.md", "feature-distillation.md"),
+        *("engines.md", "lammps.md", "models.md"),
+    ],
 )
 def test_examples_run(folder, page):
+    if page == "engines.md":
+        pytest.importorskip("torch_sim", reason="needs the extra 'torch-sim'")
     code = examples(page)
     assert code
     exec(compile(code, page, "exec"), {})
@@ -116,6 +121,7 @@ def test_every_page_with_examples_is_run():
     with_code = {path.name for path in DOCS.glob("*.md") if examples(path.name)}
     assert with_code == {
         "data-formats.md",
+        "engines.md",
         "feature-distillation.md",
         "lammps.md",
         "models.md",

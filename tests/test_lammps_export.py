@@ -28,7 +28,8 @@ from potstill.species import Species, SpeciesTable
 from potstill.structures import Structures
 from potstill.workflows import export as workflow
 from potstill.workflows.export import lammps_plugin
-from potstill.workflows.lammps_check import LammpsRun, check_parity, random_structures
+from potstill.workflows.lammps_check import LammpsRun, check_parity
+from potstill.workflows.parity import random_structures
 from students import FAULTS, assert_close, crystal, in_ase, student
 
 pytestmark = [

@@ -57,6 +57,7 @@ ASSEMBLED = (
     "workflows",
     "models.gemnet_oc",
     "models.hipnn",
+    "deploy.metatomic",
 )
 
 

@@ -25,6 +25,8 @@ from potstill.models import (
     SumPotential,
     TapSpec,
 )
+from potstill.models.tracing import traced
+from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.species import Species, SpeciesTable
 from potstill.testing import CONTRACT
 
@@ -197,6 +199,35 @@ TABLE: dict[str, Callable[[], Potential]] = {
 @pytest.mark.parametrize("model", TABLE)
 def test_contract(model: str, check: str) -> None:
     CONTRACT[check](TABLE[model]())
+
+
+@pytest.mark.parametrize("model", TABLE)
+def test_traces_are_right_for_other_structures(model: str) -> None:
+    """Larger and smaller ones, without pairs too; with and without gradients, in any order."""
+    potential = TABLE[model]()
+    if not potential.traceable:
+        with pytest.raises(ModelError, match="cannot be written as TorchScript"):
+            traced(potential)
+        return
+    energies = traced(potential)
+    systems = contract_structures(potential)
+    for number, cutoff in ((0, 1.0), (3, 1.0), (1, 1e-3), (2, 1.0), (1, 1.0)):
+        structures = systems[number]
+        pairs = build_neighbor_list(structures, cutoff * potential.cutoff)
+        edges, r_ij = Edges(pairs.center, pairs.neighbor), pair_vectors(structures, pairs)
+        for gradient in (False, True, True):
+            found_at = r_ij.clone().requires_grad_(gradient)
+            expected_at = r_ij.clone().requires_grad_(gradient)
+            found = energies(structures.species, pairs.center, pairs.neighbor, found_at)
+            output = potential(structures.species, edges, expected_at, structures.n_atoms)
+            expected = output.atomic_energies.detach()
+            torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-11)
+            if gradient and output.atomic_energies.requires_grad and len(r_ij):
+                slopes = [
+                    torch.autograd.grad(total.sum(), at, materialize_grads=True)[0]
+                    for total, at in ((found, found_at), (output.atomic_energies, expected_at))
+                ]
+                torch.testing.assert_close(*slopes, rtol=0, atol=1e-11)
 
 
 def test_every_kind_of_model_is_in_the_table() -> None:

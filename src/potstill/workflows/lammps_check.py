@@ -9,14 +9,13 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ase
 import ase.units
 import numpy as np
 import torch
-from ase.build import bulk
 from ase.md.verlet import VelocityVerlet
 from ase.stress import voigt_6_to_full_3x3_stress
 from numpy.typing import NDArray
@@ -24,21 +23,15 @@ from numpy.typing import NDArray
 from potstill.calculators import PotstillCalculator
 from potstill.core import build_compact_neighbors
 from potstill.core.model_file import ModelFile
-from potstill.deploy.lammps import PAIR_COMMANDS, STYLES, lammps_data, summands
+from potstill.deploy.lammps import PAIR_COMMANDS, STYLES, lammps_data
 from potstill.deploy.lammps_build import Installation
 from potstill.errors import ModelError
-from potstill.models import Potential, SpeciesOffsets
+from potstill.models import Potential
 from potstill.structures import Structures
-from potstill.units import AMU_PER_A3_IN_G_PER_CM3
+from potstill.workflows.parity import Parity, by_ase, differences, zero_energies
 
 #: LAMMPS' own conversion from bar in its metal units; ASE's differs in the eighth digit.
 BAR = 1.0 / 1.6021765e6
-
-#: Relative differences that are let pass, by precision.
-TOLERANCES = {"float64": 1e-10, "float32": 2e-6}
-
-# What relative differences are relative to, at least: eV, eV/Å, eV/Å³.
-_FLOORS = {"energies": 1.0, "forces": 1.0, "stress": 0.01}
 
 #: Largest difference of the two codes' changes of the total energy in NVE, eV per atom.
 DRIFT_TOLERANCE = 1e-5
@@ -223,25 +216,6 @@ def _in_a_box(atoms: ase.Atoms) -> ase.Atoms:
 # -- the self-test -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Parity:
-    """What the self-test found.
-
-    Parameters
-    ----------
-    rows : list of list of str
-        Structure, ranks, precision, and the relative differences of energies, forces and stress.
-    drift : list of list of str
-        Program, ranks, change of the total energy, and time per atom and step.
-    steps : int
-        Length of the dynamics, fs.
-    """
-
-    steps: int
-    rows: list[list[str]] = field(default_factory=list)
-    drift: list[list[str]] = field(default_factory=list)
-
-
 def check_parity(
     potential: Potential,
     run: LammpsRun,
@@ -252,10 +226,8 @@ def check_parity(
 ) -> Parity:
     """Compare LAMMPS with ASE: energies, forces and stress of all structures, and drift in NVE.
 
-    Two float32 results differ by the order of their sums. So a float32 network is compared in its
-    own precision, where `TOLERANCES` or ten times its difference from float64 are let pass (of 85
-    trained students on three structures the largest was 3.8 times), and in float64, where LAMMPS
-    must agree with the core's own evaluation of the file, or with the checkpoint cast to float64.
+    A float32 network is compared in its own precision, and in float64, where LAMMPS must agree with
+    the core's own evaluation of the file, or with the checkpoint cast to float64.
 
     Parameters
     ----------
@@ -276,51 +248,26 @@ def check_parity(
         At the first difference beyond what is let pass, or of the drift beyond `DRIFT_TOLERANCE`.
     """
     default, n_moving = _DYNAMICS_OF[run.style]
-    found = Parity(default if steps is None else steps)
+    found = Parity("LAMMPS", default if steps is None else steps)
     single = any(p.dtype == torch.float32 for p in potential.parameters())
     for name, atoms in structures.items():
-        checkpoint = _by_ase(potential, atoms)
+        checkpoint = by_ase(potential, atoms)
         if run.style == "potstill":
             exact = _by_core(ModelFile(run.model), potential, atoms)
         else:
-            exact = _by_ase(deepcopy(potential).double(), atoms)
-        noise = _differences(exact, checkpoint)
+            exact = by_ase(deepcopy(potential).double(), atoms)
+        noise = differences(exact, checkpoint)
         # Of a float64 network the checkpoint's own values are wanted.
         wanted = {"float64": exact, "float32": checkpoint} if single else {"float64": checkpoint}
         for n_ranks, precision in itertools.product(ranks, wanted):
             style = "double" if precision == "float64" else "single"
             values = replace(run, n_ranks=n_ranks, pair=run.commands(style)).static(atoms)
-            errors = _differences(wanted[precision], values)
-            shown = [f"{errors[kind]:.1e}" if kind in errors else "" for kind in _FLOORS]
-            found.rows.append([name, str(n_ranks), precision, *shown])
-            for kind, error in errors.items():
-                allowed = TOLERANCES[precision]
-                if precision == "float32":
-                    allowed = max(allowed, 10.0 * noise[kind])
-                if not error <= allowed:
-                    raise ModelError(
-                        f"the exported potential is not the checkpoint: of '{name}' on {n_ranks} "
-                        f"ranks in {precision}, {kind} in LAMMPS and ASE differ by {error:.1e} of "
-                        f"their size, more than {allowed:.1e}"
-                    )
+            errors = differences(wanted[precision], values)
+            found.judge(name, precision, errors, noise, ranks=n_ranks)
     moving = next(atoms for atoms in structures.values() if atoms.pbc.all())
     repeats = math.ceil((n_moving / len(moving)) ** (1 / 3))
     _check_drift(potential, run, moving * ((repeats,) * 3), ranks, found)
     return found
-
-
-def _by_ase(potential: Potential, atoms: ase.Atoms) -> dict[str, NDArray[np.float64]]:
-    """What the checkpoint gives, and the zero of the energies, which tells nothing of precision."""
-    atoms = atoms.copy()
-    atoms.calc = PotstillCalculator(potential)
-    values = {
-        "energies": atoms.get_potential_energies(),
-        "forces": atoms.get_forces(apply_constraint=False),
-        "zero": _zero(potential)[[potential.species_table.names.index(s) for s in atoms.symbols]],
-    }
-    if atoms.pbc.all():
-        values["stress"] = atoms.get_stress(voigt=False, apply_constraint=False)
-    return values
 
 
 def _by_core(
@@ -336,34 +283,11 @@ def _by_core(
     values = {
         "energies": result.energies.numpy(),
         "forces": result.forces.numpy(),
-        "zero": _zero(potential)[structures.species.numpy()],
+        "zero": zero_energies(potential)[structures.species.numpy()],
     }
     if atoms.pbc.all():
         values["stress"] = (0.5 * (result.virial + result.virial.T) / structures.volume[0]).numpy()
     return values
-
-
-def _zero(potential: Potential) -> NDArray[np.float64]:
-    """Energies of single atoms by species."""
-    zero = np.zeros(len(potential.species_table.names))
-    for part in summands(potential):
-        if isinstance(part, SpeciesOffsets):
-            zero += part.offsets.numpy()
-    return zero
-
-
-def _differences(
-    expected: Mapping[str, NDArray[np.float64]], found: Mapping[str, NDArray[np.float64]]
-) -> dict[str, float]:
-    """Largest differences of each kind, relative to the largest value or a floor."""
-    errors = {}
-    for kind, floor in _FLOORS.items():
-        if kind not in expected:
-            continue
-        size = expected[kind] - expected["zero"] if kind == "energies" else expected[kind]
-        scale = max(floor, float(np.abs(size).max()))
-        errors[kind] = float(np.abs(found[kind] - expected[kind]).max()) / scale
-    return errors
 
 
 def _check_drift(
@@ -407,39 +331,3 @@ def _check_drift(
                 f"{n_ranks} ranks the total energies of LAMMPS and ASE part by {difference:.1e} eV "
                 f"per atom, more than {DRIFT_TOLERANCE:g}"
             )
-
-
-def random_structures(
-    potential: Potential, density: float | None = None, seed: int = 0
-) -> dict[str, ase.Atoms]:
-    """Random structures of a potential's species: a vibrating crystal, a hot one, a tiny cell.
-
-    Parameters
-    ----------
-    potential : Potential
-        Of chemical elements.
-    density : float, optional
-        g/cm³; without it, atoms have 16 Å³ each.
-    seed : int
-        Of the random numbers.
-    """
-    generator = np.random.default_rng(seed)
-    names = potential.species_table.names
-
-    def crystal(repeat: int, amplitude: float) -> ase.Atoms:
-        atoms = bulk("X", "fcc", a=4.0, cubic=True) * (repeat, repeat, repeat)
-        atoms.symbols[:] = [names[k % len(names)] for k in range(len(atoms))]
-        volume = 16.0 * len(atoms)
-        if density is not None:
-            volume = AMU_PER_A3_IN_G_PER_CM3 * float(atoms.get_masses().sum()) / density
-        shear = np.eye(3) + np.triu(generator.uniform(-0.2, 0.2, (3, 3)), 1).T
-        edge = (volume / np.linalg.det(shear)) ** (1.0 / 3.0)
-        atoms.set_cell(edge * shear, scale_atoms=True)
-        atoms.positions += amplitude * generator.standard_normal(atoms.positions.shape)
-        return atoms
-
-    return {
-        "vibrating crystal": crystal(3, 0.05),
-        "hot crystal": crystal(3, 0.35),
-        "cell of a few atoms": crystal(1, 0.1),
-    }

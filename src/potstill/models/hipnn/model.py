@@ -243,6 +243,7 @@ class HIPNN(Potential):
     """
 
     kind = "hipnn"
+    traceable = True
     compilable = True
     has_native_kernels = True
     hyper_class = HIPNNHyperparameters
