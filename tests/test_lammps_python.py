@@ -109,6 +109,15 @@ def test_open_boundaries_and_single_precision(run_of):
         assert_close(found, {"forces": calculated.get_forces()})
 
 
+@pytest.mark.parametrize("name", ["painn", "hipnn", "ani", "snap"])
+def test_a_domain_without_atoms(name, run_of):
+    """The second half of the box is empty, and so is the halo of the third quarter."""
+    potential, atoms = potential_of(NETWORKS[name]), crystal("Al", "Cu")[:5]
+    atoms.set_cell([90.0, 12.0, 12.0])
+    atoms.positions += [30.0, 3.0, 3.0]
+    assert_close(run_of(potential, n_ranks=4).static(atoms), in_ase(potential, atoms))
+
+
 @pytest.mark.parametrize("n_ranks", [1, 2])
 def test_beside_other_styles_in_a_hybrid(n_ranks, run_of):
     potential, atoms = potential_of(NETWORKS["painn"]), crystal("Al", "Cu")

@@ -12,6 +12,7 @@ from potstill.calculators import PotstillCalculator
 from potstill.core import available, build_compact_neighbors
 from potstill.core.model_file import ModelFile
 from potstill.deploy import deploy
+from potstill.deploy.lammps import why_not_native
 from potstill.errors import ModelError
 from potstill.models import HIPNN, SNAP, ZBL, SpeciesOffsets, SumPotential
 from potstill.species import SpeciesTable
@@ -122,17 +123,20 @@ def test_a_missing_file_is_an_error(tmp_path):
         ModelFile(tmp_path / "none.potstill")
 
 
-def test_potentials_with_other_parts_are_refused(tmp_path):
+def test_potentials_with_other_parts_are_not_for_the_core(tmp_path):
     table = SpeciesTable.from_symbols(["W"])
     snap = SNAP(table, twojmax=2, rcutfac=3.5, radii=[0.5], weights=[1.0])
     network = HIPNN(table, 4, 4, 1.6, 4.0, 4.5, 1)
+    assert why_not_native(network) is None
     for potential, words in [
         (snap, "not snap"),
         (SumPotential({"network": network, "more": HIPNN(table, 4, 4, 1.6, 4.0, 4.5, 1)}), "hipnn"),
         (SumPotential({"network": network, "prior": ZBL(table, 1.0, 2.0, "lammps")}), "switch"),
         (SpeciesOffsets(table, [1.0]), "not offsets"),
-        (network.half(), "float"),
     ]:
-        with pytest.raises(ModelError, match=words):
-            deploy(potential, "lammps", tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        assert words in why_not_native(potential)
+        assert deploy(potential, "lammps", tmp_path, "w")[0].name == "w.pt"
+    for potential in (network.half(), snap.half()):
+        with pytest.raises(ModelError, match="float32 or float64"):
+            deploy(potential, "lammps", tmp_path / "none")
+    assert list((tmp_path / "none").iterdir()) == []

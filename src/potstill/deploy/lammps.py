@@ -88,8 +88,9 @@ def write_lammps(
     Raises
     ------
     ModelError
-        If its forces are not derived from an energy.
+        If its forces are not derived from an energy, or it is in less than single precision.
     """
+    potential.check_precision()
     ending = ".potstill" if why_not_native(potential) is None else ".pt"
     files = [folder / f"{stem}{ending}", folder / f"{stem}.in"]
     note = ""

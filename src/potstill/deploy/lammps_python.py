@@ -103,6 +103,7 @@ class Domain:
         self.n_ranks = n_ranks
         self._engine = TorchEngine(potential)
         self._list: NeighborList | None = None
+        self._sizes = (0, 0)
 
     def evaluate(
         self, structures: Structures, n_own: int, skin: float, *, fresh: bool
@@ -130,13 +131,16 @@ class Domain:
             (N, 3, 3) eV, of r_ij outer dE/dr_ij what belongs to the centers of pairs, and to their
             neighbors: the same numbers twice.
         """
-        if self._list is None or fresh:
-            self._list = build_neighbor_list(structures, self.potential.cutoff + skin)
-            if self.potential.reach <= self.potential.cutoff:  # ghosts' own energies do not matter
-                self._list = _with_centers(self._list, n_own)
         n_atoms = structures.n_atoms
+        sizes = (n_own, n_atoms)
+        sees_neighbors_only = self.potential.reach <= self.potential.cutoff
+        if self._list is None or fresh or sizes != self._sizes:
+            self._sizes = sizes
+            self._list = build_neighbor_list(structures, self.potential.cutoff + skin)
+            if sees_neighbors_only:  # ghosts' own neighbors do not matter
+                self._list = _with_centers(self._list, n_own)
         pairs, _ = pairs_within(structures, self._list, self.potential.cutoff)
-        n_local = n_own if self.potential.reach <= self.potential.cutoff else n_atoms
+        n_local = n_own if sees_neighbors_only else n_atoms
         terms, r_ij, gradient = self._engine.by_pairs(structures, pairs, n_local, n_own)
         forces = forces_from_pairs(gradient, Edges(pairs.center, pairs.neighbor), n_atoms)
         outer = r_ij.unsqueeze(2) * gradient.unsqueeze(1)

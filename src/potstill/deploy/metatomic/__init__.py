@@ -51,6 +51,7 @@ def write_metatomic(
         not say how far its energies reach.
     """
     metatomic = require("metatomic.torch", extra="metatomic", purpose="to write its models")
+    potential.check_precision()
     numbers = potential.species_table.atomic_numbers.tolist()
     if min(numbers) < 0:
         raise ModelError("metatomic models know atoms by their atomic numbers, and beads have none")
