@@ -147,6 +147,7 @@ class LammpsRun:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
+                errors="replace",  # LAMMPS writes parts of names in other letters than English
                 timeout=_PATIENCE,
             )
         except subprocess.TimeoutExpired:
