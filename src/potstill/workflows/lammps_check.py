@@ -36,9 +36,6 @@ BAR = 1.0 / 1.6021765e6
 #: Largest difference of the two codes' changes of the total energy in NVE, eV per atom.
 DRIFT_TOLERANCE = 1e-5
 
-# Longest run, s: a deadlock ends.
-_PATIENCE = 1200
-
 # Length of the dynamics, fs, and fewest atoms: times of smaller systems tell little. With PyTorch
 # both are smaller, and the test takes as long.
 _DYNAMICS_OF = {"potstill": (100, 500), "potstill/python": (20, 100)}
@@ -101,6 +98,8 @@ class LammpsRun:
         default.
     newton : str
         "on" or "off".
+    patience : float
+        Seconds until a run that does not end, as in a deadlock, is ended.
     """
 
     lammps: Installation
@@ -111,6 +110,7 @@ class LammpsRun:
     n_ranks: int = 1
     pair: str = ""
     newton: str = "on"
+    patience: float = 1200.0
 
     @property
     def style(self) -> str:
@@ -148,10 +148,12 @@ class LammpsRun:
                 capture_output=True,
                 text=True,
                 errors="replace",  # LAMMPS writes parts of names in other letters than English
-                timeout=_PATIENCE,
+                timeout=self.patience,
             )
         except subprocess.TimeoutExpired:
-            raise ModelError(f"LAMMPS did not end in {_PATIENCE} seconds: {command}") from None
+            raise ModelError(
+                f"LAMMPS did not end in {self.patience:g} seconds: {command}"
+            ) from None
         if done.returncode != 0:
             text = done.stderr + done.stdout  # the plugin itself has no other place than stderr
             errors = re.findall(r"(?:ERROR|Open of file .* failed).*", text)
