@@ -139,11 +139,8 @@ POD_CUTOFFS = {"Mo": (4.5, 4.5), "Si": (4.5, 5.0), "Cu": (4.5, 5.5), "W": (4.0, 
 POD_FIT = {"fitting_weight_energy": 100.0, "fitting_weight_force": 1.0}
 
 #: UF3: cutoffs of pairs and triples (Å), and intervals of pairs, of near and of far sides.
-UF3 = {
-    "UF3 small": {"cutoffs": (5.5, 4.5), "intervals": (18, 6, 10)},
-    "UF3": {"cutoffs": (5.5, 4.5), "intervals": (20, 7, 12)},
-}
-UF3_FIT = {"weight_energy": 100.0, "ridges": [10.0**-k for k in range(3, 12)]}
+UF3 = {"cutoffs": (5.5, 4.5), "intervals": (18, 6, 10)}
+UF3_FIT = {"weight_energy": 100.0, "ridge": 1e-8, "strengths": [10.0**-k for k in range(4, 10)]}
 
 #: Sizes of ACE: order of correlation and largest total degree.
 ACE = {"ACE small": (3, 8), "ACE medium": (3, 11), "ACE large": (3, 14)}
@@ -184,10 +181,9 @@ def fits(args: argparse.Namespace) -> Iterator[tuple[Path, str, dict[str, Any]]]
                     "kind": "pod", **common, "basis": basis, "fit": POD_FIT
                 }  # fmt: skip
         if "uf3" in args.fit:
-            for name, basis in UF3.items():
-                yield args.peers / "fits" / name / symbol, "lammps", {
-                    "kind": "uf3", **common, "basis": basis, "fit": UF3_FIT
-                }  # fmt: skip
+            yield args.peers / "fits" / "UF3" / symbol, "lammps", {
+                "kind": "uf3", **common, "basis": UF3, "fit": UF3_FIT
+            }  # fmt: skip
         if "ace" in args.fit:
             for name, (order, degree) in ACE.items():
                 yield args.peers / "fits" / name / symbol, "ace-jax", {

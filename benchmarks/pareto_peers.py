@@ -199,6 +199,24 @@ class Splines:
         triples = [(i, j, k) for i in range(side) for j in range(i + 1) for k in range(far)]
         return [*((i,) for i in range(two)), *triples]
 
+    def curvatures(self) -> np.ndarray:
+        """Second differences of neighboring coefficients along each distance, as rows."""
+        terms = self.terms
+        two, side, far = self.intervals
+        number = {term: k for k, term in enumerate(terms)}
+        triples = [
+            number[max(i, j), min(i, j), k]
+            for i in range(side) for j in range(side) for k in range(far)
+        ]  # fmt: skip
+        rows = []
+        for grid in (np.arange(two), np.array(triples).reshape(side, side, far)):
+            picked = np.eye(len(terms))[grid]
+            for axis in range(grid.ndim):
+                zero = np.zeros_like(np.take(picked, [0], axis))  # those beyond the last
+                found = np.diff(np.concatenate([picked, zero], axis), 2, axis)
+                rows.append(found.reshape(-1, len(terms)))
+        return np.concatenate(rows)
+
     def write(self, path: Path, element: str, values: np.ndarray) -> None:
         """LAMMPS' file with the values of all coefficients."""
         two, side, far = self.intervals
@@ -237,9 +255,9 @@ def _numbers(values: np.ndarray) -> str:
 def fit_uf3(
     folder: Path, element: str, train: str, basis: dict[str, Any], fit: dict[str, Any]
 ) -> None:
-    """Ridge regression of UF3, whose terms LAMMPS itself evaluates one at a time.
+    """Regression of UF3 with a penalty on curvature; LAMMPS evaluates its terms one at a time.
 
-    An eighth of the frames chooses the strength of the ridge, then all of them are fitted.
+    An eighth of the frames chooses the strength of the penalty, then all of them are fitted.
     """
     frames, splines = read_frames(Path(train)), Splines(**basis)
     sizes = np.array([len(atoms) for atoms in frames])
@@ -262,22 +280,22 @@ def fit_uf3(
     )
     frame = np.concatenate([np.arange(len(frames)), np.repeat(np.arange(len(frames)), 3 * sizes)])
     matrix, held_out = np.stack(columns, axis=1), frame % 8 == 0
-    scale = np.sqrt((matrix**2).mean(axis=0)) + 1e-9
+    rough = np.pad(splines.curvatures(), ((0, 0), (1, 0)))  # not of the energy of an atom
+    rough, ridge = rough.T @ rough, np.eye(matrix.shape[1])
+    ridge[0, 0] = 0.0
 
-    def solved(ridge: float, use: np.ndarray) -> np.ndarray:
-        a = matrix[use] / scale
-        penalty = ridge * use.sum() * np.eye(a.shape[1])
-        penalty[0, 0] = 0.0  # of the energy of an atom
-        return np.linalg.solve(a.T @ a + penalty, a.T @ wanted[use]) / scale
+    def solved(strength: float, use: np.ndarray) -> np.ndarray:
+        a, penalty = matrix[use], strength * rough + fit["ridge"] * ridge
+        return np.linalg.solve(a.T @ a + use.sum() * penalty, a.T @ wanted[use])
 
-    def error(ridge: float) -> float:
-        misses = matrix[held_out] @ solved(ridge, ~held_out) - wanted[held_out]
+    def error(strength: float) -> float:
+        misses = matrix[held_out] @ solved(strength, ~held_out) - wanted[held_out]
         return float(misses @ misses)
 
-    ridge = min(fit["ridges"], key=error)
-    offset, *values = solved(ridge, np.ones(len(wanted), dtype=bool))
+    strength = min(fit["strengths"], key=error)
+    offset, *values = solved(strength, np.ones(len(wanted), dtype=bool))
     splines.write(folder / "uf3.uf3", element, np.array(values))
-    record = {"offset": offset, "ridge": ridge, "n_coefficients": len(values) + 1}
+    record = {"offset": offset, "strength": strength, "n_coefficients": len(values) + 1}
     (folder / "uf3.json").write_text(json.dumps(record) + "\n")
 
 

@@ -37,7 +37,7 @@ def test_times_are_those_that_lammps_prints(script, tmp_path):
         assert loop.times.clock == loop.clock / 20
         assert 1e7 < memory < 3e8
         steps, temperature, energy = loop.thermo.T
-        assert (steps[0], steps[-1]) == (speed.UNCOUNTED, speed.UNCOUNTED + 20)
+        assert (steps[0], steps[-1]) == (system.uncounted, system.uncounted + 20)
         assert 250.0 < temperature.mean() < 350.0  # the crystal starts as at 300 K
         assert np.ptp(energy) < 1e-4 * 600
     assert 60.0 < loop.neighbors < 90.0  # half of those within cutoff and skin, 8.5 Å
