@@ -76,6 +76,7 @@ def steps(
 def costs(loop: Loop) -> dict[str, Any]:
     """What a run took."""
     total = sum(loop.parts.values())
+    talk = loop.times.processor * loop.parts["Comm"] / total
     return {
         "n_atoms": loop.n_atoms,
         "n_steps": loop.n_steps,
@@ -86,6 +87,8 @@ def costs(loop: Loop) -> dict[str, Any]:
         "processor_us_per_atom": 1e6 * loop.times.processor / loop.n_atoms,
         "ghosts_per_rank": loop.ghosts,
         "builds": loop.builds,
+        # On one rank, which waits for nobody: what it costs to pack and unpack.
+        "comm_ns_per_ghost": 1e9 * talk / (loop.n_ranks * loop.ghosts),
         "share": {name: round(value / total, 4) for name, value in loop.parts.items()},
     }
 

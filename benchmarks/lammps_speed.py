@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -395,16 +396,16 @@ def summary_of(loops: Sequence[Loop]) -> dict[str, Any]:
 # -- comparison ------------------------------------------------------------------------------------
 
 
-def summary(record: dict[str, Any], command: str) -> dict[str, Any]:
+def summary(systems: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Ratios of processor time on one rank, with AVX2, and beside them all others."""
     found: dict[str, Any] = {}
-    rows = record["systems"].get("Al", {}).get("rows", [])
+    rows, command = (systems.get("Al", {}).get(key, []) for key in ("rows", "command"))
     for cutoff in CUTOFFS:
         for l_max in L_MAX:
             ours = [r for r in rows if (r.get("cutoff"), r.get("l_max")) == (cutoff, l_max)]
             key = f"al_{cutoff}_" + ("" if l_max == L_MAX[0] else f"l{l_max}_") + "over_eam_fs"
             found |= _ratio(key, rows, YARDSTICK, ours, command, goal=GOALS[cutoff])
-    rows = record["systems"].get("Mo", {}).get("rows", [])
+    rows, command = (systems.get("Mo", {}).get(key, []) for key in ("rows", "command"))
     for name, l_max in MOLYBDENUM.items():
         ours = [row for row in rows if row["name"] == name]
         key = "mo_snap_over_" + ("student" if l_max == 3 else f"student_l{l_max}")
@@ -493,7 +494,7 @@ def main() -> None:
     options = arguments()
     lammps = find_lammps()
     plugin = build_plugin(lammps)
-    command = " ".join(["python", *sys.argv])
+    command = shlex.join(["python", *sys.argv])
     record = json.loads(options.out.read_text()) if options.out.exists() else {"systems": {}}
     for name in options.systems:
         system = SYSTEMS[name]
@@ -518,7 +519,7 @@ def main() -> None:
             "rounds": options.rounds,
             "rows": rows,
         }
-        record["summary"] = summary(record, command)
+        record["summary"] = summary(record["systems"])
         options.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         for row in rows:
             for n, cost in row["ranks"].items():
