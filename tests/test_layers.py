@@ -16,7 +16,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "potstill"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "display", "process", "template", "worker", "lammps_folder"),
     ("properties", "units", "species", "isolation"),
-    ("ase_bridge", "ragged"),
+    ("ase_bridge", "ragged", "lammps_library"),
     ("structures",),
     ("neighbors",),  # below the readers, which look for overlapping atoms with it
     ("features", "soundness"),

@@ -16,6 +16,7 @@ from potstill.checkpoint import potential_fingerprint, save_potential
 from potstill.core.model_file import write_model_file
 from potstill.errors import ModelError
 from potstill.files import write_atomically
+from potstill.lammps_library import lammps_frame
 from potstill.models import HIPNN, ZBL, Potential, SpeciesOffsets, SumPotential
 
 #: Starts the plugin and the potential, for all scripts.
@@ -214,8 +215,8 @@ def lammps_data(atoms: ase.Atoms, names: Sequence[str]) -> tuple[str, np.ndarray
         raise ModelError(
             f"the structure holds {', '.join(foreign)}, but the model knows only {', '.join(names)}"
         )
-    cell, rotation = atoms.cell.standard_form()
-    c = cell.array.tolist()
+    cell, rotation = lammps_frame(atoms.cell)
+    c = cell.tolist()
     lines = [
         "LAMMPS data file of potstill\n",
         f"{len(atoms)} atoms",

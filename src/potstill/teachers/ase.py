@@ -1,9 +1,10 @@
-"""Any ASE calculator as a teacher, tblite's GFN1-xTB and GFN2-xTB among them."""
+"""Any ASE calculator as a teacher, GFN1-xTB and GFN2-xTB of tblite and all of LAMMPS among them."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from torch import Tensor
 
 from potstill.errors import TeacherError, require, suggest
 from potstill.isolation import WorkerCalculator
+from potstill.lammps_library import LammpsPotential
 from potstill.properties import ASE_NAMES, property_spec
 from potstill.structures import Structures
 from potstill.teachers.base import Teacher, TeacherInfo, fingerprint_of, stated, versions_of
 
-#: Arguments that describe the teacher; all others go to the factory.
-DESCRIPTION = (
-    "name", "license", "licence", "citation", "level_of_theory", "conservative", "force_consistent"
-)  # fmt: skip
+#: What is stated of a teacher, and all arguments that describe one; others go to the factory.
+STATED = ("name", "license", "licence", "citation", "level_of_theory")
+DESCRIPTION = (*STATED, "conservative", "force_consistent")
 
 
 class AseTeacher(Teacher):
@@ -157,6 +158,53 @@ def _content(value: Any) -> Any:
         except OSError:  # a string too long for a path, say
             pass
     return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+
+# -- LAMMPS ---------------------------------------------------------------------------------------
+
+
+class LammpsTeacher(AseTeacher):
+    """A pair style of LAMMPS: energy, atomic energies, forces and stress, in a worker process.
+
+    Parameters
+    ----------
+    **args
+        The fields of `potstill.lammps_library.LammpsPotential`, where a string stands for a list of
+        one, and `name`, `license`, `citation` and `level_of_theory`. The contents of the files that
+        the pair commands name enter the fingerprint.
+
+    Raises
+    ------
+    TeacherError
+        If an argument is wrong, or LAMMPS refuses the potential.
+    OptionalDependencyError
+        If there is no LAMMPS for this Python.
+    """
+
+    def __init__(self, **args: Any) -> None:
+        about = {key: args.pop(key) for key in STATED if key in args}
+        self.potential = potential = LammpsPotential.from_args(args)
+        name = str(about.get("name", potential.pair_style.split()[0].replace("/", "-")))
+        factory = "potstill.lammps_library:LammpsCalculator"
+        try:
+            calculator = WorkerCalculator(factory, asdict(potential), name)
+        except TeacherError as error:
+            raise TeacherError(str(error).replace(factory, "lammps")) from None
+        words = str(potential)
+        contents = []
+        for file in potential.files:
+            # Where a file lies is no part of the potential.
+            words = words.replace(f'"{file}"', file.name).replace(str(file), file.name)
+            contents.append(hashlib.blake2b(file.read_bytes(), digest_size=12).hexdigest())
+        versions = versions_of("lammps")
+        info = TeacherInfo(
+            name=name,
+            fingerprint=fingerprint_of("lammps", words, contents, versions),
+            versions=versions,
+            conservative=True,
+            **stated(about),
+        )
+        super().__init__(calculator, info)
 
 
 # -- xTB -------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -26,6 +25,7 @@ from potstill.core.model_file import ModelFile
 from potstill.deploy.lammps import PAIR_COMMANDS, STYLES, lammps_data
 from potstill.deploy.lammps_build import Installation
 from potstill.errors import ModelError
+from potstill.lammps_library import in_a_box
 from potstill.models import Potential
 from potstill.structures import Structures
 from potstill.workflows.parity import Parity, by_ase, differences, zero_energies
@@ -136,43 +136,14 @@ class LammpsRun:
             script.replace("PAIR", pair).replace("NEWTON", self.newton), encoding="utf-8"
         )
         variables = ("-var", "plugin", str(self.plugin), "-var", "model", str(self.model.resolve()))
-        command = self.lammps.command(
-            self.n_ranks, "-in", "in.lammps", "-log", "none", "-nocite", *variables
-        )
-        try:
-            done = subprocess.run(
-                command,
-                cwd=self.folder,
-                env=self.lammps.environment(),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",  # LAMMPS writes parts of names in other letters than English
-                timeout=self.patience,
-            )
-        except subprocess.TimeoutExpired:
-            raise ModelError(
-                f"LAMMPS did not end in {self.patience:g} seconds: {command}"
-            ) from None
-        if done.returncode != 0:
-            text = done.stderr + done.stdout  # the plugin itself has no other place than stderr
-            errors = re.findall(r"(?:ERROR|Open of file .* failed).*", text)
-            errors = errors or text.strip().splitlines()[-1:]
-            raise ModelError(f"LAMMPS stopped: {errors[0] if errors else done.returncode}")
-        for grid in re.findall(r"(\d+) by (\d+) by (\d+) MPI processor grid", done.stdout):
-            if math.prod(map(int, grid)) != self.n_ranks:
-                raise ModelError(
-                    f"{self.lammps.mpiexec} is not of the MPI that {self.lammps.program} was "
-                    f"compiled with: of {self.n_ranks} ranks each runs alone"
-                )
-        return done.stdout
+        return self.lammps.run(self.folder, "in.lammps", self.n_ranks, variables, self.patience)
 
     def static(self, atoms: ase.Atoms) -> dict[str, NDArray[np.float64]]:
         """Energies (N,), forces (N, 3) and stress (3, 3) in the frame of the atoms.
 
         Virials (N, 3, 3) are those of `compute stress/atom`, with the sign of the stress.
         """
-        atoms = _in_a_box(atoms)
+        atoms = in_a_box(atoms)
         data, rotation = lammps_data(atoms, self.names)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "structure.data").write_text(data, encoding="utf-8")
@@ -204,16 +175,6 @@ class LammpsRun:
             raise ModelError("LAMMPS printed no energies")
         lines = [line for line in table[1].splitlines() if re.fullmatch(r"\s*\S+\s*", line)]
         return np.array(lines, dtype=float), float(table[2])
-
-
-def _in_a_box(atoms: ase.Atoms) -> ase.Atoms:
-    """The same with a cell that holds all atoms along open directions."""
-    atoms = atoms.copy()
-    if not atoms.pbc.all():
-        open_axes = [axis for axis in range(3) if not atoms.pbc[axis]]
-        atoms.cell = atoms.cell.complete()
-        atoms.center(vacuum=5.0, axis=open_axes)
-    return atoms
 
 
 # -- the self-test -----------------------------------------------------------------------------
