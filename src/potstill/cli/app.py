@@ -318,17 +318,31 @@ def evaluate(
     structure: Annotated[
         str | None, typer.Option(help="Starting structure for properties and MD.")
     ] = None,
+    trajectory: Annotated[
+        list[str] | None,
+        typer.Option(help="Trajectory to analyze, name=file; repeatable."),
+    ] = None,
+    types: Annotated[
+        str | None, typer.Option(help="Elements of a LAMMPS dump by atom type: 'Al Cu'.")
+    ] = None,
+    stride: Annotated[
+        float | None, typer.Option(help="Time between frames of trajectories in fs.")
+    ] = None,
     tests: Annotated[
         str | None,
         typer.Option(
             help="Comma-separated: errors, s2ef, throughput, eos, elastic, vibrations, phonons, "
-            "defects, expansion, speed, memory, nve, headroom."
+            "defects, expansion, rdf, adf, diffusion, density, melting, speed, memory, nve, "
+            "headroom."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
     config: Config = None,
 ) -> None:
     """Compare potentials in the same tests: errors, E(V), elasticity, speed, memory, NVE.
+
+    With --trajectory also radial and angular distributions, diffusion and density of molecular
+    dynamics, by `potstill md` or LAMMPS.
 
     `potstill config evaluate` prints all settings.
 
@@ -337,11 +351,15 @@ def evaluate(
       potstill evaluate run/student.pt --store run/labels.zarr --source chgnet --out results
 
       potstill evaluate student=run/student.pt teacher=chgnet --structure silicon --out results
+
+      potstill evaluate --trajectory liquid=dump.lammpstrj --types Al --stride 40
+      --tests rdf,diffusion --out analysis
     """
     given = _named(
         locals(),
-        "data",
-        models=_models(models or []),
+        *("data", "trajectory", "types", "stride"),
+        models=_models(models or []) or None,
+        trajectories=_trajectories(trajectory or [], types, stride) or None,
         files=_files(data),
         tests=_listed(tests),
     )
@@ -430,6 +448,10 @@ def md(
         bool | None,
         typer.Option("--allow-dissociation", help="Continue if the structure comes apart."),
     ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="ase, or lammps: faster, for students and LAMMPS' own.")
+    ] = None,
+    n_ranks: Annotated[int | None, typer.Option(help="MPI ranks of LAMMPS.")] = None,
     config: Config = None,
 ) -> None:
     """Run molecular dynamics with a student; writes trajectory.extxyz and thermo.csv.
@@ -442,6 +464,8 @@ def md(
       potstill md run/student.pt silicon --temperature 600 --duration 20 --out md600
 
       potstill md run/student.pt surface.cif --ensemble nve --n-atoms 500 --out nve
+
+      potstill md run/student.pt al.cif --n-atoms 4000 --engine lammps --n-ranks 2 --out large
     """
     given = _named(locals(), model={"spec": model})
     from potstill.config import MdConfig, load_config
@@ -531,6 +555,15 @@ def _plain(text: str) -> Any:
 def _listed(text: str | None) -> list[str] | None:
     """Words between commas."""
     return None if text is None else text.replace(" ", "").split(",")
+
+
+def _trajectories(texts: list[str], types: str | None, stride: float | None) -> dict[str, Any]:
+    """Trajectories by name, all of the same kind."""
+    keys = {"types": types} if types else {}
+    return {
+        name: {"path": model["spec"], "keys": keys, "stride": stride}
+        for name, model in _models(texts).items()
+    }
 
 
 def _models(texts: list[str]) -> dict[str, Any]:

@@ -220,8 +220,9 @@ class Bench:
         One system to start from.
     structures, labels, channel
         Held-out structures, their labels, and who gave them: "teacher" or "reference".
-    frames, splits : mapping
-        Trajectories by name of the potential; validation sets by name, for OC20's metrics.
+    frames, strides, splits : mapping
+        Trajectories, and fs between their frames where it is known, by name of the potential;
+        validation sets by name, for OC20's metrics.
     """
 
     settings: BenchSettings
@@ -230,6 +231,7 @@ class Bench:
     labels: Properties | None = None
     channel: str = "reference"
     frames: Mapping[str, Structures] | None = None
+    strides: Mapping[str, float] = dataclasses.field(default_factory=dict)
     splits: Mapping[str, tuple[Structures, Properties]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -245,6 +247,33 @@ class Bench:
         assert self.structures is not None
         assert self.labels is not None
         return self.structures, self.labels
+
+    def trajectory_of(self, candidate: Candidate) -> Structures:
+        """The frames of a candidate's dynamics.
+
+        Raises
+        ------
+        ConfigError
+            If there are none.
+        """
+        frames = (self.frames or {}).get(candidate.name)
+        if frames is None:
+            raise ConfigError("there is no trajectory of it")
+        return frames
+
+    def stride_of(self, candidate: Candidate) -> float:
+        """Time between the frames of a candidate's dynamics, fs.
+
+        Raises
+        ------
+        ConfigError
+            If it is not known.
+        """
+        if candidate.name not in self.strides:
+            raise ConfigError(
+                "its file does not say the time between frames: give it as 'stride', in fs"
+            )
+        return self.strides[candidate.name]
 
     @property
     def atoms(self) -> ase.Atoms:
@@ -389,13 +418,15 @@ class Evaluation(BaseModel, ABC):
         """What the bench lacks for this evaluation, in words; empty if it applies."""
         structure = bench.structure
         crystal = structure is not None and bool(structure.pbc.all())
+        frames = (bench.frames or {}).values()
+        periodic = all(bool(trajectory.pbc.all()) for trajectory in frames)
         wanted: dict[str, tuple[bool, str]] = {
             "labels": (bench.structures is not None, "structures with labels"),
             "sets": (bool(bench.sets), "structures with labels"),
             "structure": (structure is not None, "a structure"),
             "crystal": (crystal, "a structure that is periodic along all three axes"),
             "frames": (
-                crystal and bool(bench.frames),
+                bool(frames) and periodic,
                 "trajectories of a structure that is periodic along all three axes",
             ),
         }

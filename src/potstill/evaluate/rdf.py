@@ -9,8 +9,9 @@ from itertools import pairwise
 
 import ase
 import numpy as np
+from pydantic import Field
 
-from potstill.errors import ConfigError, DataError, DivergenceError, suggest
+from potstill.errors import DataError, DivergenceError, suggest
 from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
 from potstill.neighbors import system_pairs
 from potstill.report.panels import Drawing, Panel, Series
@@ -302,7 +303,17 @@ def _block_average(table: np.ndarray, n_blocks: int) -> tuple[np.ndarray, np.nda
 
 
 class Rdf(Evaluation):
-    """Radial distribution in molecular dynamics, beside the teacher's."""
+    """Radial distribution in molecular dynamics, beside the teacher's.
+
+    Parameters
+    ----------
+    r_max : float
+        Å.
+    n_bins : int
+        Bins of equal width from zero to `r_max`.
+    pair : (str, str), optional
+        Species of center and neighbor; all atoms alike by default.
+    """
 
     name = "rdf"
     title = "radial distribution"
@@ -310,14 +321,16 @@ class Rdf(Evaluation):
     section = "Dynamics"
     needs = "frames"
 
+    r_max: float = Field(default=8.0, gt=0)
+    n_bins: int = Field(default=160, ge=1)
+    pair: tuple[str, str] | None = None
+
     def run(self, bench: Bench, candidate: Candidate) -> RadialDistribution:
         """Take the distribution of the candidate's trajectory."""
-        frames = (bench.frames or {}).get(candidate.name)
-        if frames is None:
-            raise ConfigError("there is no trajectory of it")
+        frames = bench.trajectory_of(candidate)
         if symptom := fused(closest_pairs(frames), candidate.trained_on.get("shortest_distances")):
             raise DivergenceError(f"its trajectory is unsound: {symptom}")
-        return radial_distribution(frames)
+        return radial_distribution(frames, r_max=self.r_max, n_bins=self.n_bins, pair=self.pair)
 
     @classmethod
     def rows(cls, found: Findings) -> Iterable[Row]:
@@ -365,3 +378,58 @@ def _beside_teacher(
     if teacher is None:
         return None, {}
     return teacher, {m: d for m, d in others.items() if np.array_equal(d.r, teacher.r)}
+
+
+class Adf(Evaluation):
+    """Distribution of the angles between neighbors in molecular dynamics.
+
+    Parameters
+    ----------
+    cutoff : float, optional
+        How far neighbors reach, Å; the first minimum of g(r) by default.
+    """
+
+    name = "adf"
+    title = "angular distribution"
+    result = AngularDistribution
+    section = "Dynamics"
+    needs = "frames"
+    on_request = True
+
+    cutoff: float | None = Field(default=None, gt=0)
+
+    def run(self, bench: Bench, candidate: Candidate) -> AngularDistribution:
+        """Take the distribution of the candidate's trajectory."""
+        frames = bench.trajectory_of(candidate)
+        cutoff = self.cutoff or first_minimum(radial_distribution(frames))
+        return angular_distribution(frames, cutoff=cutoff)
+
+    @classmethod
+    def rows(cls, found: Findings) -> Iterable[Row]:
+        """Reach of the neighbors, and where the distribution peaks."""
+        results = found.of(cls.name, AngularDistribution)
+        if results:
+            reach = {m: r.cutoff for m, r in results.items()}
+            yield Row("Neighbors of the angles reach to (Å)", reach)
+            peaks = {m: float(r.angle[r.density.argmax()]) for m, r in results.items()}
+            yield Row("Most frequent angle (°)", peaks)
+
+    @classmethod
+    def drawings(cls, found: Findings) -> Iterable[Drawing]:
+        """The distributions."""
+        series = [
+            Series(m, r.angle, r.density, y_spread=np.nan_to_num(r.error), kind="line")
+            for m, r in found.of(cls.name, AngularDistribution).items()
+        ]
+        caption = (
+            "Angles between neighbors in molecular dynamics; bands are standard errors from blocks."
+        )
+        panel = Panel("Angle (°)", "Density (1/°)", series, from_zero=True)
+        yield Drawing("adf", "Angular distribution", caption, [panel])
+
+
+def first_minimum(distribution: RadialDistribution) -> float:
+    """Where g(r) is lowest between its highest peak and 1.6 times as far, Å."""
+    r, peak = distribution.r, int(distribution.g.argmax())
+    window = (r >= r[peak]) & (r <= 1.6 * r[peak])
+    return float(r[window][distribution.g[window].argmin()])

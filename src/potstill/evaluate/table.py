@@ -11,16 +11,18 @@ from pydantic import AfterValidator
 from potstill.errors import PotstillError, suggest
 from potstill.evaluate.base import Bench, Candidate, Evaluation
 from potstill.evaluate.defects import DefectsEvaluation
+from potstill.evaluate.diffusion import DensityEvaluation, DiffusionEvaluation
 from potstill.evaluate.elastic import Elastic
 from potstill.evaluate.eos import Eos
 from potstill.evaluate.errors import S2EF, Errors
 from potstill.evaluate.expansion import Expansion
 from potstill.evaluate.headroom import Headroom
+from potstill.evaluate.melting import Melting
 from potstill.evaluate.memory import Memory
 from potstill.evaluate.nve import NVE
 from potstill.evaluate.parity import Parity
 from potstill.evaluate.phonons import PhononsEvaluation
-from potstill.evaluate.rdf import Rdf
+from potstill.evaluate.rdf import Adf, Rdf
 from potstill.evaluate.speed import InferenceThroughput, Speed
 from potstill.evaluate.vibrations import VibrationsEvaluation
 
@@ -39,6 +41,10 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
         DefectsEvaluation,
         Expansion,
         Rdf,
+        Adf,
+        DiffusionEvaluation,
+        DensityEvaluation,
+        Melting,
         Speed,
         Memory,
         NVE,

@@ -114,7 +114,7 @@ def read(
     table = None if species is None else SpeciesTable.from_symbols(species)
     checks = Checks(tuple(require), allow_partial, table, min_distance)
     name = _format_of(path, format)
-    frames, own_units = FORMATS[name](path, keys, _as_slice(index))
+    frames, own_units = FORMATS[name](path, keys, as_slice(index))
     used = units.over(own_units)
     structures, labels = gather(frames, str(path), used, keys, checks)
     if name == "fitsnap" and "stress" in labels:
@@ -144,7 +144,14 @@ def _format_of(path: Path, name: str | None) -> str:
     return _BY_SUFFIX.get(suffix, "ase")
 
 
-def _as_slice(index: str | int | slice) -> slice:
+def as_slice(index: str | int | slice) -> slice:
+    """Frames that an index names: ":100", "::10", 3 or a slice.
+
+    Raises
+    ------
+    ConfigError
+        If it is none of these, or goes backwards.
+    """
     if isinstance(index, str):
         parts = index.split(":")
         try:

@@ -15,6 +15,7 @@ from ase.calculators.calculator import BaseCalculator
 from pydantic import Field, model_validator
 
 from potstill.errors import ConfigError, DivergenceError
+from potstill.evaluate.lammps_md import lammps_engine, run_in_lammps
 from potstill.evaluate.tools import make_calculator
 from potstill.evaluate.vibrations import fastest_period
 from potstill.files import write_atomically
@@ -68,6 +69,11 @@ class MdConfig(Settings):
         Allow `nve` for a model with direct forces, which do not conserve energy.
     allow_dissociation : bool
         Continue if the structure comes apart; otherwise the run ends there, as for an explosion.
+    engine : {"ase", "lammps"}
+        What moves the atoms. LAMMPS is faster, runs checkpoints and the teacher `lammps`, and does
+        not resume: an interrupted run begins anew.
+    n_ranks : int
+        MPI ranks of LAMMPS.
     """
 
     model: TeacherSettings
@@ -85,6 +91,8 @@ class MdConfig(Settings):
     seed: int = Field(default=0, ge=0)
     force_nonconservative: bool = False
     allow_dissociation: bool = False
+    engine: Literal["ase", "lammps"] = "ase"
+    n_ranks: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _pressure_needs_a_barostat(self) -> MdConfig:
@@ -209,6 +217,11 @@ def _run(
     config: MdConfig,
     progress: Progress | None = None,
 ) -> SampledFrames:
+    if config.engine == "lammps":
+        model = config.model
+        exported = folder.with_name("lammps")
+        engine = lammps_engine(model.spec, model.args, exported, n_ranks=config.n_ranks)
+        return run_in_lammps(job, start, engine, seed=config.seed, folder=folder)
     plan = SamplingPlan(start, [job], config.seed)
     return run_plan(plan, calculator, folder, progress, driver=config.model.spec)
 

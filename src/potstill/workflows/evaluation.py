@@ -7,10 +7,12 @@ apply to the data at hand, and what they need; `roles.json` says what each poten
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from potstill.errors import ConfigError, DataError
@@ -30,6 +32,9 @@ from potstill.evaluate.table import (
     evaluation_class,
     make_evaluations,
 )
+from potstill.readers import as_slice
+from potstill.readers.ase import read_text
+from potstill.report.plots import write_figure
 from potstill.train import TrainingSet
 from potstill.workflows.base import (
     Display,
@@ -67,6 +72,40 @@ class TestedModel(TeacherSettings):
     role: Role | None = None
 
 
+class TrajectoryData(FileData):
+    """A trajectory of molecular dynamics in one file: of `potstill md`, a dump of LAMMPS, others.
+
+    Parameters
+    ----------
+    stride : float, optional
+        Time between two frames that are read, fs. Files of `potstill md` and dumps of LAMMPS with
+        `dump_modify time yes` (in ps) say it themselves.
+    """
+
+    stride: float | None = Field(default=None, gt=0)
+
+    def time_between_frames(self) -> float | None:
+        """In fs, if it is given or the file says it.
+
+        Raises
+        ------
+        DataError
+            If the frames are not equally far apart.
+        """
+        if self.stride is not None:
+            return self.stride
+        text = read_text(Path(self.path))
+        times = [1.0 * float(x) for x in re.findall(r"\btime_fs=([\d.eE+-]+)", text)]
+        times = times or [1e3 * float(x) for x in re.findall(r"ITEM: TIME\n\s*(\S+)", text)]
+        steps = np.diff(times[as_slice(self.index)])
+        if len(steps) and not np.allclose(steps, steps[0], rtol=1e-6, atol=1e-3):
+            raise DataError(
+                f"the frames of {self.path} are not equally far apart in time: choose some by "
+                "'index', or take it apart"
+            )
+        return float(steps[0]) if len(steps) else None
+
+
 class EvaluateConfig(Settings):
     """Settings of `potstill evaluate`.
 
@@ -86,23 +125,28 @@ class EvaluateConfig(Settings):
         Validation sets for `s2ef`, by name; the store or the files by default.
     structure : str, optional
         Starting structure for properties and MD; without it only errors are computed.
+    trajectories : dict of str to TrajectoryData
+        Trajectories for `rdf`, `adf`, `density` and `diffusion`, by the names of the models that
+        made them, or any other names.
     tests : dict of str to dict, or list of str, optional
         Evaluations (`potstill.evaluate.table`) to run, with their settings if any:
         `{eos: {}, nve: {duration: 5}}`. By default all that apply, except `throughput`,
-        `defects`, `expansion` and `headroom`, and `s2ef` only with `splits`.
+        `defects`, `expansion`, `adf`, `diffusion`, `melting` and `headroom`, and `s2ef` only with
+        `splits`.
     options : dict of str to dict
         Settings of evaluations, whether or not `tests` names them.
     settings : BenchSettings
         Settings shared by all evaluations.
     """
 
-    models: dict[str, TestedModel] = Field(min_length=1)
+    models: dict[str, TestedModel] = Field(default_factory=dict)
     out: str
     store: str | None = None
     source: str = "reference"
     files: tuple[FileData, ...] = ()
     splits: dict[str, FileData] = Field(default_factory=dict)
     structure: str | None = None
+    trajectories: dict[str, TrajectoryData] = Field(default_factory=dict)
     tests: tuple[str, ...] | None = None
     options: Options = Field(default_factory=dict)
     settings: BenchSettings = Field(default_factory=BenchSettings)
@@ -125,6 +169,12 @@ class EvaluateConfig(Settings):
                 if old in data["settings"]:
                     options.setdefault(name, {})[new] = data["settings"].pop(old)
         return {**data, "options": options}
+
+    @model_validator(mode="after")
+    def _something_to_evaluate(self) -> EvaluateConfig:
+        if not self.models and not self.trajectories:
+            raise ValueError("'models' is missing: give models, or trajectories")
+        return self
 
     @field_validator("tests")
     @classmethod
@@ -214,10 +264,17 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
     ConfigError
         If an evaluation that is asked for by name does not apply to the data.
     """
+    frames, strides = {}, {}
+    for name, file in config.trajectories.items():
+        frames[name] = file.read()[0]
+        if (stride := file.time_between_frames()) is not None:
+            strides[name] = stride
     bench = Bench(
         settings=config.settings,
         structure=None if config.structure is None else read_start(config.structure)[0],
         channel="reference" if config.source == "reference" else "teacher",
+        frames=frames,
+        strides=strides,
         splits={name: file.read() for name, file in config.splits.items()},
         **_held_out(config),
     )
@@ -230,17 +287,24 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
     ]
     for name in names:
         every[name].require(bench)
-    candidates = [Candidate(name, m.spec, m.args, m.role) for name, m in config.models.items()]
+    models = [Candidate(name, m.spec, m.args, m.role) for name, m in config.models.items()]
+    known = {model.name: model for model in models}
+    moving = [known.get(name) or Candidate(name, spec="") for name in frames]
     claim_folder(Path(config.out), config)
-    chosen = [(every[name], candidates) for name in names]
-    return run_evaluations(bench, chosen, Path(config.out), display or Display())
+    chosen = [(every[name], moving if every[name].needs == "frames" else models) for name in names]
+    found = run_evaluations(bench, chosen, Path(config.out), display or Display())
+    for name in names if frames else ():
+        for drawing in every[name].drawings(found):
+            if any(panel.series for panel in drawing.panels):
+                write_figure(Path(config.out), drawing)
+    return found
 
 
 def _held_out(config: EvaluateConfig) -> dict[str, Any]:
     if config.store is not None or config.files:
         structures, labels = read_labeled(config.store, config.files, config.source)
         return {"structures": structures, "labels": labels}
-    if config.structure is None and not config.splits:
+    if config.structure is None and not config.splits and not config.trajectories:
         raise ConfigError("there is nothing to evaluate on: give data with labels or a structure")
     return {}
 
