@@ -20,6 +20,7 @@ from potstill.readers import KeyMap, read
 from potstill.sample.md import MDJob
 from potstill.structures import Structures
 from potstill.workflows.dynamics import MdConfig, run_dynamics
+from scripts import STUDIES, loaded
 from students import student
 from test_lammps_potentials import EAM, LJ
 
@@ -198,3 +199,16 @@ def test_the_command_runs_in_lammps(tmp_path):
     assert np.ptp(total) / 108 < 1e-4
     assert np.ptp(rows["potential_eV"]) / 108 > 1e-3
     assert isinstance(lammps_engine("lammps", EAM, tmp_path), LammpsEngine)
+
+
+def test_the_study_of_the_liquid_draws_what_it_measures():
+    crystal = Structures.from_ase(bulk("Al", "fcc", a=4.05, cubic=True))
+    with loaded(STUDIES / "teacher_student" / "liquid_lammps.py") as script:
+        assert [job.n_frames for job in script.jobs(2000.0).values()] == [1, 50, 50, 50]
+        reference = radial_distribution(crystal)
+        _, differences = script.drawing({"student": reference}, reference).panels
+        assert not np.any(differences.series[0].y)
+        moving = replace(crystal, velocities=1e-2 * torch.eye(4, 3, dtype=torch.float64))
+        kinetic = 0.5 * 26.9815385 * 3e-4 / 0.09822695**2
+        expected = kinetic / (1.5 * 3 * 8.617333e-5)
+        assert script.temperature(moving) == pytest.approx(expected, rel=1e-5)

