@@ -23,7 +23,7 @@ from potstill.core.model_file import ModelFile
 from potstill.deploy import deploy, lammps_build
 from potstill.deploy.lammps_build import build_plugin, find_lammps, plugin_path
 from potstill.errors import ConfigError, ModelError, OptionalDependencyError
-from potstill.models import HIPNN
+from potstill.models import HIPNN, SchNet
 from potstill.species import Species, SpeciesTable
 from potstill.structures import Structures
 from potstill.workflows import export as workflow
@@ -546,6 +546,7 @@ def test_cmake_builds_the_plugin_for_clusters(lammps, run_of, tmp_path):
         "LAMMPS_INCLUDE": lammps.include,
         "LAMMPS_VERSION": lammps.number,
         "MPI_CXX_COMPILER": lammps.mpiexec.with_name("mpicxx"),
+        "POTSTILL_PYTHON": sys.executable,
     }
     configure += [f"-D{name}={value}" for name, value in settings.items()]
     for command in (configure, ["cmake", "--build", str(tmp_path / "build")]):
@@ -553,6 +554,9 @@ def test_cmake_builds_the_plugin_for_clusters(lammps, run_of, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
     potential, atoms = student("Al", n_interaction_layers=2), crystal("Al")
     run = replace(run_of(potential, n_ranks=2), plugin=tmp_path / "build" / lammps_build.PLUGIN)
+    assert_close(run.static(atoms), in_ase(potential, atoms))
+    potential = SchNet(potential.species_table, 6, 5, 1, 7, 3.6).double()
+    run = replace(run_of(potential), plugin=run.plugin)
     assert_close(run.static(atoms), in_ase(potential, atoms))
     faulty = [text for text in configure if "LAMMPS_VERSION" not in text]
     done = subprocess.run([*faulty, "-B", str(tmp_path / "other")], capture_output=True, text=True)

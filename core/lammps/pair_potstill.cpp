@@ -46,7 +46,8 @@ std::vector<std::string> PairPotstill::read_model(const char *path) {
     if (!model_) error->all(FLERR, "The model file {} cannot be used: {}", path, potstill_error());
     in_double_ = precision_ < 0 ? potstill_model_is_double(model_) : precision_ != 0;
     std::vector<std::string> species;
-    for (int k = 0; k < potstill_model_n_species(model_); ++k) species.push_back(potstill_model_species(model_, k));
+    for (int k = 0; k < potstill_model_n_species(model_); ++k)
+        species.push_back(potstill_model_species(model_, k));
     return species;
 }
 

@@ -129,15 +129,16 @@ void PairPotstillPython::init_style() {
     reserve_communication(0, 9);
     if (comm->nprocs == 1 || model_.reach <= model_.cutoff) return;
     if (!(model_.reach < 1e10))
-        error->all(FLERR, "Pair style potstill/python runs this model on one MPI rank only: how far its energies "
-                          "reach is not known");
-    if (comm->mode != Comm::SINGLE)
-        error->all(FLERR, "Pair style potstill/python needs comm_modify mode single");
+        error->all(FLERR,
+                   "Pair style potstill/python runs this model on one MPI rank only: how far its energies "
+                   "reach is not known");
+    if (comm->mode != Comm::SINGLE) error->all(FLERR, "Pair style potstill/python needs comm_modify mode single");
     const double halo = model_.reach + neighbor->skin;
     if (comm->cutghostuser >= halo) return;
     comm->cutghostuser = halo;
     if (comm->me == 0)
-        utils::logmesg(lmp, "Pair style potstill/python: ghost atoms up to {:.2f}, as by comm_modify cutoff\n", halo);
+        utils::logmesg(lmp, "Pair style potstill/python: ghost atoms up to {:.2f}, as by comm_modify cutoff\n",
+                       halo);
 }
 
 double PairPotstillPython::init_one(int i, int j) {
