@@ -15,6 +15,7 @@ from potstill.evaluate.melting import (
     LayerOrder,
     Melting,
     MeltingPoint,
+    check_apart,
     coexistence_repeats,
     melting_point,
 )
@@ -106,6 +107,16 @@ def test_one_phase_is_no_melting_point(guess, overheating, pressure, words, tmp_
         melting_point(
             crystal, engine, guess, tmp_path, n_atoms=500, duration=8.0, settling=8.0, **settings
         )
+
+
+def test_fused_atoms_have_no_melting_point():
+    box = CRYSTALS["fcc"].repeat(3)
+    start = Structures.from_ase(box)
+    box.rattle(0.3, seed=0)
+    check_apart(start, box.positions, box.cell.array)
+    box.positions[7] = box.positions[20] + [0.9, 0.0, 0.0]
+    with pytest.raises(ModelError, match=r"atoms fused: Al and Al at 0\.90 Å"):
+        check_apart(start, box.positions, box.cell.array)
 
 
 def test_what_the_recipe_cannot_do_is_refused(tmp_path):

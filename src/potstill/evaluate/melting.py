@@ -12,11 +12,12 @@ import itertools
 import math
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ase
 import numpy as np
+import torch
 from pydantic import Field
 
 from potstill.errors import ConfigError, ModelError
@@ -26,6 +27,7 @@ from potstill.evaluate.tools import require_periodic
 from potstill.report.tables import number
 from potstill.report.verdicts import Verdict
 from potstill.sample.md import MDJob
+from potstill.soundness import Connectivity
 from potstill.structures import Structures
 
 #: Less or more crystal than this at the end is no coexistence.
@@ -163,7 +165,7 @@ def melting_point(
     ConfigError
         If the cell has other angles.
     ModelError
-        If there are no two phases at the end, with what to change.
+        If there are no two phases at the end, with what to change, or atoms have fused.
     """
     require_periodic(crystal, "the melting point")
     if not np.allclose(crystal.cell.angles(), 90.0, atol=1e-3):
@@ -199,6 +201,8 @@ def melting_point(
     blocks = np.array_split(numbers[:, 0], n_blocks)
     means = np.array([block.mean() for block in blocks])
     ends = np.linspace(0, len(frames) - 1, n_blocks + 1).astype(int)[1:]
+    for k in ends:
+        check_apart(structures, frames[k][2][:, 1:4], frames[k][1])
     order = LayerOrder(crystal, repeats)
     fractions = np.array([order.solid_fraction(frames[k][2][:, 1:4], frames[k][1]) for k in ends])
     if not _LEAST <= fractions[-1] <= _MOST:
@@ -219,6 +223,19 @@ def melting_point(
         n_atoms=len(box),
         duration=float(duration),
     )
+
+
+def check_apart(start: Structures, positions: np.ndarray, cell: np.ndarray) -> None:
+    """Refuse a frame in which atoms have fused, as in the liquid of a poor student.
+
+    Raises
+    ------
+    ModelError
+        With the atoms and their distance.
+    """
+    frame = replace(start, positions=torch.from_numpy(positions), cell=torch.from_numpy(cell[None]))
+    if symptom := Connectivity.of(start).symptom(frame, apart=False):
+        raise ModelError(f"there is no melting point, {symptom}: the potential fails in the liquid")
 
 
 def coexistence_repeats(crystal: ase.Atoms, n_atoms: int) -> tuple[int, int, int]:
