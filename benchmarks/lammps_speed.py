@@ -396,7 +396,7 @@ def summary_of(loops: Sequence[Loop]) -> dict[str, Any]:
 # -- comparison ------------------------------------------------------------------------------------
 
 
-def summary(systems: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def ratios_of(systems: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Ratios of processor time on one rank, with AVX2, and beside them all others."""
     found: dict[str, Any] = {}
     rows, command = (systems.get("Al", {}).get(key, []) for key in ("rows", "command"))
@@ -423,7 +423,7 @@ def _ratio(
     goal: float,
     inverse: bool = False,
 ) -> dict[str, Any]:
-    """One line of the summary, where there is something to compare."""
+    """One of the ratios, where there is something to compare."""
     theirs = next((row for row in rows if row["name"] == other), None)
     if theirs is None or not ours:
         return {}
@@ -519,14 +519,15 @@ def main() -> None:
             "rounds": options.rounds,
             "rows": rows,
         }
-        record["summary"] = summary(record["systems"])
+        record["ratios"] = ratios_of(record["systems"])
+        record["summary"] = {key: entry["value"] for key, entry in record["ratios"].items()}
         options.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         for row in rows:
             for n, cost in row["ranks"].items():
                 label = f"{name}, {row['name']}, {row['instructions']}, {n} ranks"
                 print(f"{label:60s} {in_words(cost['us_per_atom'])}")
         print(table(rows))
-    for key, entry in record["summary"].items():
+    for key, entry in record["ratios"].items():
         print(key, entry["value"], "goal", entry["goal"], entry["one_rank"], entry["two_ranks"])
 
 
