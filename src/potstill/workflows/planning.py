@@ -48,8 +48,9 @@ MAX_FRAMES = 1100
 #: Rattled and strained structures beside on-policy ones: they teach what MD does not visit.
 MAX_RANDOM = 100
 #: Of the frames that need no MD with the teacher, small displacements and strains of the relaxed
-#: structure: what elastic constants and phonons are made of, and MD does not visit.
-MINIMUM_SHARE, MAX_MINIMUM = 1.0 / 8.0, 120
+#: structure: what elastic constants and phonons are made of, and MD does not visit. Their forces
+#: are small, and beside MD above the highest temperature half as many left phonons to chance.
+MINIMUM_SHARE, MAX_MINIMUM = 0.2, 200
 #: Fewer frames of MD with the teacher leave nothing to hold out: four blocks of the split.
 MIN_MD_FRAMES = 16
 #: Frames that need no MD with the teacher: rattled, strained, or visited by the draft.
