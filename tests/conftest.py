@@ -26,6 +26,12 @@ def plugin(lammps, tmp_path_factory):
         return build_plugin(lammps)
 
 
+@pytest.fixture(autouse=True)
+def no_other_plugins(monkeypatch):
+    """Importing LAMMPS' package, as some tests do, names folders of plugins to all that follow."""
+    monkeypatch.delenv("LAMMPS_PLUGIN_PATH", raising=False)
+
+
 @pytest.fixture
 def run_of(lammps, plugin, tmp_path):
     """Makes runs of an exported potential."""

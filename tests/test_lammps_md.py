@@ -203,7 +203,7 @@ def test_the_command_runs_in_lammps(tmp_path):
 
 def test_the_study_of_the_liquid_draws_what_it_measures():
     crystal = Structures.from_ase(bulk("Al", "fcc", a=4.05, cubic=True))
-    with loaded(STUDIES / "teacher_student" / "liquid_lammps.py") as script:
+    with loaded(STUDIES / "liquid" / "al.py") as script:
         assert [job.n_frames for job in script.jobs(2000.0).values()] == [1, 50, 50, 50]
         reference = radial_distribution(crystal)
         _, differences = script.drawing({"student": reference}, reference).panels

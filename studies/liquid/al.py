@@ -1,7 +1,7 @@
 """Liquid aluminium in LAMMPS: students and controls of a study beside ANI-Al.
 
     potstill study studies/teacher_student/al_triples.yaml --out runs/al_triples
-    python studies/teacher_student/liquid_lammps.py runs/al_triples --work runs/al_lammps
+    python studies/liquid/al.py runs/al_triples --work runs/al_lammps
 
 The crystal is melted, and its liquid sampled at 1200 K, at the density at which the study sampled
 ANI-Al (`measures/rdf-reference.json`). Two runs start from its last frame: one at constant energy
