@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def engines(potential: Potential, repeat: int, steps: int, folder: Path) -> dict
         return PotstillCalculator(potential)
 
     def by_torch() -> BaseCalculator:
-        return PotstillCalculator(potential, core="torch")
+        return PotstillCalculator(deepcopy(potential), core="torch")  # it would be so for all
 
     def metatomic() -> BaseCalculator:
         return MetatomicCalculator(str(traced), device="cpu")
