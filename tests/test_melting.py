@@ -113,10 +113,10 @@ def test_fused_atoms_have_no_melting_point():
     box = CRYSTALS["fcc"].repeat(3)
     start = Structures.from_ase(box)
     box.rattle(0.3, seed=0)
-    check_apart(start, box.positions, box.cell.array)
+    check_apart(start, [(box.positions, box.cell.array)])
     box.positions[7] = box.positions[20] + [0.9, 0.0, 0.0]
     with pytest.raises(ModelError, match=r"atoms fused: Al and Al at 0\.90 Å"):
-        check_apart(start, box.positions, box.cell.array)
+        check_apart(start, [(box.positions, box.cell.array)])
 
 
 def test_what_the_recipe_cannot_do_is_refused(tmp_path):

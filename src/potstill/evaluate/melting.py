@@ -22,7 +22,14 @@ from pydantic import Field
 
 from potstill.errors import ConfigError, ModelError
 from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
-from potstill.evaluate.lammps_md import BAR, LammpsEngine, lammps_engine, read_dump
+from potstill.evaluate.lammps_md import (
+    BAR,
+    LammpsEngine,
+    create_velocities,
+    lammps_engine,
+    lammps_seed,
+    read_dump,
+)
 from potstill.evaluate.tools import require_periodic
 from potstill.report.tables import number
 from potstill.report.verdicts import Verdict
@@ -184,13 +191,16 @@ def melting_point(
         "every": max(1, round(_STRIDE / timestep)),
     }
     job = MDJob(n_frames=1, temperature=guess, stride=_STRIDE, timestep=timestep)
-    seed = seed % 899999 + 1
-    velocities = f"velocity all create {guess!r} {seed} mom yes rot no dist gaussian"
     moves = _SCRIPT.format(
-        t=float(guess), hot=float(overheating * guess), p=pressure / BAR, seed=seed + 1, **steps
+        t=float(guess),
+        hot=float(overheating * guess),
+        p=pressure / BAR,
+        seed=lammps_seed(seed) + 1,
+        **steps,
     )
     structures = Structures.from_ase(box)
-    engine.run(folder, structures, engine.script(job, structures, velocities) + moves)
+    head = engine.script(job, structures, create_velocities(guess, seed))
+    engine.run(folder, structures, head + moves)
     numbers = np.loadtxt(folder / "numbers.txt")[1:]  # the first is before the first step
     frames = read_dump(folder / "dump.txt")
     if np.linalg.det(frames[0][1]) > _BOILED * box.get_volume():
@@ -201,8 +211,7 @@ def melting_point(
     blocks = np.array_split(numbers[:, 0], n_blocks)
     means = np.array([block.mean() for block in blocks])
     ends = np.linspace(0, len(frames) - 1, n_blocks + 1).astype(int)[1:]
-    for k in ends:
-        check_apart(structures, frames[k][2][:, 1:4], frames[k][1])
+    check_apart(structures, ((frames[k][2][:, 1:4], frames[k][1]) for k in ends))
     order = LayerOrder(crystal, repeats)
     fractions = np.array([order.solid_fraction(frames[k][2][:, 1:4], frames[k][1]) for k in ends])
     if not _LEAST <= fractions[-1] <= _MOST:
@@ -225,17 +234,28 @@ def melting_point(
     )
 
 
-def check_apart(start: Structures, positions: np.ndarray, cell: np.ndarray) -> None:
-    """Refuse a frame in which atoms have fused, as in the liquid of a poor student.
+def check_apart(start: Structures, frames: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Refuse frames in which atoms have fused, as in the liquid of a poor student.
+
+    Parameters
+    ----------
+    start : Structures
+        The crystal.
+    frames : iterable of (ndarray, ndarray)
+        Positions (N, 3) and cells (3, 3) later on, Å.
 
     Raises
     ------
     ModelError
         With the atoms and their distance.
     """
-    frame = replace(start, positions=torch.from_numpy(positions), cell=torch.from_numpy(cell[None]))
-    if symptom := Connectivity.of(start).symptom(frame, apart=False):
-        raise ModelError(f"there is no melting point, {symptom}: the potential fails in the liquid")
+    whole = Connectivity.of(start)
+    for positions, cell in frames:
+        places = {"positions": torch.from_numpy(positions), "cell": torch.from_numpy(cell[None])}
+        if symptom := whole.symptom(replace(start, **places), apart=False):
+            raise ModelError(
+                f"there is no melting point, {symptom}: the potential fails in the liquid"
+            )
 
 
 def coexistence_repeats(crystal: ase.Atoms, n_atoms: int) -> tuple[int, int, int]:

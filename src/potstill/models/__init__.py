@@ -29,6 +29,7 @@ from potstill.models.prior import ZBL as ZBL
 from potstill.models.schnet import SchNet as SchNet
 from potstill.models.sums import SpeciesOffsets as SpeciesOffsets
 from potstill.models.sums import SumPotential as SumPotential
+from potstill.models.sums import summands as summands
 from potstill.species import SpeciesTable
 
 MODELS: dict[str, type[Potential]] = {

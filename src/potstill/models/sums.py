@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -186,3 +186,12 @@ class SumPotential(Potential):
 
 def _tap_name(component: str, tap: str) -> str:
     return tap if component == "network" else f"{component}.{tap}"
+
+
+def summands(potential: Potential) -> Iterator[Potential]:
+    """The parts of a sum, and of sums in it."""
+    if not isinstance(potential, SumPotential):
+        yield potential
+        return
+    for component in potential.components.values():
+        yield from summands(component)

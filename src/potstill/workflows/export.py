@@ -30,7 +30,7 @@ from potstill.models import HIPNN, ZBL, Potential, SpeciesOffsets, SumPotential
 from potstill.species import SpeciesTable
 from potstill.workflows.base import limited_threads, read_start
 from potstill.workflows.lammps_check import LammpsRun, check_parity
-from potstill.workflows.parity import Parity, by_ase, differences, random_structures
+from potstill.workflows.parity import Parity, by_ase, differences, is_single, random_structures
 
 #: Executable, headers and headers of MPI; None for those of the wheel.
 Place = tuple[Path | None, Path | None, Path | None]
@@ -130,12 +130,13 @@ def compare_in_metatomic(
     metatomic = require("metatomic_ase", extra="metatomic", purpose="to test its models")
     found = Parity("metatomic")
     calculator = metatomic.MetatomicCalculator(str(file), check_consistency=True, device="cpu")
-    single = any(p.dtype == torch.float32 for p in potential.parameters())
+    precision = "float32" if is_single(potential) else "float64"
+    doubled = deepcopy(potential).double()
     for name, atoms in structures.items():
         checkpoint = by_ase(potential, atoms)
-        noise = differences(by_ase(deepcopy(potential).double(), atoms), checkpoint)
+        noise = differences(by_ase(doubled, atoms), checkpoint)
         errors = differences(checkpoint, by_ase(potential, atoms, calculator))
-        found.judge(name, "float32" if single else "float64", errors, noise)
+        found.judge(name, precision, errors, noise)
     return found
 
 

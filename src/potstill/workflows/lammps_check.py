@@ -28,7 +28,7 @@ from potstill.errors import ModelError
 from potstill.lammps_library import in_a_box
 from potstill.models import Potential
 from potstill.structures import Structures
-from potstill.workflows.parity import Parity, by_ase, differences, zero_energies
+from potstill.workflows.parity import Parity, by_ase, differences, is_single, zero_energies
 
 #: LAMMPS' own conversion from bar in its metal units; ASE's differs in the eighth digit.
 BAR = 1.0 / 1.6021765e6
@@ -213,13 +213,11 @@ def check_parity(
     """
     default, n_moving = _DYNAMICS_OF[run.style]
     found = Parity("LAMMPS", default if steps is None else steps)
-    single = any(p.dtype == torch.float32 for p in potential.parameters())
+    file = ModelFile(run.model) if run.style == "potstill" else None
+    single, doubled = is_single(potential), deepcopy(potential).double()
     for name, atoms in structures.items():
         checkpoint = by_ase(potential, atoms)
-        if run.style == "potstill":
-            exact = _by_core(ModelFile(run.model), potential, atoms)
-        else:
-            exact = by_ase(deepcopy(potential).double(), atoms)
+        exact = by_ase(doubled, atoms) if file is None else _by_core(file, potential, atoms)
         noise = differences(exact, checkpoint)
         # Of a float64 network the checkpoint's own values are wanted.
         wanted = {"float64": exact, "float32": checkpoint} if single else {"float64": checkpoint}

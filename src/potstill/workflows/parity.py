@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import ase
 import numpy as np
+import torch
 from ase.build import bulk
 from ase.calculators.calculator import Calculator
 from numpy.typing import NDArray
 
 from potstill.calculators import PotstillCalculator
-from potstill.deploy.lammps import summands
 from potstill.errors import ModelError
-from potstill.models import Potential, SpeciesOffsets
+from potstill.models import Potential, SpeciesOffsets, summands
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3
 
 #: Relative differences that are let pass, by precision.
@@ -101,6 +101,11 @@ def by_ase(
     if atoms.pbc.all():
         values["stress"] = atoms.get_stress(voigt=False, apply_constraint=False)
     return values
+
+
+def is_single(potential: Potential) -> bool:
+    """Whether a part of it computes in float32."""
+    return any(p.dtype == torch.float32 for p in potential.parameters())
 
 
 def zero_energies(potential: Potential) -> NDArray[np.float64]:

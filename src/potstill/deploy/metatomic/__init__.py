@@ -12,7 +12,7 @@ from potstill import __version__
 from potstill.checkpoint import potential_fingerprint
 from potstill.errors import ModelError, require
 from potstill.files import write_atomically
-from potstill.models import Potential, SumPotential
+from potstill.models import Potential, summands
 from potstill.models.tracing import traced
 
 #: By kind of model: what introduced it.
@@ -89,8 +89,7 @@ def write_metatomic(
 
 def _metadata(metatomic: Any, potential: Potential, stem: str, info: Mapping[str, Any]) -> Any:
     """Who made it, from what, and what it may be used for, as far as that is known."""
-    parts = potential.components.values() if isinstance(potential, SumPotential) else [potential]
-    kinds = [part.kind for part in parts]
+    kinds = [part.kind for part in summands(potential)]
     teacher = info.get("teacher")
     teacher = teacher if isinstance(teacher, Mapping) else {}
     extra = {
