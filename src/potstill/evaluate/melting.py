@@ -251,8 +251,10 @@ def check_apart(start: Structures, frames: Iterable[tuple[np.ndarray, np.ndarray
     """
     whole = Connectivity.of(start)
     for positions, cell in frames:
-        places = {"positions": torch.from_numpy(positions), "cell": torch.from_numpy(cell[None])}
-        if symptom := whole.symptom(replace(start, **places), apart=False):
+        frame = replace(
+            start, positions=torch.from_numpy(positions), cell=torch.from_numpy(cell[None])
+        )
+        if symptom := whole.symptom(frame, apart=False):
             raise ModelError(
                 f"there is no melting point, {symptom}: the potential fails in the liquid"
             )
