@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("teachers.*",),
     ("calculators", "testing"),
     ("sample.*",),
-    ("train.*", "label", "deploy.*"),
+    ("train.*", "label", "deploy.*", "coarse.*"),
     # How numbers are shown: below the evaluations, which bring their own rows and figures.
     ("report.*",),
     ("evaluate.*",),
@@ -51,6 +51,7 @@ ASSEMBLED = (
     "core",
     "distill",
     "train",
+    "coarse",
     "report",
     "evaluate",
     "experiments",

@@ -31,6 +31,7 @@ from potstill.workflows.epsilon import EpsilonConfig as EpsilonConfig
 from potstill.workflows.evaluation import EvaluateConfig as EvaluateConfig
 from potstill.workflows.fitting import FitConfig as FitConfig
 from potstill.workflows.labeling import LabelConfig as LabelConfig
+from potstill.workflows.mapping import MapConfig as MapConfig
 from potstill.workflows.sampling import SampleConfig as SampleConfig
 from potstill.workflows.training import TrainConfig as TrainConfig
 
@@ -66,6 +67,15 @@ SETTINGS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
         {"student": "run/student.pt", "teacher": "teacher.pt", "data": "labels.zarr", "out": "cka"},
     ),
     "md": (MdConfig, {"model": _STUDENT, "structure": "silicon", "out": "md"}),
+    "coarse-map": (
+        MapConfig,
+        {
+            "out": "beads.zarr",
+            "trajectory": {"path": "md.trr", "index": "100:"},
+            "topology": "md.tpr",
+            "beads": {"urea": {"residue": "UREA"}, "ion": {"residue": "Cl"}},
+        },
+    ),
     "study": (
         SizesStudy,
         {

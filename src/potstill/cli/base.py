@@ -183,8 +183,10 @@ def main() -> None:
     app()
 
 
-def command(panel: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Register a command, which ends with one sentence on mistakes.
+def command(
+    panel: str, *, name: str | None = None, within: typer.Typer = app
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Register a command, of `potstill` or of a group, which ends with one sentence on mistakes.
 
     Only a command that does its work restarts the process. The lines of each paragraph of its help
     are joined, to fill any width.
@@ -200,7 +202,7 @@ def command(panel: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
         paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
         text = "\n\n".join(" ".join(paragraph.splitlines()) for paragraph in paragraphs)
-        app.command(help=text, rich_help_panel=panel)(work)
+        within.command(name, help=text, rich_help_panel=panel)(work)
         return function
 
     return register

@@ -33,7 +33,7 @@ def read_npz(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], U
     DataError
         If it is not an archive, or lacks positions or atomic numbers.
     """
-    held = _load(path)
+    held = load_archive(path)
     where = str(path)
     positions = needed(held, "positions", keys, ("coords", "R"), where)
     species = needed(held, "species", keys, ("nuclear_charges", "z"), where)
@@ -48,10 +48,11 @@ def read_npz(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], U
         frame_id=path.name,
         cell=keys.cell or ("cell" if "cell" in held else "lattice"),
     )
-    return frames, _units(held, keys)
+    return frames, units_of(held, keys)
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
+def load_archive(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an archive by name; `DataError` if it is none."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -64,7 +65,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         raise DataError(f"{path} is not a readable NumPy archive: {error}") from error
 
 
-def _units(held: Mapping[str, Any], keys: KeyMap) -> Units:
+def units_of(held: Mapping[str, Any], keys: KeyMap) -> Units:
     """Units of the published layouts; an archive with other names must have them stated.
 
     MD17, rMD17 and sGDML use kcal/mol and Å; sGDML's archives say so in `e_unit` and `r_unit`.

@@ -21,8 +21,8 @@ from potstill.train import TrainingSet
 from potstill.workflows.base import Settings, one_of
 
 
-class FileData(Settings):
-    """A file with structures and reference labels; its path alone is enough.
+class FileSource(Settings):
+    """A file, and how it is read; its path alone is enough.
 
     Parameters
     ----------
@@ -34,24 +34,15 @@ class FileData(Settings):
         Names of the labels in the file, as in `KeyMap`: `{energy: dft_energy}`.
     units : dict
         Units of the file, as in `Units`: `{energy: Hartree, length: Angstrom}`.
-    require : tuple of str
-        Labels that every frame must have.
-    allow_partial : bool
-        Accept frames that lack labels others have.
     index : str
         Frames to read: `:100`, `::10`.
-    species : tuple of str, optional
-        Elements that may occur, in the order of the species table.
     """
 
     path: str
     format: str | None = None
     keys: dict[str, str] = Field(default_factory=dict)
     units: dict[str, str] = Field(default_factory=dict)
-    require: tuple[str, ...] = ()
-    allow_partial: bool = False
     index: str = ":"
-    species: tuple[str, ...] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -66,6 +57,24 @@ class FileData(Settings):
             if name not in known:
                 raise ValueError(f"there is no '{name}'{suggest(name, known)}")
         return value
+
+
+class FileData(FileSource):
+    """A file with structures and reference labels; its path alone is enough.
+
+    Parameters
+    ----------
+    require : tuple of str
+        Labels that every frame must have.
+    allow_partial : bool
+        Accept frames that lack labels others have.
+    species : tuple of str, optional
+        Elements that may occur, in the order of the species table.
+    """
+
+    require: tuple[str, ...] = ()
+    allow_partial: bool = False
+    species: tuple[str, ...] | None = None
 
     def read(self) -> tuple[Structures, Properties]:
         """Read the file."""

@@ -44,6 +44,7 @@ EXTRAS = (
     ("torch-sim", "torch_sim", "batched dynamics in torch-sim"),
     ("hdf5", "h5py", "ANI-style HDF5 files"),
     ("lmdb", "lmdb", "OC20, COLL and ASE databases in LMDB files"),
+    ("coarse", "MDAnalysis", "coarse graining of GROMACS and LAMMPS trajectories"),
     ("tensorboard", "tensorboard", "TensorBoard logs"),
 )
 CORE = ("torch", "lightning-fabric", "ase", "vesin", "zarr", "numpy", "scipy", "pydantic")
