@@ -17,8 +17,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from potstill.errors import ConfigError, suggest
+from potstill.experiments.coarse import CoarseStudy as CoarseStudy
 from potstill.experiments.recipes import PairsStudy as PairsStudy
 from potstill.experiments.recipes import SizesStudy as SizesStudy
+from potstill.experiments.recipes import Study
 from potstill.experiments.spec import Experiment
 from potstill.models.hipnn import HIPNNHyperparameters
 from potstill.template import template
@@ -127,11 +129,11 @@ def load_config(
 
 
 def load_study(path: str | Path) -> Experiment:
-    """Read the config of a study: of sizes, or with `kind: features` of pairs of models."""
+    """Read the config of a study: of sizes, or of the `kind` that it names."""
     data = read_yaml(path)
-    if "kind" in data:
-        return validate(data, PairsStudy, where=str(path)).experiment
-    return validate(data, SizesStudy, where=str(path)).experiment
+    kinds: dict[Any, type[Study]] = {"features": PairsStudy, "coarse": CoarseStudy}
+    model = kinds.get(data.get("kind"), PairsStudy if "kind" in data else SizesStudy)
+    return validate(data, model, where=str(path)).experiment
 
 
 def config_template(command: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -40,3 +42,29 @@ def map_trajectory(
     from potstill.workflows.mapping import map_to_beads
 
     map_to_beads(load_config(config, MapConfig, {"out": out}), display)
+
+
+@command("Coarse graining", name="all", within=coarse)
+def all_of_it(
+    config: Annotated[
+        Path, typer.Argument(help="YAML file: map, train, run; see `potstill config`.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for everything.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Trainings at a time.", min=1)] = None,
+) -> None:
+    """Turn an all-atom trajectory into validated force fields of beads, with a report; resumable.
+
+    Maps the trajectory, trains an ensemble of teachers on the mapped forces and students on what
+    these say, runs all of them, and compares their liquids with the mapped one.
+    `potstill config coarse-all` prints all settings.
+
+    [bold]Example[/bold]
+
+      potstill coarse all studies/coarse_graining/reline.yaml --out run/reline --workers 2
+    """
+    from potstill.config import CoarseConfig, load_config
+    from potstill.workflows.coarse import coarse as work
+
+    settings = load_config(config, CoarseConfig, {"out": out, "workers": workers})
+    report = work(settings, display, command=shlex.join(["potstill", *sys.argv[1:]]))
+    display.say(f"Report: {report}")

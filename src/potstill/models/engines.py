@@ -384,3 +384,32 @@ class NativeParts:
         if self.offsets is None:
             return result
         return replace(result, energies=result.energies + self.offsets[structures.species])
+
+
+@dataclass(frozen=True)
+class NativeMean(NativeParts):
+    """The mean of several potentials, each by a call of its own on the same neighbor list.
+
+    Parameters
+    ----------
+    others : tuple of NativeParts
+        All members but the one that this is itself.
+    """
+
+    others: tuple[NativeParts, ...] = ()
+
+    def merged(self, other: NativeParts) -> None:
+        """Nothing can be added to it in the same call."""
+
+    def evaluate(
+        self, structures: Structures, neighbors: CompactNeighbors, *, virial: bool
+    ) -> MdResult:
+        """Means of what the members' calls give."""
+        found = [super().evaluate(structures, neighbors, virial=virial)]
+        found += [other.evaluate(structures, neighbors, virial=virial) for other in self.others]
+
+        def mean(name: str) -> Any:
+            values = [getattr(one, name) for one in found]
+            return None if values[0] is None else torch.stack(values).mean(dim=0)
+
+        return MdResult(**{field.name: mean(field.name) for field in fields(MdResult)})
