@@ -158,8 +158,9 @@ def _survey(
     for k, snapshot in enumerate(trajectory.snapshots()):
         _check_finite(snapshot)
         if not k:
-            whole = beads.whole(snapshot.positions, snapshot.cell, snapshot.pbc, snapshot.frame_id)
-            beads.check_bonds(whole, snapshot.frame_id)
+            where = snapshot.frame_id
+            beads.check_bonds(snapshot.positions, snapshot.cell, snapshot.pbc, where)
+            beads.whole(snapshot.positions, snapshot.cell, snapshot.pbc, where)
         for kind in kinds:
             kind.add(snapshot.positions, snapshot.forces, snapshot.cell, snapshot.pbc)
         forces = beads.sum_map @ snapshot.forces
