@@ -24,6 +24,7 @@ from potstill.coarse import (
 from potstill.coarse.beads import find_beads
 from potstill.coarse.topology import topology_of
 from potstill.coarse.trajectory import Part, Snapshot, Trajectory
+from potstill.config import read_yaml
 from potstill.errors import (
     ConfigError,
     DataError,
@@ -587,8 +588,39 @@ def test_a_real_liquid_agrees_with_mdanalysis(tmp_path):
         assert report.beads[name]["rms_sum"] == pytest.approx(rms, rel=0.05)
     hydrogens = {"CHOL": 14, "Cl": 0, "UREA": 4}
     assert {m["name"]: len(m["constrained"]) for m in report.molecules} == hydrogens
-    studies = Path(__file__).parents[1] / "studies/coarse_graining"
-    assert (studies / "reline.yaml").is_file()
+
+
+@pytest.mark.data
+def test_both_maps_have_the_same_mean_force_in_a_real_liquid(tmp_path):
+    pytest.importorskip("MDAnalysis", reason="needs the extra 'coarse'")
+    folder = data_path("reline")
+    study = Path(__file__).parents[1] / "studies/coarse_graining/reline_fine.yaml"
+    beads = read_yaml(study)["beads"]
+    trajectory = open_trajectory(
+        [TrajectoryFile(str(folder / "reline_425K.trr"), index="100::20")],
+        topology=str(folder / "reline_425K.tpr"),
+    )
+    along = {}
+    for name in ("sum", "optimal"):
+        settings = MappingSettings(beads=beads, force_map=name)
+        report = map_trajectory(trajectory, settings, tmp_path / name)
+        positions, forces = beads_of(tmp_path / name, 300)
+        (choline,) = [m for m in report.molecules if m["name"] == "CHOL"]
+        assert choline["bonds"] == [[0, 1]]
+        first, second = np.array(choline["members"]).T
+        bond = positions[:, second] - positions[:, first]
+        length = np.linalg.norm(bond, axis=2)
+        pull = (forces[:, second] - forces[:, first]) / 2
+        along[name] = ((pull * bond).sum(2) / length).ravel()
+    for bead in ("ammonium", "ethanol"):
+        assert report.beads[bead]["rms_optimal"] ** 2 < 0.6 * report.beads[bead]["rms_sum"] ** 2
+    difference = along["optimal"] - along["sum"]
+    for part in np.array_split(np.argsort(length.ravel()), 6):
+        error = difference[part].std() / np.sqrt(len(part))
+        assert abs(difference[part].mean()) < 4 * error
+    assert (
+        np.ptp([along["sum"][p].mean() for p in np.array_split(np.argsort(length.ravel()), 6)]) > 1
+    )
 
 
 @pytest.mark.data

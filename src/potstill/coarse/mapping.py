@@ -40,9 +40,10 @@ class MappingReport:
         the mapped force in eV/Å: `rms_sum`, None where constraints forbid the plain sum, and
         `rms_optimal`, None where beads are taken as they are.
     molecules : list of dict
-        Per kind of molecule: `name`, `count`, names of its `atoms` and `beads`, `bonds` between the
-        beads, `constrained` pairs of atoms and how many of these beads `cut`, `samples` (copies in
-        all frames), and `coefficients` of the optimal force map, a row per bead.
+        Per kind of molecule: `name`, `count`, names of its `atoms` and `beads`, the beads of each
+        copy (`members`), `bonds` between its beads, `constrained` pairs of atoms and how many of
+        these beads `cut`, `samples` (copies in all frames), and `coefficients` of the optimal force
+        map, a row per bead.
     net_force : dict of str to float
         Root mean square of a component of the total force in a frame in eV/Å: of all `atoms` of
         the trajectory, and of all `beads` by the plain sum.
@@ -171,13 +172,15 @@ def _survey(
         progress("statistics", k + 1, len(trajectory))
     n = len(trajectory)
     molecules, rms, force_map = _force_maps(beads, kinds, settings)
-    cut = any(molecule["cut"] for molecule in molecules)
+    cut = {name for molecule in molecules if molecule["cut"] for name in molecule["beads"]}
     facts = {
         "beads": {
             entry.name: {
                 "count": int(counts[s]),
                 "mass": entry.mass,
-                "rms_sum": None if cut else float(np.sqrt(squares[s] / (3 * n * counts[s]))),
+                "rms_sum": None
+                if entry.name in cut
+                else float(np.sqrt(squares[s] / (3 * n * counts[s]))),
                 "rms_optimal": rms.get(entry.name),
             }
             for s, entry in enumerate(table.entries)
@@ -230,6 +233,7 @@ def _force_maps(
                 "count": len(kind.atoms),
                 "atoms": names.tolist(),
                 "beads": list(kind.bead_names),
+                "members": kind.beads.tolist(),
                 "bonds": kind.bead_bonds,
                 "constrained": bonds.tolist(),
                 "cut": len(cut),
