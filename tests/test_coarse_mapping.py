@@ -281,7 +281,9 @@ def test_chunks_and_interruptions_change_nothing(tmp_path):
     prints = []
     for chunk in (1, 7, None):
         out = tmp_path / f"chunk{chunk}"
-        map_trajectory(trajectory, XYY, out, chunk=chunk, info={"temperature": 300.0})
+        map_trajectory(
+            trajectory, XYY, out, chunk=chunk, info={"temperature": 300.0, "box": (1, 2)}
+        )
         prints.append(LabeledStore.open(out).fingerprint())
 
     def interrupt(what, done, total):

@@ -20,6 +20,7 @@ from potstill.coarse.settings import MappingSettings
 from potstill.coarse.trajectory import Snapshot, Trajectory
 from potstill.errors import DataError, StoreError
 from potstill.store import LabeledStore
+from potstill.store.record import plain_json
 from potstill.structures import Properties, Structures
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3
 
@@ -96,7 +97,7 @@ def map_trajectory(
         If something else is at `out`.
     """
     out = Path(out)
-    info = dict(info or {})
+    info = plain_json(info or {}, "info")
     identity = {
         "settings": settings.model_dump(mode="json"),
         "files": [part.where for part in trajectory.parts],
@@ -160,7 +161,8 @@ def _survey(
         _check_finite(snapshot)
         if not k:
             where = snapshot.frame_id
-            beads.check_bonds(snapshot.positions, snapshot.cell, snapshot.pbc, where)
+            if not settings.mapped:  # bonds between beads may have any length
+                beads.check_bonds(snapshot.positions, snapshot.cell, snapshot.pbc, where)
             beads.whole(snapshot.positions, snapshot.cell, snapshot.pbc, where)
         for kind in kinds:
             kind.add(snapshot.positions, snapshot.forces, snapshot.cell, snapshot.pbc)
