@@ -20,12 +20,14 @@ from potstill.models.base import Potential as Potential
 from potstill.models.base import Prediction as Prediction
 from potstill.models.base import StartingData as StartingData
 from potstill.models.base import TapSpec as TapSpec
+from potstill.models.bonded import Bonds as Bonds
 from potstill.models.gemnet_oc import GemNetOC as GemNetOC
 from potstill.models.hipnn import HIPNN as HIPNN
 from potstill.models.hyper import Hyperparameters as Hyperparameters
 from potstill.models.linear import SNAP as SNAP
 from potstill.models.painn import PaiNN as PaiNN
 from potstill.models.prior import ZBL as ZBL
+from potstill.models.prior import PairRepulsion as PairRepulsion
 from potstill.models.schnet import SchNet as SchNet
 from potstill.models.sums import MeanPotential as MeanPotential
 from potstill.models.sums import SpeciesOffsets as SpeciesOffsets
@@ -41,6 +43,8 @@ MODELS: dict[str, type[Potential]] = {
     "schnet": SchNet,
     "painn": PaiNN,
     "zbl": ZBL,
+    "repulsion": PairRepulsion,
+    "bonds": Bonds,
     "offsets": SpeciesOffsets,
 }
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from potstill.core import (
     CompactNeighbors,
     MdResult,
+    PairPrior,
     PassResult,
-    ZblParameters,
     compact_forces,
     compact_neighbors,
     compact_pair_vectors,
@@ -278,8 +278,8 @@ class NativeKernels:
         (species, neighbors, r_ij, weights) to the sum of (N, T) weights times terms, a scalar that
         is differentiable once by the parameters.
     dynamics : callable
-        (species, neighbors, positions, cell, *, zbl, virial) to the `MdResult` of one system, with
-        the ZBL repulsion `zbl` added unless it is None.
+        (species, neighbors, positions, cell, *, prior, virial) to the `MdResult` of one system,
+        with the repulsion `prior` added unless it is None.
     """
 
     dtype: torch.dtype
@@ -339,14 +339,14 @@ class NativeParts:
     ----------
     network : NativeKernels, optional
         Without it there is nothing to call.
-    prior : ZblParameters, optional
+    prior : ZblParameters or RepulsionParameters, optional
         Short-range repulsion.
     offsets : Tensor, optional
         (n_species,) float64 constant energies, eV.
     """
 
     network: NativeKernels | None = None
-    prior: ZblParameters | None = None
+    prior: PairPrior | None = None
     offsets: Tensor | None = None
 
     def merged(self, other: NativeParts) -> NativeParts | None:
@@ -378,7 +378,7 @@ class NativeParts:
             neighbors,
             structures.positions,
             structures.cell[0],
-            zbl=self.prior,
+            prior=self.prior,
             virial=virial,
         )
         if self.offsets is None:
