@@ -37,12 +37,12 @@ from potstill.experiments.spec import (
     StoredTeacher,
 )
 from potstill.metrics import S2EF_METRICS, Estimate
-from potstill.models import Potential
+from potstill.models import MeanPotential, Potential
 from potstill.properties import LEARNABLE
 from potstill.store import LabeledStore
 from potstill.structures import Properties, Structures
-from potstill.teachers import CommitteeTeacher, Teacher
-from potstill.teachers.potential import PotentialTeacher
+from potstill.teachers import Teacher, teacher_from_potential
+from potstill.teachers.potential import PotentialTeacher, describe_potential
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.state import versions
 from potstill.workflows.base import potential_info, read_json, write_json
@@ -356,11 +356,11 @@ def _training_data(
 def _teacher(experiment: Experiment, folder: Path, run: Run) -> Teacher:
     if isinstance(run.variant.teacher, GivenTeacher):
         return run.variant.teacher.model.make()
-    members = [
-        PotentialTeacher.from_checkpoint(best_of(folder, teacher))
-        for teacher in experiment.needed_by(run)
-    ]
-    return members[0] if len(members) == 1 else CommitteeTeacher(members)
+    files = {str(other.seed): best_of(folder, other) for other in experiment.needed_by(run)}
+    if len(files) == 1:
+        return PotentialTeacher.from_checkpoint(*files.values())
+    mean = MeanPotential({seed: load_potential(file)[0] for seed, file in files.items()})
+    return teacher_from_potential(mean, describe_potential(mean, "committee", {}))
 
 
 def _features(training: TrainingSet, settings: TrainSettings, teacher: Teacher) -> dict[str, Any]:
