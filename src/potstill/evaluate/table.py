@@ -11,6 +11,7 @@ from pydantic import AfterValidator
 from potstill.errors import PotstillError, suggest
 from potstill.evaluate.adf import Adf, CoordinationEvaluation
 from potstill.evaluate.base import Bench, Candidate, Evaluation
+from potstill.evaluate.cdf import Cdf
 from potstill.evaluate.defects import DefectsEvaluation
 from potstill.evaluate.diffusion import DensityEvaluation, DiffusionEvaluation
 from potstill.evaluate.elastic import Elastic
@@ -43,6 +44,7 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
         Expansion,
         Rdf,
         Adf,
+        Cdf,
         CoordinationEvaluation,
         DiffusionEvaluation,
         DensityEvaluation,
