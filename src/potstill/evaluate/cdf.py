@@ -39,7 +39,6 @@ from potstill.evaluate.distributions import (
 from potstill.report.panels import Colors, Drawing, Panel
 from potstill.structures import Structures
 
-
 #: Of g(r, θ), whose errors are larger by far.
 _DECIMALS = 5
 
