@@ -26,6 +26,7 @@ from potstill.evaluate.parity import Parity
 from potstill.evaluate.phonons import PhononsEvaluation
 from potstill.evaluate.rdf import Rdf
 from potstill.evaluate.speed import InferenceThroughput, Speed
+from potstill.evaluate.stability import StabilityEvaluation
 from potstill.evaluate.vibrations import VibrationsEvaluation
 
 #: Evaluations by name, in the order in which they are done and shown.
@@ -52,6 +53,7 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
         Speed,
         Memory,
         NVE,
+        StabilityEvaluation,
         Headroom,
     )
 }

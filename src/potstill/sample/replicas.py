@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ase.calculators.calculator import BaseCalculator
 
 from potstill.calculators import BatchCalculator
 from potstill.errors import ConfigError, PotstillError
@@ -106,16 +107,19 @@ class ReplicaRun:
         One per replica; None if it reached the end.
     temperature : tuple of float
         Mean kinetic temperature of each over its frames, K; NaN without any.
+    n_atoms : int
+        Of each.
     """
 
     frames: SampledFrames
     breakdowns: tuple[Breakdown | None, ...]
     temperature: tuple[float, ...]
+    n_atoms: int
 
 
 def run_replicas(
     start: Structures,
-    potential: Potential,
+    potential: Potential | BaseCalculator,
     settings: ReplicaSettings,
     *,
     folder: Path | None = None,
@@ -129,8 +133,8 @@ def run_replicas(
     start : Structures
         One system for each replica, all of the same atoms in the same order. At constant energy
         their own velocities are kept, where they have any; otherwise they are drawn.
-    potential : Potential
-        A model that knows the species.
+    potential : Potential or ASE calculator
+        A model that knows the species, or a calculator, which takes one system after the other.
     settings : ReplicaSettings
         How they move.
     folder : Path, optional
@@ -152,8 +156,10 @@ def run_replicas(
     species = start.species.view(start.n_systems, -1) if bool((sizes == sizes[0]).all()) else None
     if species is None or bool((species != species[0]).any()):
         raise ConfigError("replicas must be of the same atoms in the same order")
-    if settings.thermostat_time is None and potential.direct_forces:
-        raise ConfigError("direct forces do not conserve energy: give replicas a thermostat")
+    if settings.thermostat_time is None:
+        direct = isinstance(potential, Potential) and potential.direct_forces
+        if direct or not getattr(potential, "conservative", True):
+            raise ConfigError("direct forces do not conserve energy: give replicas a thermostat")
     replicas = _Replicas(start, potential, settings)
     each = settings.steps_per_frame
     n_before = -(-round(settings.equilibration / settings.timestep) // each)
@@ -186,6 +192,29 @@ class _State:
     step: int
 
 
+class _OneByOne:
+    """An ASE calculator in the place of a `BatchCalculator`."""
+
+    def __init__(self, calculator: BaseCalculator) -> None:
+        self.calculator = calculator
+
+    def forget(self) -> None:
+        """Let the calculator see a new system."""
+        getattr(self.calculator, "reset", lambda: None)()
+
+    def compute(self, structures: Structures) -> dict[str, torch.Tensor]:
+        """Energies and forces, system by system."""
+        energy, forces = [], []
+        for atoms in structures.to_ase():
+            atoms.calc = self.calculator
+            energy.append(float(atoms.get_potential_energy()))
+            forces.append(torch.from_numpy(atoms.get_forces(apply_constraint=False).copy()))
+        return {
+            "energy": torch.tensor(energy, dtype=torch.float64),
+            "forces": torch.cat(forces).to(torch.float64),
+        }
+
+
 #: What moves, of a state.
 _MOVING = ("positions", "velocities", "energy")
 
@@ -193,12 +222,21 @@ _MOVING = ("positions", "velocities", "energy")
 class _Replicas:
     """Replicas on their way; those that broke down stay where they were last seen."""
 
-    def __init__(self, start: Structures, potential: Potential, settings: ReplicaSettings) -> None:
+    def __init__(
+        self,
+        start: Structures,
+        potential: Potential | BaseCalculator,
+        settings: ReplicaSettings,
+    ) -> None:
         n = start.n_systems
-        self.start = start.with_species_table(potential.species_table)
-        self.names = start
+        self.start = self.names = start
         self.settings = settings
-        self.calculator = BatchCalculator(potential)
+        self.calculator: BatchCalculator | _OneByOne
+        if isinstance(potential, Potential):
+            self.start = start.with_species_table(potential.species_table)
+            self.calculator = BatchCalculator(potential)
+        else:
+            self.calculator = _OneByOne(potential)
         self.generators = [make_generator(settings.seed, k) for k in range(n)]
         self.breakdowns: list[Breakdown | None] = [None] * n
         self.masses = start.masses.numpy().reshape(n, -1, 1)
@@ -308,8 +346,11 @@ class _Replicas:
         if watch is None:
             return
         for k in np.flatnonzero(self.state.sound).tolist():
-            positions = torch.from_numpy(self.state.positions[k])
-            if reason := watch(replace(self.names[k], positions=positions)):
+            positions, velocities = (
+                torch.from_numpy(getattr(self.state, name)[k]) for name in _MOVING[:2]
+            )
+            frame = self.names[k].with_fields(positions=positions, velocities=velocities)
+            if reason := watch(frame):
                 self._stop(k, self.state.step, reason)
 
     def dump(self) -> dict[str, np.ndarray]:
@@ -364,4 +405,5 @@ def _gather(
         energy=torch.tensor(energies, dtype=torch.float64),
         time=torch.tensor(times, dtype=torch.float64),
     )
-    return ReplicaRun(sampled, tuple(replicas.breakdowns), tuple(temperatures))
+    n = start.n_atoms // start.n_systems
+    return ReplicaRun(sampled, tuple(replicas.breakdowns), tuple(temperatures), n)
