@@ -78,6 +78,7 @@ class NumpyKernels:
         *,
         prior: PairPrior | None,
         virial: bool,
+        n_threads: int = 1,
     ) -> MdResult:
         assert prior is None
         system = structure_of(species, positions, cell)

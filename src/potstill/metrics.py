@@ -98,6 +98,17 @@ def _vocabulary() -> tuple[Metric, ...]:
         Metric("stress_mae", "Stress MAE", "GPa", 1.0 / GPA),
         Metric("efwt", "EFwT", "%", lower_is_better=False),
         Metric("rdf_error", "RDF error", "Å"),
+        Metric("rdf_noise", "RDF error within noise", "Å"),
+        Metric("rdf_divergence", "RDF divergence", "bits"),
+        Metric("adf_error", "ADF error"),
+        Metric("adf_noise", "ADF error within noise"),
+        Metric("adf_divergence", "ADF divergence", "bits"),
+        Metric("cdf_error", "CDF error", "Å"),
+        Metric("cdf_noise", "CDF error within noise", "Å"),
+        Metric("cdf_divergence", "CDF divergence", "bits"),
+        Metric("coordination_error", "Coordination error"),
+        Metric("coordination_noise", "Coordination error within noise"),
+        Metric("coordination_divergence", "Coordination divergence", "bits"),
         Metric("rdf_error_reference", "RDF error to the reference", "Å"),
         Metric("time_per_step_atom_us", "Time per step and atom", "µs"),
         Metric("memory_per_atom_kib", "Memory per atom", "KiB"),
@@ -142,6 +153,7 @@ def _vocabulary() -> tuple[Metric, ...]:
         Metric("nve_slope", "NVE slope", "meV/atom/ps"),
         Metric("nve_fluctuation", "NVE fluctuation", "meV/atom"),
         Metric("nve_duration", "NVE duration", "ps"),
+        Metric("failed_runs", "Runs that failed"),
     )
 
 

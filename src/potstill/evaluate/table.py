@@ -9,7 +9,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from potstill.errors import PotstillError, suggest
+from potstill.evaluate.adf import Adf, CoordinationEvaluation
 from potstill.evaluate.base import Bench, Candidate, Evaluation
+from potstill.evaluate.cdf import Cdf
 from potstill.evaluate.defects import DefectsEvaluation
 from potstill.evaluate.diffusion import DensityEvaluation, DiffusionEvaluation
 from potstill.evaluate.elastic import Elastic
@@ -22,8 +24,9 @@ from potstill.evaluate.memory import Memory
 from potstill.evaluate.nve import NVE
 from potstill.evaluate.parity import Parity
 from potstill.evaluate.phonons import PhononsEvaluation
-from potstill.evaluate.rdf import Adf, Rdf
+from potstill.evaluate.rdf import Rdf
 from potstill.evaluate.speed import InferenceThroughput, Speed
+from potstill.evaluate.stability import StabilityEvaluation
 from potstill.evaluate.vibrations import VibrationsEvaluation
 
 #: Evaluations by name, in the order in which they are done and shown.
@@ -42,12 +45,15 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
         Expansion,
         Rdf,
         Adf,
+        Cdf,
+        CoordinationEvaluation,
         DiffusionEvaluation,
         DensityEvaluation,
         Melting,
         Speed,
         Memory,
         NVE,
+        StabilityEvaluation,
         Headroom,
     )
 }

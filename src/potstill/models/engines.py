@@ -279,7 +279,7 @@ class NativeKernels:
         is differentiable once by the parameters.
     dynamics : callable
         (species, neighbors, positions, cell, *, prior, virial) to the `MdResult` of one system,
-        with the repulsion `prior` added unless it is None.
+        with the repulsion `prior` added unless it is None. With `n_threads` where it is given.
     """
 
     dtype: torch.dtype
@@ -358,7 +358,12 @@ class NativeParts:
         return NativeParts(**merged)
 
     def evaluate(
-        self, structures: Structures, neighbors: CompactNeighbors, *, virial: bool
+        self,
+        structures: Structures,
+        neighbors: CompactNeighbors,
+        *,
+        virial: bool,
+        n_threads: int | None = None,
     ) -> MdResult:
         """Atomic energies, forces and virial of one system, in float64.
 
@@ -370,6 +375,8 @@ class NativeParts:
             Pairs up to the cutoff at least; those beyond are skipped.
         virial : bool
             Whether it is asked for.
+        n_threads : int, optional
+            Of this call; by default torch's.
         """
         if self.network is None:
             raise ModelError("there is no network for native kernels to evaluate")
@@ -380,6 +387,7 @@ class NativeParts:
             structures.cell[0],
             prior=self.prior,
             virial=virial,
+            **({} if n_threads is None else {"n_threads": n_threads}),
         )
         if self.offsets is None:
             return result
@@ -402,11 +410,17 @@ class NativeMean(NativeParts):
         """Nothing can be added to it in the same call."""
 
     def evaluate(
-        self, structures: Structures, neighbors: CompactNeighbors, *, virial: bool
+        self,
+        structures: Structures,
+        neighbors: CompactNeighbors,
+        *,
+        virial: bool,
+        n_threads: int | None = None,
     ) -> MdResult:
         """Means of what the members' calls give."""
-        found = [super().evaluate(structures, neighbors, virial=virial)]
-        found += [other.evaluate(structures, neighbors, virial=virial) for other in self.others]
+        how: dict[str, Any] = {"virial": virial, "n_threads": n_threads}
+        found = [super().evaluate(structures, neighbors, **how)]
+        found += [other.evaluate(structures, neighbors, **how) for other in self.others]
 
         def mean(name: str) -> Any:
             values = [getattr(one, name) for one in found]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from potstill.evaluate.base import (
     Result,
     Role,
 )
+from potstill.evaluate.stability import OwnDynamics
 from potstill.evaluate.table import (
     EVALUATIONS,
     Options,
@@ -35,6 +37,8 @@ from potstill.evaluate.table import (
 from potstill.readers import as_slice
 from potstill.readers.ase import read_text
 from potstill.report.plots import write_figure
+from potstill.store import LabeledStore
+from potstill.structures import Structures
 from potstill.train import TrainingSet
 from potstill.workflows.base import (
     Display,
@@ -45,7 +49,8 @@ from potstill.workflows.base import (
     read_start,
     write_json,
 )
-from potstill.workflows.data import FileData, read_labeled
+from potstill.workflows.data import FileData, is_store, read_labeled
+from potstill.workflows.dynamics import write_trajectory
 
 #: Files of the evaluations that do not apply, and of the models' roles.
 SKIPPED, ROLES = "skipped.json", "roles.json"
@@ -75,14 +80,29 @@ class TestedModel(TeacherSettings):
 class TrajectoryData(FileData):
     """A trajectory of molecular dynamics in one file: of `potstill md`, a dump of LAMMPS, others.
 
+    A label store is one as well: its structures, in their order.
+
     Parameters
     ----------
     stride : float, optional
         Time between two frames that are read, fs. Files of `potstill md` and dumps of LAMMPS with
         `dump_modify time yes` (in ps) say it themselves.
+    role : {"student", "control", "teacher", "reference", "other"}, optional
+        Of a trajectory without a model: others are compared with the reference, else the teacher.
+        By default the one that its name starts with.
     """
 
     stride: float | None = Field(default=None, gt=0)
+    role: Role | None = None
+
+    def frames(self) -> Structures:
+        """Read the frames."""
+        if not is_store(self.path):
+            return self.read()[0]
+        stored = LabeledStore.open(self.path)
+        wanted = range(stored.n_systems)[as_slice(self.index)]
+        structures = stored.structures()
+        return structures if len(wanted) == len(structures) else structures.select(list(wanted))
 
     def time_between_frames(self) -> float | None:
         """In fs, if it is given or the file says it.
@@ -92,12 +112,13 @@ class TrajectoryData(FileData):
         DataError
             If the frames are not equally far apart.
         """
-        if self.stride is not None:
+        if self.stride is not None or is_store(self.path):
             return self.stride
         text = read_text(Path(self.path))
         times = [1.0 * float(x) for x in re.findall(r"\btime_fs=([\d.eE+-]+)", text)]
         times = times or [1e3 * float(x) for x in re.findall(r"ITEM: TIME\n\s*(\S+)", text)]
         steps = np.diff(times[as_slice(self.index)])
+        steps = steps[steps > 0.0]  # time begins anew with every replica
         if len(steps) and not np.allclose(steps, steps[0], rtol=1e-6, atol=1e-3):
             raise DataError(
                 f"the frames of {self.path} are not equally far apart in time: choose some by "
@@ -126,17 +147,22 @@ class EvaluateConfig(Settings):
     structure : str, optional
         Starting structure for properties and MD; without it only errors are computed.
     trajectories : dict of str to TrajectoryData
-        Trajectories for `rdf`, `adf`, `density` and `diffusion`, by the names of the models that
-        made them, or any other names.
+        Trajectories for `rdf`, `adf`, `cdf`, `coordination`, `density`, `diffusion` and `pressure`,
+        by the names of the models that made them, or any other names. Distributions are compared
+        with those of the first one called `reference...`, else `teacher...`.
     tests : dict of str to dict, or list of str, optional
         Evaluations (`potstill.evaluate.table`) to run, with their settings if any:
         `{eos: {}, nve: {duration: 5}}`. By default all that apply, except `throughput`,
-        `defects`, `expansion`, `adf`, `diffusion`, `melting` and `headroom`, and `s2ef` only with
-        `splits`.
+        `defects`, `expansion`, `adf`, `cdf`, `coordination`, `diffusion`, `pressure`, `melting`,
+        `stability` and `headroom`, and `s2ef` only with `splits`.
     options : dict of str to dict
         Settings of evaluations, whether or not `tests` names them.
     settings : BenchSettings
         Settings shared by all evaluations.
+    dynamics : OwnDynamics, optional
+        Run the models without a trajectory, several runs of each at a time, at the temperature and
+        timestep of `settings`: their frames are then trajectories as well, in `dynamics/`, and
+        `stability` counts the runs that failed.
     """
 
     models: dict[str, TestedModel] = Field(default_factory=dict)
@@ -150,6 +176,7 @@ class EvaluateConfig(Settings):
     tests: tuple[str, ...] | None = None
     options: Options = Field(default_factory=dict)
     settings: BenchSettings = Field(default_factory=BenchSettings)
+    dynamics: OwnDynamics | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -266,18 +293,26 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
     """
     frames, strides = {}, {}
     for name, file in config.trajectories.items():
-        frames[name] = file.read()[0]
+        frames[name] = file.frames()
         if (stride := file.time_between_frames()) is not None:
             strides[name] = stride
+    models = [Candidate(name, m.spec, m.args, m.role) for name, m in config.models.items()]
+    candidates = {name: Candidate(name, "", role=t.role) for name, t in config.trajectories.items()}
+    candidates |= {model.name: model for model in models}
     bench = Bench(
         settings=config.settings,
         structure=None if config.structure is None else read_start(config.structure)[0],
         channel="reference" if config.source == "reference" else "teacher",
         frames=frames,
         strides=strides,
+        standard=_standard(candidates, frames),
         splits={name: file.read() for name, file in config.splits.items()},
         **_held_out(config),
     )
+    display = display or Display()
+    if config.dynamics is not None:
+        claim_folder(Path(config.out), config)
+        bench = _with_dynamics(bench, config.dynamics, candidates, Path(config.out), display)
     every = make_evaluations({name: config.options.get(name, {}) for name in EVALUATIONS})
     asked = {"s2ef"} if bench.splits else set()
     names = config.tests or [
@@ -287,17 +322,49 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
     ]
     for name in names:
         every[name].require(bench)
-    models = [Candidate(name, m.spec, m.args, m.role) for name, m in config.models.items()]
-    known = {model.name: model for model in models}
-    moving = [known.get(name) or Candidate(name, spec="") for name in frames]
     claim_folder(Path(config.out), config)
+    moving = [candidate for name, candidate in candidates.items() if name in (bench.frames or {})]
     chosen = [(every[name], moving if every[name].needs == "frames" else models) for name in names]
-    found = run_evaluations(bench, chosen, Path(config.out), display or Display())
-    for name in names if frames else ():
+    found = run_evaluations(bench, chosen, Path(config.out), display)
+    for name in names if bench.frames else ():
         for drawing in every[name].drawings(found):
-            if any(panel.series for panel in drawing.panels):
+            if not drawing.empty:
                 write_figure(Path(config.out), drawing)
+        for table in every[name].tables(found):
+            table.write(Path(config.out))
     return found
+
+
+def _standard(candidates: Mapping[str, Candidate], frames: Mapping[str, Structures]) -> str:
+    """The trajectory that others are compared with: a reference, else a teacher, else none."""
+    moving = [candidate for name, candidate in candidates.items() if name in frames]
+    ranked = (c.name for role in (Role.REFERENCE, Role.TEACHER) for c in moving if c.role is role)
+    return next(ranked, "")
+
+
+def _with_dynamics(
+    bench: Bench,
+    dynamics: OwnDynamics,
+    candidates: Mapping[str, Candidate],
+    folder: Path,
+    display: Display,
+) -> Bench:
+    """The bench with own dynamics of all models that have no trajectory; runs resume."""
+    frames, strides, runs = dict(bench.frames or {}), dict(bench.strides), {}
+    settings = dynamics.settings(bench)
+    for name, candidate in candidates.items():
+        if name in frames:
+            continue
+        own = folder / "dynamics" / name
+        with display.task(f"{dynamics.n_runs} runs of {name}", 1.0) as task:
+            run = dynamics.run(bench, candidate, own, lambda done, total: task.update(done / total))
+        runs[name] = run, settings
+        if len(run.frames):
+            write_trajectory(own / "trajectory.extxyz", run.frames)
+            frames[name] = run.frames.structures
+            strides[name] = settings.steps_per_frame * settings.timestep
+    standard = bench.standard or _standard(candidates, frames)
+    return replace(bench, frames=frames, strides=strides, runs=runs, standard=standard)
 
 
 def _held_out(config: EvaluateConfig) -> dict[str, Any]:
