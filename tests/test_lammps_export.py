@@ -23,8 +23,7 @@ from potstill.core.model_file import ModelFile
 from potstill.deploy import deploy, lammps_build
 from potstill.deploy.lammps_build import build_plugin, find_lammps, plugin_path
 from potstill.errors import ConfigError, ModelError, OptionalDependencyError
-from potstill.models import HIPNN, SchNet
-from potstill.species import Species, SpeciesTable
+from potstill.models import SchNet
 from potstill.structures import Structures
 from potstill.workflows import export as workflow
 from potstill.workflows.export import lammps_plugin
@@ -499,16 +498,6 @@ def test_a_cache_that_cannot_be_written_is_told(lammps, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="set XDG_CACHE_HOME"):
         build_plugin(lammps)
-
-
-def test_beads_are_exported_without_a_comparison(tmp_path):
-    table = SpeciesTable((Species("W", 72.0),))
-    network = HIPNN(table, 4, 4, 2.0, 8.0, 9.0, 1)
-    save_potential(tmp_path / "best.pt", network, {})
-    words = call("export", tmp_path / "best.pt", tmp_path / "out", code=2).stderr
-    assert "export with --no-check" in words
-    call("export", tmp_path / "best.pt", tmp_path / "out", "--no-check")
-    assert ModelFile(tmp_path / "out" / "best.potstill").species == ("W",)
 
 
 def test_doctor_runs_a_small_model(plugin, monkeypatch):

@@ -308,7 +308,7 @@ FILES = {
     "a LAMMPS dump with more types than elements": (
         lambda f: put(f, "bad.lammpstrj", DUMP),
         {"keys": KeyMap(types="Al")},
-        "has more atom types than the 'Al' given",
+        "types 1 to 2 for the 1 elements of 'Al'",
     ),
     "types that are no elements": (
         lambda f: put(f, "bad.lammpstrj", DUMP),

@@ -1,12 +1,16 @@
 """To and from `ase.Atoms`, in plain arrays: what `Structures.from_ase` and `to_ase` stand on.
 
 Beads, species without an atomic number, are ASE's dummy element X there; their names travel in the
-array `NAMES` (which extended XYZ keeps as a column), their masses in ASE's own.
+array `NAMES` (which extended XYZ keeps as a column), their masses in ASE's own. ASE's trajectories
+and databases keep masses but no such array: where it is known which beads there may be, those
+without a name are told by their mass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ase
@@ -49,31 +53,100 @@ def velocities_of(atoms: ase.Atoms) -> np.ndarray:
     return atoms.get_velocities() * _ASE_FS
 
 
+def species_of(
+    atoms: ase.Atoms, known: Sequence[Species] = ()
+) -> tuple[np.ndarray, tuple[Species, ...]]:
+    """Which species the atoms are.
+
+    Parameters
+    ----------
+    atoms : ase.Atoms
+        Beads are named by the array `NAMES`, or an entry of `info` where a file keeps no arrays;
+        those without a name are told by their mass where `known` allows, and called X otherwise.
+    known : sequence of Species
+        What beads may be; gives the masses where the atoms have none of their own.
+
+    Returns
+    -------
+    numbers : ndarray
+        (n,) int64, atomic numbers; -1, -2, ... for the first, second, ... of the beads.
+    beads : tuple of Species
+        In order of appearance.
+
+    Raises
+    ------
+    DataError
+        If a bead has no mass, or two, or no name and the mass of several known ones.
+    """
+    numbers = atoms.numbers.astype(np.int64)
+    places = np.flatnonzero(numbers == 0)
+    if len(places) == 0:
+        return numbers, ()
+    own = atoms.get_masses()[places].tolist() if atoms.has("masses") else [None] * len(places)
+    masses = {bead.name: bead.mass for bead in known if bead.atomic_number is None}
+    kinds: dict[tuple[str, float | None], int] = {}
+    found = [
+        kinds.setdefault((name or _told_by_mass(mass, masses), mass), -1 - len(kinds))
+        for name, mass in zip(_names(atoms)[places].tolist(), own, strict=True)
+    ]
+    numbers[places] = found
+    beads = []
+    for name, mass in kinds:
+        if mass is None and name not in masses:
+            raise DataError(f"the bead {name} has no mass: set the masses of the atoms")
+        beads.append(Species(name, float(masses[name] if mass is None else mass)))
+    for first, second in itertools.combinations(beads, 2):
+        if first.name == second.name:
+            raise DataError(
+                f"the bead {first.name} has two masses, {first.mass:g} and {second.mass:g} amu"
+            )
+    return numbers, tuple(beads)
+
+
+def species_names(atoms: ase.Atoms) -> list[str]:
+    """Chemical symbols of atoms, and names of beads."""
+    symbols = atoms.get_chemical_symbols()
+    if atoms.numbers.all():
+        return symbols
+    names = _names(atoms).tolist()
+    return [s if s != "X" else name or s for s, name in zip(symbols, names, strict=True)]
+
+
+def same_species(first: ase.Atoms, second: ase.Atoms) -> bool:
+    """Whether atoms are of the same species one by one: elements, names and masses of beads."""
+    if not np.array_equal(first.numbers, second.numbers):
+        return False
+    bead = first.numbers == 0
+    return not bead.any() or (
+        np.array_equal(_names(first)[bead], _names(second)[bead])
+        and np.array_equal(first.get_masses()[bead], second.get_masses()[bead])
+    )
+
+
 def fields_of(frames: Sequence[ase.Atoms], table: SpeciesTable | None = None) -> dict[str, Any]:
     """Return the arguments of `Structures` for some frames; labels are left to the readers.
 
     Raises
     ------
     DataError
-        If a frame holds a species that is not in `table`.
+        If a frame holds a species that is not in `table`, or as of `species_of`.
     """
+    known = () if table is None else table.entries
+    found = [species_of(atoms, known) for atoms in frames]
     if table is None:
-        table = merge_species_tables([_table_of(atoms) for atoms in frames])
-    elements = {e.atomic_number: k for k, e in enumerate(table.entries)}
-    species: list[int] = []
-    for k, atoms in enumerate(frames):
-        names, symbols = _bead_names(atoms), atoms.get_chemical_symbols()
-        for number, bead, symbol in zip(atoms.numbers.tolist(), names, symbols, strict=True):
-            known = bead in table.names if number == 0 else number in elements
-            if not known:
-                raise DataError(
-                    f"{atoms.info.get('frame_id', f'frame {k}')} holds {bead or symbol}, "
-                    f"which is not among the species {', '.join(table.names)}"
-                )
-            species.append(table.index(bead) if number == 0 else elements[number])
+        tables = (SpeciesTable.from_atomic_numbers(numbers, beads) for numbers, beads in found)
+        table = merge_species_tables(list(tables))
+    species = [table.indices(numbers, beads) for numbers, beads in found]
+    for k, (atoms, indices) in enumerate(zip(frames, species, strict=True)):
+        if (indices < 0).any():
+            name = species_names(atoms)[int(indices.argmin())]
+            raise DataError(
+                f"{atoms.info.get('frame_id', f'frame {k}')} holds {name}, "
+                f"which is not among the species {', '.join(table.names)}"
+            )
     fields: dict[str, Any] = {
         "positions": _joined([atoms.positions for atoms in frames], (0, 3)).double(),
-        "species": torch.tensor(species, dtype=torch.int64),
+        "species": _joined(species, (0,)).long(),
         "system_index": torch.repeat_interleave(
             torch.arange(len(frames)), torch.tensor([len(a) for a in frames], dtype=torch.int64)
         ),
@@ -131,18 +204,25 @@ def make_atoms(
     return atoms
 
 
-def _table_of(atoms: ase.Atoms) -> SpeciesTable:
-    elements = SpeciesTable.from_atomic_numbers(z for z in atoms.numbers if z)
-    names, masses = _bead_names(atoms), atoms.get_masses().tolist()
-    beads = dict.fromkeys(Species(n, m) for n, m in zip(names, masses, strict=True) if n)
-    return SpeciesTable((*elements.entries, *beads))
+def _names(atoms: ase.Atoms) -> np.ndarray:
+    """(n,) what the array `NAMES` says, or else an entry of `info`; empty where nobody does."""
+    names = np.asarray(atoms.arrays.get(NAMES, atoms.info.get(NAMES, [""] * len(atoms))))
+    if names.shape != (len(atoms),):
+        raise DataError(f"'{NAMES}' has shape {names.shape} for {len(atoms)} atoms")
+    return names
 
 
-def _bead_names(atoms: ase.Atoms) -> list[str]:
-    """Names of beads, `X` where an atom without an element has none; empty for elements."""
-    names = atoms.arrays.get(NAMES, [""] * len(atoms))
-    numbers = atoms.numbers.tolist()
-    return ["" if z else str(name) or "X" for z, name in zip(numbers, names, strict=True)]
+def _told_by_mass(mass: float | None, masses: Mapping[str, float]) -> str:
+    """The known bead of a mass, X if there is none."""
+    if mass is None:
+        return "X"
+    like = [name for name, own in masses.items() if math.isclose(own, mass, rel_tol=1e-6)]
+    if len(like) > 1:
+        raise DataError(
+            f"a bead of {mass:g} amu has no name and may be {' or '.join(like)}: name the beads in "
+            f"the array '{NAMES}'"
+        )
+    return like[0] if like else "X"
 
 
 def _joined(parts: Sequence[np.ndarray], empty: tuple[int, ...]) -> Tensor:

@@ -12,9 +12,11 @@ import ase
 import numpy as np
 import torch
 from ase.calculators.calculator import Calculator, all_changes, compare_atoms
+from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
+from potstill.ase_bridge import same_species, species_of
 from potstill.checkpoint import load_potential
 from potstill.core import CompactNeighbors, build_compact_neighbors
 from potstill.errors import DataError, ModelError
@@ -92,6 +94,7 @@ class PotstillCalculator(Calculator):
         )
         self._warned: set[str] = set()
         self._structures: Structures | None = None  # the latest geometry
+        self._taken: ase.Atoms | None = None  # its species
         self._reference: Structures | None = None  # where the list was built
         self._list: Pairs | None = None  # packed for native kernels, or spelled out
         self._close: NeighborList | None = None  # pairs that may come too close meanwhile
@@ -135,9 +138,13 @@ class PotstillCalculator(Calculator):
     def check_state(self, atoms: ase.Atoms, tol: float | None = None) -> list[str]:
         """What has changed since the last calculation, exactly by default.
 
-        ASE's tolerance of 1e-15 finds the same, and takes a twentieth of an MD step.
+        ASE's tolerance of 1e-15 finds the same, and takes a twentieth of an MD step. Beads, which
+        are all of one atomic number, are compared by their names.
         """
-        return cast(list[str], compare_atoms(self.atoms, atoms, tol=tol))
+        changes = cast(list[str], compare_atoms(self.atoms, atoms, tol=tol))
+        if "numbers" not in changes and not same_species(self.atoms, atoms):
+            changes.append("numbers")
+        return changes
 
     def _evaluate(
         self, structures: Structures, neighbors: NeighborList
@@ -166,16 +173,21 @@ class PotstillCalculator(Calculator):
     def _take(self, atoms: ase.Atoms) -> Structures:
         """Structures of the atoms; species and periodicity are kept from the last call if equal."""
         last = self._structures
-        numbers = torch.from_numpy(np.asarray(atoms.numbers, dtype=np.int64))
         if (
             last is None
-            or not torch.equal(last.atomic_numbers, numbers)
+            or self._taken is None
+            or not same_species(self._taken, atoms)
             or not np.array_equal(last.pbc[0].numpy(), atoms.pbc)
         ):
-            self._check_elements(atoms)
-            bare = ase.Atoms(numbers=atoms.numbers, cell=atoms.cell, pbc=atoms.pbc)
-            last = Structures.from_ase(bare, table=self.potential.species_table)
-            self._list = None
+            last = Structures(
+                positions=torch.from_numpy(atoms.positions),
+                species=torch.from_numpy(self._species(atoms)),
+                system_index=torch.zeros(len(atoms), dtype=torch.int64),
+                cell=torch.from_numpy(atoms.cell.array)[None],
+                pbc=torch.from_numpy(atoms.pbc)[None],
+                species_table=self.potential.species_table,
+            )
+            self._list, self._taken = None, atoms.copy()
         self._structures = replace(
             last,
             positions=torch.from_numpy(atoms.positions),
@@ -200,14 +212,25 @@ class PotstillCalculator(Calculator):
             self.n_neighbor_lists += 1
         return self._list
 
-    def _check_elements(self, atoms: ase.Atoms) -> None:
-        known = set(self._trained_on.get("elements") or self.potential.species_table.names)
-        foreign = sorted(set(atoms.get_chemical_symbols()) - known)
+    def _species(self, atoms: ase.Atoms) -> np.ndarray:
+        """(n,) species in the potential's table."""
+        table = self.potential.species_table
+        known = set(self._trained_on.get("elements") or table.names)
+        numbers, beads = species_of(atoms, table.entries)
+        species = table.indices(numbers, beads)
+        foreign = set()
+        for z, index in set(zip(numbers.tolist(), species.tolist(), strict=True)):
+            name = chemical_symbols[z] if z > 0 else beads[-1 - z].name
+            if name not in known:
+                foreign.add(name)
+            elif index < 0:
+                foreign.add(f"{name} as {'an element' if z > 0 else 'a bead'}")
         if foreign:
             raise DataError(
-                f"the structure holds {', '.join(foreign)}, but the potential knows only "
+                f"the structure holds {', '.join(sorted(foreign))}, but the potential knows only "
                 f"{', '.join(sorted(known))}"
             )
+        return species
 
     def _pairs_to_watch(self, structures: Structures) -> NeighborList:
         """Pairs that may come to one place, or closer than in training, while the list is used."""

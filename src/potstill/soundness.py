@@ -4,14 +4,15 @@ Neither needs a cell: an explosion in vacuum changes no volume. Two atoms are bo
 closer than 1.3 times the sum of their covalent radii, and stay so up to twice that sum, well past
 every stretched bond. A structure has come apart when its atoms, linked by the latter, form more
 fragments than the bonds of the start do. Molecules that drift apart in a gas, and noble gases,
-which have no bonds to lose, are thus left alone.
+which have no bonds to lose, are thus left alone. Beads have no radii, and hence no bonds: they have
+fused where they are far closer than any such pair in training.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ BONDED, TORN = 1.3, 2.0
 FUSED = 0.7
 #: ... or, where that is not known, below this share of the sum of their covalent radii.
 FUSED_RADII = 0.5
+#: Neighbor lists of many frames are made for so many atoms at a time.
+_ATOMS_AT_A_TIME = 20_000
 
 
 @dataclass(frozen=True)
@@ -40,23 +43,32 @@ class Connectivity:
         Parts of the starting structure that bonds connect; an unbonded atom is one.
     closest : float
         Least distance over the sum of covalent radii; infinite where none is known.
+    trained : dict of str to float
+        Shortest distance in training by pair of species with a bead, Å; empty where none is known.
     """
 
     n_fragments: int
     closest: float
+    trained: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, start: Structures) -> Connectivity:
-        """Look at one system."""
+    def of(cls, start: Structures, trained: Mapping[str, float] | None = None) -> Connectivity:
+        """Look at one system; `trained` are shortest distances in training by pair, Å."""
         center, neighbor, ratio = _bond_ratios(start)
         n_fragments, _ = _fragments(start.n_atoms, center, neighbor, ratio < BONDED)
-        return cls(n_fragments, float(ratio.min(initial=math.inf)))
+        names = start.species_table.names
+        beads = [n for n, z in zip(names, start.species_table.atomic_numbers, strict=True) if z < 0]
+        pairs = {f"{a}-{b}" for x in names for y in beads for a, b in ((x, y), (y, x))}
+        known = {pair: d for pair, d in (trained or {}).items() if pair in pairs}
+        return cls(n_fragments, float(ratio.min(initial=math.inf)), known)
 
     def symptom(self, frame: Structures, *, apart: bool = True) -> str:
         """Say what is wrong with a later frame of the same system; empty if it is sound.
 
         With `apart`, fragments count as well.
         """
+        if self.trained and (what := fused(closest_pairs(frame), self.trained)):
+            return what
         center, neighbor, ratio = _bond_ratios(frame)
         if ratio.min(initial=math.inf) < min(FUSED_RADII, FUSED * self.closest):
             k = int(ratio.argmin())
@@ -75,6 +87,12 @@ class Connectivity:
         )
 
 
+def trained_distances(calculator: object) -> Mapping[str, float] | None:
+    """Shortest distances in training by pair, Å, if a calculator knows what it was trained on."""
+    info = getattr(calculator, "info", None) or {}
+    return (info.get("trained_on") or {}).get("shortest_distances")
+
+
 def closest_approach(
     distances: Mapping[str, float], trained: Mapping[str, float] | None
 ) -> tuple[str, float, float] | None:
@@ -83,14 +101,22 @@ def closest_approach(
     Parameters
     ----------
     distances, trained : mapping
-        Shortest distance by pair ("Si-Si") in dynamics and in the training structures, Å.
+        Shortest distance by pair ("Si-Si") in dynamics and in the training structures, Å. Tables
+        of beads differ in their order, and with it the names of a pair.
     """
     found = [
-        (pair, distance, distance / trained[pair])
+        (pair, distance, distance / trained[key])
         for pair, distance in distances.items()
-        if trained and trained.get(pair) and math.isfinite(distance)
+        for key in dict.fromkeys((pair, *_turned(pair)))
+        if trained and trained.get(key) and math.isfinite(distance)
     ]
     return min(found, key=lambda entry: entry[2]) if found else None
+
+
+def _turned(pair: str) -> list[str]:
+    """The pair "A-B" as "B-A"; several where names hold a hyphen themselves."""
+    words = pair.split("-")
+    return ["-".join([*words[k:], *words[:k]]) for k in range(1, len(words))]
 
 
 def fused(distances: Mapping[str, float], trained: Mapping[str, float] | None) -> str:
@@ -105,9 +131,20 @@ def fused(distances: Mapping[str, float], trained: Mapping[str, float] | None) -
     )
 
 
-def closest_pairs(frames: Structures, cutoff: float = 4.0) -> dict[str, float]:
-    """Shortest distance in any frame by pair of species, Å; none beyond the cutoff."""
-    return shortest_distances(frames, build_neighbor_list(frames, cutoff))
+def closest_pairs(frames: Structures) -> dict[str, float]:
+    """Shortest distance in any frame by pair of species, Å.
+
+    None beyond 4 Å, or 8 Å where there are beads, which may be large.
+    """
+    beads = bool((frames.species_table.atomic_numbers < 0).any())
+    found: dict[str, float] = {}
+    for systems in frames.batches(_ATOMS_AT_A_TIME):
+        part = frames.select(systems)
+        for pair, distance in shortest_distances(
+            part, build_neighbor_list(part, 8.0 if beads else 4.0)
+        ).items():
+            found[pair] = min(distance, found.get(pair, math.inf))
+    return found
 
 
 def _radii(structures: Structures) -> np.ndarray:

@@ -1,4 +1,8 @@
-"""Species: the kinds of atoms and beads that structures are made of, and ordered tables of them."""
+"""Species: the kinds of atoms and beads that structures are made of, and ordered tables of them.
+
+Arrays of whole numbers name them before there is a table: an element by its atomic number, beads by
+-1, -2, ... for the first, second, ... of a sequence of `Species` that travels with the array.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from ase.data import atomic_masses, atomic_numbers, chemical_symbols
 from torch import Tensor
@@ -31,6 +36,9 @@ class SpeciesTable:
     def __post_init__(self) -> None:
         if len({entry.name for entry in self.entries}) != len(self.entries):
             raise DataError(f"species table names a species twice: {self.names}")
+        for name in self.names:
+            if name.split() != [name]:
+                raise DataError(f"the name of a species must be one word, not '{name}'")
 
     @classmethod
     def from_symbols(cls, symbols: Iterable[str]) -> SpeciesTable:
@@ -41,10 +49,33 @@ class SpeciesTable:
         return cls.from_atomic_numbers(atomic_numbers[symbol] for symbol in names)
 
     @classmethod
-    def from_atomic_numbers(cls, numbers: Iterable[int]) -> SpeciesTable:
-        """Make a table of chemical elements, sorted by atomic number."""
-        present = sorted({int(z) for z in numbers})
-        return cls(tuple(Species(chemical_symbols[z], float(atomic_masses[z]), z) for z in present))
+    def from_atomic_numbers(
+        cls, numbers: Iterable[int], beads: Sequence[Species] = ()
+    ) -> SpeciesTable:
+        """Make a table of chemical elements, sorted by atomic number, and of beads after them."""
+        present = sorted({int(z) for z in numbers if z > 0})
+        elements = (Species(chemical_symbols[z], float(atomic_masses[z]), z) for z in present)
+        return cls((*elements, *beads))
+
+    def indices(self, numbers: np.ndarray, beads: Sequence[Species] = ()) -> np.ndarray:
+        """(n,) positions of species in this table; -1 for those that it does not hold.
+
+        Parameters
+        ----------
+        numbers : ndarray
+            (n,) atomic numbers; -1, -2, ... for the first, second, ... of the beads.
+        beads : sequence of Species
+            Found by their names.
+        """
+        # Negative numbers count from the end of an array, as NumPy does.
+        lookup = np.full(len(chemical_symbols) + len(beads), -1, dtype=np.int64)
+        own = {entry.name: k for k, entry in enumerate(self.entries) if entry.atomic_number is None}
+        for k, entry in enumerate(self.entries):
+            if entry.atomic_number is not None:
+                lookup[entry.atomic_number] = k
+        for k, bead in enumerate(beads, 1):
+            lookup[-k] = own.get(bead.name, -1)
+        return lookup[numbers]
 
     @property
     def names(self) -> tuple[str, ...]:

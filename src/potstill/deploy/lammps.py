@@ -10,8 +10,10 @@ import ase
 import ase.units
 import numpy as np
 import torch
+from ase.data import atomic_masses, atomic_numbers
 
 from potstill import __version__
+from potstill.ase_bridge import species_names
 from potstill.checkpoint import potential_fingerprint, save_potential
 from potstill.core.model_file import write_model_file
 from potstill.errors import ModelError
@@ -51,11 +53,12 @@ atom_style atomic
 boundary p p p
 newton on               # off gives the same, and is slower
 read_data ${data}
+MASSES
 
 # Numbers are computed in the precision that the model was trained in, PRECISION here; the words
 # `double` and `single` behind the style choose another one.NOTE
 PAIR_COMMANDS
-# Elements by atom type; NULL is for types that other styles of a `hybrid/overlay` serve.
+# Elements or beads by atom type; NULL is for types that other styles of a `hybrid/overlay` serve.
 
 neighbor 1.0 bin
 neigh_modify delay 0 every 5 check yes
@@ -110,6 +113,10 @@ def write_lammps(
     words = {
         "PAIR_COMMANDS": PAIR_COMMANDS,
         "NOTE": note,
+        "MASSES": "\n".join(
+            f"mass {k} {entry.mass!r}    # {entry.name}"
+            for k, entry in enumerate(potential.species_table.entries, 1)
+        ),
         "STYLE": STYLES[ending],
         "NAMES": " ".join(names),
         "STEM": stem,
@@ -186,7 +193,7 @@ def lammps_data(atoms: ase.Atoms, names: Sequence[str]) -> tuple[str, np.ndarray
     atoms : ase.Atoms
         Periodic or not; its cell must span the space.
     names : sequence of str
-        Elements by atom type.
+        Elements or beads by atom type; a bead of which there is none gets a mass of 1 amu.
 
     Returns
     -------
@@ -199,9 +206,10 @@ def lammps_data(atoms: ase.Atoms, names: Sequence[str]) -> tuple[str, np.ndarray
     Raises
     ------
     ModelError
-        If the structure holds an element that is not among the names.
+        If the structure holds a species that is not among the names.
     """
-    foreign = sorted(set(atoms.get_chemical_symbols()) - set(names))
+    species = species_names(atoms)
+    foreign = sorted(set(species) - set(names))
     if foreign:
         raise ModelError(
             f"the structure holds {', '.join(foreign)}, but the model knows only {', '.join(names)}"
@@ -216,10 +224,10 @@ def lammps_data(atoms: ase.Atoms, names: Sequence[str]) -> tuple[str, np.ndarray
         f"{c[1][0]!r} {c[2][0]!r} {c[2][1]!r} xy xz yz\n",
         "Masses\n",
     ]
-    masses = {name: ase.Atom(name).mass for name in names}
-    masses |= dict(zip(atoms.symbols, atoms.get_masses(), strict=True))
+    masses = {name: atomic_masses[atomic_numbers.get(name, 0)] for name in names}
+    masses |= dict(zip(species, atoms.get_masses(), strict=True))
     lines += [f"{k} {float(masses[name])!r} # {name}" for k, name in enumerate(names, 1)]
-    types = [list(names).index(symbol) + 1 for symbol in atoms.symbols]
+    types = [list(names).index(name) + 1 for name in species]
     rows = (atoms.positions @ rotation.T).tolist()
     lines += ["\nAtoms # atomic\n"]
     lines += [

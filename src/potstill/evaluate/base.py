@@ -417,14 +417,16 @@ class Evaluation(BaseModel, ABC):
     def lacks(self, bench: Bench) -> str:
         """What the bench lacks for this evaluation, in words; empty if it applies."""
         structure = bench.structure
-        crystal = structure is not None and bool(structure.pbc.all())
+        elements = structure is None or bool((structure.atomic_numbers > 0).all())
+        crystal = elements and structure is not None and bool(structure.pbc.all())
+        kind = "" if elements else "of chemical elements "
         frames = (bench.frames or {}).values()
         periodic = all(bool(trajectory.pbc.all()) for trajectory in frames)
         wanted: dict[str, tuple[bool, str]] = {
             "labels": (bench.structures is not None, "structures with labels"),
             "sets": (bool(bench.sets), "structures with labels"),
             "structure": (structure is not None, "a structure"),
-            "crystal": (crystal, "a structure that is periodic along all three axes"),
+            "crystal": (crystal, f"a structure {kind}that is periodic along all three axes"),
             "frames": (
                 bool(frames) and periodic,
                 "trajectories of a structure that is periodic along all three axes",

@@ -73,11 +73,14 @@ class LammpsEngine:
         Where to run.
     n_ranks : int
         MPI ranks.
+    trained : mapping, optional
+        Shortest distances in training by pair, Å.
     """
 
     potential: LammpsPotential
     lammps: Installation
     n_ranks: int = 1
+    trained: Mapping[str, float] | None = None
 
     def script(self, job: MDJob, start: Structures, velocities: str = "") -> str:
         """Return the first lines of a script, up to what moves the atoms."""
@@ -154,7 +157,8 @@ def lammps_engine(
             elements=tuple(names),
             before=(f'plugin load "{build_plugin(lammps)}"',),
         )
-        return LammpsEngine(plugin, lammps, n_ranks)
+        trained = (info.get("trained_on") or {}).get("shortest_distances")
+        return LammpsEngine(plugin, lammps, n_ranks, trained)
     if spec != "lammps":
         raise ConfigError(
             f"LAMMPS runs checkpoints of potstill and the teacher 'lammps', not '{spec}': run its "
@@ -226,7 +230,7 @@ def run_in_lammps(
         if any(word in str(error) for word in ("lost", "Lost", "Non-numeric", "NaN")):
             raise DivergenceError(f"the job '{job.name}' exploded: {error}") from None
         raise
-    return _frames(job, start, folder)
+    return _frames(job, start, folder, engine.trained)
 
 
 def lammps_seed(seed: int) -> int:
@@ -252,11 +256,13 @@ def _integrator(job: MDJob, first: float, last: float, seed: int) -> str:
     return f"fix move all npt temp {first!r} {last!r} {heat!r} {shape} {bar!r} {bar!r} {squeeze!r}"
 
 
-def _frames(job: MDJob, start: Structures, folder: Path) -> SampledFrames:
+def _frames(
+    job: MDJob, start: Structures, folder: Path, trained: Mapping[str, float] | None
+) -> SampledFrames:
     rotation = lammps_data(start.to_ase()[0], start.species_table.names)[1]
     energy = np.loadtxt(folder / ENERGIES, ndmin=2)
     energies = dict(zip(energy[:, 0].astype(int).tolist(), energy[:, 1].tolist(), strict=True))
-    whole, frames, times = Connectivity.of(start), [], []
+    whole, frames, times = Connectivity.of(start, trained), [], []
     for step, cell, rows in read_dump(folder / DUMP):
         if step == job.n_equilibration_segments * job.steps_per_segment:
             continue  # the structure that production starts from

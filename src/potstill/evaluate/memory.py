@@ -16,6 +16,7 @@ import psutil
 import torch
 from ase.md.verlet import VelocityVerlet
 
+from potstill.ase_bridge import NAMES
 from potstill.errors import ConfigError, DataError
 from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
 from potstill.evaluate.tools import make_calculator, repeat_to, set_temperature
@@ -116,7 +117,8 @@ def memory_per_atom(
     if len(set(sizes)) < 2:
         raise ConfigError(f"memory per atom needs at least two sizes, not {list(sizes)}")
     label = name or spec
-    unit = {key: atoms.arrays[key].tolist() for key in ("numbers", "positions")}
+    unit = {k: atoms.arrays[k].tolist() for k in ("numbers", "positions", "masses", NAMES)
+            if k in atoms.arrays}  # fmt: skip
     unit |= {"cell": atoms.cell.array.tolist(), "pbc": atoms.pbc.tolist()}
     job = {"spec": spec, "args": args or {}, "n_steps": n_steps, "threads": threads, "atoms": unit}
     measured: list[tuple[int, int]] = []
@@ -205,7 +207,11 @@ def _child() -> None:
     """Run one job from standard input and print the peak as JSON."""
     job = json.loads(sys.stdin.read())
     torch.set_num_threads(job["threads"])
-    atoms = repeat_to(ase.Atoms(**job["atoms"]), job["n_atoms"])
+    names = job["atoms"].pop(NAMES, None)
+    unit = ase.Atoms(**job["atoms"])
+    if names is not None:
+        unit.set_array(NAMES, np.array(names))
+    atoms = repeat_to(unit, job["n_atoms"])
     atoms.calc = make_calculator(job["spec"], job["args"])
     set_temperature(atoms, 300.0, np.random.default_rng(0))
     VelocityVerlet(atoms, timestep=FS_IN_ASE_TIME).run(job["n_steps"])

@@ -163,7 +163,7 @@ def run_nve(
     record.degrees = max(1, moving.get_number_of_degrees_of_freedom())
     if thermalization <= 0.0 and record.degrees == 3 * len(moving) > 3:
         record.degrees -= 3  # the whole is at rest
-    whole = Connectivity.of(start)
+    whole = Connectivity.of(start, trained)
     record.sample(moving, 0.0)
     integrator = VelocityVerlet(moving, timestep=timestep * FS_IN_ASE_TIME)
     reason, step = "", 0

@@ -89,7 +89,7 @@ def read(
     index : str, int or slice
         Which frames: ":100", "::10", -1. Counted from zero.
     species : sequence of str, optional
-        The elements that may occur, and the order of the species table.
+        The elements that may occur, and beads of the key map.
     min_distance : float
         Å; a frame with atoms closer than this is refused.
 
@@ -111,7 +111,11 @@ def read(
     """
     path = Path(path)
     keys, units = keys or KeyMap(), units or Units()
-    table = None if species is None else SpeciesTable.from_symbols(species)
+    table = None
+    if species is not None:
+        beads = tuple(bead for bead in keys.bead_species if bead.name in species)
+        elements = SpeciesTable.from_symbols(set(species) - {bead.name for bead in beads})
+        table = SpeciesTable((*elements.entries, *beads))
     checks = Checks(tuple(require), allow_partial, table, min_distance)
     name = _format_of(path, format)
     frames, own_units = FORMATS[name](path, keys, as_slice(index))

@@ -10,6 +10,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from ase.db.row import AtomsRow
 from ase.io.extxyz import read_xyz
 from ase.io.formats import UnknownFileTypeError, filetype
 
-from potstill.ase_bridge import fixed_atoms, velocities_of
+from potstill.ase_bridge import NAMES, fixed_atoms, species_of, velocities_of
 from potstill.errors import DataError
 from potstill.properties import ASE_NAMES
-from potstill.readers.base import ASE_UNITS, Frame, KeyMap, Units, atomic_numbers_of, pick_labels
+from potstill.readers.base import ASE_UNITS, Frame, KeyMap, Units, pick_labels, species_numbers
 from potstill.readers.lmdb import Shard, open_shards
+from potstill.species import Species
 
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
@@ -34,6 +36,7 @@ _QUOTED_VALUE = re.compile(r"""=\s*("[^"]*"|'[^']*'|\{[^}]*\}|\[[^\]]*\])""")
 _SIX = re.compile(
     r"""(?<!\S)(stress|virial)=(["'\[{]\s*(?:[^\s,"'\]}]+[\s,]+){5}[^\s,"'\]}]+\s*["'\]}])"""
 )
+_SPECIES = re.compile(r"(\bProperties=\"?(?:[^\s\"]+:)?)species:(?=S:1\b)")
 _KEY = re.compile(r"([^\s=]+)\s*=")
 
 
@@ -45,12 +48,10 @@ def read_extxyz(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame]
 
 def read_any(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], Units]:
     """Frames of any file in a format that ASE knows, in ASE's units."""
-    options = _lammps_options(path, keys)
+    keys = _lammps_keys(path, keys)
     try:
-        images = ase.io.read(path, index=slice(None), **options)
+        images = ase.io.read(path, index=slice(None))
     except Exception as error:  # ASE's readers raise whatever their parsers meet
-        if options and isinstance(error, IndexError):
-            raise DataError(f"{path} has more atom types than the '{keys.types}' given") from error
         raise DataError(f"{path} cannot be read by ASE: {_one_line(error)}") from error
     images = [images] if isinstance(images, ase.Atoms) else images
     return (_frame(path, k, images[k], keys) for k in range(len(images))[index]), ASE_UNITS
@@ -183,6 +184,11 @@ def _parse(path: Path, keys: KeyMap, blocks: list[list[str]], chosen: range) -> 
             raise DataError(f"{path}, frame {k} holds no atoms")
         # ASE insists on nine numbers under these two names, and on these alone.
         blocks[k][1] = _SIX.sub(r"six_\1=\2", blocks[k][1])
+        own = keys
+        if keys.beads is not None and keys.species is None and NAMES not in blocks[k][1]:
+            # In its own column ASE refuses names that are no elements.
+            blocks[k][1], renamed = _SPECIES.subn(rf"\1{NAMES}:", blocks[k][1])
+            own = replace(keys, species=NAMES) if renamed else keys
         try:
             (atoms,) = read_xyz(io.StringIO("\n".join(blocks[k]) + "\n"), slice(None))
         except Exception as error:  # ASE raises whatever its parser meets
@@ -190,23 +196,23 @@ def _parse(path: Path, keys: KeyMap, blocks: list[list[str]], chosen: range) -> 
         for name in ("stress", "virial"):
             if f"six_{name}" in atoms.info:
                 atoms.info[name] = atoms.info.pop(f"six_{name}")
-        yield _frame(path, k, atoms, keys)
+        yield _frame(path, k, atoms, own)
 
 
-def _lammps_options(path: Path, keys: KeyMap) -> dict[str, Any]:
-    """Options of ASE's reader of LAMMPS dumps, which takes types for atomic numbers."""
+def _lammps_keys(path: Path, keys: KeyMap) -> KeyMap:
+    """Where the species of a LAMMPS dump are: ASE takes its types for atomic numbers."""
     try:
         kind = filetype(str(path))
     except (UnknownFileTypeError, OSError):  # reading it will say so
-        return {}
+        return keys
     if not kind.startswith("lammps-dump"):
-        return {}
+        return keys
     if keys.types is not None:
-        return {"specorder": _elements(keys.types, f"{path}, types '{keys.types}'")}
+        return replace(keys, species=keys.species or "type")
     if kind == "lammps-dump-text":
         head = re.search(r"ITEM: ATOMS (.*)", read_text(path))
         if head is None or {"element", "mass"} & set(head.group(1).split()):
-            return {}
+            return keys
     raise DataError(
         f"{path} gives atom types by number, not as elements: say which they are, type 1 first, as "
         "in KeyMap(types='Al Cu') (in a config: keys: {types: Al Cu})"
@@ -222,10 +228,11 @@ def _frame(path: Path, k: int, atoms: ase.Atoms, keys: KeyMap, where: str = "") 
     # The names that ASE's own calculators use; a key map overrides them.
     usual = {name: (key,) for name, key in ASE_NAMES.items()}
     fixed = fixed_atoms(atoms)
+    numbers, beads = _species(atoms, keys, where)
     return Frame(
         where=where,
         frame_id=f"{path.name}:{k}",
-        numbers=_numbers(atoms, keys, where),
+        numbers=numbers,
         positions=atoms.positions,
         cell=atoms.cell.array,
         pbc=atoms.pbc,
@@ -237,11 +244,12 @@ def _frame(path: Path, k: int, atoms: ase.Atoms, keys: KeyMap, where: str = "") 
         velocities=velocities_of(atoms) if atoms.has("momenta") else None,
         charge=_number(held.get("charge")),
         spin_multiplicity=_number(held.get("spin")),
+        beads=beads,
     )
 
 
-def _numbers(atoms: ase.Atoms, keys: KeyMap, where: str) -> np.ndarray:
-    """(n,) atomic numbers: ASE's own, or from the column that the key map names."""
+def _species(atoms: ase.Atoms, keys: KeyMap, where: str) -> tuple[np.ndarray, tuple[Species, ...]]:
+    """Atomic numbers and beads: ASE's own, or from the column that the key map names."""
     columns = {
         name: array
         for name, array in atoms.arrays.items()
@@ -255,29 +263,29 @@ def _numbers(atoms: ase.Atoms, keys: KeyMap, where: str) -> np.ndarray:
             )
         values = columns[keys.species]
         if keys.types is None or values.dtype.kind in "UO":
-            return atomic_numbers_of(values, f"{where}, column '{keys.species}'")
-        elements = _elements(keys.types, f"{where}, types '{keys.types}'")
+            masses = atoms.get_masses() if atoms.has("masses") else None
+            return species_numbers(values, keys, f"{where}, column '{keys.species}'", masses)
+        elements = keys.types.replace(",", " ").split()
         if values.min() < 1 or values.max() > len(elements):
             raise DataError(
                 f"{where}, column '{keys.species}': types {values.min()} to {values.max()} for the "
                 f"{len(elements)} elements of '{keys.types}'"
             )
-        return atomic_numbers_of([elements[k - 1] for k in values.tolist()], where)
-    if not atoms.numbers.all() and columns:
+        named = [elements[k - 1] for k in values.tolist()]
+        return species_numbers(named, keys, f"{where}, types '{keys.types}'")
+    unnamed = not atoms.numbers.all() and NAMES not in {*atoms.arrays, *atoms.info}
+    if unnamed and columns and keys.beads is None:
         likely = next((n for n in columns if n in ("element", "type")), next(iter(columns)))
         types = "" if columns[likely].dtype.kind in "UO" else ", types='Al Cu'"
         raise DataError(
             f"{where} has no column 'species' or 'Z' of chemical elements; it has "
             f"{', '.join(columns)}: name the right one, as in KeyMap(species='{likely}'{types})"
         )
-    return atoms.numbers
-
-
-def _elements(types: str, where: str) -> list[str]:
-    """Chemical symbols by type, type 1 first."""
-    elements = types.replace(",", " ").split()
-    atomic_numbers_of(elements, where)
-    return elements
+    try:
+        return species_of(atoms, keys.bead_species)
+    except DataError as error:
+        hint = ", or state it, as in KeyMap(beads='W 72.06')" if "no mass" in str(error) else ""
+        raise DataError(f"{where}: {error}{hint}") from None
 
 
 def _held(atoms: ase.Atoms) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ them and joins them into one batch, so that a fault is found and worded once for
 from __future__ import annotations
 
 import difflib
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from potstill import units as conversion
 from potstill.errors import ConfigError, DataError, MissingLabelError
 from potstill.neighbors import check_cell, system_pairs
 from potstill.properties import PROPERTIES, property_spec
-from potstill.species import SpeciesTable
+from potstill.species import Species, SpeciesTable
 from potstill.structures import NEUTRAL, Properties, Structures
 
 
@@ -44,11 +45,14 @@ class KeyMap:
     group : str, optional
         Name of a frame's group (ASE formats: an `info` key, usually `config_type`).
     species : str, optional
-        Column or array of chemical symbols or atomic numbers.
+        Column or array of chemical symbols, names of beads or atomic numbers.
     positions, cell, pbc : str, optional
         Arrays of a structure (NumPy archives and HDF5 only).
     types : str, optional
-        Elements by the numeric atom types of LAMMPS, type 1 first: "Al Cu".
+        Elements or beads by the numeric atom types of LAMMPS, type 1 first: "Al Cu".
+    beads : str, optional
+        Names of beads, which are no elements, and their masses in amu where the file has none:
+        "W 72.06, C 15.03". A name that is also a chemical symbol means the bead.
     """
 
     energy: str | None = None
@@ -64,6 +68,30 @@ class KeyMap:
     cell: str | None = None
     pbc: str | None = None
     types: str | None = None
+    beads: str | None = None
+
+    @property
+    def bead_species(self) -> tuple[Species, ...]:
+        """The beads that are named.
+
+        Raises
+        ------
+        ConfigError
+            If a mass is missing, or no positive number.
+        """
+        words = (self.beads or "").replace(",", " ").split()
+        try:
+            found = tuple(
+                Species(n, float(m)) for n, m in zip(words[::2], words[1::2], strict=True)
+            )
+        except ValueError:
+            found = ()
+        if words and (not found or not all(0.0 < bead.mass < math.inf for bead in found)):
+            raise ConfigError(
+                f"beads '{self.beads}' are not names, each with its mass in amu, as in "
+                "KeyMap(beads='W 72.06, C 15.03') (in a config: keys: {beads: ...})"
+            )
+        return found
 
     @property
     def labels(self) -> dict[str, str]:
@@ -180,7 +208,7 @@ class Frame:
     frame_id : str
         Short name kept with the data: "file.xyz:12".
     numbers : ndarray
-        (n,) atomic numbers.
+        (n,) atomic numbers; -1, -2, ... for the first, second, ... of `beads`.
     positions, cell, pbc : ndarray
         (n, 3), (3, 3) rows, (3,).
     labels : mapping of str to array
@@ -193,6 +221,8 @@ class Frame:
         As in `Structures`; velocities already in Å/fs.
     left_out : tuple of str
         Labels that the file holds here and that mean nothing: a stress without periodicity.
+    beads : tuple of Species
+        Species without an atomic number that may occur here.
     """
 
     where: str
@@ -210,6 +240,7 @@ class Frame:
     charge: float | None = None
     spin_multiplicity: float | None = None
     left_out: tuple[str, ...] = ()
+    beads: tuple[Species, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -264,22 +295,44 @@ def needed(
     return value[()]
 
 
-def atomic_numbers_of(values: Any, where: str) -> np.ndarray:
-    """(n,) atomic numbers from chemical symbols, text or bytes, or from whole numbers.
+def species_numbers(
+    values: Any, keys: KeyMap, where: str, masses: np.ndarray | None = None
+) -> tuple[np.ndarray, tuple[Species, ...]]:
+    """Atomic numbers and beads of a `Frame`, in the shape of the values.
+
+    Parameters
+    ----------
+    values : array_like
+        Chemical symbols and names of beads, text or bytes, or whole numbers.
+    keys : KeyMap
+        Its beads are known.
+    where : str
+        For messages.
+    masses : ndarray, optional
+        amu, in the shape of the values: what is no chemical symbol is then a bead, too.
 
     Raises
     ------
     DataError
-        If one is no chemical symbol.
+        If a value is neither a chemical symbol nor a bead whose mass is known.
     """
-    values = np.asarray(values).reshape(-1)
-    if np.issubdtype(values.dtype, np.integer):
-        return values.astype(np.int64)
-    symbols = [v.decode() if isinstance(v, bytes) else str(v) for v in values.tolist()]
-    for symbol in symbols:
-        if symbol not in _NUMBERS:
-            raise DataError(f"{where}: '{symbol}' is not a chemical symbol")
-    return np.array([_NUMBERS[symbol] for symbol in symbols], dtype=np.int64)
+    values = np.asarray(values)
+    if values.dtype.kind in "iuf":
+        return values.astype(np.int64), ()
+    names = values.astype(bytes).astype(str) if values.dtype.kind == "S" else values
+    kinds, first, place = np.unique(names.astype(str), return_index=True, return_inverse=True)
+    beads = {bead.name: bead for bead in keys.bead_species}
+    numbers = []
+    for name, k in zip(kinds.tolist(), first.tolist(), strict=True):
+        if name not in beads and _NUMBERS.get(name, 0) == 0:
+            if masses is None:
+                raise DataError(
+                    f"{where}: '{name}' is not a chemical symbol; if it is a bead, give its mass "
+                    f"in amu, as in KeyMap(beads='{name} 72.06')"
+                )
+            beads[name] = Species(name, float(masses.reshape(-1)[k]))
+        numbers.append(-1 - list(beads).index(name) if name in beads else _NUMBERS[name])
+    return np.array(numbers, dtype=np.int64)[place].reshape(values.shape), tuple(beads.values())
 
 
 def stacked_frames(
@@ -287,7 +340,7 @@ def stacked_frames(
     keys: KeyMap,
     usual: Mapping[str, Sequence[str]],
     positions: np.ndarray,
-    numbers: np.ndarray,
+    species: np.ndarray,
     chosen: Iterable[int],
     *,
     where: str,
@@ -295,10 +348,15 @@ def stacked_frames(
     cell: str,
     group: str = "",
 ) -> Iterator[Frame]:
-    """The chosen frames of arrays with a row for each: positions (S, n, 3), numbers (n,) or (S, n).
+    """The chosen frames of arrays with a row for each: positions (S, n, 3), species (n,) or (S, n).
 
-    Labels are picked as by `pick_labels`; `cell` is the name of the cells.
+    Labels are picked as by `pick_labels`; `cell` is the name of the cells, and masses of beads are
+    in an array `masses` of the shape of the species.
     """
+    masses = held["masses"][()] if "masses" in held else None
+    if masses is not None and np.shape(masses) != np.shape(species):
+        masses = None  # of something else
+    numbers, beads = species_numbers(species, keys, where, masses)
     if positions.ndim != 3 or positions.shape[2] != 3:
         raise DataError(f"{where}: 'positions' has shape {positions.shape}, not (frames, atoms, 3)")
     n_frames, n_atoms = positions.shape[:2]
@@ -323,6 +381,7 @@ def stacked_frames(
             labels={name: value[k] for name, value in labels.items()},
             keys=tuple(held),
             group=group,
+            beads=beads,
         )
 
 
@@ -466,13 +525,18 @@ def _check_frame(frame: Frame, checks: Checks) -> Frame:
         raise DataError(f"{frame.where} holds no atoms")
     if not np.isfinite(frame.positions).all():
         raise DataError(f"{frame.where}: 'positions' hold NaN or infinite numbers")
-    if frame.numbers.min() < 1 or frame.numbers.max() >= len(chemical_symbols):
-        bad = next(z for z in frame.numbers.tolist() if not 0 < z < len(chemical_symbols))
+    known = (frame.numbers != 0) & (frame.numbers < len(chemical_symbols))
+    known &= frame.numbers >= -len(frame.beads)
+    if not known.all():
+        bad = frame.numbers[int(known.argmin())]
         raise DataError(f"{frame.where}: {bad} is not the atomic number of a chemical element")
     if checks.species is not None:
-        for symbol in {chemical_symbols[z] for z in frame.numbers} - set(checks.species.names):
+        foreign = checks.species.indices(frame.numbers, frame.beads) < 0
+        if foreign.any():
+            z = int(frame.numbers[int(foreign.argmax())])
+            name = chemical_symbols[z] if z > 0 else frame.beads[-1 - z].name
             raise DataError(
-                f"{frame.where} holds {symbol}, which is not among the species "
+                f"{frame.where} holds {name}, which is not among the species "
                 f"{', '.join(checks.species.names)}"
             )
     _check_overlap(frame, checks.min_distance)
@@ -537,15 +601,14 @@ def _quoted(names: Iterable[str]) -> str:
 
 def _join_structures(frames: Sequence[Frame], table: SpeciesTable | None) -> Structures:
     if table is None:
-        table = SpeciesTable.from_atomic_numbers(z for f in frames for z in set(f.numbers.tolist()))
-    lookup = np.full(len(chemical_symbols), -1, dtype=np.int64)
-    lookup[table.atomic_numbers[table.atomic_numbers > 0].numpy()] = np.flatnonzero(
-        table.atomic_numbers.numpy() > 0
-    )
+        numbers = {z for frame in frames for z in set(frame.numbers.tolist())}
+        beads = dict.fromkeys(b for f in frames for b in _occurring(f))
+        table = SpeciesTable.from_atomic_numbers(numbers, list(beads))
+    species = [table.indices(frame.numbers, frame.beads) for frame in frames]
     counts = torch.tensor([len(frame.numbers) for frame in frames], dtype=torch.int64)
     return Structures(
         positions=torch.from_numpy(np.concatenate([frame.positions for frame in frames])),
-        species=torch.from_numpy(lookup[np.concatenate([frame.numbers for frame in frames])]),
+        species=torch.from_numpy(np.concatenate(species)),
         system_index=torch.repeat_interleave(torch.arange(len(frames)), counts),
         cell=torch.from_numpy(np.stack([frame.cell for frame in frames])),
         pbc=torch.from_numpy(np.stack([frame.pbc for frame in frames])),
@@ -554,6 +617,12 @@ def _join_structures(frames: Sequence[Frame], table: SpeciesTable | None) -> Str
         frame_id=tuple(frame.frame_id for frame in frames),
         **_optional_fields(frames),
     )
+
+
+def _occurring(frame: Frame) -> list[Species]:
+    """The beads of a frame that are there."""
+    present = set(frame.numbers.tolist()) if frame.beads else set()
+    return [bead for k, bead in enumerate(frame.beads, 1) if -k in present]
 
 
 def _optional_fields(frames: Sequence[Frame]) -> dict[str, torch.Tensor]:

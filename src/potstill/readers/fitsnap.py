@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from potstill.errors import DataError, suggest
-from potstill.readers.base import Frame, KeyMap, Units, atomic_numbers_of
+from potstill.readers.base import Frame, KeyMap, Units, species_numbers
 from potstill.structures import Properties, Structures
 from potstill.units import PRESSURE, pressure_factor
 
@@ -128,16 +128,18 @@ def _frame(
         raise DataError(f"{where}: NumAtoms is {data['NumAtoms']} for {len(symbols)} AtomTypes")
     names = {name: getattr(keys, name) or usual for name, usual in _KEYS.items()}
     name = str(file.relative_to(root)) if root.is_dir() else file.name
+    numbers, beads = species_numbers([str(symbol) for symbol in symbols], keys, where)
     return Frame(
         where=where,
         frame_id=f"{name}:{k}",
-        numbers=atomic_numbers_of([str(symbol) for symbol in symbols], where),
+        numbers=numbers,
         positions=data["Positions"],
         cell=data["Lattice"],
         pbc=np.ones(3, dtype=bool),
         labels={label: data[key] for label, key in names.items() if key in data},
         keys=tuple(data),
         group=file.parent.name,
+        beads=beads,
     )
 
 

@@ -31,12 +31,12 @@ def read_npz(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], U
     Raises
     ------
     DataError
-        If it is not an archive, or lacks positions or atomic numbers.
+        If it is not an archive, or lacks positions or species.
     """
     held = load_archive(path)
     where = str(path)
     positions = needed(held, "positions", keys, ("coords", "R"), where)
-    species = needed(held, "species", keys, ("nuclear_charges", "z"), where)
+    species = needed(held, "species", keys, ("nuclear_charges", "z", "species"), where)
     frames = stacked_frames(
         held,
         keys,

@@ -35,7 +35,7 @@ from potstill.sample.base import (
     span,
     write_arrays,
 )
-from potstill.soundness import Connectivity
+from potstill.soundness import Connectivity, trained_distances
 from potstill.structures import Structures
 from potstill.units import BOLTZMANN, FS_IN_ASE_TIME, GPA
 
@@ -218,7 +218,7 @@ class MDJob(Job):
         state = history.last or first_state(start, self.target(0), generator, keep_velocities=keep)
         atoms = start.to_ase()[0]
         atoms.calc = calculator
-        whole = Connectivity.of(start)
+        whole = Connectivity.of(start, trained_distances(calculator))
         while len(history.taken) < self.n_frames:
             segment = history.n_segments
             state = advance(atoms, state, self, self.target(segment), float(start.volume[0]))

@@ -26,7 +26,7 @@ from potstill.train.force_gradient import ForceGradient
 from potstill.train.initialize import initial_student
 from potstill.train.mixing import batch_weights, mixed_batches, within_steps
 from potstill.train.objective import BatchLoss
-from potstill.train.refit import refit_energy_zero
+from potstill.train.refit import energies_are_free, refit_energy_zero
 from potstill.train.settings import TrainSettings
 from potstill.train.signals import (
     FeatureSources,
@@ -182,7 +182,8 @@ def train(
                 on_epoch(record)
             if interruption.requested:
                 return _result(p, "interrupted")
-    if settings.energy.refit and p.fabric.is_global_zero and run.best.is_file():
+    refit = settings.energy.refit or (initial is None and energies_are_free(settings, p.data))
+    if refit and p.fabric.is_global_zero and run.best.is_file():
         refit_energy_zero(run.best, p.data, settings)
     return _result(p, "finished" if trainee.epoch > settings.epochs else "stopped early")
 

@@ -76,6 +76,8 @@ class EnergySettings(_Settings):
         training and added back in the saved model: a least-squares fit, given values (for example
         of isolated atoms) in eV per atom, or none, as in Matin et al. HIP-NN's first term E0 is
         fitted to the remainder, and its hierarchicality regularizer depends on this choice.
+        Where a run knows forces alone the fit is that to zero: the mean energy of each species over
+        the training set, which such labels leave open, is zero in the saved model.
     refit : bool
         Fit the per-species energies of the best potential to the training energies at the end,
         without which all energies per atom may be off by a fraction of a meV. Errors of validation

@@ -26,14 +26,15 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
+from potstill.ase_bridge import NAMES
 from potstill.display import Display as Display
 from potstill.display import Task as Task
 from potstill.display import seconds_in_words as seconds_in_words
 from potstill.errors import ConfigError, DataError, suggest
 from potstill.evaluate.tools import limited_threads as limited_threads
 from potstill.files import write_atomically
-from potstill.neighbors import build_neighbor_list, shortest_distances
 from potstill.readers import read
+from potstill.soundness import closest_pairs
 from potstill.structures import Structures
 from potstill.teachers import Teacher, make_teacher
 from potstill.train.state import versions
@@ -140,8 +141,10 @@ def read_json(path: Path, absent: Any = None) -> Any:
 
 
 def write_extxyz(path: Path, images: Sequence[ase.Atoms], columns: Sequence[str]) -> None:
-    """Write frames as extended XYZ, atomically."""
+    """Write frames as extended XYZ, atomically; beads with their names and masses."""
     text = StringIO()
+    if any(NAMES in atoms.arrays for atoms in images):
+        columns = [*columns, NAMES, "masses"]
     write(text, images, format="extxyz", columns=list(columns))
     write_atomically(path, text.getvalue())
 
@@ -296,7 +299,7 @@ def trained_on(
         "elements": list(structures.species_table.names),
         "density_g_cm3": [float(density.min()), float(density.max())] if len(density) else None,
         "temperature_K": list(temperature) if temperature else None,
-        "shortest_distances": shortest_distances(structures, build_neighbor_list(structures, 4.0)),
+        "shortest_distances": closest_pairs(structures),
         "n_frames": structures.n_systems,
     }
 

@@ -22,7 +22,13 @@ from potstill.files import write_atomically
 from potstill.sample import MDJob, SampledFrames, SamplingPlan, run_plan, smallest_supercell
 from potstill.sample.base import Progress
 from potstill.sample.plan import scratch_folder
-from potstill.soundness import closest_approach, closest_pairs, degrees_of_freedom, fused
+from potstill.soundness import (
+    closest_approach,
+    closest_pairs,
+    degrees_of_freedom,
+    fused,
+    trained_distances,
+)
 from potstill.structures import Structures
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3, BOLTZMANN, FS_IN_ASE_TIME
 from potstill.workflows.base import (
@@ -230,9 +236,8 @@ def _write(folder: Path, frames: SampledFrames, calculator: BaseCalculator) -> M
     trajectory, thermo = folder / "trajectory.extxyz", folder / "thermo.csv"
     write_trajectory(trajectory, frames)
     write_thermo(thermo, frames)
-    info = getattr(calculator, "info", None) or {}
-    trained = (info.get("trained_on") or {}).get("shortest_distances")
-    return MdResult(frames, trajectory, thermo, _closest(frames.structures, trained))
+    symptom = _closest(frames.structures, trained_distances(calculator))
+    return MdResult(frames, trajectory, thermo, symptom)
 
 
 def _closest(structures: Structures, trained: Mapping[str, float] | None) -> str:

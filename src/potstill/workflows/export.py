@@ -77,7 +77,7 @@ def export(
     OptionalDependencyError
         If a package that the target, or the comparison, needs is not installed.
     ConfigError
-        If it is to be compared and has beads, or the pair style cannot be built.
+        If the pair style cannot be built.
     """
     display = display or Display()
     potential, info = load_potential(model)
@@ -90,10 +90,6 @@ def export(
     if not check or target not in ("lammps", "metatomic"):
         return deploy(potential, target, folder, stem, info)
     lammps = find_lammps(*installation) if target == "lammps" else None
-    if bool((potential.species_table.atomic_numbers < 0).any()):
-        raise ConfigError(
-            f"ASE, which {target} is compared with, has no beads: export with --no-check"
-        )
     low, high = (info.get("trained_on") or {}).get("density_g_cm3") or (None, None)
     density = None if low is None else 0.5 * (low + high)
     compare = {path.name: read_start(str(path))[0].to_ase()[0] for path in structures}

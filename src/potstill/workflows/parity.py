@@ -12,6 +12,7 @@ from ase.build import bulk
 from ase.calculators.calculator import Calculator
 from numpy.typing import NDArray
 
+from potstill.ase_bridge import make_atoms, species_names
 from potstill.calculators import PotstillCalculator
 from potstill.errors import ModelError
 from potstill.models import Potential, SpeciesOffsets, summands
@@ -96,7 +97,7 @@ def by_ase(
     values = {
         "energies": atoms.get_potential_energies(),
         "forces": atoms.get_forces(apply_constraint=False),
-        "zero": zero_energies(potential)[[names.index(symbol) for symbol in atoms.symbols]],
+        "zero": zero_energies(potential)[[names.index(name) for name in species_names(atoms)]],
     }
     if atoms.pbc.all():
         values["stress"] = atoms.get_stress(voigt=False, apply_constraint=False)
@@ -139,18 +140,19 @@ def random_structures(
     Parameters
     ----------
     potential : Potential
-        Of chemical elements.
+        Of elements or beads.
     density : float, optional
         g/cm³; without it, atoms have 16 Å³ each.
     seed : int
         Of the random numbers.
     """
     generator = np.random.default_rng(seed)
-    names = potential.species_table.names
+    entries = potential.species_table.entries
 
     def crystal(repeat: int, amplitude: float) -> ase.Atoms:
-        atoms = bulk("X", "fcc", a=4.0, cubic=True) * (repeat, repeat, repeat)
-        atoms.symbols[:] = [names[k % len(names)] for k in range(len(atoms))]
+        sites = bulk("X", "fcc", a=4.0, cubic=True) * (repeat, repeat, repeat)
+        species = [entries[k % len(entries)] for k in range(len(sites))]
+        atoms = make_atoms(species, sites.positions, sites.cell.array, sites.pbc)
         volume = 16.0 * len(atoms)
         if density is not None:
             volume = AMU_PER_A3_IN_G_PER_CM3 * float(atoms.get_masses().sum()) / density
