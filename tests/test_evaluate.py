@@ -20,7 +20,9 @@ from ase.constraints import FixAtoms
 from data import tersoff_silicon
 from potstill.errors import ConfigError, DataError, ModelError
 from potstill.evaluate import memory
+from potstill.evaluate.adf import angular_distributions
 from potstill.evaluate.base import as_json
+from potstill.evaluate.distributions import compare_distributions
 from potstill.evaluate.elastic import deform, elastic_constants
 from potstill.evaluate.eos import equation_of_state, fit_birch_murnaghan
 from potstill.evaluate.errors import (
@@ -32,12 +34,7 @@ from potstill.evaluate.learning import read_learning_curves
 from potstill.evaluate.memory import memory_per_atom
 from potstill.evaluate.nve import fit_drift, run_nve
 from potstill.evaluate.pareto import pareto_front
-from potstill.evaluate.rdf import (
-    RadialDistribution,
-    angular_distribution,
-    compare_radial,
-    radial_distribution,
-)
+from potstill.evaluate.rdf import RadialDistribution, radial_distribution
 from potstill.evaluate.speed import md_speed
 from potstill.evaluate.tools import make_calculator, repeat_to, set_temperature
 from potstill.models.prior import ZBL
@@ -202,14 +199,14 @@ def test_partial_distributions_are_normalized_by_their_own_density():
 def test_difference_of_equal_liquids_is_noise_and_of_unequal_ones_is_not():
     first = radial_distribution(ideal_gas(20, 2), r_max=6.0, n_bins=30)
     second = radial_distribution(ideal_gas(20, 3), r_max=6.0, n_bins=30)
-    same = compare_radial(first, second)
+    same = compare_distributions(first, second)
     assert 0.3 < same.integrated_absolute_error / same.expected_from_noise < 3.0
     width = 6.0 / 30
     assert same.total_absolute_error == pytest.approx(same.integrated_absolute_error / width)
     crystal = radial_distribution([bulk("Ar", cubic=True) * (2, 2, 2)], r_max=6.0, n_bins=30)
-    assert compare_radial(first, crystal).integrated_absolute_error > 1.0
+    assert compare_distributions(first, crystal).integrated_absolute_error > 1.0
     with pytest.raises(DataError, match="cannot be compared"):
-        compare_radial(first, radial_distribution(ideal_gas(2, 0), r_max=5.0, n_bins=30))
+        compare_distributions(first, radial_distribution(ideal_gas(2, 0), r_max=5.0, n_bins=30))
 
 
 def test_distributions_survive_json():
@@ -217,7 +214,7 @@ def test_distributions_survive_json():
         rdf = radial_distribution(ideal_gas(n_frames, 4), r_max=5.0, n_bins=10)
         copy = RadialDistribution.from_json(json.loads(json.dumps(rdf.to_json(), allow_nan=False)))
         np.testing.assert_array_equal(copy.error, rdf.error)
-        assert compare_radial(copy, rdf).total_absolute_error == 0.0
+        assert compare_distributions(copy, rdf).total_absolute_error == 0.0
 
 
 def test_distributions_refuse_open_and_empty_trajectories():
@@ -228,14 +225,14 @@ def test_distributions_refuse_open_and_empty_trajectories():
 
 
 def test_angles_of_diamond_and_fcc():
-    diamond = angular_distribution([bulk("Si", cubic=True)], cutoff=2.6, n_bins=180)
+    diamond = angular_distributions([bulk("Si", cubic=True)], cutoffs=2.6, n_bins=180)["all"]
     assert diamond.angle[diamond.density > 0] == pytest.approx([109.47], abs=0.5)
-    fcc = angular_distribution([bulk("Cu", cubic=True)], cutoff=3.0, n_bins=36)
+    fcc = angular_distributions([bulk("Cu", cubic=True)], cutoffs=3.0, n_bins=36)["all"]
     weights = fcc.density * 5.0
     assert weights.sum() == pytest.approx(1.0)
     assert weights[fcc.angle > 175] == pytest.approx(6 / 66)  # 66 pairs among 12 neighbors
     with pytest.raises(DataError, match="no atom has two neighbors"):
-        angular_distribution([bulk("Cu", cubic=True)], cutoff=1.0)
+        angular_distributions([bulk("Cu", cubic=True)], cutoffs=1.0)
 
 
 # -- equation of state and elastic constants -----------------------------------------------------

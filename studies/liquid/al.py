@@ -24,8 +24,9 @@ from ase.build import bulk
 from potstill.checkpoint import load_potential
 from potstill.evaluate.base import as_json
 from potstill.evaluate.diffusion import density, diffusion
+from potstill.evaluate.distributions import compare_distributions
 from potstill.evaluate.lammps_md import lammps_engine, run_in_lammps
-from potstill.evaluate.rdf import RadialDistribution, compare_radial, radial_distribution
+from potstill.evaluate.rdf import RadialDistribution, radial_distribution
 from potstill.report.panels import LOOKS, Drawing, Panel, Series
 from potstill.report.plots import write_figure
 from potstill.sample.md import MDJob
@@ -78,7 +79,7 @@ def measure(
     moved = diffusion(frames["energy"], STRIDE)
     return {
         "rdf": g,
-        "beside_reference": compare_radial(g, reference),
+        "beside_reference": compare_distributions(g, reference),
         "closest": closest,
         "closest_in_training": trained,
         "fused": fused(closest, trained),

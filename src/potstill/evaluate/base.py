@@ -11,10 +11,10 @@ import math
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import ase
 import numpy as np
@@ -28,10 +28,12 @@ from potstill.evaluate.tools import is_checkpoint, make_calculator
 from potstill.metrics import metric_of
 from potstill.models.base import Potential
 from potstill.report.panels import Drawing
-from potstill.report.tables import Row
+from potstill.report.tables import Row, Table
 from potstill.report.verdicts import Verdict
 from potstill.sample.supercell import smallest_supercell
 from potstill.structures import Properties, Structures
+
+T = TypeVar("T")
 
 # -- results -------------------------------------------------------------------------------------
 
@@ -145,6 +147,7 @@ class Role(StrEnum):
     STUDENT = "student"
     CONTROL = "control"
     TEACHER = "teacher"
+    REFERENCE = "reference"
     DRAFT = "draft"
     OTHER = "other"
 
@@ -223,6 +226,8 @@ class Bench:
     frames, strides, splits : mapping
         Trajectories, and fs between their frames where it is known, by name of the potential;
         validation sets by name, for OC20's metrics.
+    standard : str
+        Name of the trajectory that others are compared with, if there is one.
     """
 
     settings: BenchSettings
@@ -233,6 +238,19 @@ class Bench:
     frames: Mapping[str, Structures] | None = None
     strides: Mapping[str, float] = dataclasses.field(default_factory=dict)
     splits: Mapping[str, tuple[Structures, Properties]] = dataclasses.field(default_factory=dict)
+    standard: str = ""
+    _memory: dict[Hashable, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, work: Callable[[], T]) -> T:
+        """The result of some work that several candidates share, which is done only once."""
+        if key not in self._memory:
+            self._memory[key] = work()
+        return cast(T, self._memory[key])
+
+    def standard_for(self, candidate: Candidate) -> tuple[str, Structures]:
+        """The trajectory that decides cutoffs and the like: the standard, else the candidate's."""
+        name = self.standard or candidate.name
+        return name, (self.frames or {}).get(name) or self.trajectory_of(candidate)
 
     @property
     def sets(self) -> Mapping[str, tuple[Structures, Properties]]:
@@ -342,6 +360,15 @@ class Findings:
     def teacher(self) -> str:
         """The model that others are compared with: the first teacher."""
         return self._first(Role.TEACHER)
+
+    @property
+    def reference(self) -> str:
+        """The trajectory that those of models are compared with: the first reference."""
+        return self._first(Role.REFERENCE)
+
+    def standard(self, results: Mapping[str, Any]) -> str:
+        """What others are compared with in an evaluation: the reference, else the teacher."""
+        return self.reference if self.reference in results else self.teacher
 
     def _first(self, role: Role) -> str:
         return next((name for name in self.models if self.role(name) is role), str(role))
@@ -457,17 +484,18 @@ class Evaluation(BaseModel, ABC):
 
     @classmethod
     def against(cls, result: Any, teacher: Any) -> dict[str, float]:
-        """Numbers of a result beside the teacher's, by the same keys; none by default."""
+        """Numbers of a result beside the reference's or teacher's, by the same keys."""
         return {}
 
     @classmethod
     def numbers_of(cls, found: Findings) -> dict[str, dict[str, float]]:
-        """Model to its `metrics`, and for others than the teacher to those `against` it."""
+        """Model to its `metrics`, and for others than the standard to those `against` it."""
         results = found.of(cls.name, cls.result)
         numbers = {model: cls.metrics(result) for model, result in results.items()}
-        if found.teacher in results:
-            for model in results.keys() - {found.teacher}:
-                numbers[model] |= cls.against(results[model], results[found.teacher])
+        standard = found.standard(results)
+        if standard in results:
+            for model in results.keys() - {standard}:
+                numbers[model] |= cls.against(results[model], results[standard])
         return numbers
 
     @classmethod
@@ -493,6 +521,11 @@ class Evaluation(BaseModel, ABC):
     @classmethod
     def drawings(cls, found: Findings) -> Iterable[Drawing]:
         """Figures, none by default; those without any series are left out."""
+        return ()
+
+    @classmethod
+    def tables(cls, found: Findings) -> Iterable[Table]:
+        """Tables of their own, besides the rows; none by default."""
         return ()
 
     @classmethod

@@ -1,29 +1,35 @@
-"""Structure of liquids and solids: radial and angular distributions with block errors."""
+"""Radial distributions of liquids and solids, for all atoms alike or for each pair of kinds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations_with_replacement
 
 import ase
 import numpy as np
 from pydantic import Field
 
-from potstill.errors import DataError, DivergenceError, suggest
-from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
-from potstill.neighbors import system_pairs
-from potstill.report.panels import Drawing, Panel, Series
-from potstill.report.tables import Row
-from potstill.soundness import closest_pairs, fused
+from potstill.evaluate.base import Bench, Candidate
+from potstill.evaluate.distributions import (
+    Array,
+    Distribution,
+    DistributionEvaluation,
+    Distributions,
+    Kinds,
+    as_periodic,
+    bins_of,
+    over_frames,
+)
 from potstill.structures import Structures
 
-Array = np.ndarray
+#: Kinds of center and neighbor.
+Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class RadialDistribution(Result):
+class RadialDistribution(Distribution):
     """g(r) averaged over frames.
 
     Parameters
@@ -39,6 +45,8 @@ class RadialDistribution(Result):
     density : float
         Mean number density of the neighbors' kind, 1/Å³.
     n_frames, n_blocks : int
+    blocks : ndarray, optional
+        (n_blocks, n_bins) means of g over the blocks.
     """
 
     r: np.ndarray
@@ -49,71 +57,60 @@ class RadialDistribution(Result):
     density: float
     n_frames: int
     n_blocks: int
+    blocks: np.ndarray | None = None
 
     @property
     def bin_width(self) -> float:
         """Å."""
         return float(self.r[1] - self.r[0]) if len(self.r) > 1 else 2.0 * float(self.r[0])
 
+    @property
+    def label(self) -> str:
+        """The pair."""
+        return self.pair
+
+    @property
+    def values(self) -> np.ndarray:
+        """The values of g."""
+        return self.g
+
+    @property
+    def measure(self) -> np.ndarray:
+        """Width of the bins, Å: r counts alike near and far."""
+        return np.array(self.bin_width)
+
+    @property
+    def counted(self) -> np.ndarray:
+        """Volumes of the shells, Å³."""
+        half = 0.5 * self.bin_width
+        return 4.0 / 3.0 * math.pi * ((self.r + half) ** 3 - (self.r - half) ** 3)
+
+    @property
+    def grid(self) -> tuple[np.ndarray, ...]:
+        """Middles of the bins, Å."""
+        return (self.r,)
+
 
 @dataclass(frozen=True)
-class AngularDistribution(Result):
-    """Distribution of angles between two neighbors of an atom.
+class RadialDistributions(Distributions):
+    """Radial distributions by pair."""
 
-    Parameters
-    ----------
-    angle : ndarray
-        (n_bins,) middles of the bins, degrees.
-    density, error : ndarray
-        (n_bins,) per degree, integrating to one, and its standard error from blocks.
-    cutoff : float
-        How far neighbors reach, Å.
-    n_frames, n_blocks : int
-    """
-
-    angle: np.ndarray
-    density: np.ndarray
-    error: np.ndarray
-    cutoff: float
-    n_frames: int
-    n_blocks: int
+    parts: dict[str, RadialDistribution]  # type: ignore[assignment]
 
 
-@dataclass(frozen=True)
-class RadialDifference(Result):
-    """How far two radial distributions are apart.
-
-    Parameters
-    ----------
-    total_absolute_error : float
-        Sum over bins of abs(g1 - g2), as Matin et al. report it; it grows with the number of bins.
-    integrated_absolute_error : float
-        The same times the width of a bin, Å: comparable between binnings.
-    expected_from_noise : float
-        What `integrated_absolute_error` would be, on average, if both were samples of one and the
-        same liquid with the stated block errors, Å. A difference near it shows nothing.
-    largest : float
-        Largest abs(g1 - g2).
-    """
-
-    total_absolute_error: float
-    integrated_absolute_error: float
-    expected_from_noise: float
-    largest: float
-
-
-def radial_distribution(
+def radial_distributions(
     frames: Structures | Sequence[ase.Atoms],
     *,
     r_max: float = 8.0,
     n_bins: int = 160,
-    pair: tuple[str, str] | None = None,
+    pairs: Sequence[Pair | None] | None = None,
     n_blocks: int = 5,
-) -> RadialDistribution:
-    """Radial distribution function of a trajectory.
+) -> dict[str, RadialDistribution]:
+    """Radial distribution functions of a trajectory, in one pass over its frames.
 
     All periodic images count, so `r_max` may exceed half the cell and the integral of g(r) is the
-    coordination number exactly. An ideal gas of N atoms gives 1 - 1/N below the cell's length.
+    coordination number exactly. An ideal gas of N atoms gives 1 - 1/N below the cell's length, and
+    1 for atoms of two kinds.
 
     Parameters
     ----------
@@ -123,187 +120,110 @@ def radial_distribution(
         Å.
     n_bins : int
         Bins of equal width from zero to `r_max`.
-    pair : (str, str), optional
-        Species of center and neighbor; all atoms alike by default.
+    pairs : sequence of (str, str) or None, optional
+        Kinds of center and neighbor; None among them is all atoms alike. By default every pair of
+        kinds that occur.
     n_blocks : int
         Consecutive blocks whose scatter gives the error; fewer if there are fewer frames.
+
+    Returns
+    -------
+    dict
+        By "A-B", in the order of the species table; "all" for atoms alike or of one kind.
 
     Raises
     ------
     DataError
         If there is no frame, a frame is not fully periodic, or a species does not occur.
     """
-    structures = _as_structures(frames)
-    edges = np.linspace(0.0, r_max, n_bins + 1)
+    structures = as_periodic(frames)
+    kinds = Kinds.of(structures)
+    n, edges = len(kinds), np.linspace(0.0, r_max, n_bins + 1)
     shells = 4.0 / 3.0 * math.pi * np.diff(edges**3)
+    if pairs is None:
+        pairs = [None] if n == 1 else list(combinations_with_replacement(kinds.names, 2))
+    select = np.zeros((len(pairs), n, n))
+    for k, pair in enumerate(pairs):
+        if pair is None:
+            select[k] = 1.0
+        else:
+            select[k, kinds.index(pair[0], structures), kinds.index(pair[1], structures)] = 1.0
+    # (frames, pairs) atoms that are centers and neighbors.
+    around = kinds.numbers @ select.any(axis=2).T
+    among = kinds.numbers @ select.any(axis=1).T
     volumes = structures.volume.numpy()
-    around, among = _masks(structures, pair)
 
     def one_frame(system: int, vectors: Array, center: Array, neighbor: Array) -> Array:
-        first, second = around[system], among[system]
-        counted = first[center] & second[neighbor]
-        distance = np.linalg.norm(vectors[counted], axis=1)
-        neighbors = np.histogram(distance, edges)[0] / first.sum()
-        return np.stack([neighbors, neighbors * volumes[system] / (second.sum() * shells)])
+        kind = kinds[system]
+        bins = bins_of(np.linalg.norm(vectors, axis=1), edges)
+        which = (kind[center] * n + kind[neighbor]) * n_bins + bins
+        counts = np.bincount(which, minlength=n * n * n_bins).reshape(n, n, n_bins)
+        neighbors = np.einsum("pij,ijb->pb", select, counts) / around[system][:, None]
+        density = among[system][:, None] / volumes[system]
+        return np.stack([neighbors, neighbors / (density * shells)])
 
-    table = _per_frame(structures, r_max, one_frame)  # (frames, 2, bins)
-    mean, error = _block_average(table, n_blocks)
-    return RadialDistribution(
-        r=0.5 * (edges[1:] + edges[:-1]),
-        g=mean[1],
-        error=error[1],
-        coordination=np.cumsum(mean[0]),
-        pair="all" if pair is None else "-".join(pair),
-        density=float(np.mean([m.sum() / v for m, v in zip(among, volumes, strict=True)])),
-        n_frames=len(table),
-        n_blocks=min(n_blocks, len(table)),
-    )
-
-
-def compare_radial(first: RadialDistribution, second: RadialDistribution) -> RadialDifference:
-    """Absolute difference of two radial distributions on the same bins.
-
-    Raises
-    ------
-    DataError
-        If bins or pairs differ.
-    """
-    if first.pair != second.pair or not np.array_equal(first.r, second.r):
-        raise DataError(
-            f"radial distributions of {first.pair} up to {first.r[-1]:g} Å and of {second.pair} "
-            f"up to {second.r[-1]:g} Å cannot be compared: give both the same pair, r_max and bins"
+    found = over_frames(structures, r_max, n_blocks, one_frame)  # (blocks, 2, pairs, bins)
+    mean, error = found.mean, found.error
+    densities = (among / volumes[:, None]).mean(axis=0)
+    return {
+        label: RadialDistribution(
+            r=0.5 * (edges[1:] + edges[:-1]),
+            g=mean[1, k],
+            error=error[1, k],
+            coordination=np.cumsum(mean[0, k]),
+            pair=label,
+            density=float(densities[k]),
+            n_frames=len(structures),
+            n_blocks=len(found.means),
+            blocks=found.means[:, 1, k],
         )
-    difference = np.abs(first.g - second.g)
-    noise = math.sqrt(2.0 / math.pi) * np.hypot(first.error, second.error)  # E|N(0, s)|
-    width = first.bin_width
-    return RadialDifference(
-        total_absolute_error=float(difference.sum()),
-        integrated_absolute_error=float(difference.sum() * width),
-        expected_from_noise=float(noise.sum() * width),
-        largest=float(difference.max()),
-    )
+        for k, label in enumerate("all" if pair is None else "-".join(pair) for pair in pairs)
+    }
 
 
-def angular_distribution(
+def radial_distribution(
     frames: Structures | Sequence[ase.Atoms],
     *,
-    cutoff: float,
-    n_bins: int = 90,
+    r_max: float = 8.0,
+    n_bins: int = 160,
+    pair: Pair | None = None,
     n_blocks: int = 5,
-) -> AngularDistribution:
-    """Angular distribution of a trajectory: angles j-i-k between all neighbors within a cutoff.
+) -> RadialDistribution:
+    """Radial distribution of one pair, or of all atoms alike: see `radial_distributions`."""
+    (found,) = radial_distributions(
+        frames, r_max=r_max, n_bins=n_bins, pairs=[pair], n_blocks=n_blocks
+    ).values()
+    return found
+
+
+def first_minimum(distribution: RadialDistribution) -> float:
+    """Where g(r) is lowest between its highest peak and 1.6 times as far, Å."""
+    r, peak = distribution.r, int(distribution.g.argmax())
+    window = (r >= r[peak]) & (r <= 1.6 * r[peak])
+    return float(r[window][distribution.g[window].argmin()])
+
+
+def neighbor_cutoffs(
+    frames: Structures | Sequence[ase.Atoms], *, r_max: float = 12.0
+) -> dict[str, float]:
+    """How far neighbors of each pair of kinds reach: the first minimum of its g(r), Å.
 
     Parameters
     ----------
     frames : Structures or sequence of ase.Atoms
-        Periodic frames in order of time.
-    cutoff : float
-        How far neighbors reach, Å; the first minimum of g(r) is the usual choice.
-    n_bins : int
-        Bins of equal width from 0 to 180 degrees.
-    n_blocks : int
-        As for `radial_distribution`.
-
-    Raises
-    ------
-    DataError
-        If there is no frame, a frame is not fully periodic, or no atom has two neighbors.
+        A trajectory.
+    r_max : float
+        How far peak and minimum may lie, Å.
     """
-    structures = _as_structures(frames)
-    edges = np.linspace(0.0, 180.0, n_bins + 1)
-
-    def one_frame(system: int, vectors: Array, center: Array, neighbor: Array) -> Array:
-        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        first, second = _pairs_of_pairs(center)
-        cosine = np.clip((unit[first] * unit[second]).sum(1), -1.0, 1.0)
-        return np.histogram(np.degrees(np.arccos(cosine)), edges)[0][None].astype(float)
-
-    table = _per_frame(structures, cutoff, one_frame)
-    if not table.any():
-        raise DataError(f"no atom has two neighbors within {cutoff:g} Å: enlarge the cutoff")
-    # Frames weigh by their number of angles: normalize the average, not every frame.
-    table = table / (table.sum(axis=2).mean() * (edges[1] - edges[0]))
-    mean, error = _block_average(table, n_blocks)
-    return AngularDistribution(
-        angle=0.5 * (edges[1:] + edges[:-1]),
-        density=mean[0],
-        error=error[0],
-        cutoff=float(cutoff),
-        n_frames=len(table),
-        n_blocks=min(n_blocks, len(table)),
-    )
-
-
-def _as_structures(frames: Structures | Sequence[ase.Atoms]) -> Structures:
-    structures = frames if isinstance(frames, Structures) else Structures.from_ase(list(frames))
-    if structures.n_systems == 0:
-        raise DataError("a distribution needs at least one frame of a trajectory, not an empty one")
-    if not bool(structures.pbc.all()) or not bool((structures.volume > 0).all()):
-        raise DataError("a distribution needs frames that are periodic along all three axes")
-    return structures
-
-
-def _masks(
-    structures: Structures, pair: tuple[str, str] | None
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Per frame, which atoms are centers and which are neighbors."""
-    offsets = structures.atom_offsets.tolist()
-    species = structures.species.numpy()
-    names = structures.species_table.names
-    masks = []
-    for name in pair or ("", ""):
-        if pair is not None and name not in names:
-            raise DataError(f"the trajectory holds no {name}{suggest(name, names)}")
-        mask = species == names.index(name) if pair is not None else np.ones(len(species), bool)
-        masks.append([mask[a:b] for a, b in pairwise(offsets)])
-        for system, part in enumerate(masks[-1]):
-            if not part.any():
-                raise DataError(f"{structures.name_of(system)} holds no {name or 'atom'}")
-    return masks[0], masks[1]
-
-
-def _per_frame(
-    structures: Structures,
-    cutoff: float,
-    histogram: Callable[[int, Array, Array, Array], Array],
-) -> np.ndarray:
-    """Stack `histogram(system, vectors, center, neighbor)` over the frames."""
-    positions, cells = structures.positions.numpy(), structures.cell.numpy()
-    rows = []
-    for system, (a, b) in enumerate(pairwise(structures.atom_offsets.tolist())):
-        here, cell = positions[a:b], cells[system]
-        center, neighbor, shift = system_pairs(here, cell, np.ones(3, dtype=bool), cutoff)
-        vectors = here[neighbor] - here[center] + shift @ cell
-        rows.append(histogram(system, vectors, center, neighbor))
-    return np.stack(rows)
-
-
-def _pairs_of_pairs(center: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (a, b), a < b, of all pairs that share a center; `center` is sorted."""
-    counts = np.bincount(center)
-    starts = np.cumsum(counts) - counts
-    pairs = [np.zeros((2, 0), int)]
-    for count in np.unique(counts[counts > 1]):
-        base = starts[counts == count][:, None]
-        pairs.append(np.stack([(base + k).ravel() for k in np.triu_indices(count, k=1)]))
-    first, second = np.concatenate(pairs, axis=1)
-    return first, second
-
-
-def _block_average(table: np.ndarray, n_blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the first axis and its standard error from consecutive blocks."""
-    n_blocks = min(n_blocks, len(table))
-    if n_blocks < 2:
-        return table.mean(axis=0), np.full(table.shape[1:], np.nan)
-    means = np.stack([block.mean(axis=0) for block in np.array_split(table, n_blocks)])
-    return table.mean(axis=0), means.std(axis=0, ddof=1) / math.sqrt(n_blocks)
+    found = radial_distributions(frames, r_max=r_max, n_bins=round(20 * r_max))
+    return {pair: first_minimum(g) for pair, g in found.items()}
 
 
 # -- the evaluation ------------------------------------------------------------------------------
 
 
-class Rdf(Evaluation):
-    """Radial distribution in molecular dynamics, beside the teacher's.
+class Rdf(DistributionEvaluation):
+    """Radial distributions in molecular dynamics, beside the reference's or the teacher's.
 
     Parameters
     ----------
@@ -312,124 +232,28 @@ class Rdf(Evaluation):
     n_bins : int
         Bins of equal width from zero to `r_max`.
     pair : (str, str), optional
-        Species of center and neighbor; all atoms alike by default.
+        Species of center and neighbor; by default every pair of species.
     """
 
     name = "rdf"
     title = "radial distribution"
-    result = RadialDistribution
-    section = "Dynamics"
-    needs = "frames"
+    result = RadialDistributions
+    symbol = "g(r)"
+    unit = "Å"
+    key = "rdf"
+    axes = ("r (Å)", "g(r)")
 
     r_max: float = Field(default=8.0, gt=0)
     n_bins: int = Field(default=160, ge=1)
-    pair: tuple[str, str] | None = None
+    pair: Pair | None = None
 
-    def run(self, bench: Bench, candidate: Candidate) -> RadialDistribution:
-        """Take the distribution of the candidate's trajectory."""
-        frames = bench.trajectory_of(candidate)
-        if symptom := fused(closest_pairs(frames), candidate.trained_on.get("shortest_distances")):
-            raise DivergenceError(f"its trajectory is unsound: {symptom}")
-        return radial_distribution(frames, r_max=self.r_max, n_bins=self.n_bins, pair=self.pair)
-
-    @classmethod
-    def rows(cls, found: Findings) -> Iterable[Row]:
-        """Distance from the teacher's g(r), and what chance alone would give."""
-        teacher, others = _beside_teacher(found)
-        apart = {m: compare_radial(d, teacher) for m, d in others.items() if teacher}
-        labels = {
-            "g(r): integrated distance from the teacher's (Å)": "integrated_absolute_error",
-            "g(r): distance expected from noise (Å)": "expected_from_noise",
-            "g(r): sum over bins of absolute differences": "total_absolute_error",
-        }
-        yield from cls.attribute_rows(apart, labels)
-
-    @classmethod
-    def drawings(cls, found: Findings) -> Iterable[Drawing]:
-        """g(r), and its difference from the teacher's."""
-        g = found.of(cls.name, RadialDistribution)
-        series = [
-            Series(m, d.r, d.g, y_spread=np.nan_to_num(d.error), kind="line") for m, d in g.items()
-        ]
-        panels = [Panel("r (Å)", "g(r)", series, "Distribution", from_zero=True)]
-        teacher, others = _beside_teacher(found)
-        differences = [
-            Series(m, d.r, d.g - teacher.g, kind="line",
-                   y_spread=np.nan_to_num(np.hypot(d.error, teacher.error)))
-            for m, d in others.items() if teacher
-        ]  # fmt: skip
-        if differences:
-            panels.append(
-                Panel("r (Å)", "Difference in g(r)", differences, "Minus teacher", zero_line=True)
-            )
-        caption = (
-            "Radial distribution in molecular dynamics, and its difference from the teacher's; "
-            "bands are standard errors from blocks of the trajectories."
+    def run(self, bench: Bench, candidate: Candidate) -> RadialDistributions:
+        """Take the distributions of the candidate's trajectory."""
+        found = radial_distributions(
+            self.frames_of(bench, candidate),
+            r_max=self.r_max,
+            n_bins=self.n_bins,
+            pairs=self.pair and [self.pair],
+            n_blocks=self.n_blocks,
         )
-        yield Drawing("rdf", "Radial distribution", caption, panels)
-
-
-def _beside_teacher(
-    found: Findings,
-) -> tuple[RadialDistribution | None, dict[str, RadialDistribution]]:
-    """The teacher's distribution, and those of other models on the same bins."""
-    others = found.of(Rdf.name, RadialDistribution)
-    teacher = others.pop(found.teacher, None)
-    if teacher is None:
-        return None, {}
-    return teacher, {m: d for m, d in others.items() if np.array_equal(d.r, teacher.r)}
-
-
-class Adf(Evaluation):
-    """Distribution of the angles between neighbors in molecular dynamics.
-
-    Parameters
-    ----------
-    cutoff : float, optional
-        How far neighbors reach, Å; the first minimum of g(r) by default.
-    """
-
-    name = "adf"
-    title = "angular distribution"
-    result = AngularDistribution
-    section = "Dynamics"
-    needs = "frames"
-    on_request = True
-
-    cutoff: float | None = Field(default=None, gt=0)
-
-    def run(self, bench: Bench, candidate: Candidate) -> AngularDistribution:
-        """Take the distribution of the candidate's trajectory."""
-        frames = bench.trajectory_of(candidate)
-        cutoff = self.cutoff or first_minimum(radial_distribution(frames))
-        return angular_distribution(frames, cutoff=cutoff)
-
-    @classmethod
-    def rows(cls, found: Findings) -> Iterable[Row]:
-        """Reach of the neighbors, and where the distribution peaks."""
-        results = found.of(cls.name, AngularDistribution)
-        if results:
-            reach = {m: r.cutoff for m, r in results.items()}
-            yield Row("Neighbors of the angles reach to (Å)", reach)
-            peaks = {m: float(r.angle[r.density.argmax()]) for m, r in results.items()}
-            yield Row("Most frequent angle (°)", peaks)
-
-    @classmethod
-    def drawings(cls, found: Findings) -> Iterable[Drawing]:
-        """The distributions."""
-        series = [
-            Series(m, r.angle, r.density, y_spread=np.nan_to_num(r.error), kind="line")
-            for m, r in found.of(cls.name, AngularDistribution).items()
-        ]
-        caption = (
-            "Angles between neighbors in molecular dynamics; bands are standard errors from blocks."
-        )
-        panel = Panel("Angle (°)", "Density (1/°)", series, from_zero=True)
-        yield Drawing("adf", "Angular distribution", caption, [panel])
-
-
-def first_minimum(distribution: RadialDistribution) -> float:
-    """Where g(r) is lowest between its highest peak and 1.6 times as far, Å."""
-    r, peak = distribution.r, int(distribution.g.argmax())
-    window = (r >= r[peak]) & (r <= 1.6 * r[peak])
-    return float(r[window][distribution.g[window].argmin()])
+        return RadialDistributions(found)

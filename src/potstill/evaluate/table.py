@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from potstill.errors import PotstillError, suggest
+from potstill.evaluate.adf import Adf, CoordinationEvaluation
 from potstill.evaluate.base import Bench, Candidate, Evaluation
 from potstill.evaluate.defects import DefectsEvaluation
 from potstill.evaluate.diffusion import DensityEvaluation, DiffusionEvaluation
@@ -22,7 +23,7 @@ from potstill.evaluate.memory import Memory
 from potstill.evaluate.nve import NVE
 from potstill.evaluate.parity import Parity
 from potstill.evaluate.phonons import PhononsEvaluation
-from potstill.evaluate.rdf import Adf, Rdf
+from potstill.evaluate.rdf import Rdf
 from potstill.evaluate.speed import InferenceThroughput, Speed
 from potstill.evaluate.vibrations import VibrationsEvaluation
 
@@ -42,6 +43,7 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
         Expansion,
         Rdf,
         Adf,
+        CoordinationEvaluation,
         DiffusionEvaluation,
         DensityEvaluation,
         Melting,

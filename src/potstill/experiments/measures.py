@@ -23,8 +23,9 @@ from potstill.distill.taps import CHOSEN_PAIRS, TapPair
 from potstill.errors import PotstillError
 from potstill.evaluate.base import Bench, BenchSettings, Candidate
 from potstill.evaluate.cka import cka_matrix, linear_probes
+from potstill.evaluate.distributions import compare_distributions
 from potstill.evaluate.memory import memory_per_atom
-from potstill.evaluate.rdf import RadialDistribution, compare_radial, radial_distribution
+from potstill.evaluate.rdf import RadialDistribution, radial_distribution
 from potstill.evaluate.speed import inference_throughput, md_speed
 from potstill.evaluate.table import EVALUATIONS, Options, attempt, make_evaluations
 from potstill.experiments.run import RunRecord, best_of, held_out_errors
@@ -294,7 +295,7 @@ def _distribution(found: Mapping[str, Any]) -> RadialDistribution | None:
 def _difference(
     key: str, own: RadialDistribution, other: RadialDistribution
 ) -> dict[str, float | None]:
-    difference = compare_radial(own, other)
+    difference = compare_distributions(own, other)
     return {
         key: difference.integrated_absolute_error,
         f"{key}_sum": difference.total_absolute_error,

@@ -35,6 +35,8 @@ from potstill.evaluate.table import (
 from potstill.readers import as_slice
 from potstill.readers.ase import read_text
 from potstill.report.plots import write_figure
+from potstill.store import LabeledStore
+from potstill.structures import Structures
 from potstill.train import TrainingSet
 from potstill.workflows.base import (
     Display,
@@ -45,7 +47,7 @@ from potstill.workflows.base import (
     read_start,
     write_json,
 )
-from potstill.workflows.data import FileData, read_labeled
+from potstill.workflows.data import FileData, is_store, read_labeled
 
 #: Files of the evaluations that do not apply, and of the models' roles.
 SKIPPED, ROLES = "skipped.json", "roles.json"
@@ -75,14 +77,29 @@ class TestedModel(TeacherSettings):
 class TrajectoryData(FileData):
     """A trajectory of molecular dynamics in one file: of `potstill md`, a dump of LAMMPS, others.
 
+    A label store is one as well: its structures, in their order.
+
     Parameters
     ----------
     stride : float, optional
         Time between two frames that are read, fs. Files of `potstill md` and dumps of LAMMPS with
         `dump_modify time yes` (in ps) say it themselves.
+    role : {"student", "control", "teacher", "reference", "other"}, optional
+        Of a trajectory without a model: others are compared with the reference, else the teacher.
+        By default the one that its name starts with.
     """
 
     stride: float | None = Field(default=None, gt=0)
+    role: Role | None = None
+
+    def frames(self) -> Structures:
+        """Read the frames."""
+        if not is_store(self.path):
+            return self.read()[0]
+        stored = LabeledStore.open(self.path)
+        wanted = range(stored.n_systems)[as_slice(self.index)]
+        structures = stored.structures()
+        return structures if len(wanted) == len(structures) else structures.select(list(wanted))
 
     def time_between_frames(self) -> float | None:
         """In fs, if it is given or the file says it.
@@ -92,12 +109,13 @@ class TrajectoryData(FileData):
         DataError
             If the frames are not equally far apart.
         """
-        if self.stride is not None:
+        if self.stride is not None or is_store(self.path):
             return self.stride
         text = read_text(Path(self.path))
         times = [1.0 * float(x) for x in re.findall(r"\btime_fs=([\d.eE+-]+)", text)]
         times = times or [1e3 * float(x) for x in re.findall(r"ITEM: TIME\n\s*(\S+)", text)]
         steps = np.diff(times[as_slice(self.index)])
+        steps = steps[steps > 0.0]  # time begins anew with every replica
         if len(steps) and not np.allclose(steps, steps[0], rtol=1e-6, atol=1e-3):
             raise DataError(
                 f"the frames of {self.path} are not equally far apart in time: choose some by "
@@ -126,13 +144,14 @@ class EvaluateConfig(Settings):
     structure : str, optional
         Starting structure for properties and MD; without it only errors are computed.
     trajectories : dict of str to TrajectoryData
-        Trajectories for `rdf`, `adf`, `density` and `diffusion`, by the names of the models that
-        made them, or any other names.
+        Trajectories for `rdf`, `adf`, `cdf`, `coordination`, `density`, `diffusion` and `pressure`,
+        by the names of the models that made them, or any other names. Distributions are compared
+        with those of the first one called `reference...`, else `teacher...`.
     tests : dict of str to dict, or list of str, optional
         Evaluations (`potstill.evaluate.table`) to run, with their settings if any:
         `{eos: {}, nve: {duration: 5}}`. By default all that apply, except `throughput`,
-        `defects`, `expansion`, `adf`, `diffusion`, `melting` and `headroom`, and `s2ef` only with
-        `splits`.
+        `defects`, `expansion`, `adf`, `cdf`, `coordination`, `diffusion`, `pressure`, `melting`,
+        `stability` and `headroom`, and `s2ef` only with `splits`.
     options : dict of str to dict
         Settings of evaluations, whether or not `tests` names them.
     settings : BenchSettings
@@ -266,15 +285,25 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
     """
     frames, strides = {}, {}
     for name, file in config.trajectories.items():
-        frames[name] = file.read()[0]
+        frames[name] = file.frames()
         if (stride := file.time_between_frames()) is not None:
             strides[name] = stride
+    models = [Candidate(name, m.spec, m.args, m.role) for name, m in config.models.items()]
+    known = {model.name: model for model in models}
+    moving = [
+        known.get(name) or Candidate(name, spec="", role=config.trajectories[name].role)
+        for name in frames
+    ]
+    standards = (
+        c.name for role in (Role.REFERENCE, Role.TEACHER) for c in moving if c.role is role
+    )
     bench = Bench(
         settings=config.settings,
         structure=None if config.structure is None else read_start(config.structure)[0],
         channel="reference" if config.source == "reference" else "teacher",
         frames=frames,
         strides=strides,
+        standard=next(standards, ""),
         splits={name: file.read() for name, file in config.splits.items()},
         **_held_out(config),
     )
@@ -287,16 +316,15 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
     ]
     for name in names:
         every[name].require(bench)
-    models = [Candidate(name, m.spec, m.args, m.role) for name, m in config.models.items()]
-    known = {model.name: model for model in models}
-    moving = [known.get(name) or Candidate(name, spec="") for name in frames]
     claim_folder(Path(config.out), config)
     chosen = [(every[name], moving if every[name].needs == "frames" else models) for name in names]
     found = run_evaluations(bench, chosen, Path(config.out), display or Display())
     for name in names if frames else ():
         for drawing in every[name].drawings(found):
-            if any(panel.series for panel in drawing.panels):
+            if not drawing.empty:
                 write_figure(Path(config.out), drawing)
+        for table in every[name].tables(found):
+            table.write(Path(config.out))
     return found
 
 
