@@ -25,6 +25,7 @@ from potstill.models.hipnn import HIPNN as HIPNN
 from potstill.models.hyper import Hyperparameters as Hyperparameters
 from potstill.models.linear import SNAP as SNAP
 from potstill.models.painn import PaiNN as PaiNN
+from potstill.models.pair import PairPotential as PairPotential
 from potstill.models.prior import ZBL as ZBL
 from potstill.models.schnet import SchNet as SchNet
 from potstill.models.sums import SpeciesOffsets as SpeciesOffsets
@@ -37,6 +38,7 @@ MODELS: dict[str, type[Potential]] = {
     "ani": ANI,
     "gemnet_oc": GemNetOC,
     "snap": SNAP,
+    "pair": PairPotential,
     "schnet": SchNet,
     "painn": PaiNN,
     "zbl": ZBL,
