@@ -16,7 +16,7 @@ from potstill.models.base import Edges, LocalOutput, Potential
 from potstill.models.engines import FirstOrder, Pairs, spelled_out
 from potstill.models.graph import forces_from_pairs, virial_from_pairs
 from potstill.models.hyper import Hyperparameters
-from potstill.neighbors import pair_vectors
+from potstill.neighbors import build_neighbor_list, pair_vectors
 from potstill.species import SpeciesTable
 from potstill.structures import Structures
 
@@ -180,6 +180,36 @@ class PairPotential(Potential):
                 first, weight = self.basis(r.to(self.dtype), derivative)
                 values.append((self._windows[:, first] * weight).sum(dim=2))
         return values[0], -values[1]
+
+    @torch.no_grad()
+    def first_distances(self, structures: Structures, least: int = 50) -> dict[str, float]:
+        """Where the first interval between knots begins that pairs of atoms are found in.
+
+        Parameters
+        ----------
+        structures : Structures
+            A data set.
+        least : int
+            How many pairs make an interval count.
+
+        Returns
+        -------
+        dict
+            By pair of species, Å; without those that are never so near.
+        """
+        structures = structures.with_species_table(self.species_table)
+        counts = torch.zeros(self.coefficients.numel(), dtype=torch.int64)
+        for systems in structures.batches(4096):
+            part = structures.select(systems)
+            list_ = build_neighbor_list(part, self.cutoff)
+            r = torch.linalg.vector_norm(pair_vectors(part, list_), dim=1)
+            interval = (r / self.spacing).long().clamp(max=self.n_knots - 1)
+            rows = self.pair_rows(part.species, list_.center, list_.neighbor)
+            counts += torch.bincount(rows * self.n_knots + interval, minlength=len(counts))
+        seen = counts.view_as(self.coefficients) >= 2 * least  # both directions are in the list
+        firsts = seen.int().argmax(dim=1).tolist()
+        starts = zip(self.pairs, firsts, seen.any(dim=1).tolist(), strict=True)
+        return {pair: self.spacing * first for pair, first, found in starts if found}
 
     @torch.no_grad()
     def continue_inward(self, start: Mapping[str, float]) -> None:
