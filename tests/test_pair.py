@@ -237,6 +237,6 @@ def test_the_command_fits_beads_from_a_store(tmp_path):
     wrong.write_text(config.read_text().replace("spacing", "spacin"))
     result = CliRunner().invoke(app, ["fit", str(wrong), "--out", str(tmp_path / "other")])
     assert result.exit_code == 2
-    assert "unknown key 'spacin' in 'model': did you mean 'spacing'" in " ".join(
+    assert "unknown key 'spacin' in 'model'; did you mean 'spacing'" in " ".join(
         result.output.split()
     )
