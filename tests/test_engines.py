@@ -78,6 +78,7 @@ class NumpyKernels:
         *,
         zbl: ZblParameters | None,
         virial: bool,
+        n_threads: int = 1,
     ) -> MdResult:
         assert zbl is None
         system = structure_of(species, positions, cell)

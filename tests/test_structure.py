@@ -18,6 +18,7 @@ from potstill.evaluate.adf import (
     angular_distributions,
     coordination,
 )
+from potstill.evaluate.cdf import CombinedDistributions, combined_distributions
 from potstill.evaluate.distributions import bins_of, compare_distributions
 from potstill.evaluate.rdf import (
     RadialDistribution,
@@ -145,6 +146,73 @@ def test_bins_are_those_of_numpy():
     values = np.concatenate([7.3 * rng.random(1000), edges, np.nextafter(edges[1:], 0.0)])
     counts = np.bincount(bins_of(values, edges), minlength=40)
     np.testing.assert_array_equal(counts, np.histogram(values, edges)[0])
+
+
+# -- distance and angle together -----------------------------------------------------------------
+
+
+def test_the_combined_distribution_of_an_ideal_gas_is_one_everywhere():
+    found = combined_distributions(
+        gas(120, 11), cutoffs={"A-A": 4.0, "A-B": 5.0, "B-B": 4.5}, n_r=6, r_max=6.0, n_angles=6,
+        n_blocks=10,
+    )  # fmt: skip
+    assert len(found) == 8
+    counts = {"A": 60, "B": 30}
+    for triple, part in found.items():
+        a, b, c = triple.split("-")
+        # Two, or all three, of one kind: not every atom is a choice again.
+        choices = counts[a] - (a == b), counts[c] - (c == b) - (c == a)
+        expected = choices[0] * choices[1] / (counts[a] * counts[c])
+        pull = (part.g - expected)[1:] / part.error[1:]
+        assert np.sqrt(np.mean(pull**2)) < 2.0
+        mean = (part.g * part.counted).sum() / part.counted.sum()
+        assert mean == pytest.approx(expected, rel=0.05)
+
+
+def test_combined_distributions_are_counted_as_they_are_defined():
+    frames, cutoffs = gas(2, 12, (14, 10)), {"A-A": 5.0, "A-B": 6.0, "B-B": 5.5}
+    found = combined_distributions(frames, cutoffs=cutoffs, n_r=5, r_max=6.0, n_angles=4)
+    kind, n = frames.species[:24].numpy(), 24
+    counts = {triple: np.zeros((5, 4)) for triple in found}
+    for system in range(2):
+        x = frames[system].positions.numpy()
+        vectors = x[None] - x[:, None]
+        vectors -= LENGTH * np.rint(vectors / LENGTH)  # 6 Å is half the cell: one image each
+        for i, j, k in np.ndindex(n, n, n):
+            r, s = np.linalg.norm(vectors[i, j]), np.linalg.norm(vectors[i, k])
+            a, b, c = ("AB"[kind[m]] for m in (j, i, k))
+            if len({i, j, k}) == 3 and r < 6.0 and s <= cutoffs["-".join(sorted((b, c)))]:
+                cosine = vectors[i, j] @ vectors[i, k] / (r * s)
+                angle = np.degrees(np.arccos(cosine))
+                counts[f"{a}-{b}-{c}"][int(r / 1.2), int(angle / 45.0)] += 0.5
+    for triple, part in found.items():
+        number = {"A": 14, "B": 10}
+        a, b, c = triple.split("-")
+        sphere = 4.0 / 3.0 * math.pi * part.cutoff**3
+        ideal = number[a] * number[b] * number[c] * sphere * part.counted / LENGTH**6
+        np.testing.assert_allclose(part.g * ideal, counts[triple], atol=1e-3)
+
+
+def test_combined_distributions_of_rock_salt():
+    """Chlorine beside sodium: the angles between its six neighbors, at their one distance."""
+    found = combined_distributions(
+        rock_salt(), cutoffs=3.2, r_max=6.0, n_r=24, n_angles=36, triples=["Cl-Na-Cl"]
+    )
+    (part,) = found.values()
+    at, angles = np.nonzero(part.g)
+    neighbors = part.r[at] < 3.0
+    assert set(part.r[at[neighbors]]) == {2.875}
+    straight = {x for x in part.angle[angles[neighbors]] if not 85 < x < 95}
+    assert straight == {177.5}
+    # Over all directions it is g(r) times the six neighbors, of which one is j itself if near.
+    g = radial_distribution(rock_salt(), r_max=6.0, n_bins=24, pair=("Na", "Cl"))
+    share = part.measure / part.measure.sum(axis=1, keepdims=True)
+    ideal = 4.0 / 3.0 * math.pi * part.cutoff**3 * g.density
+    np.testing.assert_allclose(
+        (part.g * share).sum(axis=1) * ideal, g.g * np.where(part.r < 3.2, 5, 6), atol=1e-3
+    )
+    with pytest.raises(ConfigError, match="no triple Cl-Na-F"):
+        combined_distributions(rock_salt(), cutoffs=3.2, triples=["Cl-Na-F"])
 
 
 # -- other programs --------------------------------------------------------------------------------
@@ -298,6 +366,7 @@ def test_results_survive_json_and_older_files_are_read():
         (RadialDistributions, radial_distributions(frames, n_bins=10)),
         (AngularDistributions, angular_distributions(frames, cutoffs=4.0)),
         (Coordination, coordination(frames, cutoffs=4.0)),
+        (CombinedDistributions, combined_distributions(frames, cutoffs=4.0)),
     ):
         result = kind(parts)
         copy = kind.from_json(json.loads(json.dumps(result.to_json(), allow_nan=False)))
@@ -321,16 +390,17 @@ def test_trajectories_of_beads_are_judged_beside_the_reference(tmp_path):
     crowded = crowded.with_fields(positions=positions.view(-1, 3))
     LabeledStore.create(tmp_path / "control.zarr").append(crowded)
     out = tmp_path / "out"
+    near = {"cutoff": 4.0}
     config = EvaluateConfig(
         trajectories={n: f"{tmp_path / n}.zarr" for n in ("student", "control", "reference")},
-        tests={"rdf": {"n_bins": 20}, "adf": {"cutoff": 4.0}, "coordination": {"cutoff": 4.0}},
+        tests={"rdf": {"n_bins": 20}, **dict.fromkeys(("adf", "cdf", "coordination"), near)},
         out=str(out),
     )
     found = evaluate(config)
     rows = {row[:2]: row for row in _csv(out / "rdf_differences.csv")}
     assert rows[("control", "A-A")][-1] == "clear"
     assert rows[("student", "mean")][-1] == "unclear"
-    for name in ("rdf", "adf", "coordination"):
+    for name in ("rdf", "adf", "cdf", "coordination"):
         assert (out / f"{name}.png").is_file()
         assert (out / f"{name}_differences.csv").is_file()
     (sentence,) = (line for line in verdicts(found) if "g(r)" in line)

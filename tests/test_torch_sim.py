@@ -95,7 +95,7 @@ def test_lists_last_while_nothing_can_be_missing():
     generator = np.random.default_rng(0)
     frames, n_lists = batch(), 0
     for step in range(30):
-        last = [kept.pairs for kept in model._kept] or [None] * 3
+        last = [kept.pairs for kept in model._calculator._kept] or [None] * 3
         for atoms in frames:
             atoms.positions += 0.03 * generator.standard_normal(atoms.positions.shape)
         if step == 10:
@@ -106,7 +106,8 @@ def test_lists_last_while_nothing_can_be_missing():
         expected = np.concatenate([in_ase(potential, atoms)["forces"] for atoms in frames])
         np.testing.assert_allclose(found["forces"], expected, rtol=0, atol=1e-11)
         n_lists += sum(
-            kept.pairs is not old for kept, old in zip(model._kept, last or [None] * 3, strict=True)
+            kept.pairs is not old
+            for kept, old in zip(model._calculator._kept, last or [None] * 3, strict=True)
         )
     assert 3 < n_lists < 45
 

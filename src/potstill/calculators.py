@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -295,6 +296,136 @@ class PotstillCalculator(Calculator):
     def _warn(self, kind: str, message: str) -> None:
         self._warned.add(kind)
         warnings.warn(f"extrapolation: {message}", ExtrapolationWarning, stacklevel=2)
+
+
+# -- batches -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A system, or a whole batch, where its neighbor list was made."""
+
+    structures: Structures
+    pairs: Pairs
+
+
+class BatchCalculator:
+    """Energies and forces of a batch of systems whose atoms move.
+
+    Models that native kernels serve are evaluated by them, system by system: a call is quick, and
+    needs no tensor of the size of all lists. Systems, not atoms, are what torch's threads share
+    then. Other models are evaluated in one batch by PyTorch. Neighbor lists reach `skin` farther
+    than the potential and last until atoms have moved.
+
+    Parameters
+    ----------
+    potential : Potential
+        A model, on its device.
+    skin : float
+        Å.
+    """
+
+    def __init__(self, potential: Potential, skin: float = 1.0) -> None:
+        if skin < 0:
+            raise ModelError(f"the skin must not be negative: {skin} Å")
+        self.potential = potential
+        self.skin = float(skin)
+        self._kept: list[_Kept | None] = []
+        self._pool: ThreadPoolExecutor | None = None
+
+    def forget(self) -> None:
+        """Make neighbor lists anew at the next call: their order decides the last digits."""
+        self._kept = []
+
+    def compute(self, structures: Structures, *, stress: bool = False) -> dict[str, Tensor]:
+        """`energy` (S,), `forces` (N, 3) and, if asked, `stress` (S, 3, 3) in float64, eV and Å.
+
+        The structures are in the potential's species table, and on the CPU for native kernels. The
+        stress is NaN without full periodicity.
+        """
+        native = self.potential.native_parts()
+        if native is None or native.network is None:
+            return self._by_torch(structures, stress)
+        offsets = structures.atom_offsets.tolist()
+        self._kept = [*self._kept, *[None] * structures.n_systems][: structures.n_systems]
+        found = {
+            "energy": torch.empty(structures.n_systems, dtype=torch.float64),
+            "forces": torch.empty_like(structures.positions),
+        }
+        if stress:
+            found["stress"] = torch.full_like(structures.cell, torch.nan)
+        n_threads = torch.get_num_threads()
+        shared = n_threads > 1 and structures.n_systems > 1
+
+        def one_system(s: int) -> None:
+            atoms = slice(offsets[s], offsets[s + 1])
+            system, pairs = self._with_list(s, structures, atoms)
+            periodic = stress and bool(system.pbc.all())
+            one = 1 if shared else None
+            result = native.evaluate(system, pairs, virial=periodic, n_threads=one)
+            found["energy"][s] = result.energies.sum()
+            assert result.forces is not None
+            found["forces"][atoms] = result.forces
+            if periodic:
+                assert result.virial is not None
+                found["stress"][s] = 0.5 * (result.virial + result.virial.T) / system.volume[0]
+
+        if shared:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(n_threads)
+            list(self._pool.map(one_system, range(structures.n_systems)))
+        else:
+            for s in range(structures.n_systems):
+                one_system(s)
+        return found
+
+    def _with_list(
+        self, s: int, structures: Structures, atoms: slice
+    ) -> tuple[Structures, CompactNeighbors]:
+        """A system of the batch and its list, made anew if a pair might be missing.
+
+        Another system may come to a place: then atoms are others, or have moved far.
+        """
+        kept = self._kept[s]
+        if (
+            kept is not None
+            and isinstance(kept.pairs, CompactNeighbors)
+            and torch.equal(kept.structures.species, structures.species[atoms])
+            and torch.equal(kept.structures.pbc[0], structures.pbc[s])
+        ):
+            positions, cell = structures.positions[atoms], structures.cell[s : s + 1]
+            system = kept.structures.with_fields(positions=positions, cell=cell)
+            if list_holds(kept.structures, system, self.potential.cutoff, self.skin):
+                return system, kept.pairs
+        system = _copy(structures[s])
+        pairs = build_compact_neighbors(system, self.potential.cutoff + self.skin)
+        self._kept[s] = _Kept(system, pairs)
+        return system, pairs
+
+    def _by_torch(self, structures: Structures, stress: bool) -> dict[str, Tensor]:
+        """All systems in one batch, with one list for all."""
+        kept = self._kept[0] if self._kept else None
+        if kept is None or not self._lasts(kept, structures):
+            pairs = build_neighbor_list(structures, self.potential.cutoff + self.skin)
+            kept = _Kept(_copy(structures), pairs)
+            self._kept = [kept]
+        assert isinstance(kept.pairs, NeighborList)
+        near, _ = pairs_within(structures, kept.pairs, self.potential.cutoff)
+        device = self.potential.device
+        wanted = ["energy", "forces", *(["stress"] if stress else [])]
+        found = self.potential.predict(structures.to(device), near.to(device), wanted)
+        return {name: value.detach() for name, value in found.properties.values.items()}
+
+    def _lasts(self, kept: _Kept, structures: Structures) -> bool:
+        """Whether the list of a batch is still good, for cells that do not change."""
+        same = isinstance(kept.pairs, NeighborList) and all(
+            torch.equal(getattr(kept.structures, name), getattr(structures, name))
+            for name in ("species", "cell", "pbc", "system_index")
+        )
+        if not same or structures.n_atoms == 0:
+            return same
+        steps = torch.linalg.vector_norm(structures.positions - kept.structures.positions, dim=1)
+        return 2.0 * float(steps.max()) <= self.skin
 
 
 def _copy(structures: Structures) -> Structures:

@@ -153,6 +153,7 @@ def _vocabulary() -> tuple[Metric, ...]:
         Metric("nve_slope", "NVE slope", "meV/atom/ps"),
         Metric("nve_fluctuation", "NVE fluctuation", "meV/atom"),
         Metric("nve_duration", "NVE duration", "ps"),
+        Metric("failed_runs", "Runs that failed"),
     )
 
 

@@ -1,6 +1,7 @@
 """Whether a frame of dynamics is still the system it started from: no fused atoms, no fragments.
 
-Neither needs a cell: an explosion in vacuum changes no volume. Two atoms are bonded where they are
+Neither needs a cell: an explosion in vacuum changes no volume. A liquid has a reference besides:
+distances that it never takes, and holes that it never has. Two atoms are bonded where they are
 closer than 1.3 times the sum of their covalent radii, and stay so up to twice that sum, well past
 every stretched bond. A structure has come apart when its atoms, linked by the latter, form more
 fragments than the bonds of the start do. Molecules that drift apart in a gas, and noble gases,
@@ -19,9 +20,11 @@ import torch
 from ase.data import covalent_radii
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 
 from potstill.neighbors import build_neighbor_list, shortest_distances, system_pairs
 from potstill.structures import Structures
+from potstill.units import BOLTZMANN, FS_IN_ASE_TIME
 
 #: A bond, and how far it may be stretched, over the sum of the covalent radii.
 BONDED, TORN = 1.3, 2.0
@@ -31,6 +34,12 @@ FUSED = 0.7
 FUSED_RADII = 0.5
 #: Neighbor lists of many frames are made for so many atoms at a time.
 _ATOMS_AT_A_TIME = 20_000
+#: A liquid has lost its density where a hole is this many times as wide as any of the reference.
+WIDER = 1.5
+#: Frames of a reference that are looked through for holes.
+_LOOKED_THROUGH = 50
+#: Kinetic temperatures fluctuate; this many standard deviations are no fluctuation.
+_HOT = 10.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,69 @@ def trained_distances(calculator: object) -> Mapping[str, float] | None:
     """Shortest distances in training by pair, Å, if a calculator knows what it was trained on."""
     info = getattr(calculator, "info", None) or {}
     return (info.get("trained_on") or {}).get("shortest_distances")
+
+
+@dataclass(frozen=True)
+class Liquid:
+    """What a trajectory of a liquid shows that later dynamics are judged by.
+
+    Parameters
+    ----------
+    shortest : dict of str to float
+        Shortest distance by pair of species, Å.
+    widest : float
+        Radius of the widest hole, Å; infinite where nobody looked.
+    """
+
+    shortest: dict[str, float]
+    widest: float = math.inf
+
+    @classmethod
+    def of(cls, frames: Structures, cutoff: float = 8.0) -> Liquid:
+        """Look at a periodic trajectory, for distances up to the cutoff in Å."""
+        chosen = np.unique(np.linspace(0, len(frames) - 1, _LOOKED_THROUGH).astype(int))
+        widest = max(widest_hole(frames[k]) for k in chosen.tolist())
+        return cls(closest_pairs(frames, cutoff), widest)
+
+    def symptom(self, frame: Structures) -> str:
+        """Say what is wrong with a frame of dynamics of the same system; empty if it is sound."""
+        reach = FUSED * max(self.shortest.values(), default=0.0)
+        if reach and (reason := fused(closest_pairs(frame, reach), self.shortest)):
+            return reason
+        if not math.isfinite(self.widest):
+            return ""
+        hole = widest_hole(frame)
+        if hole <= WIDER * self.widest:
+            return ""
+        return (
+            f"the density was lost: a hole of {hole:.1f} Å, where the reference has none wider "
+            f"than {self.widest:.1f} Å"
+        )
+
+
+def widest_hole(frame: Structures, spacing: float = 1.5) -> float:
+    """Largest distance of a place in a periodic cell from the nearest atom, Å.
+
+    Places are those of a grid with the spacing in Å.
+    """
+    cell = frame.cell[0].numpy()
+    fractions = frame.positions.numpy() @ np.linalg.inv(cell)
+    images = np.array(list(np.ndindex(3, 3, 3))) - 1
+    atoms = ((fractions % 1.0)[:, None] + images).reshape(-1, 3) @ cell
+    counts = np.maximum(1, np.ceil(np.linalg.norm(cell, axis=1) / spacing)).astype(int)
+    places = (np.array(list(np.ndindex(*counts.tolist()))) + 0.5) / counts @ cell
+    return float(cKDTree(atoms).query(places)[0].max())
+
+
+def overheated(frame: Structures, temperature: float) -> str:
+    """Say that a frame is hotter than a thermostat of so many K lets it be; empty if it is not."""
+    assert frame.velocities is not None
+    squares = frame.velocities.square().sum(dim=1)
+    twice = float((frame.masses * squares).sum()) / FS_IN_ASE_TIME**2
+    degrees = max(1.0, float(degrees_of_freedom(frame)[0]))
+    kelvin = twice / (degrees * BOLTZMANN)
+    limit = temperature * (1.0 + _HOT * math.sqrt(2.0 / degrees))
+    return f"the temperature reached {kelvin:.0f} K" if kelvin > limit else ""
 
 
 def closest_approach(

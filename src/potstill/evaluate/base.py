@@ -30,6 +30,7 @@ from potstill.models.base import Potential
 from potstill.report.panels import Drawing
 from potstill.report.tables import Row, Table
 from potstill.report.verdicts import Verdict
+from potstill.sample.replicas import ReplicaRun, ReplicaSettings
 from potstill.sample.supercell import smallest_supercell
 from potstill.structures import Properties, Structures
 
@@ -228,6 +229,8 @@ class Bench:
         validation sets by name, for OC20's metrics.
     standard : str
         Name of the trajectory that others are compared with, if there is one.
+    runs : mapping
+        Models' own dynamics, by name, with their settings.
     """
 
     settings: BenchSettings
@@ -239,6 +242,7 @@ class Bench:
     strides: Mapping[str, float] = dataclasses.field(default_factory=dict)
     splits: Mapping[str, tuple[Structures, Properties]] = dataclasses.field(default_factory=dict)
     standard: str = ""
+    runs: Mapping[str, tuple[ReplicaRun, ReplicaSettings]] = dataclasses.field(default_factory=dict)
     _memory: dict[Hashable, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def once(self, key: Hashable, work: Callable[[], T]) -> T:
@@ -434,7 +438,7 @@ class Evaluation(BaseModel, ABC):
     result: ClassVar[type[Result]]
     #: Where a report shows it, a key of `SECTIONS`.
     section: ClassVar[str]
-    #: What it works on: "labels", "sets", "structure", "crystal" or "frames".
+    #: What it works on: "labels", "sets", "structure", "crystal", "frames" or "runs".
     needs: ClassVar[str]
     #: Whether it is only done when it is asked for.
     on_request: ClassVar[bool] = False
@@ -454,6 +458,7 @@ class Evaluation(BaseModel, ABC):
             "sets": (bool(bench.sets), "structures with labels"),
             "structure": (structure is not None, "a structure"),
             "crystal": (crystal, f"a structure {kind}that is periodic along all three axes"),
+            "runs": (bool(bench.runs), "'dynamics' of the models"),
             "frames": (
                 bool(frames) and periodic,
                 "trajectories of a structure that is periodic along all three axes",

@@ -506,7 +506,7 @@ class DistributionEvaluation(Evaluation):
         results = found.of(cls.name, cls.result)
         standard, couples = cls.beside(found)
         labels = list(dict.fromkeys(k for result in results.values() for k in result.parts))
-        chosen = _most_different(labels, couples, cls.n_panels)
+        chosen = most_different(labels, couples, cls.n_panels)
         single = len(chosen) == 1
         panels = []
         for label in chosen:
@@ -569,7 +569,7 @@ def _on_same_bins(first: Distribution, second: Distribution) -> bool:
     return len(first.grid) == len(second.grid) and all(map(np.array_equal, first.grid, second.grid))
 
 
-def _most_different(
+def most_different(
     labels: Sequence[str],
     couples: Mapping[str, Couples],
     n: int,

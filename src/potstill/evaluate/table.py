@@ -11,6 +11,7 @@ from pydantic import AfterValidator
 from potstill.errors import PotstillError, suggest
 from potstill.evaluate.adf import Adf, CoordinationEvaluation
 from potstill.evaluate.base import Bench, Candidate, Evaluation
+from potstill.evaluate.cdf import Cdf
 from potstill.evaluate.defects import DefectsEvaluation
 from potstill.evaluate.diffusion import DensityEvaluation, DiffusionEvaluation
 from potstill.evaluate.elastic import Elastic
@@ -25,6 +26,7 @@ from potstill.evaluate.parity import Parity
 from potstill.evaluate.phonons import PhononsEvaluation
 from potstill.evaluate.rdf import Rdf
 from potstill.evaluate.speed import InferenceThroughput, Speed
+from potstill.evaluate.stability import StabilityEvaluation
 from potstill.evaluate.vibrations import VibrationsEvaluation
 
 #: Evaluations by name, in the order in which they are done and shown.
@@ -43,6 +45,7 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
         Expansion,
         Rdf,
         Adf,
+        Cdf,
         CoordinationEvaluation,
         DiffusionEvaluation,
         DensityEvaluation,
@@ -50,6 +53,7 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
         Speed,
         Memory,
         NVE,
+        StabilityEvaluation,
         Headroom,
     )
 }

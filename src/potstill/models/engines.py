@@ -279,7 +279,7 @@ class NativeKernels:
         is differentiable once by the parameters.
     dynamics : callable
         (species, neighbors, positions, cell, *, zbl, virial) to the `MdResult` of one system, with
-        the ZBL repulsion `zbl` added unless it is None.
+        the ZBL repulsion `zbl` added unless it is None. With `n_threads` where it is given.
     """
 
     dtype: torch.dtype
@@ -358,7 +358,12 @@ class NativeParts:
         return NativeParts(**merged)
 
     def evaluate(
-        self, structures: Structures, neighbors: CompactNeighbors, *, virial: bool
+        self,
+        structures: Structures,
+        neighbors: CompactNeighbors,
+        *,
+        virial: bool,
+        n_threads: int | None = None,
     ) -> MdResult:
         """Atomic energies, forces and virial of one system, in float64.
 
@@ -370,6 +375,8 @@ class NativeParts:
             Pairs up to the cutoff at least; those beyond are skipped.
         virial : bool
             Whether it is asked for.
+        n_threads : int, optional
+            Of this call; by default torch's.
         """
         if self.network is None:
             raise ModelError("there is no network for native kernels to evaluate")
@@ -380,6 +387,7 @@ class NativeParts:
             structures.cell[0],
             zbl=self.prior,
             virial=virial,
+            **({} if n_threads is None else {"n_threads": n_threads}),
         )
         if self.offsets is None:
             return result

@@ -86,6 +86,29 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Colors:
+    """A quantity over both axes of a panel, as colors.
+
+    Parameters
+    ----------
+    x, y : array_like
+        (n + 1,) and (m + 1,) edges of the bins.
+    values : array_like
+        (n, m).
+    top : float
+        Where the scale ends; it begins at zero, or at `-top` with `signed`.
+    signed : bool
+        Differences, from blue (less) over white to red (more).
+    """
+
+    x: ArrayLike
+    y: ArrayLike
+    values: ArrayLike
+    top: float
+    signed: bool = False
+
+
+@dataclass(frozen=True)
 class Panel:
     """One set of axes.
 
@@ -113,6 +136,8 @@ class Panel:
         Short texts beside points.
     x_ticks : sequence of (float, str)
         Places on the x axis and what they are called, instead of numbers; the axis ends there.
+    colors : Colors, optional
+        What lies behind the series, or is shown instead of them.
     """
 
     x_label: str
@@ -128,6 +153,7 @@ class Panel:
     zero_line: bool = False
     notes: Sequence[tuple[float, float, str]] = ()
     x_ticks: Sequence[tuple[float, str]] = ()
+    colors: Colors | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +165,7 @@ class Drawing:
     name, title, caption : str
         Name of its files; heading; what it shows, in words.
     panels : sequence of Panel
-        Reports leave out a drawing whose panels hold no series.
+        Reports leave out a drawing whose panels hold nothing.
     n_columns : int
         Panels side by side; all of up to three if zero.
     height, width : float
@@ -160,4 +186,4 @@ class Drawing:
     @property
     def empty(self) -> bool:
         """Whether there is nothing to draw."""
-        return not any(panel.series for panel in self.panels)
+        return not any(panel.series or panel.colors for panel in self.panels)

@@ -22,8 +22,9 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from numpy.typing import ArrayLike
 
-from potstill.report.panels import Drawing, Line, Look, Panel, Series, looks
+from potstill.report.panels import Colors, Drawing, Line, Look, Panel, Series, looks
 from potstill.report.tables import Cell, Table
 
 #: matplotlib settings of all figures.
@@ -82,6 +83,8 @@ def write_figure(
         FigureCanvasAgg(canvas)
         axes = canvas.subplots(n_rows, n_columns, squeeze=False).flatten()
         for k, (panel, axis) in enumerate(zip(panels, axes, strict=False)):
+            if panel.colors is not None:
+                _draw_colors(canvas, axis, panel.colors)
             _draw_panel(axis, panel, known)
             letter = f"{chr(ord('A') + k)}  " if len(panels) > 1 else ""
             axis.set_title(letter + panel.title, loc="left", fontweight="bold")
@@ -124,7 +127,7 @@ def _draw_panel(axis: Axes, panel: Panel, known: Mapping[str, Look]) -> None:
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(panel.categories) - 0.5, -0.5)
         axis.grid(visible=False, axis="y")
-    axis.margins(x=0.06, y=0.08)
+    axis.margins(*((0.06, 0.08) if panel.colors is None else (0.0, 0.0)))
     if panel.diagonal:
         _draw_diagonal(axis)
     elif panel.from_zero and panel.categories and not _is_log(panel, "x"):
@@ -137,6 +140,16 @@ def _draw_panel(axis: Axes, panel: Panel, known: Mapping[str, Look]) -> None:
             color="#333333",
         )  # fmt: skip
     _set_ticks(axis, panel)
+
+
+def _draw_colors(canvas: Canvas, axis: Axes, colors: Colors) -> None:
+    low = -colors.top if colors.signed else 0.0
+    field = axis.pcolormesh(
+        np.asarray(colors.x), np.asarray(colors.y), np.asarray(colors.values).T, vmin=low,
+        vmax=colors.top, cmap="RdBu_r" if colors.signed else "viridis", rasterized=True,
+    )  # fmt: skip
+    axis.grid(visible=False)
+    canvas.colorbar(field, ax=axis, fraction=0.05, extend="max" if low == 0.0 else "both")
 
 
 def _draw_series(axis: Axes, series: Series, look: Look) -> None:
@@ -302,5 +315,19 @@ def _data(name: str, panels: Sequence[Panel]) -> Table:
             for x_k, dx, y_k, dy in zip(*drawn, strict=True):
                 y: Cell = panel.categories[round(y_k)] if panel.categories else y_k
                 rows.append((*what, panel.x_label, x_k, dx, panel.y_label, y, dy))
-    columns = ("panel", "title", "series", "kind", "x quantity", "x", "x spread")
-    return Table(name, name, (*columns, "y quantity", "y", "y spread"), tuple(rows))
+        if panel.colors is not None:
+            x_of, y_of = (_middles(edges) for edges in (panel.colors.x, panel.colors.y))
+            start: tuple[Cell, ...] = (letter, panel.title, None, "colors", panel.x_label)
+            for (i, j), value in np.ndenumerate(np.asarray(panel.colors.values, dtype=float)):
+                rows.append((*start, x_of[i], None, panel.y_label, y_of[j], None, float(value)))
+    columns = ["panel", "title", "series", "kind", "x quantity", "x", "x spread"]
+    columns += ["y quantity", "y", "y spread"]
+    if any(panel.colors is not None for panel in panels):
+        columns.append("value")
+        rows = [row if len(row) == len(columns) else (*row, None) for row in rows]
+    return Table(name, name, tuple(columns), tuple(rows))
+
+
+def _middles(edges: ArrayLike) -> list[float]:
+    values = np.asarray(edges, dtype=float)
+    return (0.5 * (values[1:] + values[:-1])).tolist()

@@ -43,7 +43,7 @@ from potstill.units import BOLTZMANN, FS_IN_ASE_TIME, GPA
 EXPLODED = 10.0
 #: Below this temperature in K the limit stays where it is here: a strained start may heat a
 #: cold run for a moment.
-_COLD = 300.0
+COLD = 300.0
 #: A cell whose volume falls or grows by these factors collapses or boils: liquids at ambient
 #: pressure stay far below the second, high pressure reaches the inverse of the first at most.
 _COLLAPSED, _BOILED = 1.0 / 3.0, 1.5
@@ -398,7 +398,7 @@ def advance(
         If atoms explode.
     """
     generator = load_generator(state.generator)
-    limit = EXPLODED * max(temperature, _COLD)
+    limit = EXPLODED * max(temperature, COLD)
     step = state.step
     try:
         # Overflows of atoms that explode are reported below, in words.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from potstill.evaluate.base import (
     Result,
     Role,
 )
+from potstill.evaluate.stability import OwnDynamics
 from potstill.evaluate.table import (
     EVALUATIONS,
     Options,
@@ -48,6 +50,7 @@ from potstill.workflows.base import (
     write_json,
 )
 from potstill.workflows.data import FileData, is_store, read_labeled
+from potstill.workflows.dynamics import write_trajectory
 
 #: Files of the evaluations that do not apply, and of the models' roles.
 SKIPPED, ROLES = "skipped.json", "roles.json"
@@ -156,6 +159,10 @@ class EvaluateConfig(Settings):
         Settings of evaluations, whether or not `tests` names them.
     settings : BenchSettings
         Settings shared by all evaluations.
+    dynamics : OwnDynamics, optional
+        Run the models without a trajectory, several runs of each at a time, at the temperature and
+        timestep of `settings`: their frames are then trajectories as well, in `dynamics/`, and
+        `stability` counts the runs that failed.
     """
 
     models: dict[str, TestedModel] = Field(default_factory=dict)
@@ -169,6 +176,7 @@ class EvaluateConfig(Settings):
     tests: tuple[str, ...] | None = None
     options: Options = Field(default_factory=dict)
     settings: BenchSettings = Field(default_factory=BenchSettings)
+    dynamics: OwnDynamics | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -289,24 +297,22 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
         if (stride := file.time_between_frames()) is not None:
             strides[name] = stride
     models = [Candidate(name, m.spec, m.args, m.role) for name, m in config.models.items()]
-    known = {model.name: model for model in models}
-    moving = [
-        known.get(name) or Candidate(name, spec="", role=config.trajectories[name].role)
-        for name in frames
-    ]
-    standards = (
-        c.name for role in (Role.REFERENCE, Role.TEACHER) for c in moving if c.role is role
-    )
+    candidates = {name: Candidate(name, "", role=t.role) for name, t in config.trajectories.items()}
+    candidates |= {model.name: model for model in models}
     bench = Bench(
         settings=config.settings,
         structure=None if config.structure is None else read_start(config.structure)[0],
         channel="reference" if config.source == "reference" else "teacher",
         frames=frames,
         strides=strides,
-        standard=next(standards, ""),
+        standard=_standard(candidates, frames),
         splits={name: file.read() for name, file in config.splits.items()},
         **_held_out(config),
     )
+    display = display or Display()
+    if config.dynamics is not None:
+        claim_folder(Path(config.out), config)
+        bench = _with_dynamics(bench, config.dynamics, candidates, Path(config.out), display)
     every = make_evaluations({name: config.options.get(name, {}) for name in EVALUATIONS})
     asked = {"s2ef"} if bench.splits else set()
     names = config.tests or [
@@ -317,15 +323,48 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
     for name in names:
         every[name].require(bench)
     claim_folder(Path(config.out), config)
+    moving = [candidate for name, candidate in candidates.items() if name in (bench.frames or {})]
     chosen = [(every[name], moving if every[name].needs == "frames" else models) for name in names]
-    found = run_evaluations(bench, chosen, Path(config.out), display or Display())
-    for name in names if frames else ():
+    found = run_evaluations(bench, chosen, Path(config.out), display)
+    for name in names if bench.frames else ():
         for drawing in every[name].drawings(found):
             if not drawing.empty:
                 write_figure(Path(config.out), drawing)
         for table in every[name].tables(found):
             table.write(Path(config.out))
     return found
+
+
+def _standard(candidates: Mapping[str, Candidate], frames: Mapping[str, Structures]) -> str:
+    """The trajectory that others are compared with: a reference, else a teacher, else none."""
+    moving = [candidate for name, candidate in candidates.items() if name in frames]
+    ranked = (c.name for role in (Role.REFERENCE, Role.TEACHER) for c in moving if c.role is role)
+    return next(ranked, "")
+
+
+def _with_dynamics(
+    bench: Bench,
+    dynamics: OwnDynamics,
+    candidates: Mapping[str, Candidate],
+    folder: Path,
+    display: Display,
+) -> Bench:
+    """The bench with own dynamics of all models that have no trajectory; runs resume."""
+    frames, strides, runs = dict(bench.frames or {}), dict(bench.strides), {}
+    settings = dynamics.settings(bench)
+    for name, candidate in candidates.items():
+        if name in frames:
+            continue
+        own = folder / "dynamics" / name
+        with display.task(f"{dynamics.n_runs} runs of {name}", 1.0) as task:
+            run = dynamics.run(bench, candidate, own, lambda done, total: task.update(done / total))
+        runs[name] = run, settings
+        if len(run.frames):
+            write_trajectory(own / "trajectory.extxyz", run.frames)
+            frames[name] = run.frames.structures
+            strides[name] = settings.steps_per_frame * settings.timestep
+    standard = bench.standard or _standard(candidates, frames)
+    return replace(bench, frames=frames, strides=strides, runs=runs, standard=standard)
 
 
 def _held_out(config: EvaluateConfig) -> dict[str, Any]:

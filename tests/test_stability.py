@@ -1,0 +1,133 @@
+"""Stability over many runs, and structure of models' own dynamics beside a reference."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from ase.build import bulk
+from ase.io import read, write
+
+from potstill.checkpoint import save_potential
+from potstill.errors import ConfigError
+from potstill.evaluate.stability import Stability
+from potstill.sample.replicas import ReplicaSettings, run_replicas
+from potstill.soundness import Liquid, overheated, widest_hole
+from potstill.structures import Structures
+from potstill.units import BOLTZMANN, FS_IN_ASE_TIME
+from potstill.workflows.evaluation import EvaluateConfig, evaluate
+from potstill.workflows.report import verdicts
+from students import student
+
+
+def aluminium(n=2):
+    return bulk("Al", "fcc", a=4.2, cubic=True) * (n, n, n)
+
+
+def test_the_widest_hole_of_a_lattice_is_its_interstice():
+    for lattice, radius in (("sc", math.sqrt(3) / 2), ("fcc", 0.5), ("bcc", math.sqrt(5) / 4)):
+        crystal = Structures.from_ase(bulk("Al", lattice, a=4.0, cubic=True) * (2, 2, 2))
+        for shift in (0.0, 1.3):
+            moved = crystal.with_fields(positions=crystal.positions + shift)
+            assert widest_hole(moved, spacing=0.25) == pytest.approx(4.0 * radius, abs=0.25)
+    vacancy = aluminium()
+    del vacancy[5]
+    assert widest_hole(Structures.from_ase(vacancy), 0.25) == pytest.approx(4.2 / math.sqrt(2), 0.1)
+
+
+def test_fused_atoms_holes_and_heat_are_found_by_the_reference():
+    rng = np.random.default_rng(0)
+    frames = [aluminium() for _ in range(5)]
+    for atoms in frames:
+        atoms.positions += 0.1 * rng.standard_normal(atoms.positions.shape)
+    liquid = Liquid.of(Structures.from_ase(frames))
+    assert liquid.symptom(Structures.from_ase(frames[2])) == ""
+    near = frames[0].copy()
+    near.positions[0] = near.positions[1] + [1.2, 0.0, 0.0]
+    assert "fused: a Al-Al pair came to 1.20 Å" in liquid.symptom(Structures.from_ase(near))
+    hollow = frames[0][np.argsort(frames[0].get_all_distances(mic=True)[0])[6:]]
+    assert "density was lost" in liquid.symptom(Structures.from_ase(hollow))
+    warm = Structures.from_ase(frames[0])
+    speed = math.sqrt(BOLTZMANN * 300.0 / 26.98) * FS_IN_ASE_TIME
+    velocities = speed * torch.from_numpy(rng.standard_normal((32, 3)))
+    assert overheated(warm.with_fields(velocities=velocities), 300.0) == ""
+    assert "temperature reached" in overheated(warm.with_fields(velocities=2 * velocities), 300.0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A sound model, its trajectory as a reference, and a structure to start from."""
+    model = student("Al", l_max=1)
+    save_potential(tmp_path / "best.pt", model, {})
+    write(tmp_path / "al.xyz", aluminium())
+    start = Structures.from_ase(aluminium()).select([0, 0])
+    settings = ReplicaSettings(
+        600.0, n_frames=20, stride=50.0, timestep=5.0, equilibration=200.0, thermostat_time=100.0,
+        seed=7,
+    )  # fmt: skip
+    run = run_replicas(start, model, settings)
+    write(tmp_path / "reference.xyz", run.frames.structures.to_ase(), format="extxyz")
+    return tmp_path
+
+
+def test_models_run_by_themselves_and_are_judged_beside_the_reference(folder):
+    config = EvaluateConfig(
+        models={"student": {"spec": str(folder / "best.pt")}},
+        trajectories={"reference": str(folder / "reference.xyz")},
+        dynamics={"n_runs": 3, "duration": 1.0, "equilibration": 0.2, "stride": 50.0,
+                  "thermostat_time": 100.0},
+        settings={"temperature": 600.0, "timestep": 5.0},
+        tests={"rdf": {"n_blocks": 3, "n_bins": 40}, "stability": {}},
+        out=str(folder / "out"),
+    )  # fmt: skip
+    found = evaluate(config)
+    runs = found.of("stability", Stability)["student"]
+    assert runs.n_failed == 0
+    assert runs.survived == (1.2, 1.2, 1.2)
+    assert runs.mean_temperature == pytest.approx(600.0, rel=0.1)
+    assert runs.at_least == pytest.approx(1.2)
+    sentences = verdicts(found)
+    assert any("3 of 3 runs of 1.2 ps reached their end" in line for line in sentences)
+    assert any("g(r)" in line and "unclear" in line for line in sentences)
+    images = read(folder / "out" / "dynamics" / "student" / "trajectory.extxyz", ":")
+    assert len(images) == 60
+    assert images[20].info["config_type"] == "replica 1"
+    # The trajectory as a file gives the same, and says its time between frames.
+    again = EvaluateConfig(
+        trajectories={
+            "student": str(folder / "out" / "dynamics" / "student" / "trajectory.extxyz"),
+            "reference": str(folder / "reference.xyz"),
+        },
+        tests={"rdf": {"n_blocks": 3, "n_bins": 40}},
+        out=str(folder / "again"),
+    )
+    evaluate(again)
+    ours, theirs = (
+        json.loads((folder / out / "rdf.json").read_text())["student"]["parts"]["all"]["g"]
+        for out in ("out", "again")
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-9)
+    assert again.trajectories["student"].time_between_frames() == 50.0
+
+
+def test_runs_that_fail_are_counted_with_when_and_why(folder):
+    config = EvaluateConfig(
+        models={"student": {"spec": str(folder / "best.pt")}},
+        structure=str(folder / "al.xyz"),
+        dynamics={"n_runs": 4, "duration": 5.0, "equilibration": 0.0, "stride": 100.0},
+        settings={"temperature": 600.0, "timestep": 100.0, "n_atoms": 32},
+        tests=("stability",),
+        out=str(folder / "out"),
+    )
+    found = evaluate(config)
+    runs = found.of("stability", Stability)["student"]
+    assert runs.n_failed == 4
+    assert all(0.0 < time < 5.0 for time in runs.survived)
+    assert runs.time_to_failure == pytest.approx(sum(runs.survived) / 4)
+    (sentence,) = (line for line in verdicts(found) if "reached their end" in line)
+    assert "0 of 4 runs" in sentence
+    assert "temperature reached" in sentence
+    alone = config.model_copy(update={"structure": None, "out": str(folder / "other")})
+    with pytest.raises(ConfigError, match="need where to start"):
+        evaluate(alone)
