@@ -20,6 +20,7 @@ from potstill.models import (
     GemNetOC,
     LocalOutput,
     PaiNN,
+    PairPotential,
     PairRepulsion,
     Potential,
     SchNet,
@@ -113,6 +114,14 @@ def snap(table: SpeciesTable = TWO, **changes: Any) -> SNAP:
     return model
 
 
+def pair(table: SpeciesTable = TWO, **changes: Any) -> PairPotential:
+    torch.manual_seed(16)
+    model = PairPotential(table, **(dict(cutoff=4.0, spacing=0.5) | changes)).double()
+    with torch.no_grad():
+        model.coefficients.copy_(torch.randn_like(model.coefficients))
+    return model
+
+
 def schnet(table: SpeciesTable = TWO, **changes: Any) -> Potential:
     torch.manual_seed(14)
     hyperparameters: dict[str, Any] = dict(
@@ -172,6 +181,8 @@ TABLE: dict[str, Callable[[], Potential]] = {
     "snap-one-species": lambda: snap(ONE, twojmax=5, bzero=False),
     "snap-two-species": snap,
     "snap-quadratic": lambda: snap(quadratic=True, twojmax=3),
+    "pair-two-species": pair,
+    "pair-beads": lambda: pair(BEADS, spacing=0.3),
     "snap-beads": lambda: snap(BEADS, rmin0=0.6, rfac0=0.9),
     "schnet": schnet,
     "schnet-one-layer": lambda: schnet(ONE, num_interactions=1),

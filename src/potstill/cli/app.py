@@ -211,7 +211,7 @@ def fit(
     ],
     out: RunFolder = None,
 ) -> None:
-    """Fit a linear model (SNAP) by least squares, and write it for LAMMPS as well.
+    """Fit a linear model (SNAP, pair potentials) by least squares, and write it for LAMMPS as well.
 
     [bold]Example[/bold]
 
@@ -226,7 +226,8 @@ def fit(
     found = work(settings, display)
     display.say(
         f"{found.rank} of {found.n_coefficients} coefficients are determined by {found.n_rows} "
-        f"labels; the potential is {settings.out}/best.pt, for LAMMPS {settings.out}/best.in"
+        f"labels (ridge {found.ridge:g}); the potential is "
+        f"{settings.out}/best.pt, for LAMMPS {settings.out}/best.in"
     )
 
 

@@ -27,7 +27,9 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder for the files.")],
     to: Annotated[
         str,
-        typer.Option(help="lammps: potstill's pair styles; lammps-snap: its own; metatomic."),
+        typer.Option(
+            help="lammps: potstill's pair styles; lammps-snap, lammps-table: its own; metatomic."
+        ),
     ] = "lammps",
     structure: Annotated[
         list[Path] | None,
@@ -61,6 +63,8 @@ def export(
       potstill export run/student.pt run/metatomic --to metatomic
 
       potstill export run/snap/best.pt run/snap --to lammps-snap
+
+      potstill export run/pair/best.pt run/pair --to lammps-table
     """
     from potstill.workflows.export import export as work
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from potstill.deploy.lammps import write_lammps
 from potstill.deploy.lammps_snap import write_lammps_snap
+from potstill.deploy.lammps_table import write_lammps_table
 from potstill.deploy.metatomic import write_metatomic
 from potstill.errors import ConfigError, suggest
 from potstill.models import Potential
@@ -17,6 +18,7 @@ from potstill.models import Potential
 DEPLOYMENTS: dict[str, Callable[[Potential, Path, str, Mapping[str, Any]], list[Path]]] = {
     "lammps": write_lammps,
     "lammps-snap": write_lammps_snap,
+    "lammps-table": write_lammps_table,
     "metatomic": write_metatomic,
 }
 

@@ -26,6 +26,7 @@ from potstill.models.hipnn import HIPNN as HIPNN
 from potstill.models.hyper import Hyperparameters as Hyperparameters
 from potstill.models.linear import SNAP as SNAP
 from potstill.models.painn import PaiNN as PaiNN
+from potstill.models.pair import PairPotential as PairPotential
 from potstill.models.prior import ZBL as ZBL
 from potstill.models.prior import PairRepulsion as PairRepulsion
 from potstill.models.schnet import SchNet as SchNet
@@ -40,6 +41,7 @@ MODELS: dict[str, type[Potential]] = {
     "ani": ANI,
     "gemnet_oc": GemNetOC,
     "snap": SNAP,
+    "pair": PairPotential,
     "schnet": SchNet,
     "painn": PaiNN,
     "zbl": ZBL,

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from potstill.errors import ConfigError, DataError, MissingLabelError, suggest
-from potstill.models import SNAP, Edges, Potential
+from potstill.models import SNAP, Edges, PairPotential, Potential
 from potstill.neighbors import build_neighbor_list, pair_vectors
-from potstill.structures import Properties, Structures
+from potstill.structures import NeighborList, Properties, Structures
+
+#: Models that are linear in their `coefficients`.
+Linear = SNAP | PairPotential
 
 #: What can be fitted, and the six independent components of a stress.
 _FITTED = ("energy", "forces", "stress")
@@ -30,7 +33,7 @@ class LinearFit:
     Parameters
     ----------
     coefficients : Tensor
-        (n_species, n_coefficients) float64, eV.
+        (n_species or n_pairs, n_coefficients) float64, eV.
     rank : int
         Number of independent directions among the coefficients that the data determine.
     n_coefficients, n_rows : int
@@ -40,6 +43,10 @@ class LinearFit:
         unit length.
     weighted_rmse : float
         Root of the mean squared residual of the weighted rows.
+    ridge : float
+        The penalty's factor, the best of those that were given.
+    validation_rmse : float
+        As `weighted_rmse`, of the validation set; NaN without one.
     """
 
     coefficients: Tensor
@@ -48,20 +55,23 @@ class LinearFit:
     n_rows: int
     condition: float
     weighted_rmse: float
+    ridge: float = 0.0
+    validation_rmse: float = math.nan
 
 
 def fit_linear(
-    model: SNAP,
+    model: Linear,
     structures: Structures,
     properties: Properties,
     *,
     weights: Mapping[str, Weight],
     baseline: Potential | None = None,
-    ridge: float = 0.0,
+    ridge: float | Sequence[float] = 0.0,
+    validation: tuple[Structures, Properties] | None = None,
     tolerance: float = 1e-13,
     batch_atoms: int = 256,
 ) -> LinearFit:
-    """Fit the coefficients of a SNAP model to energies, forces and stresses, in float64.
+    """Fit the coefficients of a linear model to energies, forces and stresses, in float64.
 
     Rows are energies per atom (eV), components of forces (eV/Å) and the six components of stresses
     (eV/Å³). Each is multiplied by its weight, so that the squares of the weights enter the sum of
@@ -70,7 +80,7 @@ def fit_linear(
 
     Parameters
     ----------
-    model : SNAP
+    model : SNAP or PairPotential
         Its coefficients are replaced by the solution, in its own dtype.
     properties : Properties
         The labels; systems without one contribute no rows for it.
@@ -79,8 +89,12 @@ def fit_linear(
         group. Properties that are left out, and weights of zero, give no rows.
     baseline : Potential, optional
         A fixed potential, such as `ZBL`, that is taken off the labels first.
-    ridge : float
-        `ridge |coefficients|²` is added to the weighted sum of squares, without the constants.
+    ridge : float or sequence of float
+        `ridge |coefficients|²` is added to the weighted sum of squares, without the constants; for
+        pair potentials `ridge` times the integral of the squared third derivatives, which leaves
+        parabolas alone. Of several factors the one with the least residual of `validation`.
+    validation : (Structures, Properties), optional
+        Labels that are not fitted, with the same weights.
     tolerance : float
         Directions with singular values below this part of the largest are set to zero.
     batch_atoms : int
@@ -89,24 +103,57 @@ def fit_linear(
     Raises
     ------
     ConfigError
-        If a weight is for no known property, or misses a group.
+        If a weight is for no known property, or misses a group, or several factors are to be
+        chosen from without a validation set.
     MissingLabelError
         If a property with a weight is not among the labels.
     DataError
         If no rows are left.
     """
+    ridges = [ridge] if isinstance(ridge, int | float) else list(ridge)
+    if len(ridges) > 1 and validation is None:
+        raise ConfigError("several ridges need a validation set to choose from them")
+    work = copy.deepcopy(model).double()
+
+    def reduce(data: Structures, labels: Properties) -> tuple[Tensor, int]:
+        return _triangle(work, data, labels, weights, baseline, batch_atoms)
+
+    triangle, n_rows = reduce(structures, properties)
+    penalty = _penalty(work)
+    fits = [
+        _solve(triangle, work.coefficients.shape, n_rows, penalty, r, tolerance) for r in ridges
+    ]
+    if validation is not None:
+        unseen, n_unseen = reduce(*validation)
+        fits = [
+            replace(fit, validation_rmse=_rmse(unseen, fit.coefficients.flatten(), n_unseen))
+            for fit in fits
+        ]
+    fit = min(fits, key=lambda fit: fit.validation_rmse)
+    with torch.no_grad():
+        model.coefficients.copy_(fit.coefficients)
+    return fit
+
+
+def _triangle(
+    model: Linear,
+    structures: Structures,
+    properties: Properties,
+    weights: Mapping[str, Weight],
+    baseline: Potential | None,
+    batch_atoms: int,
+) -> tuple[Tensor, int]:
+    """Triangle of the QR decomposition of the matrix with its right-hand side, and its rows."""
     structures = structures.with_species_table(model.species_table)
     scale = {
         name: _by_system(name, weight, structures, properties) for name, weight in weights.items()
     }
-    work = copy.deepcopy(model).double()
-    n = work.coefficients.numel()
-    triangle = torch.zeros(0, n + 1, dtype=torch.float64)
+    triangle = torch.zeros(0, model.coefficients.numel() + 1, dtype=torch.float64)
     n_rows = 0
     for systems in structures.batches(batch_atoms):
         part = structures.select(systems)
         labels = _labels(part, properties.select(structures.rows(systems)), list(scale), baseline)
-        for name, matrix in _design(work, part, list(scale)).items():
+        for name, matrix in _design(model, part, list(scale)).items():
             weight = part.per_row(name, scale[name][systems])
             rows = torch.cat([matrix, labels[name][:, :, None]], dim=2) * weight[:, None, None]
             rows = rows[weight != 0.0].flatten(0, 1)
@@ -116,10 +163,7 @@ def fit_linear(
         raise DataError("there is nothing to fit to: no label has a weight above zero")
     if not bool(torch.isfinite(triangle).all()):
         raise DataError("labels or descriptors are not finite")
-    fit = _solve(triangle, work.coefficients.shape, n_rows, ridge, tolerance)
-    with torch.no_grad():
-        model.coefficients.copy_(fit.coefficients)
-    return fit
+    return triangle, n_rows
 
 
 def _by_system(name: str, weight: Weight, structures: Structures, properties: Properties) -> Tensor:
@@ -153,9 +197,11 @@ def _labels(
     return values
 
 
-def _design(model: SNAP, structures: Structures, names: list[str]) -> dict[str, Tensor]:
+def _design(model: Linear, structures: Structures, names: list[str]) -> dict[str, Tensor]:
     """By property: how its rows depend on the coefficients, (S or N, rows of each, n)."""
     neighbors = build_neighbor_list(structures, model.cutoff)
+    if isinstance(model, PairPotential):
+        return _design_of_pairs(model, structures, neighbors, names)
     edges = Edges(neighbors.center, neighbors.neighbor)
     r = pair_vectors(structures, neighbors)
     components, slopes = model.bispectrum_slopes(structures.species, edges, r, structures.n_atoms)
@@ -183,6 +229,48 @@ def _design(model: SNAP, structures: Structures, names: list[str]) -> dict[str, 
     return matrices
 
 
+@torch.no_grad()
+def _design_of_pairs(
+    model: PairPotential, structures: Structures, neighbors: NeighborList, names: list[str]
+) -> dict[str, Tensor]:
+    """As of `_design`: each pair of atoms has a part in four columns."""
+    vectors = pair_vectors(structures, neighbors)
+    r = torch.linalg.vector_norm(vectors, dim=1)
+    close = (r < model.cutoff).nonzero()[:, 0]
+    center, neighbor = neighbors.center[close], neighbors.neighbor[close]
+    r, vectors, system = r[close], vectors[close], structures.system_index[center]
+    # With three more columns per pair of species: those of the coefficients that are zero.
+    width = model.n_knots + 3
+    first, weight = model.basis(r)
+    slope = model.basis(r, derivative=True)[1] / r[:, None]
+    column = model.pair_rows(structures.species, center, neighbor) * width + first
+    columns = column[:, None] + torch.arange(4)
+
+    def spread(target: Tensor, n_targets: int, values: Tensor) -> Tensor:
+        """(n_targets, rows, n) from (E, rows, 4), added up over the pairs of each target."""
+        n_pairs, n_rows = len(model.coefficients), values.shape[1]
+        total = values.new_zeros(n_targets * n_rows * n_pairs * width)
+        row = target[:, None] * n_rows + torch.arange(n_rows)
+        place = row[:, :, None] * (n_pairs * width) + columns[:, None]
+        total.index_add_(0, place.flatten(), values.flatten())
+        return total.view(n_targets, n_rows, n_pairs, width)[..., : model.n_knots].flatten(2)
+
+    matrices = {}
+    if "energy" in names:
+        energy = spread(system, structures.n_systems, 0.5 * weight[:, None])
+        n_atoms = structures.n_atoms_per_system.clamp(min=1)
+        matrices["energy"] = energy / n_atoms[:, None, None]
+    if "forces" in names:
+        # Both directions of a pair are in the list.
+        force = vectors[:, :, None] * slope[:, None]
+        matrices["forces"] = spread(center, structures.n_atoms, force)
+    if "stress" in names:
+        outer = 0.5 * vectors[:, _VOIGT[0]] * vectors[:, _VOIGT[1]]
+        virial = spread(system, structures.n_systems, outer[:, :, None] * slope[:, None])
+        matrices["stress"] = virial / structures.volume[:, None, None]
+    return matrices
+
+
 def _columns_of_species(model: SNAP, terms: Tensor, species: Tensor) -> Tensor:
     """Spread (n, ..., n_coefficients) over the columns of the rows' species; others are zero."""
     if len(model.species_table) == 1:
@@ -192,16 +280,35 @@ def _columns_of_species(model: SNAP, terms: Tensor, species: Tensor) -> Tensor:
     return (own * terms.unsqueeze(-2)).flatten(-2)
 
 
+def _penalty(model: Linear) -> Tensor:
+    """(m, n) what the coefficients are multiplied with for the vector whose square is penalized."""
+    if isinstance(model, PairPotential):
+        third = torch.eye(model.n_knots + 3, dtype=torch.float64).diff(n=3, dim=0)
+        third = third[:, : model.n_knots] / model.spacing**2.5
+        return torch.block_diag(*[third] * len(model.coefficients))
+    kept = torch.ones(model.coefficients.shape, dtype=torch.float64)
+    kept[:, 0] = 0.0
+    return torch.diag(kept.flatten())
+
+
+def _rmse(triangle: Tensor, solution: Tensor, n_rows: int) -> float:
+    residual = triangle[:, -1] - triangle[:, :-1] @ solution
+    return float(residual.square().sum().div(n_rows).sqrt())
+
+
 def _solve(
-    triangle: Tensor, shape: torch.Size, n_rows: int, ridge: float, tolerance: float
+    triangle: Tensor,
+    shape: torch.Size,
+    n_rows: int,
+    penalty: Tensor,
+    ridge: float,
+    tolerance: float,
 ) -> LinearFit:
     """Least squares from the triangle of the QR decomposition of matrix and right-hand side."""
     matrix, target = triangle[:, :-1], triangle[:, -1]
     if ridge > 0.0:
-        penalty = torch.full(shape, math.sqrt(ridge), dtype=torch.float64)
-        penalty[:, 0] = 0.0
-        matrix = torch.cat([matrix, torch.diag(penalty.flatten())])
-        target = torch.cat([target, target.new_zeros(penalty.numel())])
+        matrix = torch.cat([matrix, math.sqrt(ridge) * penalty])
+        target = torch.cat([target, target.new_zeros(len(penalty))])
     # Columns differ by orders of magnitude; what counts as dependent should not.
     length = torch.linalg.vector_norm(matrix, dim=0)
     length = torch.where(length > 0.0, length, 1.0)
@@ -209,12 +316,12 @@ def _solve(
     kept = singular > tolerance * singular[0]
     inverse = torch.where(kept, 1.0 / singular, 0.0)
     solution = (vh.T @ (inverse * (u.T @ target))) / length
-    residual = triangle[:, -1] - triangle[:, :-1] @ solution
     return LinearFit(
         coefficients=solution.reshape(shape),
         rank=int(kept.sum()),
         n_coefficients=solution.numel(),
         n_rows=n_rows,
         condition=float(singular[0] / singular[kept][-1]),
-        weighted_rmse=float(residual.square().sum().div(n_rows).sqrt()),
+        weighted_rmse=_rmse(triangle, solution, n_rows),
+        ridge=float(ridge),
     )

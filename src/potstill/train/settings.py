@@ -44,7 +44,7 @@ class ModelSettings(_Settings):
     Parameters
     ----------
     kind : str
-        One of hipnn, ani, gemnet_oc, schnet, painn, snap; or `module:Class`, a subclass of
+        One of hipnn, ani, gemnet_oc, schnet, painn, snap, pair; or `module:Class`, a subclass of
         `potstill.models.Potential` that can be imported.
     hyperparameters : dict
         Hyper-parameters that differ from the defaults of the kind, which
