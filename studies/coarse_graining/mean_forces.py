@@ -11,8 +11,10 @@ of the free energy with respect to its center is the mean of minus the sum of it
 without further terms. The mean force of constraint is the opposite of the mean force: a second
 estimate, from every step.
 
-Each configuration is sampled by independent runs: the first from the frame itself, every further
-one after 10 ps at 900 K, in which the molecules turn, and cooling at fixed centers.
+At fixed centers molecules hardly turn within the runs, so that each configuration is sampled by
+several: the first from the frame itself, whose orientations are a fair draw, every further one
+after heating to 1000 K, where they turn, and slow cooling, always at fixed centers. The scatter
+between these runs is the error of their mean.
 """
 
 from __future__ import annotations
@@ -28,9 +30,14 @@ import typer
 
 from potstill.units import energy_factor
 
-#: Constants of the dynamics: K, ps. Hot runs are at 900 K first and cooled between 5 and 10 ps.
-TEMPERATURE, HOT, COOLING = 425, 900, (5, 10)
+#: Temperatures in K, times in ps. Runs from heated molecules are cooled from 4 to 24 ps.
+TEMPERATURE, HOT, COOLING = 425, 1000, (4, 24)
+#: What runs from the frame and heated runs leave out at their start, and how long they are.
+DISCARDED, LENGTHS = (4, 26), (40, 50)
 STEP, FORCES_EVERY, AXES_EVERY, CONSTRAINT_EVERY = 0.002, 20, 200, 500  # the latter in steps
+
+#: Distance (nm) from the centers to the points they are held from: GROMACS refuses zero.
+LEVER = 0.5
 
 #: Frames of the trajectory that are equilibration.
 EQUILIBRATION = 100
@@ -56,7 +63,7 @@ gen_seed = {seed}
 constraints = h-bonds
 comm-mode = none
 nstlog = 5000
-nstenergy = 5000
+nstenergy = {energies_every}
 nstxout = {axes_every}
 nstfout = {forces_every}
 """
@@ -95,8 +102,8 @@ def pull_settings(centers: np.ndarray) -> str:
                 f"{name}-geometry = direction",
                 f"{name}-groups = 0 {k + 1}",
                 f"{name}-vec = {' '.join(str(int(d == axis)) for d in range(3))}",
-                f"{name}-origin = {' '.join(f'{x:.6f}' for x in center)}",
-                f"{name}-init = 0",
+                f"{name}-origin = {' '.join(f'{x:.6f}' for x in center - LEVER * np.eye(3)[axis])}",
+                f"{name}-init = {LEVER}",
             ]
     return "\n".join(lines) + "\n"
 
@@ -124,7 +131,16 @@ def gromacs(folder: Path, *arguments: object) -> None:
         subprocess.run(command, cwd=folder, check=True, stdout=log, stderr=log)
 
 
-def sample_one(data: Path, frame: int, repeat: int, length: float, threads: int, to: Path) -> None:
+def energies(folder: Path) -> np.ndarray:
+    """(samples, 2) times (ps) and potential energies (kJ/mol) of a run."""
+    command = ["gmx", "energy", "-f", "run.edr", "-o", "energy.xvg"]
+    subprocess.run(
+        command, cwd=folder, check=True, input="Potential\n", text=True, capture_output=True
+    )
+    return np.loadtxt(folder / "energy.xvg", comments=("#", "@"))
+
+
+def sample_one(data: Path, frame: int, repeat: int, threads: int, to: Path) -> None:
     """One run at the centers of one frame; mapped forces and what is needed to judge them."""
     universe = MDAnalysis.Universe(data / "reline_425K.tpr", data / "reline_425K.trr")
     universe.trajectory[frame]
@@ -141,10 +157,11 @@ def sample_one(data: Path, frame: int, repeat: int, length: float, threads: int,
     (folder / "index.ndx").write_text("\n".join(lines) + "\n")
     settings = MDP.format(
         step=STEP,
-        n_steps=round(length / STEP),
+        n_steps=round(LENGTHS[min(repeat, 1)] / STEP),
         temperature=TEMPERATURE,
         seed=10_000 * repeat + frame + 1,
         axes_every=AXES_EVERY,
+        energies_every=CONSTRAINT_EVERY,
         forces_every=FORCES_EVERY,
     )
     if repeat:
@@ -184,6 +201,7 @@ def sample_one(data: Path, frame: int, repeat: int, length: float, threads: int,
         constraint=(pull[1:, 1:].reshape(-1, *centers.shape) * KJ_PER_MOL / 10).astype(np.float32),
         axes=np.array(turning, dtype=np.float32),
         moved=moved,
+        energies=energies(folder),
         performance=[x for x in (folder / "run.log").read_text().split("\n") if "Performance" in x],
     )
     to.with_suffix(".partial.npz").rename(to)
@@ -194,9 +212,8 @@ def sample_one(data: Path, frame: int, repeat: int, length: float, threads: int,
 def sample(
     data: Annotated[Path, typer.Argument(help="folder with reline_425K.trr, .tpr and topology/")],
     out: Annotated[Path, typer.Argument(help="folder of the runs; finished ones are kept")],
-    configurations: int = 16,
-    repeats: int = 2,
-    length: Annotated[float, typer.Option(help="ps per run")] = 60.0,
+    configurations: int = 12,
+    repeats: int = 3,
     threads: int = 1,
 ) -> None:
     """Run what is missing, one run after another; the first repeat of all configurations first."""
@@ -206,7 +223,7 @@ def sample(
         for frame in chosen_frames(len(trajectory), configurations):
             to = out / f"frame{frame:04d}_run{repeat}.npz"
             if not to.exists():
-                sample_one(data, frame, repeat, length, threads, to)
+                sample_one(data, frame, repeat, threads, to)
                 typer.echo(f"{to.name} done")
 
 
