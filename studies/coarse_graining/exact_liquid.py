@@ -60,7 +60,7 @@ class ExactLiquid:
 
     @property
     def kt(self) -> float:
-        """kT in eV."""
+        """Thermal energy kT in eV."""
         return BOLTZMANN * self.temperature
 
     def direct(self, beads: np.ndarray) -> tuple[float, np.ndarray]:
