@@ -33,7 +33,7 @@ from potstill.units import energy_factor
 #: Temperatures in K, times in ps. Runs from heated molecules are cooled from 4 to 24 ps.
 TEMPERATURE, HOT, COOLING = 425, 1000, (4, 24)
 #: What runs from the frame and heated runs leave out at their start, and how long they are.
-DISCARDED, LENGTHS = (4, 26), (40, 50)
+DISCARDED, LENGTHS = (2, 25), (24, 40)
 STEP, FORCES_EVERY, AXES_EVERY, CONSTRAINT_EVERY = 0.002, 20, 200, 500  # the latter in steps
 
 #: Distance (nm) from the centers to the points they are held from: GROMACS refuses zero.
