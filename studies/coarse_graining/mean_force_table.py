@@ -49,7 +49,11 @@ app = typer.Typer(no_args_is_help=True)
 
 
 def load_runs(folder: Path) -> dict[int, list[dict[str, Any]]]:
-    """Finished runs by frame: what the file holds, and means over the part that counts."""
+    """Finished runs by frame: what the file holds, and means over the part that counts.
+
+    The first run of a frame starts from the frame itself, the others are heated; frames without any
+    of the latter are left out.
+    """
     found: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for file in sorted(folder.glob("frame*_run?.npz")):
         with np.load(file) as data:
@@ -60,7 +64,7 @@ def load_runs(folder: Path) -> dict[int, list[dict[str, Any]]]:
         run["constraint_mean"] = run["constraint"][run["constraint_times"] > start].mean(0)
         run["energy"] = run["energies"][run["energies"][:, 0] >= start, 1].mean()
         found[int(run["frame"])].append(run)
-    return {frame: runs for frame, runs in found.items() if int(runs[0]["repeat"]) == 0}
+    return {frame: runs for frame, runs in found.items() if len(runs) > 1}
 
 
 def autocorrelation(series: np.ndarray) -> np.ndarray:
@@ -82,35 +86,59 @@ def statistics(runs: dict[int, list[dict[str, Any]]], of: np.ndarray) -> dict[st
         n = len(run["kept"]) // per_block
         blocks = run["kept"][: n * per_block, of].reshape(n, per_block, -1).mean(1)
         block_errors.append(blocks.var(0, ddof=1).mean() / n)
-    several = [own for own in runs.values() if len(own) > 1]
-    between = np.mean([np.var([r["mean"][of] for r in own], axis=0, ddof=1) for own in several])
+    means = [np.array([run["mean"][of] for run in own]) for own in runs.values()]
+    between = np.mean([of_frame.var(0, ddof=1) for of_frame in means])
     # What the runs differ by beyond their own errors: their orientations and shapes.
     states = max(0.0, between - np.mean(block_errors))
     correlation = np.mean(
         [
-            autocorrelation(r["kept"][:, of].reshape(len(r["kept"]), -1))
-            for r in every
-            if not r["repeat"]
+            autocorrelation(own[0]["kept"][:, of].reshape(len(own[0]["kept"]), -1))
+            for own in runs.values()
         ],
         axis=0,
     )
     halves = [np.array_split(run["kept"][:, of], 2) for run in every]
     drift = np.mean([(a.mean(0) - b.mean(0)) ** 2 for a, b in halves])
     opposite = [run["mean"][of] + run["constraint_mean"][of] for run in every]
-    pooled = np.concatenate(
-        [np.mean([r["mean"][of] for r in own], axis=0) for own in runs.values()]
-    )
     return {
-        "mean_force": float(pooled.std()),
+        "mean_force": float(np.std([of_frame.mean(0) for of_frame in means])),
         "label_noise": float(np.sqrt(within + states)),
         "noise_within_runs": float(np.sqrt(within)),
         "noise_between_runs": float(np.sqrt(between)),
         "noise_of_states": float(np.sqrt(states)),
         "error_of_one_run_by_blocks": float(np.sqrt(np.mean(block_errors))),
         "difference_of_halves": float(np.sqrt(drift)),
-        "error_of_the_mean": float(np.sqrt(between * np.mean([1 / len(o) for o in runs.values()]))),
+        "error_of_the_mean": float(np.sqrt(between * np.mean([1 / len(x) for x in means]))),
         "with_force_of_constraint": float(np.sqrt(np.mean(np.square(opposite)))),
         "autocorrelation": {str(t): float(correlation[round(t / spacing)]) for t in LAGS},
+    }
+
+
+def run_facts(found: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+    """What was run, and how far heated molecules are from where those of the frame are."""
+    every = [run for own in found.values() for run in own]
+    turned: dict[str, list[np.ndarray]] = defaultdict(list)
+    for own in found.values():
+        for run in own:
+            cosines = (run["axes"][-1] * own[0]["axes"][0]).sum(-1)
+            for kind in ("CHOL", "UREA"):
+                name = f"{BEADS[kind]}, {'heated' if run['repeat'] else 'from the frame'}"
+                turned[name].append(cosines[run["molecules"] == kind])
+    gained = [np.mean([r["energy"] for r in own[1:]]) - own[0]["energy"] for own in found.values()]
+    return {
+        "runs": {str(frame): len(own) for frame, own in found.items()},
+        "total_ps": float(sum(run["times"][-1] for run in every)),
+        "time_step_ps": STEP,
+        "largest_displacement_of_a_center_A": float(max(run["moved"] for run in every)),
+        "energy_heated_minus_frame_kJ_per_mol": {
+            "mean": float(np.mean(gained)),
+            "error": float(np.std(gained, ddof=1) / np.sqrt(len(gained))),
+        },
+        "cosine_of_turning": {name: float(np.mean(values)) for name, values in turned.items()},
+        "share_turned_beyond_60_degrees": {
+            name: float(np.mean(np.array(values) < 0.5)) for name, values in turned.items()
+        },
+        "ns_per_day": [float(run["performance"]) for run in every],
     }
 
 
@@ -141,47 +169,18 @@ def collect(
     written = LabeledStore.create(store, table, {"temperature": TEMPERATURE})
     raw = [own[0]["raw"] for own in found.values()]
     written.append(structures, _labels(raw))
-    whole = {frame: own for frame, own in found.items() if len(own) > 1}
     for source, pick in ((ALL, slice(None)), (OWN, slice(1)), (HEATED, slice(1, None))):
-        if len(whole) < len(found) and source == HEATED:
-            continue
         picked = [own[pick] for own in found.values()]
         means = [np.mean([run["mean"] for run in some], axis=0) for some in picked]
         errors = [np.broadcast_to(between / np.sqrt(len(some)), (n, 3)) for some in picked]
-        written.begin_labels(
-            source, {"fingerprint": source, "properties": ["forces", "forces_std"]}
-        )
+        info = {"fingerprint": source, "properties": ["forces", "forces_std"]}
+        written.begin_labels(source, info)
         written.write_labels(source, 0, _labels(means, errors), structures, [])
-    energies = [
-        np.mean([r["energy"] for r in own[1:]]) - own[0]["energy"] for own in whole.values()
-    ]
-    every = [run for own in found.values() for run in own]
     facts = {
         "command": "python studies/coarse_graining/mean_force_table.py collect RUNS STORE",
         "machine": machine_description(),
-        "versions": versions() | {"gromacs": "2022.5-Debian_2022.5_2"},
-        "runs": {str(frame): len(own) for frame, own in found.items()},
-        "total_ps": float(sum(run["times"][-1] for run in every)),
-        "time_step_ps": STEP,
-        "largest_displacement_of_a_center_A": float(max(run["moved"] for run in every)),
-        "energy_heated_minus_frame_kJ_per_mol": [float(np.mean(energies)), float(np.std(energies))],
-        "turned_cosine": {
-            BEADS[kind]: [
-                float(
-                    np.mean(
-                        [
-                            (o[k]["axes"][-1] * o[0]["axes"][0])[o[0]["molecules"] == kind]
-                            .sum(-1)
-                            .mean()
-                            for o in whole.values()
-                        ]
-                    )
-                )
-                for k in (0, 1)
-            ]
-            for kind in ("CHOL", "UREA")
-        },
-        "performance": [str(run["performance"][0]).split()[1] for run in every],
+        "versions": versions() | {"gromacs": str(first["version"])},
+        **run_facts(found),
         "eV_per_A": noise,
     }
     text = json.dumps(facts, indent=1)

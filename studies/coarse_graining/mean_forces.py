@@ -124,16 +124,16 @@ def axes(universe: MDAnalysis.Universe) -> np.ndarray:
     return d / np.maximum(np.linalg.norm(d, axis=1, keepdims=True), 1e-9)
 
 
-def gromacs(folder: Path, *arguments: object) -> None:
-    """Run GROMACS in a folder; what it says is in gmx.log there."""
+def gromacs(folder: Path, command: str, *arguments: object) -> None:
+    """Run GROMACS in a folder, no nicer than this process; what it says is in gmx.log there."""
     with (folder / "gmx.log").open("a") as log:
-        command = ["gmx", *map(str, arguments)]
-        subprocess.run(command, cwd=folder, check=True, stdout=log, stderr=log)
+        line = ["gmx", command, "-nice", "0", *map(str, arguments)]
+        subprocess.run(line, cwd=folder, check=True, stdout=log, stderr=log)
 
 
 def energies(folder: Path) -> np.ndarray:
     """(samples, 2) times (ps) and potential energies (kJ/mol) of a run."""
-    command = ["gmx", "energy", "-f", "run.edr", "-o", "energy.xvg"]
+    command = ["gmx", "energy", "-nice", "0", "-f", "run.edr", "-o", "energy.xvg"]
     subprocess.run(
         command, cwd=folder, check=True, input="Potential\n", text=True, capture_output=True
     )
@@ -186,6 +186,7 @@ def sample_one(data: Path, frame: int, repeat: int, threads: int, to: Path) -> N
             moved = max(moved, float(np.abs(away).max()))
             turning.append(axes(run))
     pull = np.loadtxt(folder / "pull.xvg", comments=("#", "@"))
+    log = (folder / "run.log").read_text().split("\n")
     np.savez_compressed(
         to.with_suffix(".partial.npz"),
         frame=frame,
@@ -201,8 +202,9 @@ def sample_one(data: Path, frame: int, repeat: int, threads: int, to: Path) -> N
         constraint=(pull[1:, 1:].reshape(-1, *centers.shape) * KJ_PER_MOL / 10).astype(np.float32),
         axes=np.array(turning, dtype=np.float32),
         moved=moved,
+        performance=next(x for x in log if "Performance" in x).split()[1],
+        version=next(x for x in log if "GROMACS version" in x).split()[-1],
         energies=energies(folder),
-        performance=[x for x in (folder / "run.log").read_text().split("\n") if "Performance" in x],
     )
     to.with_suffix(".partial.npz").rename(to)
     shutil.rmtree(folder)
