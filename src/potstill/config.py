@@ -27,6 +27,7 @@ from potstill.template import template
 from potstill.workflows.base import merged
 from potstill.workflows.base import write_settings as write_settings
 from potstill.workflows.cka import CKAConfig as CKAConfig
+from potstill.workflows.coarse import CoarseConfig as CoarseConfig
 from potstill.workflows.distill import DistillConfig as DistillConfig
 from potstill.workflows.dynamics import MdConfig as MdConfig
 from potstill.workflows.epsilon import EpsilonConfig as EpsilonConfig
@@ -76,6 +77,18 @@ SETTINGS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
             "trajectory": {"path": "md.trr", "index": "100:"},
             "topology": "md.tpr",
             "beads": {"urea": {"residue": "UREA"}, "ion": {"residue": "Cl"}},
+        },
+    ),
+    "coarse-all": (
+        CoarseConfig,
+        {
+            "out": "run",
+            "map": {
+                "trajectory": "md.trr",
+                "topology": "md.tpr",
+                "beads": {"urea": {"residue": "UREA"}},
+            },
+            "train": {"name": "liquid", "title": "A liquid, one bead per molecule"},
         },
     ),
     "study": (
@@ -134,6 +147,13 @@ def load_study(path: str | Path) -> Experiment:
     kinds: dict[Any, type[Study]] = {"features": PairsStudy, "coarse": CoarseStudy}
     model = kinds.get(data.get("kind"), PairsStudy if "kind" in data else SizesStudy)
     return validate(data, model, where=str(path)).experiment
+
+
+def load_mapping(path: str | Path, out: Path | None = None) -> MapConfig:
+    """Read the config of a mapping, or that of all of `potstill coarse`; `out` is its store or folder."""
+    if "map" in read_yaml(path):
+        return load_config(path, CoarseConfig, {"out": out}).map
+    return load_config(path, MapConfig, {"out": out})
 
 
 def config_template(command: str) -> str:

@@ -110,8 +110,11 @@ class MeanForces(Settings):
         for run in finished.records:
             potential = load_potential(finished.best(run))[0]
             found[run.name] = predict_all(potential, structures, ["forces"])["forces"]
-        members = [f for run, f in zip(finished.records, found.values(), strict=True)
-                   if run.variant.name == TEACHERS]
+        members = [
+            f
+            for run, f in zip(finished.records, found.values(), strict=True)
+            if run.variant.name == TEACHERS
+        ]
         others = {ENSEMBLE: error(torch.stack(members).mean(dim=0))}
         if "mapped" in LabeledStore.open(self.store).sources:
             others["mapped forces"] = error(read_labeled(self.store, (), "mapped")[1]["forces"])
@@ -203,7 +206,10 @@ class CoarseStudy(Study):
         experiment = self._experiment(ExperimentData(self.data, {}), [teachers, *students])
         if self.mean_forces is None:
             return experiment
-        return replace(experiment, measures={**experiment.measures, "mean_forces": MeanForces(store=self.mean_forces)})
+        return replace(
+            experiment,
+            measures={**experiment.measures, "mean_forces": MeanForces(store=self.mean_forces)},
+        )
 
     def _settings(self, hyperparameters: dict[str, Any]) -> TrainSettings:
         model = self.common.model
@@ -248,5 +254,7 @@ class CoarseStudy(Study):
             settings=settings,
             taught=tuple(taught),
             teacher=one if own.forces == "teacher" else Committee(TEACHERS, members),
-            against=tuple(k for k, v in self.students.items() if not v.taught) if own.taught else (),
+            against=tuple(k for k, v in self.students.items() if not v.taught)
+            if own.taught
+            else (),
         )

@@ -1,4 +1,4 @@
-"""`potstill coarse all`: from an all-atom trajectory to validated force fields of beads."""
+"""`potstill coarse train | run | all`: from an all-atom trajectory to validated force fields of beads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from potstill.checkpoint import load_potential, save_potential
+from potstill.display import seconds_in_words
 from potstill.errors import ConfigError
 from potstill.evaluate.base import BenchSettings, Findings
 from potstill.evaluate.stability import OwnDynamics
@@ -21,8 +22,13 @@ from potstill.experiments.spec import Run
 from potstill.report.page import Section
 from potstill.report.plots import write_figure
 from potstill.store import LabeledStore
-from potstill.display import seconds_in_words
-from potstill.workflows.base import Display, Settings, TeacherSettings, write_extxyz
+from potstill.workflows.base import (
+    Display,
+    Settings,
+    TeacherSettings,
+    merged,
+    write_extxyz,
+)
 from potstill.workflows.evaluation import EvaluateConfig, TestedModel, TrajectoryData, evaluate
 from potstill.workflows.mapping import MapConfig, map_to_beads
 
@@ -91,32 +97,37 @@ class CoarseConfig(Settings):
         """The mapping writes the store that the training reads."""
         if not isinstance(data, dict) or "out" not in data:
             return data
+        mapping, training = data.get("map"), data.get("train") or {}
         store = str(Path(str(data["out"])) / "beads.zarr")
-        own = {"map": {"out": store}, "train": {"data": {"store": store, "sources": ["reference"]}}}
-        return {**data, **{key: _within(data.get(key) or {}, own[key]) for key in own}}
+        if isinstance(mapping, dict):
+            data = {**data, "map": {**mapping, "out": store}}
+        if isinstance(training, dict):
+            beads = {"data": {"store": store, "sources": ["reference"]}}
+            data = {**data, "train": merged(beads, training)}
+        return data
 
 
-def _within(given: Any, own: dict[str, Any]) -> Any:
-    """Settings with values for the keys that are not given, nested alike."""
-    if not isinstance(given, dict):
-        return given
-    filled = {k: _within(given[k], v) if isinstance(v, dict) else given[k] for k, v in own.items() if k in given}
-    return {**own, **given, **filled}
-
-
-def coarse(config: CoarseConfig, display: Display | None = None, *, command: str = "") -> Path:
-    """Map, train, run, judge and report; called again after an interruption, it resumes.
-
-    Returns the report.
-    """
-    display = display or Display()
-    folder = Path(config.out)
+def train_coarse(config: CoarseConfig, display: Display) -> None:
+    """Map, then train all teachers and students, or those that are left."""
     map_to_beads(config.map, display)
-    train_models(config.train, folder, display, workers=config.workers)
     experiment = config.train.experiment
+
+    def show(progress: Progress[Run]) -> None:
+        left = seconds_in_words(progress.seconds_left)
+        task.update(progress.done, note=f"{progress.job}, about {left} left")
+
+    with display.task(experiment.title, len(experiment.runs())) as task:
+        run_experiment(experiment, config.out, workers=config.workers, on_progress=show)
+
+
+def run_coarse(config: CoarseConfig, display: Display, *, command: str = "") -> Path:
+    """Run the trained models, compare them with the mapped trajectory, and write the report.
+
+    Returns its file.
+    """
+    experiment, folder = config.train.experiment, Path(config.out)
     finished = Finished(experiment, folder, finished_runs(experiment, folder))
     found = judge(finished, config, display)
-    measured = {"evaluations": _numbers(finished, found)}
     figures = tuple(
         write_figure(folder / "report", drawing)
         for name in EVALUATIONS
@@ -129,22 +140,10 @@ def coarse(config: CoarseConfig, display: Display | None = None, *, command: str
         folder,
         command=command,
         on_model=display.say,
-        more=measured,
+        more={"evaluations": _numbers(finished, found)},
         sections=(Section("Structure", figures=figures),),
     )
     return folder / "report.html"
-
-
-def train_models(study: CoarseStudy, folder: Path, display: Display, *, workers: int = 1) -> None:
-    """Train all teachers and students, or those that are left."""
-    experiment = study.experiment
-
-    def show(progress: Progress[Run]) -> None:
-        left = seconds_in_words(progress.seconds_left)
-        task.update(progress.done, note=f"{progress.job}, about {left} left")
-
-    with display.task(experiment.title, len(experiment.runs())) as task:
-        run_experiment(experiment, folder, workers=workers, on_progress=show)
 
 
 def judge(finished: Finished, config: CoarseConfig, display: Display) -> Findings:
@@ -153,7 +152,7 @@ def judge(finished: Finished, config: CoarseConfig, display: Display) -> Finding
     store = LabeledStore.open(config.map.out)
     temperature = own.temperature or store.info.get("temperature")
     if temperature is None:
-        raise ConfigError("give 'run.temperature', in K: the mapped trajectory does not say its own")
+        raise ConfigError("give 'run.temperature' in K: the mapped trajectory does not tell it")
     start = folder / "start.extxyz"
     write_extxyz(start, store.structures().select([0]).to_ase(), ["species_name"])
     models = {
