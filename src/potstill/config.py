@@ -20,7 +20,6 @@ from potstill.errors import ConfigError, suggest
 from potstill.experiments.coarse import CoarseStudy as CoarseStudy
 from potstill.experiments.recipes import PairsStudy as PairsStudy
 from potstill.experiments.recipes import SizesStudy as SizesStudy
-from potstill.experiments.recipes import Study
 from potstill.experiments.spec import Experiment
 from potstill.models.hipnn import HIPNNHyperparameters
 from potstill.template import template
@@ -144,13 +143,15 @@ def load_config(
 def load_study(path: str | Path) -> Experiment:
     """Read the config of a study: of sizes, or of the `kind` that it names."""
     data = read_yaml(path)
-    kinds: dict[Any, type[Study]] = {"features": PairsStudy, "coarse": CoarseStudy}
-    model = kinds.get(data.get("kind"), PairsStudy if "kind" in data else SizesStudy)
-    return validate(data, model, where=str(path)).experiment
+    if data.get("kind") == "coarse":
+        return validate(data, CoarseStudy, where=str(path)).experiment
+    if "kind" in data:
+        return validate(data, PairsStudy, where=str(path)).experiment
+    return validate(data, SizesStudy, where=str(path)).experiment
 
 
 def load_mapping(path: str | Path, out: Path | None = None) -> MapConfig:
-    """Read the config of a mapping, or that of all of `potstill coarse`; `out` is its store or folder."""
+    """Read the config of a mapping, or of all of `potstill coarse`; `out` is as in that file."""
     if "map" in read_yaml(path):
         return load_config(path, CoarseConfig, {"out": out}).map
     return load_config(path, MapConfig, {"out": out})

@@ -1,8 +1,8 @@
 """Denoising by distillation: teachers on noisy mapped forces, students on what teachers say.
 
 The protocol of Olowookere et al. (*Knowledge Distillation of Noisy Force Labels for Improved
-Coarse-Grained Force Fields*), of which the abstract is public: an ensemble of teachers is trained on
-mapped forces alone, and students on any combination of forces (mapped, of one teacher, of the
+Coarse-Grained Force Fields*), of which the abstract is public: an ensemble of teachers is trained
+on mapped forces alone, and students on any combination of forces (mapped, of one teacher, of the
 ensemble) and energies (none, total, of each bead). What the abstract leaves open is ours.
 """
 
@@ -246,6 +246,7 @@ class CoarseStudy(Study):
                 if t.property != "energy"
             ]
         one = TrainedTeacher(TEACHERS)
+        controls = tuple(other for other, its in self.students.items() if not its.taught)
         return Variant(
             name,
             Role.STUDENT if own.taught else Role.CONTROL,
@@ -254,7 +255,7 @@ class CoarseStudy(Study):
             settings=settings,
             taught=tuple(taught),
             teacher=one if own.forces == "teacher" else Committee(TEACHERS, members),
-            against=tuple(k for k, v in self.students.items() if not v.taught)
+            against=controls
             if own.taught
             else (),
         )

@@ -66,7 +66,8 @@ class RunRecord(Result):
         Of the training on the clock; of this process, less than all where it was resumed; of
         the process while data were read and the teacher was asked.
     metrics : dict
-        By set (`train`, `validation`, `test` split off, `test:NAME`), with the keys of `potstill.metrics`.
+        By set (`train`, `validation`, `test` where it was split off, `test:NAME`), with the keys of
+        `potstill.metrics`.
     tests : S2EFErrors, optional
         OC20's metrics by test set and averaged.
     taps : dict of str to TapPair

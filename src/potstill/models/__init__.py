@@ -100,7 +100,7 @@ def check_hyperparameters(spec: str, hyperparameters: Mapping[str, Any]) -> None
 def build_model(
     spec: str, species_table: SpeciesTable, hyperparameters: Mapping[str, Any]
 ) -> Potential:
-    """Build a model of a kind in `MODELS` or given as `module:Class`; sums and means from their parts.
+    """Build a model of a kind in `MODELS` or given as `module:Class`; sums and means of parts.
 
     Raises
     ------

@@ -81,7 +81,7 @@ def describe_potential(potential: Potential, name: str, info: Mapping[str, Any])
 
 
 def ensemble_members(potential: Potential) -> list[Potential]:
-    """Take an ensemble apart: a mean, or ANI with several members, alone or as the network of a sum.
+    """Take an ensemble apart: a mean, or ANI with members, alone or as the network of a sum.
 
     Empty if the potential is no ensemble.
     """

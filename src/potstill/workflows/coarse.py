@@ -1,4 +1,4 @@
-"""`potstill coarse train | run | all`: from an all-atom trajectory to validated force fields of beads."""
+"""`potstill coarse`: from an all-atom trajectory to validated force fields of beads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from potstill.checkpoint import load_potential, save_potential
 from potstill.display import seconds_in_words
 from potstill.errors import ConfigError
-from potstill.evaluate.base import BenchSettings, Findings
+from potstill.evaluate.base import BenchSettings, Findings, Role
 from potstill.evaluate.stability import OwnDynamics
 from potstill.evaluate.table import EVALUATIONS, Options
 from potstill.experiments.coarse import ENSEMBLE, TEACHERS, CoarseStudy, ensemble_of
@@ -34,7 +34,7 @@ from potstill.workflows.mapping import MapConfig, map_to_beads
 
 #: Evaluations of the models' own liquids.
 _TESTS: dict[str, dict[str, Any]] = {
-    name: {} for name in ("stability", "rdf", "adf", "cdf", "coordination", "pressure", "speed")
+    name: {} for name in ("stability", "rdf", "adf", "cdf", "coordination", "speed")
 }
 
 
@@ -128,6 +128,7 @@ def run_coarse(config: CoarseConfig, display: Display, *, command: str = "") -> 
     experiment, folder = config.train.experiment, Path(config.out)
     finished = Finished(experiment, folder, finished_runs(experiment, folder))
     found = judge(finished, config, display)
+    (folder / "report").mkdir(exist_ok=True)
     figures = tuple(
         write_figure(folder / "report", drawing)
         for name in EVALUATIONS
@@ -154,13 +155,13 @@ def judge(finished: Finished, config: CoarseConfig, display: Display) -> Finding
     if temperature is None:
         raise ConfigError("give 'run.temperature' in K: the mapped trajectory does not tell it")
     start = folder / "start.extxyz"
-    write_extxyz(start, store.structures().select([0]).to_ase(), ["species_name"])
+    write_extxyz(start, store.structures().select([0]).to_ase(), ("symbols", "positions"))
     models = {
         run.name: TestedModel(spec=str(finished.best(run)), role=run.variant.role)
         for run in finished.records
         if run.seed < own.seeds
     }
-    models[ENSEMBLE] = TestedModel(spec=str(_ensemble_file(finished)), role="teacher")
+    models[ENSEMBLE] = TestedModel(spec=str(_ensemble_file(finished)), role=Role.TEACHER)
     models |= {name: TestedModel(**dict(model)) for name, model in own.models.items()}
     settings = EvaluateConfig(
         models=models,
