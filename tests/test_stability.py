@@ -11,7 +11,8 @@ from ase.io import read, write
 
 from potstill.checkpoint import save_potential
 from potstill.errors import ConfigError
-from potstill.evaluate.stability import Stability
+from potstill.evaluate.base import Bench, BenchSettings
+from potstill.evaluate.stability import OwnDynamics, Stability
 from potstill.sample.replicas import ReplicaSettings, run_replicas
 from potstill.soundness import Liquid, overheated, widest_hole
 from potstill.structures import Structures
@@ -128,6 +129,5 @@ def test_runs_that_fail_are_counted_with_when_and_why(folder):
     (sentence,) = (line for line in verdicts(found) if "reached their end" in line)
     assert "0 of 4 runs" in sentence
     assert "temperature reached" in sentence
-    alone = config.model_copy(update={"structure": None, "out": str(folder / "other")})
     with pytest.raises(ConfigError, match="need where to start"):
-        evaluate(alone)
+        OwnDynamics().starts(Bench(BenchSettings()))
