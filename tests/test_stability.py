@@ -183,8 +183,7 @@ def test_pressure_is_computed_along_a_trajectory(folder):
     stress = load_potential(folder / "best.pt")[0].predict(frames, properties=("stress",))["stress"]
     expected = pressure(frames, stress, 600.0)
     assert result.pressure == pytest.approx(expected.pressure, rel=1e-6)
-    (problem,) = found.problems
-    assert "no model of it" in problem
+    assert not found.problems  # the reference has no model, hence no pressure
     beads = Findings({"pressure": {"student": replace(expected, beads=True)}})
     assert any("not that of the liquid" in line for line in verdicts(beads))
 
@@ -209,7 +208,8 @@ def test_md_runs_replicas_into_one_trajectory(folder):
         refused = CliRunner().invoke(app, [*command[:-1], str(folder / "other"), option])
         assert refused.exit_code != 0
         assert message in " ".join(refused.output.split())
-    hot = [*command[:-1], str(folder / "hot"), "--timestep", "100", "--duration", "5", "--stride", "100"]
+    slow = ["--timestep", "100", "--duration", "5", "--stride", "100"]
+    hot = [*command[:-1], str(folder / "hot"), *slow]
     exploded = CliRunner().invoke(app, hot)
     assert exploded.exit_code != 0
     assert "of 3 replicas broke down" in " ".join(exploded.output.split())

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 
 from potstill.calculators import BatchCalculator
-from potstill.errors import ConfigError, ModelError
+from potstill.errors import ModelError
 from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
 from potstill.evaluate.distributions import as_periodic
 from potstill.report.tables import Row
@@ -98,6 +98,7 @@ class PressureEvaluation(Evaluation):
     result = Pressure
     section = "Dynamics"
     needs = "frames"
+    needs_model = True
     on_request = True
     numbers: ClassVar[Mapping[str, str]] = {"pressure": "pressure", "pressure_error": "error"}
 
@@ -107,8 +108,6 @@ class PressureEvaluation(Evaluation):
     def run(self, bench: Bench, candidate: Candidate) -> Pressure:
         """Compute the stress of frames of the candidate's trajectory."""
         frames = as_periodic(bench.trajectory_of(candidate))
-        if not candidate.spec:
-            raise ConfigError("there is no model of it, whose forces give the virial")
         places = np.unique(np.linspace(0, len(frames) - 1, self.n_frames).round().astype(int))
         frames = frames.select(places.tolist())
         temperature = bench.settings.temperature
