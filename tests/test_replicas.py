@@ -10,6 +10,7 @@ from ase.md.verlet import VelocityVerlet
 
 from potstill.calculators import BatchCalculator, PotstillCalculator
 from potstill.errors import ConfigError, DataError
+from potstill.evaluate.tools import limited_threads
 from potstill.models import HIPNN, LocalOutput, Potential
 from potstill.sample.replicas import ReplicaSettings, run_replicas
 from potstill.species import Species, SpeciesTable
@@ -215,8 +216,8 @@ def test_fixed_atoms_stay_and_strangers_are_refused():
         run_replicas(Structures.concatenate([start[0], dumbbells(1)]), bead_model(), settings)
 
 
-@pytest.mark.parametrize("core", ["native", "torch"])
-def test_batches_are_computed_as_the_potential_computes_them(core):
+@pytest.mark.parametrize(("core", "threads"), [("native", 1), ("native", 2), ("torch", 1)])
+def test_batches_are_computed_as_the_potential_computes_them(core, threads):
     model = bead_model()
     frames = liquid(3)
     twin = bead_model()
@@ -227,7 +228,8 @@ def test_batches_are_computed_as_the_potential_computes_them(core):
     for _ in range(10):
         moved = frames.positions + torch.from_numpy(0.1 * rng.standard_normal((81, 3)))
         frames = frames.with_fields(positions=moved)
-        found = calculator.compute(frames, stress=True)
+        with limited_threads(threads):
+            found = calculator.compute(frames, stress=True)
         expected = twin.predict(frames, properties=("energy", "forces", "stress"))
         for name in ("energy", "forces", "stress"):
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-11)

@@ -127,7 +127,8 @@ class Liquid:
     def symptom(self, frame: Structures) -> str:
         """Say what is wrong with a frame of dynamics of the same system; empty if it is sound."""
         reach = FUSED * max(self.shortest.values(), default=0.0)
-        if reach and (reason := fused(closest_pairs(frame, reach), self.shortest)):
+        near = closest_pairs(frame, reach) if reach else {}
+        if reason := fused(near, self.shortest, "the reference has"):
             return reason
         if not math.isfinite(self.widest):
             return ""
@@ -191,15 +192,19 @@ def _turned(pair: str) -> list[str]:
     return ["-".join([*words[k:], *words[:k]]) for k in range(1, len(words))]
 
 
-def fused(distances: Mapping[str, float], trained: Mapping[str, float] | None) -> str:
+def fused(
+    distances: Mapping[str, float],
+    trained: Mapping[str, float] | None,
+    where: str = "the training data have",
+) -> str:
     """Say that atoms came far closer than any in training; empty if none did."""
     closest = closest_approach(distances, trained)
     if closest is None or closest[2] >= FUSED:
         return ""
     pair, distance, ratio = closest
     return (
-        f"atoms fused: a {pair} pair came to {distance:.2f} Å, where the training data have none "
-        f"below {distance / ratio:.2f} Å"
+        f"atoms fused: a {pair} pair came to {distance:.2f} Å, where {where} none below "
+        f"{distance / ratio:.2f} Å"
     )
 
 

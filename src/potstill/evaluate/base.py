@@ -440,6 +440,8 @@ class Evaluation(BaseModel, ABC):
     section: ClassVar[str]
     #: What it works on: "labels", "sets", "structure", "crystal", "frames" or "runs".
     needs: ClassVar[str]
+    #: Whether it takes a model, beside a trajectory.
+    needs_model: ClassVar[bool] = False
     #: Whether it is only done when it is asked for.
     on_request: ClassVar[bool] = False
     #: Attributes of the result by the keys of the metrics that they are.

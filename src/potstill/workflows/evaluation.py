@@ -324,7 +324,10 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
         every[name].require(bench)
     claim_folder(Path(config.out), config)
     moving = [candidate for name, candidate in candidates.items() if name in (bench.frames or {})]
-    chosen = [(every[name], moving if every[name].needs == "frames" else models) for name in names]
+    chosen = []
+    for name in names:
+        given = moving if every[name].needs == "frames" else models
+        chosen.append((every[name], [c for c in given if c.spec or not every[name].needs_model]))
     found = run_evaluations(bench, chosen, Path(config.out), display)
     for name in names if bench.frames else ():
         for drawing in every[name].drawings(found):
