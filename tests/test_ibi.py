@@ -184,7 +184,7 @@ def test_the_command_inverts_a_trajectory(tmp_path):
         pbc=torch.tensor([[True] * 3]),
         species_table=BEADS,
     )
-    settings = ReplicaSettings(TEMPERATURE, 25, 200.0, 2000.0, 20.0, 200.0)
+    settings = ReplicaSettings(TEMPERATURE, 20, 100.0, 1000.0, 20.0, 200.0)
     frames = run_replicas(start.select([0] * 2), soft(), settings).frames.structures
     LabeledStore.create(tmp_path / "beads.zarr", info={"temperature": TEMPERATURE}).append(frames)
     config = tmp_path / "ibi.yaml"
@@ -193,7 +193,7 @@ def test_the_command_inverts_a_trajectory(tmp_path):
         "model: {cutoff: 9.0, spacing: 0.3}\n"
         "bin_width: 0.3\n"
         "n_iterations: 2\n"
-        "dynamics: {n_replicas: 2, n_frames: 25, stride: 200, equilibration: 1000, timestep: 20,"
+        "dynamics: {n_replicas: 2, n_frames: 20, stride: 100, equilibration: 500, timestep: 20,"
         " thermostat_time: 200}\n"
     )
     arguments = ["coarse", "ibi", str(config), "--out", str(tmp_path / "run")]
@@ -202,7 +202,7 @@ def test_the_command_inverts_a_trajectory(tmp_path):
     record = json.loads((tmp_path / "run" / "iterations.json").read_text())
     assert len(record) == 2
     for entry in record:
-        assert max(entry["error"].values()) < 0.4
+        assert max(entry["error"].values()) < 0.6
         assert 0.0 < entry["pressure"] < 0.2
     potential, info = load_potential(tmp_path / "run" / "best.pt")
     assert potential.species_table == BEADS
