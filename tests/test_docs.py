@@ -186,11 +186,17 @@ def shell_commands() -> list[str]:
 
 
 def test_documented_commands_and_options_exist():
+    commands = dict(typer.main.get_command(app).commands)
+    groups = {name for name, command in commands.items() if hasattr(command, "commands")}
+    for group in groups:
+        inner = commands.pop(group).commands
+        commands |= {f"{group} {name}": command for name, command in inner.items()}
     known = {
         name: {option for parameter in command.params for option in parameter.opts}
-        for name, command in typer.main.get_command(app).commands.items()
+        for name, command in commands.items()
     }
     calls = [call.split() for call in shell_commands()]
+    calls = [[" ".join(c[:2]), *c[2:]] if c[0] in groups else c for c in calls]
     assert {call[0] for call in calls} == set(known)
     wrong = [
         f"{call[0]} {word}"

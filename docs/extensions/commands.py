@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,28 @@ def page() -> str:
 
 def reference() -> str:
     """All commands in Markdown, grouped as in `potstill --help`."""
-    commands = typer.main.get_command(app).commands.values()
-    panels = list(dict.fromkeys(command.rich_help_panel for command in commands))
+    named = dict(_commands(typer.main.get_command(app), "potstill"))
+    names = {command: name for name, command in named.items()}
+    panels = list(dict.fromkeys(command.rich_help_panel for command in named.values()))
     parts, panel = [], None
-    for command in sorted(commands, key=lambda command: panels.index(command.rich_help_panel)):
+    for command in sorted(
+        named.values(), key=lambda command: panels.index(command.rich_help_panel)
+    ):
         if command.rich_help_panel != panel:
             panel = command.rich_help_panel
             parts.append(f"## {panel}")
-        parts += [f"### potstill {command.name}", _prose(command.help)]
+        parts += [f"### {names[command]}", _prose(command.help)]
         parameters = [p for p in command.params if "--help" not in p.opts]
         rows = [f"| {_names(p)} | {_cell(p.help)} |" for p in parameters]
         parts.append("\n".join(["| argument or option | meaning |", "|---|---|", *rows]))
     return "\n\n".join(parts)
+
+
+def _commands(group: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Commands of a group, and of the groups in it, by their full names."""
+    for command in group.commands.values():
+        own = f"{name} {command.name}"
+        yield from _commands(command, own) if hasattr(command, "commands") else [(own, command)]
 
 
 def _prose(text: str | None) -> str:

@@ -484,8 +484,8 @@ def config(
     command: Annotated[
         str,
         typer.Argument(
-            help="distill, sample, label, train, fit, epsilon, evaluate, cka, md, study or "
-            "feature-study."
+            help="distill, sample, label, train, fit, epsilon, evaluate, cka, md, coarse-map, "
+            "study or feature-study."
         ),
     ],
 ) -> None:

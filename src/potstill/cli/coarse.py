@@ -27,10 +27,10 @@ def map_trajectory(
 ) -> None:
     """Map an all-atom trajectory with forces to beads, into a label store.
 
-    Reads what MDAnalysis reads (GROMACS, LAMMPS and others; extra `coarse`), extended XYZ and NumPy
-    archives, frame by frame. Forces are mapped by the plain sum, or by the linear map with the
-    least noise that fits the beads and the constraints found in the trajectory; the variance of
-    both is shown. An interrupted run resumes. `potstill config coarse-map` prints all settings.
+    Reads what MDAnalysis reads (GROMACS, LAMMPS and others; extra `coarse`) frame by frame, and
+    extended XYZ and NumPy archives. Forces are mapped by the plain sum, or by the linear map with
+    the least noise that fits the beads and the constraints found in the trajectory; the variance
+    of both is shown. An interrupted run resumes. `potstill config coarse-map` prints all settings.
 
     [bold]Example[/bold]
 

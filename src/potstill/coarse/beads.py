@@ -104,7 +104,8 @@ class Beads:
                     f"beads called '{name}' have masses of {masses[name]:.3f} and {mass:.3f} amu: "
                     f"give different beads different names"
                 )
-        return SpeciesTable(tuple(Species(name, mass) for name, mass in masses.items()))
+        # Rounded, so that masses in single and double precision are those of the same species.
+        return SpeciesTable(tuple(Species(name, round(m, 4)) for name, m in masses.items()))
 
     @cached_property
     def center_map(self) -> sparse.csr_array:
@@ -220,12 +221,15 @@ class Beads:
             )
         return whole
 
-    def check_bonds(self, whole: np.ndarray, where: str) -> None:
+    def check_bonds(
+        self, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, where: str
+    ) -> None:
         """Refuse bonds that no atoms have: then topology and trajectory are not of one system."""
         bonds = self.topology.bonds
         if not len(bonds):
             return
-        lengths = np.linalg.norm(whole[bonds[:, 0]] - whole[bonds[:, 1]], axis=1)
+        vectors = positions[bonds[:, 0]] - positions[bonds[:, 1]]
+        lengths = np.linalg.norm(nearest(vectors, cell, np.linalg.pinv(cell), pbc), axis=1)
         if lengths.max() > _LONGEST_BOND:
             i, j = bonds[lengths.argmax()]
             raise DataError(

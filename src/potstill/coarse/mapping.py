@@ -20,6 +20,7 @@ from potstill.coarse.settings import MappingSettings
 from potstill.coarse.trajectory import Snapshot, Trajectory
 from potstill.errors import DataError, StoreError
 from potstill.store import LabeledStore
+from potstill.store.record import plain_json
 from potstill.structures import Properties, Structures
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3
 
@@ -40,9 +41,10 @@ class MappingReport:
         the mapped force in eV/Å: `rms_sum`, None where constraints forbid the plain sum, and
         `rms_optimal`, None where beads are taken as they are.
     molecules : list of dict
-        Per kind of molecule: `name`, `count`, names of its `atoms` and `beads`, `bonds` between the
-        beads, `constrained` pairs of atoms and how many of these beads `cut`, `samples` (copies in
-        all frames), and `coefficients` of the optimal force map, a row per bead.
+        Per kind of molecule: `name`, `count`, names of its `atoms` and `beads`, the beads of each
+        copy (`members`), `bonds` between its beads, `constrained` pairs of atoms and how many of
+        these beads `cut`, `samples` (copies in all frames), and `coefficients` of the optimal force
+        map, a row per bead.
     net_force : dict of str to float
         Root mean square of a component of the total force in a frame in eV/Å: of all `atoms` of
         the trajectory, and of all `beads` by the plain sum.
@@ -95,7 +97,7 @@ def map_trajectory(
         If something else is at `out`.
     """
     out = Path(out)
-    info = dict(info or {})
+    info = plain_json(info or {}, "info")
     identity = {
         "settings": settings.model_dump(mode="json"),
         "files": [part.where for part in trajectory.parts],
@@ -158,8 +160,10 @@ def _survey(
     for k, snapshot in enumerate(trajectory.snapshots()):
         _check_finite(snapshot)
         if not k:
-            whole = beads.whole(snapshot.positions, snapshot.cell, snapshot.pbc, snapshot.frame_id)
-            beads.check_bonds(whole, snapshot.frame_id)
+            where = snapshot.frame_id
+            if not settings.mapped:  # bonds between beads may have any length
+                beads.check_bonds(snapshot.positions, snapshot.cell, snapshot.pbc, where)
+            beads.whole(snapshot.positions, snapshot.cell, snapshot.pbc, where)
         for kind in kinds:
             kind.add(snapshot.positions, snapshot.forces, snapshot.cell, snapshot.pbc)
         forces = beads.sum_map @ snapshot.forces
@@ -170,13 +174,15 @@ def _survey(
         progress("statistics", k + 1, len(trajectory))
     n = len(trajectory)
     molecules, rms, force_map = _force_maps(beads, kinds, settings)
-    cut = any(molecule["cut"] for molecule in molecules)
+    cut = {name for molecule in molecules if molecule["cut"] for name in molecule["beads"]}
     facts = {
         "beads": {
             entry.name: {
                 "count": int(counts[s]),
                 "mass": entry.mass,
-                "rms_sum": None if cut else float(np.sqrt(squares[s] / (3 * n * counts[s]))),
+                "rms_sum": None
+                if entry.name in cut
+                else float(np.sqrt(squares[s] / (3 * n * counts[s]))),
                 "rms_optimal": rms.get(entry.name),
             }
             for s, entry in enumerate(table.entries)
@@ -229,6 +235,7 @@ def _force_maps(
                 "count": len(kind.atoms),
                 "atoms": names.tolist(),
                 "beads": list(kind.bead_names),
+                "members": kind.beads.tolist(),
                 "bonds": kind.bead_bonds,
                 "constrained": bonds.tolist(),
                 "cut": len(cut),

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from ase.data import atomic_masses, atomic_numbers
 
 from potstill.coarse.settings import Residue, Selection
 from potstill.errors import ConfigError, DataError, require, suggest
@@ -34,6 +35,8 @@ class Topology:
         (N,) amu; NaN where it is unknown.
     bonds : ndarray
         (n_bonds, 2) int64; none if the file has none.
+    source : optional
+        The universe of MDAnalysis that this was read from.
     """
 
     where: str
@@ -42,13 +45,16 @@ class Topology:
     residue_names: np.ndarray
     masses: np.ndarray
     bonds: np.ndarray
+    source: Any = None
 
     def __len__(self) -> int:
         return len(self.names)
 
     @cached_property
     def universe(self) -> Any:
-        """A universe of MDAnalysis with these names and bonds, for its selections."""
+        """A universe of MDAnalysis, for its selections."""
+        if self.source is not None:
+            return self.source
         package = import_mdanalysis()
         universe = package.Universe.empty(
             len(self), len(self.residue_names), atom_resindex=self.residues
@@ -57,7 +63,6 @@ class Topology:
         universe.add_TopologyAttr("types", list(self.names))
         universe.add_TopologyAttr("resnames", list(self.residue_names))
         universe.add_TopologyAttr("masses", self.masses)
-        universe.add_TopologyAttr("bonds", self.bonds)
         return universe
 
     def atom(self, index: int) -> str:
@@ -140,7 +145,8 @@ def import_mdanalysis() -> Any:
 def read_topology(path: str) -> Topology:
     """Read a topology that MDAnalysis knows: TPR, GRO, PDB, PSF, data of LAMMPS and others.
 
-    Where a file has no names of atoms, as LAMMPS' data, their types are the names.
+    Where a file has no names of atoms, as LAMMPS' data, their types are the names. Masses that it
+    does not hold are those of its elements, but not guessed from names: `CS` may be a carbon.
 
     Raises
     ------
@@ -153,11 +159,17 @@ def read_topology(path: str) -> Topology:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            atoms = package.Universe(path).atoms
+            universe = package.Universe(path, to_guess=())
     except Exception as error:  # its parsers raise whatever they meet
         message = " ".join(str(error).split())
         raise DataError(f"{path} cannot be read by MDAnalysis as a topology: {message}") from error
-    masses = np.array(getattr(atoms, "masses", np.full(len(atoms), np.nan)), dtype=np.float64)
+    atoms = universe.atoms
+    masses = np.full(len(atoms), np.nan)
+    if hasattr(atoms, "masses"):
+        masses = np.array(atoms.masses, dtype=np.float64)
+    elif hasattr(atoms, "elements"):
+        numbers = [atomic_numbers.get(str(e).capitalize(), 0) for e in atoms.elements]
+        masses = np.where(np.array(numbers) > 0, atomic_masses[numbers], np.nan)
     bonds = atoms.bonds.indices if hasattr(atoms, "bonds") else np.zeros((0, 2))
     names = atoms.names if hasattr(atoms, "names") else atoms.types
     residues = atoms.residues
@@ -169,6 +181,7 @@ def read_topology(path: str) -> Topology:
         residue_names=np.array([str(name) for name in residue_names]),
         masses=np.where(masses > 0, masses, np.nan),
         bonds=np.asarray(bonds, dtype=np.int64).reshape(-1, 2),
+        source=universe,
     )
 
 

@@ -54,8 +54,9 @@ def inspect(path: str | Path) -> list[Card]:
 
 
 def _items(values: Mapping[str, Any]) -> list[list[str]]:
-    """A row for each key and its value in words."""
-    return [[key, _text(value)] for key, value in values.items()]
+    """A row for each key and its value in words, of which long ones are cut."""
+    texts = {key: _text(value) for key, value in values.items()}
+    return [[key, text if len(text) < 500 else f"{text[:500]} ..."] for key, text in texts.items()]
 
 
 def _structures(structures: Structures) -> list[list[str]]:

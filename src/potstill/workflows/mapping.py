@@ -117,21 +117,15 @@ def show_mapping(report: MappingReport, display: Display) -> None:
     rows = []
     for name, bead in report.beads.items():
         plain, optimal = bead["rms_sum"], bead["rms_optimal"]
-        rows.append(
-            [
-                name,
-                str(bead["count"]),
-                number(bead["mass"], 3),
-                number(plain),
-                number(optimal),
-                number(plain and plain**2),
-                number(optimal and optimal**2),
-                number((optimal / plain) ** 2 if plain and optimal else None, 3),
-            ]
-        )
+        row = [name, str(bead["count"]), number(bead["mass"], 3), number(plain)]
+        if report.molecules:
+            ratio = number((optimal / plain) ** 2, 3) if plain and optimal else ""
+            row += [number(optimal), number(plain and plain**2), number(optimal**2), ratio]
+        rows.append(row)
+    columns = ("bead", "count", "amu", "rms: sum", "optimal", "variance: sum", "optimal", "ratio")
     display.table(
-        "Beads: rms of a force component in eV/Å and its variance in eV²/Å², by either map",
-        ("bead", "count", "amu", "rms: sum", "optimal", "variance: sum", "optimal", "ratio"),
+        "Beads, and the components of the force on them in eV/Å",
+        columns if report.molecules else (*columns[:3], "rms"),
         rows,
     )
     for molecule in report.molecules:
@@ -148,12 +142,10 @@ def show_mapping(report: MappingReport, display: Display) -> None:
             )
     net = report.net_force
     display.say(
-        f"Total force of a frame, rms: {net['atoms']:.4f} eV/Å of all atoms, {net['beads']:.4f} "
-        f"eV/Å of the beads by the plain sum"
+        f"Total force of a frame, rms of a component: {net['atoms']:.4f} eV/Å of all atoms, "
+        f"{net['beads']:.4f} eV/Å of the beads by the plain sum"
     )
     if report.density is not None:
         display.say(f"Density: {report.density:.4f} g/cm³")
-    display.say(
-        f"{report.n_frames} frames of {sum(b['count'] for b in report.beads.values())} "
-        f"beads in {report.path}"
-    )
+    n_beads = sum(bead["count"] for bead in report.beads.values())
+    display.say(f"{report.n_frames} frames of {n_beads} beads in {report.path}")
