@@ -91,18 +91,21 @@ struct Geometry {
     Array<const int64_t> row_ptr;
     Array<const double> positions, offsets;
     Optional<const uint16_t> image;
-    Optional<const double> charge;
+    Optional<const double> charge, strength, radius;
     Array<double> energies;
     Optional<double> forces, virial, center_virials, neighbor_virials;
     potstill_pairs list;
     potstill_zbl zbl;
+    potstill_repulsion repulsion;
     potstill_md md;
 
     Geometry(Array<const int32_t> species_, Array<const int64_t> row_ptr_,
              Array<const int32_t> neighbor_, Array<const double> positions_,
              Optional<const uint16_t> image_, Array<const double> offsets_,
              Optional<const double> zbl_charge, double zbl_coulomb, double zbl_inner,
-             double zbl_cutoff, Array<double> energies_, Optional<double> forces_,
+             double zbl_cutoff, Optional<const double> repulsion_strength,
+             Optional<const double> repulsion_radius, int32_t n_species,
+             Array<double> energies_, Optional<double> forces_,
              Optional<double> virial_, bool add_forces, Optional<double> center_virials_,
              Optional<double> neighbor_virials_)
         : species(species_),
@@ -112,16 +115,20 @@ struct Geometry {
           offsets(offsets_),
           image(image_),
           charge(zbl_charge),
+          strength(repulsion_strength),
+          radius(repulsion_radius),
           energies(energies_),
           forces(forces_),
           virial(virial_),
           center_virials(center_virials_),
           neighbor_virials(neighbor_virials_),
           list(pairs(species, row_ptr, neighbor)),
-          zbl{address(charge), zbl_coulomb, zbl_inner, zbl_cutoff} {
+          zbl{address(charge), zbl_coulomb, zbl_inner, zbl_cutoff},
+          repulsion{address(strength), address(radius), n_species} {
         md = {positions.data(),        address(image),  offsets.data(),  int64_t(offsets.shape(0)),
               charge ? &zbl : nullptr, energies.data(), address(forces), address(virial),
-              add_forces,              address(center_virials), address(neighbor_virials)};
+              add_forces,              address(center_virials), address(neighbor_virials),
+              strength ? &repulsion : nullptr};
     }
     Geometry(const Geometry &) = delete;  // `md` points into it
 };
@@ -131,7 +138,7 @@ void run_md(const Geometry &g, const potstill_hipnn &model, Array<const T> param
     unlocked([&] { return Functions<T>::md(&model, parameters.data(), &g.list, &g.md, n_threads); });
 }
 
-void run_zbl(const Geometry &g) {
+void run_prior(const Geometry &g) {
     unlocked([&] { return potstill_md_f64(nullptr, nullptr, &g.list, &g.md, 1); });
 }
 
@@ -326,12 +333,14 @@ NB_MODULE(_native, m) {
     nb::class_<Geometry>(m, "Geometry")
         .def(nb::init<Array<const int32_t>, Array<const int64_t>, Array<const int32_t>,
                       Array<const double>, Optional<const uint16_t>, Array<const double>,
-                      Optional<const double>, double, double, double, Array<double>,
-                      Optional<double>, Optional<double>, bool, Optional<double>, Optional<double>>(),
+                      Optional<const double>, double, double, double, Optional<const double>,
+                      Optional<const double>, int32_t, Array<double>, Optional<double>,
+                      Optional<double>, bool, Optional<double>, Optional<double>>(),
              nb::arg("species"), nb::arg("row_ptr"), nb::arg("neighbor"), nb::arg("positions"),
              nb::arg("image").none(), nb::arg("offsets"), nb::arg("zbl_charge").none(),
              nb::arg("zbl_coulomb"), nb::arg("zbl_inner"), nb::arg("zbl_cutoff"),
-             nb::arg("energies"), nb::arg("forces").none(), nb::arg("virial").none(),
+             nb::arg("repulsion_strength").none(), nb::arg("repulsion_radius").none(),
+             nb::arg("n_species"), nb::arg("energies"), nb::arg("forces").none(), nb::arg("virial").none(),
              nb::arg("add_forces"), nb::arg("center_virials").none(),
              nb::arg("neighbor_virials").none());
     nb::class_<State> state(m, "State");
@@ -356,7 +365,7 @@ NB_MODULE(_native, m) {
     define_pass<float, double>(m);
     define_pass<double, float>(m);
     define_pass<double, double>(m);
-    m.def("zbl", &run_zbl);
+    m.def("prior", &run_prior);
     m.def("pack_pairs", &pack_pairs);
     m.def("count_pairs", &count_pairs);
     m.def("list_pairs", &list_pairs, nb::arg("first_atom"), nb::arg("positions"), nb::arg("cells"),

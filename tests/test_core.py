@@ -193,7 +193,7 @@ def compare_md(model, structures, n_threads, prior=None, zbl=None):
         core.compact_neighbors(neighbors, structures.n_atoms),
         structures.positions,
         structures.cell[0],
-        zbl=zbl,
+        prior=zbl,
         virial=True,
         n_threads=n_threads,
     )
@@ -224,7 +224,7 @@ def test_zbl_alone_equals_twin():
         core.compact_neighbors(neighbors, structures.n_atoms),
         structures.positions,
         structures.cell[0],
-        zbl=core.ZblParameters(prior.nuclear_charge, prior.inner, prior.cutoff),
+        prior=core.ZblParameters(prior.nuclear_charge, prior.inner, prior.cutoff),
     )
     assert float(twin["atomic_energies"].sum()) > 0
     assert_close(result.energies, twin["atomic_energies"], torch.float64, "energies")
@@ -514,13 +514,13 @@ def test_two_domains_layer_by_layer_equal_the_whole(
     parameters = model.native_parameters()
     whole = core.hipnn_md(
         *(parameters, structures.species, compact, structures.positions, structures.cell[0]),
-        zbl=zbl,
+        prior=zbl,
         virial=True,
     )
     left = structures.positions[:, 0] < 0.4 * float(structures.cell[0, 0, 0])
     domains = [Domain.of(structures, neighbors, side.nonzero()[:, 0]) for side in (left, ~left)]
     layers = [
-        core.HipnnLayers(parameters, *d.inputs(structures), zbl=zbl, virial=True, n_threads=1 + k)
+        core.HipnnLayers(parameters, *d.inputs(structures), prior=zbl, virial=True, n_threads=1 + k)
         for k, d in enumerate(domains)
     ]
     for k in range(n_layers):

@@ -17,7 +17,7 @@ from torch import Tensor
 from potstill import core
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import save_potential
-from potstill.core import CompactNeighbors, MdResult, PassResult, ZblParameters
+from potstill.core import CompactNeighbors, MdResult, PairPrior, PassResult
 from potstill.errors import DataError, ModelError
 from potstill.models import (
     HIPNN,
@@ -76,11 +76,11 @@ class NumpyKernels:
         positions: Tensor,
         cell: Tensor,
         *,
-        zbl: ZblParameters | None,
+        prior: PairPrior | None,
         virial: bool,
         n_threads: int = 1,
     ) -> MdResult:
-        assert zbl is None
+        assert prior is None
         system = structure_of(species, positions, cell)
         r_ij = core.compact_pair_vectors(system, neighbors, torch.float64)
         found = self.first_order(species, neighbors, r_ij)

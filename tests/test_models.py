@@ -15,11 +15,13 @@ from potstill.models import (
     MODELS,
     SNAP,
     ZBL,
+    Bonds,
     Edges,
     GemNetOC,
     LocalOutput,
     PaiNN,
     PairPotential,
+    PairRepulsion,
     Potential,
     SchNet,
     SpeciesOffsets,
@@ -194,6 +196,12 @@ TABLE: dict[str, Callable[[], Potential]] = {
     "painn-one-layer": lambda: painn(ONE, num_layers=1),
     "painn-capped": lambda: painn(
         BEADS, max_neighbors=9, direct_forces=True, variant="ocp", num_layers=1
+    ),
+    "repulsion": lambda: PairRepulsion(BEADS, [[0.02, 0.05], [0.05, 0.0]], [[3.0, 2.5], [2.5, 0]]),
+    "bonds": lambda: Bonds(
+        BEADS,
+        [(("W", "C1"), 1.8, 0.7, 2.2, 3.0), (("C1", "C1"), 2.0, 0.4, 2.3, 2.8)],
+        [(("W", "C1", "W"), -0.3, 0.5), (("W", "C1", "C1"), 0.2, 0.8)],
     ),
     "zbl": lambda: ZBL(TWO, inner=1.5, cutoff=3.0),
     "zbl-lammps": lambda: ZBL(TWO, inner=1.5, cutoff=3.0, switching="lammps"),

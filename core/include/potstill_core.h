@@ -76,6 +76,13 @@ typedef struct {
     double cutoff;
 } potstill_zbl;
 
+/* Repulsion of beads as in potstill.models.prior, by (n_species, n_species) symmetric matrices. */
+typedef struct {
+    const double *strength; /* eV */
+    const double *radius;   /* angstrom, where it ends; zero where there is none */
+    int32_t n_species;
+} potstill_repulsion;
+
 /* One pass over given pair vectors. Sum over atoms and terms of weight * partial energy is what the
  * gradients derive. Outputs that are NULL are not computed. */
 typedef struct {
@@ -103,6 +110,7 @@ typedef struct {
      * (n_atoms, 9), ghosts included. Of one interaction layer the latter is what the heat flux takes
      * (Fan et al., Phys. Rev. B 92, 094301 (2015), equation 20). */
     double *center_virials, *neighbor_virials;
+    const potstill_repulsion *repulsion; /* added if not NULL; then there is no ZBL term */
 } potstill_md;
 
 /* Number of parameters, or an error for hyper-parameters out of range. */
@@ -113,7 +121,7 @@ int potstill_pass_f32(const potstill_hipnn *, const float *parameters, const pot
 int potstill_pass_f64(const potstill_hipnn *, const double *parameters, const potstill_pairs *,
                       const potstill_pass *, int n_threads);
 
-/* The model may be NULL: then only the ZBL term is computed. */
+/* The model may be NULL: then only the ZBL term or the repulsion is computed. */
 int potstill_md_f32(const potstill_hipnn *, const float *parameters, const potstill_pairs *,
                     const potstill_md *, int n_threads);
 int potstill_md_f64(const potstill_hipnn *, const double *parameters, const potstill_pairs *,
@@ -179,8 +187,8 @@ int32_t potstill_model_n_features(const potstill_model *);
 int32_t potstill_model_is_double(const potstill_model *); /* what it was trained in */
 const char *potstill_model_provenance(const potstill_model *); /* JSON: versions, training, license */
 
-/* As `potstill_begin_f32` or `_f64`, with all parts of the model: `md->zbl` is not looked at, and the
- * energies of single atoms are added to `md->energies`. */
+/* As `potstill_begin_f32` or `_f64`, with all parts of the model: `md->zbl` and `md->repulsion` are
+ * not looked at, and the energies of single atoms are added to `md->energies`. */
 int potstill_begin_model(potstill_state *, const potstill_model *, int32_t in_double,
                          const potstill_pairs *, const potstill_md *, int n_threads);
 

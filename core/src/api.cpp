@@ -6,7 +6,7 @@
 
 #include "kernels.h"
 #include "model_file.h"
-#include "zbl.h"
+#include "prior.h"
 
 namespace potstill {
 
@@ -88,14 +88,28 @@ struct OwnedLayout {
     }
 };
 
-struct OwnedZbl {
+struct OwnedPrior {
     std::vector<double> power;
-    ZblTable table;
+    PriorTable table;
 
-    void fill(const potstill_zbl &zbl, int32_t n_species) {
+    // The table of what an evaluation adds, or NULL.
+    const PriorTable *fill(const potstill_md &md, int32_t n_species) {
+        table = {};
+        if (const potstill_repulsion *beads = md.repulsion) {
+            table.strength = beads->strength, table.radius = beads->radius;
+            table.n_species = beads->n_species;
+            const int64_t n = int64_t(beads->n_species) * beads->n_species;
+            for (int64_t k = 0; k < n; ++k)
+                if (beads->radius[k] > table.cutoff) table.cutoff = beads->radius[k];
+            return &table;
+        }
+        if (!md.zbl) return nullptr;
+        const potstill_zbl &zbl = *md.zbl;
         power.resize(size_t(n_species));
         for (size_t k = 0; k < power.size(); ++k) power[k] = std::pow(zbl.charge[k], 0.23);
-        table = {zbl.charge, power.data(), zbl.coulomb, zbl.inner, zbl.cutoff};
+        table.charge = zbl.charge, table.power = power.data(), table.coulomb = zbl.coulomb;
+        table.inner = zbl.inner, table.cutoff = zbl.cutoff;
+        return &table;
     }
 };
 
@@ -129,7 +143,7 @@ int check_indices(const potstill_pairs &p, const potstill_md &md) {
     return 0;
 }
 
-int check_md(const potstill_md &md) {
+int check_md(const potstill_md &md, int32_t n_species) {
     if ((md.virial || md.center_virials) && !md.forces)
         return fail(POTSTILL_BAD_ARGUMENT, "the virial is only computed together with the forces");
     if (!md.center_virials != !md.neighbor_virials)
@@ -137,6 +151,11 @@ int check_md(const potstill_md &md) {
     if (md.zbl && !(md.zbl->inner >= 0.0 && md.zbl->inner < md.zbl->cutoff))
         return fail(POTSTILL_BAD_ARGUMENT, "ZBL needs 0 <= inner < cutoff, not %g and %g",
                     md.zbl->inner, md.zbl->cutoff);
+    if (md.repulsion && md.zbl)
+        return fail(POTSTILL_BAD_ARGUMENT, "ZBL and the repulsion of beads do not come together");
+    if (md.repulsion && md.repulsion->n_species < n_species)
+        return fail(POTSTILL_BAD_ARGUMENT, "the repulsion is of %d species, not of %d",
+                    md.repulsion->n_species, n_species);
     return 0;
 }
 
@@ -161,7 +180,7 @@ struct potstill_state {
     potstill_pass pass{};
     potstill_md md{};
     OwnedLayout layout;
-    OwnedZbl zbl;
+    OwnedPrior prior;
     Arena arena{};
     const Kernels *kernels = nullptr;
     void *evaluation = nullptr;  // NULL between evaluations
@@ -190,7 +209,7 @@ struct potstill_state {
         if (!is_valid(model)) return fail(POTSTILL_BAD_ARGUMENT, "the hyper-parameters are out of range");
         if (const int code = check_pairs(pairs, model.n_species)) return code;
         if (given_md && pairs.n_atoms > 0)  // no atoms, no forces: their array may have no address
-            if (const int code = check_md(*given_md)) return code;
+            if (const int code = check_md(*given_md, model.n_species)) return code;
         if (given_pass && pairs.rows)
             return fail(POTSTILL_BAD_ARGUMENT, "neighbors in rows are for given positions");
         if (n_threads < 1) return fail(POTSTILL_BAD_ARGUMENT, "n_threads must be at least 1");
@@ -204,7 +223,7 @@ struct potstill_state {
         if (given_md) md = *given_md, task.md = &md;
         try {
             layout.fill(model);
-            if (given_md && md.zbl) zbl.fill(*md.zbl, model.n_species), task.zbl = &zbl.table;
+            if (given_md) task.prior = prior.fill(md, model.n_species);
         } catch (const std::bad_alloc &) {
             return fail(POTSTILL_OUT_OF_MEMORY, "there is not enough memory for the parameters' layout");
         }
@@ -266,31 +285,31 @@ namespace {
 
 thread_local potstill_state own_state;
 
-// Only the ZBL term: a plain loop, since nearly all pairs end at the comparison of distances.
-int zbl_alone(const potstill_pairs &p, const potstill_md &md) {
-    if (!md.zbl) return fail(POTSTILL_BAD_ARGUMENT, "there is neither a model nor a ZBL term");
+// Only the short-range term: a plain loop, since nearly all pairs end at the comparison of distances.
+int prior_alone(const potstill_pairs &p, const potstill_md &md) {
+    if (!md.zbl && !md.repulsion)
+        return fail(POTSTILL_BAD_ARGUMENT, "there is neither a model nor a short-range term");
     int32_t n_species = 0;
     for (int64_t i = 0; i < p.n_atoms; ++i)
         n_species = p.species[i] >= n_species ? p.species[i] + 1 : n_species;
     if (const int code = check_pairs(p, n_species)) return code;
-    if (const int code = check_md(md)) return code;
+    if (const int code = check_md(md, n_species)) return code;
     if (const int code = check_indices(p, md)) return code;
-    OwnedZbl zbl;
-    zbl.fill(*md.zbl, n_species);
+    OwnedPrior prior;
+    const PriorTable &table = *prior.fill(md, n_species);
     for (int64_t k = 0; md.forces && !md.add_forces && k < 3 * p.n_atoms; ++k) md.forces[k] = 0.0;
     for (int64_t k = 0; md.center_virials && k < 9 * p.n_local; ++k) md.center_virials[k] = 0.0;
     for (int64_t k = 0; md.neighbor_virials && k < 9 * p.n_atoms; ++k) md.neighbor_virials[k] = 0.0;
     for (int k = 0; md.virial && k < 9; ++k) md.virial[k] = 0.0;
     for (int64_t i = 0; i < p.n_local; ++i)
-        md.energies[i] = zbl_of_atom(zbl.table, p, md, i, md.forces, 3, md.virial,
-                                     md.neighbor_virials);
+        md.energies[i] = prior_of_atom(table, p, md, i, md.forces, 3, md.virial, md.neighbor_virials);
     return 0;
 }
 
 int run_md(const potstill_hipnn *model, const void *parameters, const potstill_pairs &pairs,
            const potstill_md &md, int n_threads, bool single) {
     return model ? own_state.run(*model, parameters, pairs, nullptr, &md, n_threads, single)
-                 : zbl_alone(pairs, md);
+                 : prior_alone(pairs, md);
 }
 
 // Features or cotangents of a layer that has some.
@@ -348,6 +367,7 @@ int potstill_begin_model(potstill_state *state, const potstill_model *model, int
                          const potstill_pairs *pairs, const potstill_md *what, int n_threads) {
     potstill_md md = *what;
     md.zbl = model->has_zbl ? &model->zbl : nullptr;
+    md.repulsion = model->has_repulsion ? &model->repulsion : nullptr;
     const void *parameters = in_double ? static_cast<const void *>(model->in_double.data())
                                        : static_cast<const void *>(model->in_single.data());
     if (const int code = state->begin(model->hipnn, parameters, *pairs, nullptr, &md, n_threads, !in_double))

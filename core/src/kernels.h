@@ -30,10 +30,13 @@ struct Layout {
     const BlockLayout *blocks;
 };
 
-// Tables of the ZBL term: charge^0.23 besides the charges.
-struct ZblTable {
+// Tables of the short-range term: of ZBL, with charge^0.23 besides the charges, or of beads.
+struct PriorTable {
     const double *charge, *power;
-    double coulomb, inner, cutoff;
+    double coulomb, inner;
+    const double *strength, *radius;  // NULL for ZBL
+    int32_t n_species;
+    double cutoff;
 };
 
 // Of tensors.
@@ -52,7 +55,7 @@ struct Task {
     potstill_pairs pairs;
     const potstill_pass *pass;  // either this
     const potstill_md *md;      // or this
-    const ZblTable *zbl;
+    const PriorTable *prior;
     int n_threads;
 
     bool is_smooth() const { return model.invariants == POTSTILL_SMOOTH; }

@@ -315,9 +315,9 @@ class Layers {
         return r.scale[rank] >= 0 ? parameters_ + r.scale[rank] : nullptr;
     }
 
-    void add_zbl(Part<T> &s, const Row<T> &row, int64_t i) const {
-        const double cutoff = sink_.zbl()->cutoff;
-        if (source_.any_within(row, T(cutoff * cutoff * 1.0001))) sink_.add_zbl(i, s.sums);
+    void add_prior(Part<T> &s, const Row<T> &row, int64_t i) const {
+        const double cutoff = sink_.prior()->cutoff;
+        if (source_.any_within(row, T(cutoff * cutoff * 1.0001))) sink_.add_prior(i, s.sums);
     }
 
     // int_weights (n_sens, n_out, n_in) as (n_out, n_sens * n_in).
@@ -419,7 +419,7 @@ class Layers {
                     if (a >= n_atoms) continue;
                     Row<T> &row = s.rows[n_s > 1 ? a : 0];  // kept for the other species
                     if (z == 0) source_.load(first + b + a, row);
-                    if (z == 0 && first_time && sink_.zbl()) add_zbl(s, row, first + b + a);
+                    if (z == 0 && first_time && sink_.prior()) add_prior(s, row, first + b + a);
                     source_.pack(row, z, s.pairs.packed, a * ld, s.fields.label + label, own[a]);
                     label += own[a].n;
                 }

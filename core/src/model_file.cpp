@@ -16,7 +16,7 @@
 namespace potstill {
 namespace {
 
-constexpr int64_t newest_version = 1;
+constexpr int64_t newest_version = 2;  // 2: with a repulsion of beads
 
 struct WrongFile : std::runtime_error {
     using std::runtime_error::runtime_error;
@@ -193,6 +193,14 @@ std::unique_ptr<potstill_model> parse(const char *content, size_t size) {
                       zbl.as_number("cutoff")};
         model->has_zbl = true;
     }
+    if (const Json *beads = description.find("repulsion"); beads && beads->kind == Json::object) {
+        model->strength = file.numbers("repulsion.strength");
+        model->radius = file.numbers("repulsion.radius");
+        if (model->strength.size() != n_species * n_species || model->radius.size() != n_species * n_species)
+            throw WrongFile("the repulsion is of other species");
+        model->repulsion = {model->strength.data(), model->radius.data(), model->hipnn.n_species};
+        model->has_repulsion = true;
+    }
     return model;
 }
 
@@ -241,8 +249,11 @@ const char *potstill_model_species(const potstill_model *model, int32_t species)
     return species >= 0 && species < model->hipnn.n_species ? model->species[size_t(species)].c_str() : nullptr;
 }
 double potstill_model_cutoff(const potstill_model *model) {
-    const double network = model->hipnn.cutoff;
-    return model->has_zbl && model->zbl.cutoff > network ? model->zbl.cutoff : network;
+    double cutoff = model->hipnn.cutoff;
+    if (model->has_zbl && model->zbl.cutoff > cutoff) cutoff = model->zbl.cutoff;
+    for (const double radius : model->radius)
+        if (radius > cutoff) cutoff = radius;
+    return cutoff;
 }
 int32_t potstill_model_n_layers(const potstill_model *model) { return model->hipnn.n_interaction_layers; }
 int32_t potstill_model_n_features(const potstill_model *model) { return model->hipnn.n_features; }

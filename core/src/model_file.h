@@ -8,12 +8,14 @@
 
 struct potstill_model {
     potstill_hipnn hipnn{};
-    bool is_double = false, has_zbl = false;
+    bool is_double = false, has_zbl = false, has_repulsion = false;
     std::vector<double> in_double;  // its parameters, in both types
     std::vector<float> in_single;
     std::vector<double> offsets;    // (n_species) energies of single atoms
     std::vector<double> charge;     // (n_species)
     potstill_zbl zbl{};             // `charge` is that above
+    std::vector<double> strength, radius;  // (n_species, n_species)
+    potstill_repulsion repulsion{};        // of these
     std::vector<std::string> species;
     std::string provenance;
 };

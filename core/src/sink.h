@@ -5,7 +5,7 @@
 #include "arena.h"
 #include "pairs.h"
 #include "quads.h"
-#include "zbl.h"
+#include "prior.h"
 
 namespace potstill::POTSTILL_ISA {
 namespace {
@@ -43,13 +43,13 @@ class Sink {
         : pairs_(task.pairs),
           pass_(task.pass),
           md_(task.md),
-          zbl_(task.zbl),
+          prior_(task.prior),
           n_terms_(task.model.n_interaction_layers + 1),
           wants_pairs_(task.wants_pairs()) {}
 
     bool wants_pairs() const { return wants_pairs_; }
     bool wants_virial() const { return md_ && md_->virial; }
-    const ZblTable *zbl() const { return zbl_; }
+    const PriorTable *prior() const { return prior_; }
 
     // Term k of the energy of atom i; those of molecular dynamics come in their order.
     void set_term(int64_t i, int k, double value) const {
@@ -63,9 +63,9 @@ class Sink {
         return pass_ && pass_->weights ? pass_->weights[i * n_terms_ + k] : 1.0;
     }
 
-    void add_zbl(int64_t i, ForceSums<T> &sums) const {
+    void add_prior(int64_t i, ForceSums<T> &sums) const {
         double *forces = wants_pairs_ ? sums.forces.data->x : nullptr;
-        md_->energies[i] += zbl_of_atom(*zbl_, pairs_, *md_, i, forces, 4,
+        md_->energies[i] += prior_of_atom(*prior_, pairs_, *md_, i, forces, 4,
                                         wants_virial() ? sums.virial_sum : nullptr,
                                         md_->center_virials ? sums.neighbor_virials.data : nullptr);
     }
@@ -168,7 +168,7 @@ class Sink {
     const potstill_pairs &pairs_;
     const potstill_pass *pass_;
     const potstill_md *md_;
-    const ZblTable *zbl_;
+    const PriorTable *prior_;
     const int n_terms_;
     const bool wants_pairs_;
 

@@ -17,14 +17,17 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from potstill.errors import ConfigError, suggest
+from potstill.experiments.coarse import CoarseStudy as CoarseStudy
 from potstill.experiments.recipes import PairsStudy as PairsStudy
 from potstill.experiments.recipes import SizesStudy as SizesStudy
+from potstill.experiments.recipes import Study
 from potstill.experiments.spec import Experiment
 from potstill.models.hipnn import HIPNNHyperparameters
 from potstill.template import template
 from potstill.workflows.base import merged
 from potstill.workflows.base import write_settings as write_settings
 from potstill.workflows.cka import CKAConfig as CKAConfig
+from potstill.workflows.coarse import CoarseConfig as CoarseConfig
 from potstill.workflows.distill import DistillConfig as DistillConfig
 from potstill.workflows.dynamics import MdConfig as MdConfig
 from potstill.workflows.epsilon import EpsilonConfig as EpsilonConfig
@@ -78,6 +81,18 @@ SETTINGS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
         },
     ),
     "coarse-ibi": (IbiConfig, {"out": "ibi", "store": "beads.zarr"}),
+    "coarse-all": (
+        CoarseConfig,
+        {
+            "out": "run",
+            "map": {
+                "trajectory": "md.trr",
+                "topology": "md.tpr",
+                "beads": {"urea": {"residue": "UREA"}},
+            },
+            "train": {"name": "liquid", "title": "A liquid, one bead per molecule"},
+        },
+    ),
     "study": (
         SizesStudy,
         {
@@ -129,11 +144,18 @@ def load_config(
 
 
 def load_study(path: str | Path) -> Experiment:
-    """Read the config of a study: of sizes, or with `kind: features` of pairs of models."""
+    """Read the config of a study: of sizes, or of the `kind` that it names."""
     data = read_yaml(path)
-    if "kind" in data:
-        return validate(data, PairsStudy, where=str(path)).experiment
-    return validate(data, SizesStudy, where=str(path)).experiment
+    kinds: dict[Any, type[Study]] = {"features": PairsStudy, "coarse": CoarseStudy}
+    model = kinds.get(data.get("kind"), PairsStudy if "kind" in data else SizesStudy)
+    return validate(data, model, where=str(path)).experiment
+
+
+def load_mapping(path: str | Path, out: Path | None = None) -> MapConfig:
+    """Read the config of a mapping, or that of all of `potstill coarse`; `out` is its store or folder."""
+    if "map" in read_yaml(path):
+        return load_config(path, CoarseConfig, {"out": out}).map
+    return load_config(path, MapConfig, {"out": out})
 
 
 def config_template(command: str) -> str:

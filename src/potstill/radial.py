@@ -1,4 +1,4 @@
-"""Radial basis functions and envelopes of message-passing networks."""
+"""Radial basis functions, envelopes of message-passing networks, and a switch."""
 
 from __future__ import annotations
 
@@ -47,3 +47,9 @@ def polynomial_envelope(r: Tensor, cutoff: float, exponent: int = 5) -> Tensor:
     p, x = exponent, (r / cutoff).clamp(max=1.0)
     inner = 0.5 * (p + 1) * (p + 2) - p * (p + 2) * x + 0.5 * p * (p + 1) * x.square()
     return (1.0 - x**p * inner) * (r < cutoff)
+
+
+def quintic_switch(r: Tensor, inner: float | Tensor, outer: float | Tensor) -> Tensor:
+    """1 up to `inner`, 0 from `outer` on, Å; continuous with two derivatives."""
+    t = ((r - inner) / (outer - inner)).clamp(0.0, 1.0)
+    return 1.0 - t**3 * (10.0 - 15.0 * t + 6.0 * t**2)

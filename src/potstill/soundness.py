@@ -203,18 +203,18 @@ def fused(distances: Mapping[str, float], trained: Mapping[str, float] | None) -
     )
 
 
-def closest_pairs(frames: Structures) -> dict[str, float]:
+def closest_pairs(frames: Structures, cutoff: float | None = None) -> dict[str, float]:
     """Shortest distance in any frame by pair of species, Å.
 
-    None beyond 4 Å, or 8 Å where there are beads, which may be large.
+    None beyond the cutoff in Å: by default 4, or 8 where there are beads, which may be large.
     """
-    beads = bool((frames.species_table.atomic_numbers < 0).any())
+    if cutoff is None:
+        cutoff = 8.0 if bool((frames.species_table.atomic_numbers < 0).any()) else 4.0
     found: dict[str, float] = {}
     for systems in frames.batches(_ATOMS_AT_A_TIME):
         part = frames.select(systems)
-        for pair, distance in shortest_distances(
-            part, build_neighbor_list(part, 8.0 if beads else 4.0)
-        ).items():
+        neighbors = build_neighbor_list(part, cutoff)
+        for pair, distance in shortest_distances(part, neighbors).items():
             found[pair] = min(distance, found.get(pair, math.inf))
     return found
 

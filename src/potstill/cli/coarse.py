@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +11,12 @@ import typer
 
 from potstill.cli.base import app, command, display
 
+Whole = Annotated[Path, typer.Argument(help="YAML file: map, train, run; see `potstill config`.")]
+Folder = Annotated[Path | None, typer.Option(help="Folder for everything.")]
+Workers = Annotated[int | None, typer.Option(help="Trainings at a time.", min=1)]
+
 coarse = typer.Typer(
-    help="Coarse-grained force fields: trajectories mapped to beads.",
+    help="Coarse-grained force fields: map a trajectory to beads, train, run.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -36,10 +42,10 @@ def map_trajectory(
 
       potstill coarse map studies/coarse_graining/reline.yaml --out reline.zarr
     """
-    from potstill.config import MapConfig, load_config
+    from potstill.config import load_mapping
     from potstill.workflows.mapping import map_to_beads
 
-    map_to_beads(load_config(config, MapConfig, {"out": out}), display)
+    map_to_beads(load_mapping(config, out), display)
 
 
 @command("Coarse graining", name="ibi", within=coarse)
@@ -69,3 +75,59 @@ def invert(
         f"the best is iteration {best.number}, with a mean error of g(r) of {best.mean_error:.4f}: "
         f"{settings.out}/best.pt, for LAMMPS {settings.out}/best.in"
     )
+
+
+@command("Coarse graining", name="train", within=coarse)
+def train(config: Whole, out: Folder = None, workers: Workers = None) -> None:
+    """Train teachers on mapped forces, and students on what the teachers say; resumable.
+
+    An ensemble of teachers is trained on the mapped forces alone. Students learn any combination of
+    forces (mapped, of one teacher, of all) and energies (none, total, of each bead) from them. Maps
+    the trajectory first, where that is not done.
+
+    [bold]Example[/bold]
+
+      potstill coarse train studies/coarse_graining/reline.yaml --out run/reline --workers 2
+    """
+    from potstill.config import CoarseConfig, load_config
+    from potstill.workflows.coarse import train_coarse
+
+    train_coarse(load_config(config, CoarseConfig, {"out": out, "workers": workers}), display)
+
+
+@command("Coarse graining", name="run", within=coarse)
+def run(config: Whole, out: Folder = None) -> None:
+    """Run the trained models and compare their liquids with the mapped trajectory; resumable.
+
+    Several runs of each model at a time, by Langevin dynamics. The report has distributions, how
+    many runs failed, costs, and errors of forces.
+
+    [bold]Example[/bold]
+
+      potstill coarse run studies/coarse_graining/reline.yaml --out run/reline
+    """
+    from potstill.config import CoarseConfig, load_config
+    from potstill.workflows.coarse import run_coarse
+
+    settings = load_config(config, CoarseConfig, {"out": out})
+    report = run_coarse(settings, display, command=shlex.join(["potstill", *sys.argv[1:]]))
+    display.say(f"Report: {report}")
+
+
+@command("Coarse graining", name="all", within=coarse)
+def all_of_it(config: Whole, out: Folder = None, workers: Workers = None) -> None:
+    """Turn an all-atom trajectory into validated force fields of beads: map, train, run; resumable.
+
+    `potstill config coarse-all` prints all settings.
+
+    [bold]Example[/bold]
+
+      potstill coarse all studies/coarse_graining/reline.yaml --out run/reline --workers 2
+    """
+    from potstill.config import CoarseConfig, load_config
+    from potstill.workflows.coarse import run_coarse, train_coarse
+
+    settings = load_config(config, CoarseConfig, {"out": out, "workers": workers})
+    train_coarse(settings, display)
+    report = run_coarse(settings, display, command=shlex.join(["potstill", *sys.argv[1:]]))
+    display.say(f"Report: {report}")

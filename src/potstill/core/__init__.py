@@ -31,7 +31,7 @@ from potstill.core.neighbors import (
     repeat_neighbors,
     select_neighbors,
 )
-from potstill.core.zbl import ZblParameters
+from potstill.core.prior import PairPrior, RepulsionParameters, ZblParameters
 
 __all__ = [
     "available",
@@ -44,6 +44,8 @@ __all__ = [
     "release_memory",
     "HipnnShape",
     "HipnnParameters",
+    "PairPrior",
+    "RepulsionParameters",
     "ZblParameters",
     "CompactNeighbors",
     "compact_neighbors",

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from potstill.core.base import DTYPES, array, call, native
 from potstill.core.neighbors import CompactNeighbors, topology
-from potstill.core.zbl import ZblParameters
+from potstill.core.prior import PairPrior, RepulsionParameters, ZblParameters
 from potstill.errors import ModelError
 from potstill.units import COULOMB
 
@@ -324,7 +324,7 @@ def hipnn_md(
     positions: Tensor,
     cell: Tensor,
     *,
-    zbl: ZblParameters | None = None,
+    prior: PairPrior | None = None,
     forces: bool = True,
     virial: bool = False,
     n_threads: int | None = None,
@@ -334,7 +334,7 @@ def hipnn_md(
     Parameters
     ----------
     parameters : HipnnParameters, optional
-        The model; without it, the ZBL term alone.
+        The model; without it, the prior alone.
     species : Tensor
         (N,) int32 or int64; local atoms, then ghosts (with one interaction layer only).
     neighbors : CompactNeighbors
@@ -343,7 +343,7 @@ def hipnn_md(
         (N, 3) float64, Å. Differences are taken in float64 and cast to the model's dtype.
     cell : Tensor
         (3, 3) float64, Å, rows are lattice vectors.
-    zbl : ZblParameters, optional
+    prior : ZblParameters or RepulsionParameters, optional
         Added where two atoms come close.
     forces, virial : bool
         What to compute; the virial only together with the forces.
@@ -355,9 +355,9 @@ def hipnn_md(
     ModelError
         If an array does not fit.
     """
-    geometry, result = md_geometry(species, neighbors, positions, cell, zbl, forces, virial)
+    geometry, result = md_geometry(species, neighbors, positions, cell, prior, forces, virial)
     if parameters is None:
-        call(native().zbl, geometry)
+        call(native().prior, geometry)
     else:
         call(native().md, geometry, *_model(parameters), n_threads or torch.get_num_threads())
     return result
@@ -387,7 +387,7 @@ class HipnnLayers:
 
     Parameters
     ----------
-    parameters, species, neighbors, positions, cell, zbl, forces, virial, n_threads
+    parameters, species, neighbors, positions, cell, prior, forces, virial, n_threads
         As for `hipnn_md`, with ghosts for any number of interaction layers.
 
     Raises
@@ -404,13 +404,13 @@ class HipnnLayers:
         positions: Tensor,
         cell: Tensor,
         *,
-        zbl: ZblParameters | None = None,
+        prior: PairPrior | None = None,
         forces: bool = True,
         virial: bool = False,
         n_threads: int | None = None,
     ) -> None:
         geometry, self._result = md_geometry(
-            species, neighbors, positions, cell, zbl, forces, virial
+            species, neighbors, positions, cell, prior, forces, virial
         )
         self._state = native().State()
         call(self._state.begin, geometry, *_model(parameters), n_threads or torch.get_num_threads())
@@ -446,7 +446,7 @@ def md_geometry(
     neighbors: CompactNeighbors,
     positions: Tensor,
     cell: Tensor,
-    zbl: ZblParameters | None,
+    prior: PairPrior | None,
     forces: bool,
     virial: bool,
     atom_virials: bool = False,
@@ -462,6 +462,8 @@ def md_geometry(
         torch.empty(neighbors.n_local, 3, 3, dtype=torch.float64) if atom_virials else None,
         torch.empty(n_atoms, 3, 3, dtype=torch.float64) if atom_virials else None,
     )
+    zbl = prior if isinstance(prior, ZblParameters) else None
+    beads = prior if isinstance(prior, RepulsionParameters) else None
     offsets = neighbors.images.to(torch.float64) @ cell.detach().to(torch.float64)
     geometry = native().Geometry(
         *topology(species, neighbors),
@@ -472,6 +474,9 @@ def md_geometry(
         COULOMB,
         0.0 if zbl is None else zbl.inner,
         0.0 if zbl is None else zbl.cutoff,
+        None if beads is None else array(beads.strength.reshape(-1), torch.float64),
+        None if beads is None else array(beads.radius.reshape(-1), torch.float64),
+        0 if beads is None else len(beads.radius),
         result.energies.numpy(),
         None if result.forces is None else result.forces.numpy(),
         None if result.virial is None else result.virial.numpy(),

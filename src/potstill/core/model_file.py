@@ -23,13 +23,13 @@ from torch import Tensor
 from potstill.core.base import call, native
 from potstill.core.hipnn import HipnnParameters, MdResult, md_geometry
 from potstill.core.neighbors import CompactNeighbors
-from potstill.core.zbl import ZblParameters
+from potstill.core.prior import PairPrior, RepulsionParameters, ZblParameters
 from potstill.errors import ModelError
 from potstill.files import write_atomically
 from potstill.units import COULOMB
 
-#: Files of a later version are refused by earlier readers.
-FORMAT_VERSION = 1
+#: Files of a later version are refused by earlier readers: 2 has a repulsion of beads.
+FORMAT_VERSION = 2
 
 _NO_SUM = b"00000000"
 
@@ -39,7 +39,7 @@ def write_model_file(
     species: Sequence[str],
     parameters: HipnnParameters,
     offsets: Tensor,
-    zbl: ZblParameters | None = None,
+    prior: PairPrior | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Write all parts of a potential that native kernels evaluate.
@@ -54,7 +54,7 @@ def write_model_file(
         The network, in float32 or float64.
     offsets : Tensor
         (n_species,) energies of single atoms, eV.
-    zbl : ZblParameters, optional
+    prior : ZblParameters or RepulsionParameters, optional
         Short-range repulsion.
     provenance : mapping, optional
         JSON-able: versions, training, license.
@@ -68,12 +68,18 @@ def write_model_file(
         "hipnn": asdict(parameters.shape),
         "zbl": None,
     }
-    if zbl is not None:
-        arrays["zbl.charge"] = zbl.charge.to(torch.float64).numpy()
-        model["zbl"] = {"coulomb": COULOMB, "inner": zbl.inner, "cutoff": zbl.cutoff}
+    version = 1
+    if isinstance(prior, ZblParameters):
+        arrays["zbl.charge"] = prior.charge.to(torch.float64).numpy()
+        model["zbl"] = {"coulomb": COULOMB, "inner": prior.inner, "cutoff": prior.cutoff}
+    elif isinstance(prior, RepulsionParameters):
+        version = FORMAT_VERSION
+        arrays["repulsion.strength"] = prior.strength.to(torch.float64).numpy()
+        arrays["repulsion.radius"] = prior.radius.to(torch.float64).numpy()
+        model["repulsion"] = {}
     metadata = {
         "format": "potstill",
-        "format_version": str(FORMAT_VERSION),
+        "format_version": str(version),
         "checksum": _NO_SUM.decode(),
         "model": json.dumps(model),
         "provenance": json.dumps(dict(provenance or {}), indent=1),

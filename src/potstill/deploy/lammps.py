@@ -19,7 +19,7 @@ from potstill.core.model_file import write_model_file
 from potstill.errors import ModelError
 from potstill.files import write_atomically
 from potstill.lammps_library import lammps_frame
-from potstill.models import HIPNN, ZBL, Potential, SpeciesOffsets, summands
+from potstill.models import HIPNN, ZBL, PairRepulsion, Potential, SpeciesOffsets, summands
 
 #: Starts the plugin and the potential, for all scripts.
 PAIR_COMMANDS = """\
@@ -80,8 +80,8 @@ def write_lammps(
     Parameters
     ----------
     potential : Potential
-        A HIP-NN, or its sum with offsets and a ZBL prior, for the core's kernels; anything else is
-        run by PyTorch inside LAMMPS.
+        A HIP-NN, or its sum with offsets and a ZBL prior or a repulsion of beads, for the core's
+        kernels; anything else is run by PyTorch inside LAMMPS.
     folder : Path
         Where to.
     stem : str
@@ -144,8 +144,8 @@ def _write_native(potential: Potential, file: Path, info: Mapping[str, Any]) -> 
         "info": dict(info),
     }
     native = None if prior is None else prior.native_parts()
-    zbl = None if native is None else native.prior
-    write_model_file(file, names, parameters, energies, zbl, provenance)
+    pairs = None if native is None else native.prior
+    write_model_file(file, names, parameters, energies, pairs, provenance)
 
 
 def why_not_native(potential: Potential) -> str | None:
@@ -157,7 +157,9 @@ def why_not_native(potential: Potential) -> str | None:
     return None
 
 
-def exported_parts(potential: Potential) -> tuple[HIPNN, ZBL | None, SpeciesOffsets | None]:
+def exported_parts(
+    potential: Potential,
+) -> tuple[HIPNN, ZBL | PairRepulsion | None, SpeciesOffsets | None]:
     """The network, the prior and the offsets of a potential that is made of nothing else.
 
     Raises
@@ -167,20 +169,22 @@ def exported_parts(potential: Potential) -> tuple[HIPNN, ZBL | None, SpeciesOffs
     """
     parts = list(summands(potential))
     by_kind = {type(part): part for part in parts}
-    network, prior, offsets = (by_kind.get(kind) for kind in (HIPNN, ZBL, SpeciesOffsets))
+    network, offsets = by_kind.get(HIPNN), by_kind.get(SpeciesOffsets)
+    priors = [part for part in parts if isinstance(part, ZBL | PairRepulsion)]
     kinds = ", ".join(part.kind for part in parts)
-    foreign = set(by_kind) - {HIPNN, ZBL, SpeciesOffsets}
-    if network is None or foreign or len(by_kind) != len(parts):
+    foreign = set(by_kind) - {HIPNN, ZBL, PairRepulsion, SpeciesOffsets}
+    if network is None or foreign or len(by_kind) != len(parts) or len(priors) > 1:
         raise ModelError(
-            f"LAMMPS' pair style potstill runs a HIP-NN, with offsets and a ZBL prior, not {kinds}"
+            "LAMMPS' pair style potstill runs a HIP-NN, with offsets and a ZBL prior or a "
+            f"repulsion, not {kinds}"
         )
+    prior = priors[0] if priors else None
     if isinstance(prior, ZBL) and prior.switching != "factor":
         raise ModelError(
             "the core multiplies ZBL by its switch, and this prior is switched as in LAMMPS' own "
             "pair style zbl: train with the switching 'factor'"
         )
     assert isinstance(network, HIPNN)
-    assert prior is None or isinstance(prior, ZBL)
     assert offsets is None or isinstance(offsets, SpeciesOffsets)
     return network, prior, offsets
 

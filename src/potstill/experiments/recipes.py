@@ -50,8 +50,8 @@ BORN_AGAIN_WEIGHTS = {
 }
 
 
-class _Study(Settings):
-    """What studies of both kinds have.
+class Study(Settings):
+    """What studies of all kinds have.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ class _Study(Settings):
     def _experiment(
         self, data: ExperimentData, variants: Iterable[Variant], **own: Any
     ) -> Experiment:
-        """Variants on data, with what studies of both kinds have."""
+        """Variants on data, with what studies of all kinds have."""
         name = "similarity" if isinstance(self.measure, SimilaritySettings) else "liquid"
         asked: dict[str, Measure | None] = {name: self.measure, "evaluations": self.evaluations}
         return Experiment(
@@ -205,7 +205,7 @@ class SizesData(Settings):
         return DataSettings(files=(file,), split=split)
 
 
-class SizesStudy(_Study):
+class SizesStudy(Study):
     """Sizes of students x strategies x seeds.
 
     Parameters
@@ -444,7 +444,7 @@ class StudyPair(Settings):
     grids: dict[str, Grid] = Field(default_factory=dict)
 
 
-class PairsStudy(_Study):
+class PairsStudy(Study):
     """Pairs of models x strategies of feature distillation x seeds.
 
     Parameters

@@ -20,7 +20,7 @@ from potstill.experiments.figures import (
 )
 from potstill.experiments.measures import Finished, stored_distribution
 from potstill.experiments.results import Results, RunRow
-from potstill.experiments.run import finished_runs, write_results
+from potstill.experiments.run import RunRecord, finished_runs, write_results
 from potstill.experiments.spec import Experiment, Role, Run, Variant
 from potstill.experiments.tables import (
     COSTS,
@@ -49,11 +49,14 @@ def report_experiment(
     *,
     command: str = "",
     on_model: Callable[[str], None] | None = None,
+    more: Mapping[str, Any] | None = None,
+    sections: tuple[Section, ...] = (),
 ) -> dict[str, Any]:
     """Measure what has been trained so far and write tables, figures and the report page.
 
     `folder` is that of `run_experiment`; it gets `report.html`, `report/` and `results.json`, which
-    also holds the `command` that was typed. `on_model` is told what is measured next.
+    also holds the `command` that was typed. `on_model` is told what is measured next. `more` are
+    measures that were taken elsewhere, and `sections` stand before the others.
 
     Returns
     -------
@@ -65,10 +68,12 @@ def report_experiment(
     records = finished_runs(experiment, folder)
     finished = Finished(experiment, folder, records, on_model)
     measured = {name: measure.measure(finished) for name, measure in experiment.measures.items()}
+    measured |= more or {}
     result, about = write_results(experiment, folder, command, records, measures=measured)
     similarity = measured.get("similarity", {})
     rows = [row_of(finished, run, measured) for run in records]
     rows += [_given_teacher(*given) for given in similarity.get("teachers", {}).items()]
+    rows += _others(measured)
     liquid = stored_distribution(folder, "reference")
     settings: Any = experiment.measures.get("liquid")
     reference = settings.reference if settings and liquid else None
@@ -76,7 +81,7 @@ def report_experiment(
     results = Results(rows, experiment.baselines, named, similarity)
     evaluated = measured.get("evaluations", {}).get("runs", {})
     keys = list(dict.fromkeys(key for numbers in evaluated.values() for key in numbers))
-    sections = report_sections(results, folder / "report", keys)
+    sections += report_sections(results, folder / "report", keys)
     page = Page(experiment.title, tuple(about.items()), verdicts(results), (), (), sections)
     write_page(page, folder / "report.html")
     return result
@@ -85,8 +90,8 @@ def report_experiment(
 def row_of(finished: Finished, run: Run, measured: Mapping[str, Any]) -> RunRow:
     """The row of a finished run; some of what was `measured` are numbers by run."""
     record = finished.records[run]
-    if record.tests is None:  # on the first test set
-        metrics = dict(record.metrics[f"test:{next(iter(finished.experiment.data.tests))}"])
+    if record.tests is None:
+        metrics = dict(record.metrics[judging_set(record)])
     else:
         metrics = {key: estimate.value for key, estimate in record.tests.average.items()}
     for found in measured.values():
@@ -104,9 +109,26 @@ def row_of(finished: Finished, run: Run, measured: Mapping[str, Any]) -> RunRow:
     )
 
 
+def judging_set(record: RunRecord) -> str:
+    """The set whose errors are those of the tables: the first test set, if there is one."""
+    return next((name for name in record.metrics if name.startswith("test")), "validation")
+
+
 def _given_teacher(name: str, errors: Mapping[str, Any]) -> RunRow:
     teacher = Variant(name, Role.TEACHER, name, "", TrainSettings())
     return RunRow(Run(teacher, -1), 0, tests=S2EFErrors.from_json(errors))
+
+
+def _others(measured: Mapping[str, Any]) -> list[RunRow]:
+    """Rows of what was measured beside the runs, such as an ensemble of them."""
+    numbers: dict[str, dict[str, float]] = {}
+    for found in measured.values():
+        for name, own in found.get("others", {}).items():
+            numbers.setdefault(name, {}).update(own)
+    return [
+        RunRow(Run(Variant(name, Role.OTHER, name, "", TrainSettings()), -1), 0, own)
+        for name, own in numbers.items()
+    ]
 
 
 def report_sections(

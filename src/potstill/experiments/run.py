@@ -37,12 +37,12 @@ from potstill.experiments.spec import (
     StoredTeacher,
 )
 from potstill.metrics import S2EF_METRICS, Estimate
-from potstill.models import Potential
+from potstill.models import MeanPotential, Potential
 from potstill.properties import LEARNABLE
 from potstill.store import LabeledStore
 from potstill.structures import Properties, Structures
-from potstill.teachers import Teacher
-from potstill.teachers.potential import PotentialTeacher
+from potstill.teachers import Teacher, teacher_from_potential
+from potstill.teachers.potential import PotentialTeacher, describe_potential
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.state import versions
 from potstill.workflows.base import potential_info, read_json, write_json
@@ -66,7 +66,7 @@ class RunRecord(Result):
         Of the training on the clock; of this process, less than all where it was resumed; of
         the process while data were read and the teacher was asked.
     metrics : dict
-        By set (`train`, `validation`, `test:NAME`), with the keys of `potstill.metrics`.
+        By set (`train`, `validation`, `test` split off, `test:NAME`), with the keys of `potstill.metrics`.
     tests : S2EFErrors, optional
         OC20's metrics by test set and averaged.
     taps : dict of str to TapPair
@@ -230,7 +230,8 @@ def train_run(experiment: Experiment, folder: Path, run: Run, threads: int) -> N
     """Train and test one run."""
     torch.set_num_threads(threads)
     started = time.process_time()
-    training, validation, teachers = _training_data(experiment, folder, run)
+    parts, teachers = _training_data(experiment, folder, run)
+    training, validation = parts["train"], parts["validation"]
     asked = time.process_time() - started
     result = train(
         run.settings,
@@ -249,10 +250,7 @@ def train_run(experiment: Experiment, folder: Path, run: Run, threads: int) -> N
         tests = held_out_errors(experiment, potential)
     else:
         source = experiment.data.source
-        sets = {
-            name: (data.structures, data.labels[source])
-            for name, data in (("train", training), ("validation", validation))
-        }
+        sets = {name: (part.structures, part.labels[source]) for name, part in parts.items()}
         sets |= {f"test:{k}": test.read(source) for k, test in experiment.data.tests.items()}
         metrics = {name: property_errors(potential, *data) for name, data in sets.items()}
     summary = read_json(folder / run.name / "settings.json").get("features", {})
@@ -299,12 +297,8 @@ def held_out_errors(experiment: Experiment, potential: Potential | BaseCalculato
 
 
 def _is_ready(experiment: Experiment, folder: Path, run: Run) -> bool:
-    """Whether the teacher that a student needs is there."""
-    if not run.variant.taught or isinstance(run.variant.teacher, GivenTeacher | StoredTeacher):
-        return True
-    teacher = experiment.teacher_of(run)
-    assert teacher is not None
-    return is_finished(folder, teacher)
+    """Whether the teachers that a student needs are there."""
+    return all(is_finished(folder, teacher) for teacher in experiment.needed_by(run))
 
 
 def _cost(settings: TrainSettings) -> float:
@@ -322,13 +316,14 @@ def _cost(settings: TrainSettings) -> float:
 
 def _training_data(
     experiment: Experiment, folder: Path, run: Run
-) -> tuple[TrainingSet, TrainingSet, dict[str, Teacher]]:
-    """Training and validation set with what the loss asks of the teacher, and online teachers."""
+) -> tuple[dict[str, TrainingSet], dict[str, Teacher]]:
+    """Parts of the data with what the loss asks of the teacher, and online teachers."""
     settings, given = run.settings, run.variant.teacher
     data, teacher = experiment.data, None
     if run.variant.taught and not isinstance(given, StoredTeacher):
         teacher = _teacher(experiment, folder, run)
-    asked = [term.property for term in settings.label_terms if term.source == TEACHER]
+    terms = [term for term in settings.label_terms if term.source == TEACHER]
+    asked = list(dict.fromkeys(name for term in terms for name in term.labels))
 
     def with_labels(part: TrainingSet) -> TrainingSet:
         if not asked:
@@ -344,21 +339,28 @@ def _training_data(
 
     parts, _ = load_parts(data.parts, complete=with_labels)
     training = parts["train"]
+    if run.variant.bootstrap:
+        drawn = torch.Generator().manual_seed(run.seed)
+        training = training.select(torch.randint(len(training), (len(training),), generator=drawn))
+    parts["train"] = training
     if teacher is None:
-        return training, parts["validation"], {}
+        return parts, {}
     if data.features == "stored" and settings.feature_terms:
-        training = replace(training, features={TEACHER: _features(training, settings, teacher)})
+        features = _features(training, settings, teacher)
+        parts["train"] = replace(training, features={TEACHER: features})
     # Stored features need no teacher; with one, training asks it about the validation set, too.
     online = data.features == "online" or settings.augment is not None
-    return training, parts["validation"], {TEACHER: teacher} if online else {}
+    return parts, {TEACHER: teacher} if online else {}
 
 
 def _teacher(experiment: Experiment, folder: Path, run: Run) -> Teacher:
     if isinstance(run.variant.teacher, GivenTeacher):
         return run.variant.teacher.model.make()
-    teacher = experiment.teacher_of(run)
-    assert teacher is not None
-    return PotentialTeacher.from_checkpoint(best_of(folder, teacher))
+    files = {str(other.seed): best_of(folder, other) for other in experiment.needed_by(run)}
+    if len(files) == 1:
+        return PotentialTeacher.from_checkpoint(*files.values())
+    mean = MeanPotential({seed: load_potential(file)[0] for seed, file in files.items()})
+    return teacher_from_potential(mean, describe_potential(mean, "committee", {}))
 
 
 def _features(training: TrainingSet, settings: TrainSettings, teacher: Teacher) -> dict[str, Any]:

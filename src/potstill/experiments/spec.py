@@ -36,6 +36,14 @@ class TrainedTeacher:
 
 
 @dataclass(frozen=True)
+class Committee:
+    """A variant of the experiment, whose runs of these seeds teach by their mean and spread."""
+
+    variant: str
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class GivenTeacher:
     """An external teacher, and what the experiment calls it."""
 
@@ -79,7 +87,7 @@ class Variant:
         Of the training, with the loss that it has without a teacher.
     taught : tuple of terms
         What the teacher adds to the loss.
-    teacher : TrainedTeacher, GivenTeacher or StoredTeacher, optional
+    teacher : TrainedTeacher, Committee, GivenTeacher or StoredTeacher, optional
         Source of the values of these terms. A control keeps that of its student, for comparison.
     against : tuple of str
         Variants that it is judged by.
@@ -87,6 +95,8 @@ class Variant:
         Its place in a grid.
     seeds : tuple of int, optional
         Seeds; those of the experiment by default.
+    bootstrap : bool
+        Each run has as many training structures as there are, drawn with replacement by its seed.
     """
 
     name: str
@@ -95,10 +105,11 @@ class Variant:
     group: str
     settings: TrainSettings
     taught: tuple[Line, ...] = ()
-    teacher: TrainedTeacher | GivenTeacher | StoredTeacher | None = None
+    teacher: TrainedTeacher | Committee | GivenTeacher | StoredTeacher | None = None
     against: tuple[str, ...] = ()
     point: GridPoint | None = None
     seeds: tuple[int, ...] | None = None
+    bootstrap: bool = False
 
     def control(self, name: str, *, strategy: str = "", **weights: float) -> Variant:
         """The same without the teacher's terms.
@@ -130,7 +141,7 @@ class Variant:
     @property
     def teacher_name(self) -> str:
         """The variant or external teacher that it learns from."""
-        if isinstance(self.teacher, TrainedTeacher):
+        if isinstance(self.teacher, TrainedTeacher | Committee):
             return self.teacher.variant
         return self.teacher.name if isinstance(self.teacher, GivenTeacher) else ""
 
@@ -273,7 +284,7 @@ class Experiment:
                 raise ConfigError(f"two variants of the experiment are called '{name}'")
         trained = {v.name: v.teacher for v in self.variants if v.taught}
         for name, teacher in trained.items():
-            if isinstance(teacher, TrainedTeacher) and teacher.variant not in names:
+            if isinstance(teacher, TrainedTeacher | Committee) and teacher.variant not in names:
                 raise ConfigError(f"'{name}' learns from '{teacher.variant}', which does not exist")
 
     @cached_property
@@ -305,6 +316,14 @@ class Experiment:
             return None
         first = next((v for v in self.variants if v.role is Role.TEACHER), None)
         return None if first is None else Run(first, run.seed)
+
+    def needed_by(self, run: Run) -> list[Run]:
+        """The runs that a run learns from."""
+        teacher = run.variant.teacher
+        if not run.variant.taught or not isinstance(teacher, TrainedTeacher | Committee):
+            return []
+        seeds = teacher.seeds if isinstance(teacher, Committee) else (run.seed,)
+        return [Run(self.by_name[teacher.variant], seed) for seed in seeds]
 
     @property
     def given_teachers(self) -> dict[str, TeacherSettings]:

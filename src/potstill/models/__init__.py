@@ -20,6 +20,7 @@ from potstill.models.base import Potential as Potential
 from potstill.models.base import Prediction as Prediction
 from potstill.models.base import StartingData as StartingData
 from potstill.models.base import TapSpec as TapSpec
+from potstill.models.bonded import Bonds as Bonds
 from potstill.models.gemnet_oc import GemNetOC as GemNetOC
 from potstill.models.hipnn import HIPNN as HIPNN
 from potstill.models.hyper import Hyperparameters as Hyperparameters
@@ -27,7 +28,9 @@ from potstill.models.linear import SNAP as SNAP
 from potstill.models.painn import PaiNN as PaiNN
 from potstill.models.pair import PairPotential as PairPotential
 from potstill.models.prior import ZBL as ZBL
+from potstill.models.prior import PairRepulsion as PairRepulsion
 from potstill.models.schnet import SchNet as SchNet
+from potstill.models.sums import MeanPotential as MeanPotential
 from potstill.models.sums import SpeciesOffsets as SpeciesOffsets
 from potstill.models.sums import SumPotential as SumPotential
 from potstill.models.sums import summands as summands
@@ -42,6 +45,8 @@ MODELS: dict[str, type[Potential]] = {
     "schnet": SchNet,
     "painn": PaiNN,
     "zbl": ZBL,
+    "repulsion": PairRepulsion,
+    "bonds": Bonds,
     "offsets": SpeciesOffsets,
 }
 
@@ -95,19 +100,18 @@ def check_hyperparameters(spec: str, hyperparameters: Mapping[str, Any]) -> None
 def build_model(
     spec: str, species_table: SpeciesTable, hyperparameters: Mapping[str, Any]
 ) -> Potential:
-    """Build a model of a kind in `MODELS` or given as `module:Class`; sums from their components.
+    """Build a model of a kind in `MODELS` or given as `module:Class`; sums and means from their parts.
 
     Raises
     ------
     ModelError
         If the kind is unknown or the hyper-parameters do not fit it.
     """
-    if spec == "sum":
-        return SumPotential(
-            {
-                name: build_model(part["kind"], species_table, part["hyperparameters"])
-                for name, part in hyperparameters["components"].items()
-            }
-        )
+    if spec in ("sum", "mean"):
+        parts = {
+            name: build_model(part["kind"], species_table, part["hyperparameters"])
+            for name, part in hyperparameters["components"].items()
+        }
+        return SumPotential(parts) if spec == "sum" else MeanPotential(parts)
     check_hyperparameters(spec, hyperparameters)
     return model_class(spec)(species_table, **hyperparameters)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from potstill.core import (
     CompactNeighbors,
     MdResult,
+    PairPrior,
     PassResult,
-    ZblParameters,
     compact_forces,
     compact_neighbors,
     compact_pair_vectors,
@@ -278,8 +278,8 @@ class NativeKernels:
         (species, neighbors, r_ij, weights) to the sum of (N, T) weights times terms, a scalar that
         is differentiable once by the parameters.
     dynamics : callable
-        (species, neighbors, positions, cell, *, zbl, virial) to the `MdResult` of one system, with
-        the ZBL repulsion `zbl` added unless it is None. With `n_threads` where it is given.
+        (species, neighbors, positions, cell, *, prior, virial) to the `MdResult` of one system,
+        with the repulsion `prior` added unless it is None. With `n_threads` where it is given.
     """
 
     dtype: torch.dtype
@@ -339,14 +339,14 @@ class NativeParts:
     ----------
     network : NativeKernels, optional
         Without it there is nothing to call.
-    prior : ZblParameters, optional
+    prior : ZblParameters or RepulsionParameters, optional
         Short-range repulsion.
     offsets : Tensor, optional
         (n_species,) float64 constant energies, eV.
     """
 
     network: NativeKernels | None = None
-    prior: ZblParameters | None = None
+    prior: PairPrior | None = None
     offsets: Tensor | None = None
 
     def merged(self, other: NativeParts) -> NativeParts | None:
@@ -385,10 +385,45 @@ class NativeParts:
             neighbors,
             structures.positions,
             structures.cell[0],
-            zbl=self.prior,
+            prior=self.prior,
             virial=virial,
             **({} if n_threads is None else {"n_threads": n_threads}),
         )
         if self.offsets is None:
             return result
         return replace(result, energies=result.energies + self.offsets[structures.species])
+
+
+@dataclass(frozen=True)
+class NativeMean(NativeParts):
+    """The mean of several potentials, each by a call of its own on the same neighbor list.
+
+    Parameters
+    ----------
+    others : tuple of NativeParts
+        All members but the one that this is itself.
+    """
+
+    others: tuple[NativeParts, ...] = ()
+
+    def merged(self, other: NativeParts) -> None:
+        """Nothing can be added to it in the same call."""
+
+    def evaluate(
+        self,
+        structures: Structures,
+        neighbors: CompactNeighbors,
+        *,
+        virial: bool,
+        n_threads: int | None = None,
+    ) -> MdResult:
+        """Means of what the members' calls give."""
+        how: dict[str, Any] = {"virial": virial, "n_threads": n_threads}
+        found = [super().evaluate(structures, neighbors, **how)]
+        found += [other.evaluate(structures, neighbors, **how) for other in self.others]
+
+        def mean(name: str) -> Any:
+            values = [getattr(one, name) for one in found]
+            return None if values[0] is None else torch.stack(values).mean(dim=0)
+
+        return MdResult(**{field.name: mean(field.name) for field in fields(MdResult)})

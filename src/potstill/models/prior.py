@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from potstill.core import ZblParameters
+from potstill.core import RepulsionParameters, ZblParameters
 from potstill.errors import ModelError
 from potstill.models.base import Edges, LocalOutput, Potential
 from potstill.models.engines import NativeParts
+from potstill.radial import quintic_switch
 from potstill.species import SpeciesTable
 from potstill.units import COULOMB
 
@@ -93,15 +94,11 @@ class ZBL(Potential):
         inverse_length = (z_i**_POWER + z_j**_POWER) / _LENGTH
         pair = _screened_coulomb(r, inverse_length)[0]
         if self.switching == "factor":
-            pair = pair * self._switch(r)
+            pair = pair * quintic_switch(r, self.inner, self.cutoff)
         else:
             pair = pair + self._added_switch(r, inverse_length)
         pair = 0.5 * COULOMB * z_i * z_j * pair
         return LocalOutput(pair.new_zeros(n_local).index_add(0, center, pair))
-
-    def _switch(self, r: Tensor) -> Tensor:
-        t = ((r - self.inner) / (self.cutoff - self.inner)).clamp(0.0, 1.0)
-        return 1.0 - t**3 * (10.0 - 15.0 * t + 6.0 * t**2)
 
     def native_parts(self) -> NativeParts | None:
         """Charges and radii; native kernels know the switching factor only."""
@@ -136,6 +133,78 @@ class ZBL(Potential):
         smallest = min(float(covalent_radii[z]) for z in species_table.atomic_numbers.tolist())
         cutoff = 0.9 * 2.0 * smallest
         return cls(species_table, inner=math.floor(50.0 * cutoff) / 100.0, cutoff=cutoff)
+
+
+class PairRepulsion(Potential):
+    """A repulsion for each pair of species, which keeps coarse-grained beads apart.
+
+    `E_ij = ε_ab ((R_ab / r)^4 - 1)^3` below R_ab, and nothing from there on, where its first and
+    second derivatives vanish as well. It rises as r^-12 at short distances; half of each pair's
+    energy goes to each bead. `potstill.coarse.prior` finds ε and R from mapped trajectories.
+
+    Parameters
+    ----------
+    species_table : SpeciesTable
+        Beads or elements.
+    strength, radius : sequence of sequence of float
+        (n_species, n_species), symmetric: ε in eV and R in Å; zero for pairs without repulsion.
+
+    Raises
+    ------
+    ModelError
+        If a matrix is not symmetric, a number is negative or there is no repulsion at all.
+    """
+
+    kind = "repulsion"
+    traceable = True
+    exact_buffers = ("strength", "radius")
+    strength: Tensor
+    radius: Tensor
+
+    def __init__(
+        self,
+        species_table: SpeciesTable,
+        strength: Sequence[Sequence[float]] | Tensor,
+        radius: Sequence[Sequence[float]] | Tensor,
+    ) -> None:
+        n = len(species_table)
+        matrices = [torch.as_tensor(m, dtype=torch.float64).clone() for m in (strength, radius)]
+        for matrix in matrices:
+            if matrix.shape != (n, n) or not torch.equal(matrix, matrix.T):
+                raise ModelError(f"the repulsion of {n} species needs symmetric {n} x {n} matrices")
+            if not bool((torch.isfinite(matrix) & (matrix >= 0.0)).all()):
+                raise ModelError("strengths and radii of a repulsion must not be negative")
+        if not bool(matrices[1].any()):
+            raise ModelError("a repulsion needs a radius for one pair of species at least")
+        super().__init__(species_table, float(matrices[1].max()))
+        self.register_buffer("strength", matrices[0])
+        self.register_buffer("radius", matrices[1])
+
+    @property
+    def reach(self) -> float:
+        """The cutoff."""
+        return self.cutoff
+
+    def forward(
+        self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
+    ) -> LocalOutput:
+        """(n_local,) half of the repulsion of all pairs of an atom."""
+        r_ij = r_ij.to(self.dtype)
+        radius = self.radius[species[edges.center], species[edges.neighbor]]
+        close = (r_ij.detach().square().sum(1) < radius**2).nonzero()[:, 0]
+        center, neighbor = edges.center[close], edges.neighbor[close]
+        r = torch.linalg.vector_norm(r_ij[close], dim=1)
+        strength = self.strength[species[center], species[neighbor]]
+        pair = 0.5 * strength * ((radius[close] / r) ** 4 - 1.0) ** 3
+        return LocalOutput(pair.new_zeros(n_local).index_add(0, center, pair))
+
+    def native_parts(self) -> NativeParts:
+        """Both matrices."""
+        return NativeParts(prior=RepulsionParameters(self.strength, self.radius))
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Both matrices."""
+        return {"strength": self.strength.tolist(), "radius": self.radius.tolist()}
 
 
 def _screened_coulomb(r: Tensor, inverse_length: Tensor) -> tuple[Tensor, Tensor, Tensor]:

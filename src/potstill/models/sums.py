@@ -1,4 +1,4 @@
-"""Potentials made of potentials, and the per-species energy offsets."""
+"""Potentials made of potentials: sums and means; and the per-species energy offsets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from potstill.models.base import (
     Potential,
     TapSpec,
 )
-from potstill.models.engines import NativeParts
+from potstill.models.engines import NativeMean, NativeParts
 from potstill.species import SpeciesTable
 from potstill.structures import Structures
 
@@ -182,6 +182,68 @@ class SumPotential(Potential):
     def regularized_weights(self) -> list[Tensor]:
         """Those of the components."""
         return [w for part in self.components.values() for w in part.regularized_weights()]
+
+
+class MeanPotential(Potential):
+    """The mean of potentials: a committee as one potential, with the cost of all of them.
+
+    Parameters
+    ----------
+    components : mapping of str to Potential
+        At least one; all with the same species table, and all or none with direct forces.
+    """
+
+    kind = "mean"
+
+    def __init__(self, components: Mapping[str, Potential]) -> None:
+        total = SumPotential(components)
+        super().__init__(total.species_table, total.cutoff)
+        self.total = total
+        self.direct_forces, self.traceable = total.direct_forces, total.traceable
+
+    @property
+    def members(self) -> tuple[Potential, ...]:
+        """The potentials, in order."""
+        return tuple(self.total.components.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Means are formed in float64."""
+        return torch.float64
+
+    @property
+    def reach(self) -> float:
+        """The farthest of the members."""
+        return self.total.reach
+
+    def forward(
+        self, species: Tensor, edges: Edges, r_ij: Tensor, n_local: int, taps: Sequence[str] = ()
+    ) -> LocalOutput:
+        """(n_local,) mean of the members' atomic energies, float64."""
+        found, share = self.total(species, edges, r_ij, n_local), 1.0 / len(self.members)
+        forces = None if found.forces is None else share * found.forces
+        return LocalOutput(share * found.atomic_energies, forces=forces)
+
+    def native_parts(self) -> NativeParts | None:
+        """A call for each member, if all have native kernels."""
+        parts = [member.native_parts() for member in self.members]
+        whole = [part for part in parts if part is not None and part.network is not None]
+        if len(whole) < len(parts):
+            return None
+        return NativeMean(**vars(whole[0]), others=tuple(whole[1:]))
+
+    def evaluate(self, structures: Structures, neighbors: Pairs) -> FirstOrder:
+        """Means over the members, each in its own way."""
+        found, share = self.total.evaluate(structures, neighbors), 1.0 / len(self.members)
+        return FirstOrder(share * found.terms, share * found.forces, share * found.virial)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """As of a sum."""
+        return self.total.hyperparameters()
+
+    def regularized_weights(self) -> list[Tensor]:
+        """Those of the members."""
+        return self.total.regularized_weights()
 
 
 def _tap_name(component: str, tap: str) -> str:

@@ -13,7 +13,7 @@ from potstill import __version__
 from potstill.checkpoint import load_potential, potential_fingerprint
 from potstill.distill.taps import potential_features
 from potstill.features import Feature
-from potstill.models import ANI, Potential, SumPotential, TapSpec
+from potstill.models import ANI, MeanPotential, Potential, SumPotential, TapSpec
 from potstill.properties import LEARNABLE
 from potstill.structures import Structures
 from potstill.teachers.base import Teacher, TeacherInfo, stated, versions_of
@@ -81,10 +81,12 @@ def describe_potential(potential: Potential, name: str, info: Mapping[str, Any])
 
 
 def ensemble_members(potential: Potential) -> list[Potential]:
-    """Take an ensemble apart: ANI with several members, alone or as the network of a sum.
+    """Take an ensemble apart: a mean, or ANI with several members, alone or as the network of a sum.
 
     Empty if the potential is no ensemble.
     """
+    if isinstance(potential, MeanPotential):
+        return list(potential.members)
     if isinstance(potential, ANI) and potential.n_members > 1:
         return [potential.member(k) for k in range(potential.n_members)]
     if isinstance(potential, SumPotential) and "network" in potential.components:

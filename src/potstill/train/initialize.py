@@ -53,6 +53,8 @@ def initial_student(
     components: dict[str, Potential] = {"offsets": SpeciesOffsets(table, zero)}
     if settings.energy.prior == "zbl":
         components["prior"] = _zbl(settings, table)
+    elif settings.energy.prior != "none":
+        components["prior"] = _stored_prior(settings.energy.prior, table)
     residual = data.minus(SumPotential(components))
     # A few batches of configurations from all over the training set.
     n = len(residual)
@@ -72,6 +74,18 @@ def _zbl(settings: TrainSettings, table: SpeciesTable) -> ZBL:
     if inner is None or cutoff is None:
         raise ConfigError("the ZBL prior needs both prior_inner and prior_cutoff, or neither")
     return ZBL(table, inner, cutoff)
+
+
+def _stored_prior(path: str, table: SpeciesTable) -> Potential:
+    prior, _ = load_potential(path)
+    if prior.species_table.names != table.names:
+        raise ConfigError(
+            f"the prior {path} is of {', '.join(prior.species_table.names)}, and the data are of "
+            f"{', '.join(table.names)}"
+        )
+    if prior.n_parameters:
+        raise ConfigError(f"{path} holds a model with parameters, and a prior is fixed")
+    return prior
 
 
 def _energy_zero(settings: TrainSettings, data: TrainingSet, table: SpeciesTable) -> Tensor:

@@ -82,15 +82,17 @@ class EnergySettings(_Settings):
         Fit the per-species energies of the best potential to the training energies at the end,
         without which all energies per atom may be off by a fraction of a meV. Errors of validation
         in the run's files are those before.
-    prior : {"none", "zbl"}
-        A short-range repulsion, subtracted from the labels and part of the saved model.
+    prior : {"none", "zbl"} or str
+        A fixed potential, subtracted from the labels and part of the saved model: a short-range
+        repulsion of elements, or what a checkpoint (`prior.pt`) holds, such as a repulsion of beads
+        (`potstill.coarse.prior`).
     prior_inner, prior_cutoff : float, optional
         Inner and outer switching radius in Å; by default from covalent radii.
     """
 
     zero: Literal["none", "least_squares"] | dict[str, float] = "least_squares"
     refit: bool = False
-    prior: Literal["none", "zbl"] = "none"
+    prior: Literal["none", "zbl"] | Annotated[str, Field(pattern=r"\.pt$")] = "none"
     prior_inner: float | None = None
     prior_cutoff: float | None = None
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from potstill.ase_bridge import make_atoms, species_names
 from potstill.calculators import PotstillCalculator
 from potstill.errors import ModelError
-from potstill.models import Potential, SpeciesOffsets, summands
+from potstill.models import PairRepulsion, Potential, SpeciesOffsets, summands
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3
 
 #: Relative differences that are let pass, by precision.
@@ -142,18 +142,20 @@ def random_structures(
     potential : Potential
         Of elements or beads.
     density : float, optional
-        g/cm³; without it, atoms have 16 Å³ each.
+        g/cm³; without it, atoms have 16 Å³ each, and beads as much as their repulsion asks for.
     seed : int
         Of the random numbers.
     """
     generator = np.random.default_rng(seed)
     entries = potential.species_table.entries
+    priors = [part for part in summands(potential) if isinstance(part, PairRepulsion)]
+    each = max([16.0, *(part.cutoff**3 / np.sqrt(2.0) for part in priors)])
 
     def crystal(repeat: int, amplitude: float) -> ase.Atoms:
         sites = bulk("X", "fcc", a=4.0, cubic=True) * (repeat, repeat, repeat)
         species = [entries[k % len(entries)] for k in range(len(sites))]
         atoms = make_atoms(species, sites.positions, sites.cell.array, sites.pbc)
-        volume = 16.0 * len(atoms)
+        volume = each * len(atoms)
         if density is not None:
             volume = AMU_PER_A3_IN_G_PER_CM3 * float(atoms.get_masses().sum()) / density
         shear = np.eye(3) + np.triu(generator.uniform(-0.2, 0.2, (3, 3)), 1).T

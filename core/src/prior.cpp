@@ -1,8 +1,10 @@
+// The short-range terms; the same formulas as in potstill.models.prior.
+//
 // Ziegler, Biersack and Littmark's universal screened repulsion, "The Stopping and Range of Ions in
-// Solids" (1985), times a quintic switch; the same formula as potstill.models.prior.
+// Solids" (1985), times a quintic switch; and the repulsion of beads, eps ((R / r)^4 - 1)^3.
 #include <cmath>
 
-#include "zbl.h"
+#include "prior.h"
 
 namespace potstill {
 
@@ -10,10 +12,8 @@ namespace {
 constexpr double coefficients[4] = {0.18175, 0.50986, 0.28022, 0.02817};
 constexpr double exponents[4] = {3.19980, 0.94229, 0.40290, 0.20162};
 constexpr double length = 0.46850;  // angstrom
-}  // namespace
 
-double zbl_half_pair(const ZblTable &table, int32_t first, int32_t second, double r,
-                     double *derivative) {
+double zbl(const PriorTable &table, int32_t first, int32_t second, double r, double *derivative) {
     const double inverse_length = (table.power[first] + table.power[second]) / length;
     double screening = 0.0, slope = 0.0;
     for (int k = 0; k < 4; ++k) {
@@ -30,6 +30,22 @@ double zbl_half_pair(const ZblTable &table, int32_t first, int32_t second, doubl
     *derivative =
         strength * (slope * keep + screening * keep_slope - screening * keep / r);
     return strength * screening * keep;
+}
+
+double repulsion(const PriorTable &table, int32_t first, int32_t second, double r, double *derivative) {
+    const size_t k = size_t(first) * size_t(table.n_species) + size_t(second);
+    const double ratio = table.radius[k] / r;
+    if (!(ratio > 1.0)) return *derivative = 0.0;
+    const double power = ratio * ratio * ratio * ratio, excess = power - 1.0;
+    const double half = 0.5 * table.strength[k] * excess * excess;
+    *derivative = -12.0 * half * power / r;
+    return half * excess;
+}
+}  // namespace
+
+double prior_half_pair(const PriorTable &table, int32_t first, int32_t second, double r,
+                       double *derivative) {
+    return (table.strength ? repulsion : zbl)(table, first, second, r, derivative);
 }
 
 }  // namespace potstill

@@ -1,4 +1,4 @@
-// The ZBL term of one atom. Internal linkage: every translation unit has its own copy, with the
+// The short-range term of one atom. Internal linkage: every translation unit has its own copy, with the
 // instructions that it is compiled for.
 #pragma once
 
@@ -7,7 +7,8 @@
 namespace potstill {
 
 // Half of a pair's repulsion, and its derivative by the distance.
-double zbl_half_pair(const ZblTable &, int32_t first, int32_t second, double r, double *derivative);
+double prior_half_pair(const PriorTable &, int32_t first, int32_t second, double r,
+                       double *derivative);
 
 namespace {
 
@@ -18,7 +19,7 @@ inline int64_t neighbor_of_pair(const potstill_pairs &pairs, int64_t i, int64_t 
 
 // Energy of local atom i. Adds its pairs to forces, `stride` numbers per atom, virial and the virials
 // of neighbors, unless they are NULL.
-inline double zbl_of_atom(const ZblTable &table, const potstill_pairs &pairs, const potstill_md &md,
+inline double prior_of_atom(const PriorTable &table, const potstill_pairs &pairs, const potstill_md &md,
                           int64_t i, double *forces, ptrdiff_t stride, double *virial,
                           double *neighbor_virials) {
     double energy = 0.0, total[3] = {0.0, 0.0, 0.0};
@@ -34,7 +35,7 @@ inline double zbl_of_atom(const ZblTable &table, const potstill_pairs &pairs, co
         const double r = __builtin_sqrt(d[0] * d[0] + d[1] * d[1] + d[2] * d[2]);
         if (!(r < table.cutoff)) continue;
         double slope;
-        energy += zbl_half_pair(table, pairs.species[i], pairs.species[j], r, &slope);
+        energy += prior_half_pair(table, pairs.species[i], pairs.species[j], r, &slope);
         if (!forces) continue;
         double g[3];
         for (int a = 0; a < 3; ++a) {

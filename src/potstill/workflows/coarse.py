@@ -1,0 +1,197 @@
+"""`potstill coarse train | run | all`: from an all-atom trajectory to validated force fields of beads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from potstill.checkpoint import load_potential, save_potential
+from potstill.display import seconds_in_words
+from potstill.errors import ConfigError
+from potstill.evaluate.base import BenchSettings, Findings
+from potstill.evaluate.stability import OwnDynamics
+from potstill.evaluate.table import EVALUATIONS, Options
+from potstill.experiments.coarse import ENSEMBLE, TEACHERS, CoarseStudy, ensemble_of
+from potstill.experiments.measures import Finished
+from potstill.experiments.report import report_experiment
+from potstill.experiments.run import finished_runs, run_experiment
+from potstill.experiments.scheduler import Progress
+from potstill.experiments.spec import Run
+from potstill.report.page import Section
+from potstill.report.plots import write_figure
+from potstill.store import LabeledStore
+from potstill.workflows.base import (
+    Display,
+    Settings,
+    TeacherSettings,
+    merged,
+    write_extxyz,
+)
+from potstill.workflows.evaluation import EvaluateConfig, TestedModel, TrajectoryData, evaluate
+from potstill.workflows.mapping import MapConfig, map_to_beads
+
+#: Evaluations of the models' own liquids.
+_TESTS: dict[str, dict[str, Any]] = {
+    name: {} for name in ("stability", "rdf", "adf", "cdf", "coordination", "pressure", "speed")
+}
+
+
+class JudgeSettings(Settings):
+    """Dynamics of the trained models, compared with the mapped trajectory.
+
+    Parameters
+    ----------
+    temperature : float, optional
+        K; by default that of the mapped trajectory.
+    timestep : float
+        fs.
+    stride : float, optional
+        Time between the frames of the mapped trajectory in fs, for diffusion.
+    dynamics : OwnDynamics
+        Runs of each model.
+    tests : dict of str to dict
+        Evaluations, with their settings.
+    seeds : int
+        Models of each kind that are judged.
+    models : dict of str to TeacherSettings
+        Others to judge beside them, such as a pair potential.
+    """
+
+    temperature: float | None = Field(default=None, gt=0)
+    timestep: float = Field(default=5.0, gt=0)
+    stride: float | None = Field(default=None, gt=0)
+    dynamics: OwnDynamics = Field(default_factory=OwnDynamics)
+    tests: Options = Field(default_factory=lambda: dict(_TESTS))
+    seeds: int = Field(default=3, ge=1)
+    models: dict[str, TeacherSettings] = Field(default_factory=dict)
+
+
+class CoarseConfig(Settings):
+    """Settings of `potstill coarse all`.
+
+    Parameters
+    ----------
+    out : str
+        Folder: beads in `beads.zarr`, models, their dynamics, `results.json` and `report.html`.
+    map : MapConfig
+        The mapping, without its `out`.
+    train : CoarseStudy
+        Teachers and students; the beads are known.
+    run : JudgeSettings
+        Dynamics of the models, and what is looked at.
+    workers : int
+        Trainings at a time.
+    """
+
+    out: str
+    map: MapConfig
+    train: CoarseStudy
+    run: JudgeSettings = Field(default_factory=JudgeSettings)
+    workers: int = Field(default=1, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_store(cls, data: Any) -> Any:
+        """The mapping writes the store that the training reads."""
+        if not isinstance(data, dict) or "out" not in data:
+            return data
+        mapping, training = data.get("map"), data.get("train") or {}
+        store = str(Path(str(data["out"])) / "beads.zarr")
+        if isinstance(mapping, dict):
+            data = {**data, "map": {**mapping, "out": store}}
+        if isinstance(training, dict):
+            beads = {"data": {"store": store, "sources": ["reference"]}}
+            data = {**data, "train": merged(beads, training)}
+        return data
+
+
+def train_coarse(config: CoarseConfig, display: Display) -> None:
+    """Map, then train all teachers and students, or those that are left."""
+    map_to_beads(config.map, display)
+    experiment = config.train.experiment
+
+    def show(progress: Progress[Run]) -> None:
+        left = seconds_in_words(progress.seconds_left)
+        task.update(progress.done, note=f"{progress.job}, about {left} left")
+
+    with display.task(experiment.title, len(experiment.runs())) as task:
+        run_experiment(experiment, config.out, workers=config.workers, on_progress=show)
+
+
+def run_coarse(config: CoarseConfig, display: Display, *, command: str = "") -> Path:
+    """Run the trained models, compare them with the mapped trajectory, and write the report.
+
+    Returns its file.
+    """
+    experiment, folder = config.train.experiment, Path(config.out)
+    finished = Finished(experiment, folder, finished_runs(experiment, folder))
+    found = judge(finished, config, display)
+    figures = tuple(
+        write_figure(folder / "report", drawing)
+        for name in EVALUATIONS
+        if name in found.results
+        for drawing in EVALUATIONS[name].drawings(found)
+        if not drawing.empty
+    )
+    report_experiment(
+        experiment,
+        folder,
+        command=command,
+        on_model=display.say,
+        more={"evaluations": _numbers(finished, found)},
+        sections=(Section("Structure", figures=figures),),
+    )
+    return folder / "report.html"
+
+
+def judge(finished: Finished, config: CoarseConfig, display: Display) -> Findings:
+    """Run the models' own dynamics and compare them with the mapped trajectory."""
+    folder, own = finished.folder, config.run
+    store = LabeledStore.open(config.map.out)
+    temperature = own.temperature or store.info.get("temperature")
+    if temperature is None:
+        raise ConfigError("give 'run.temperature' in K: the mapped trajectory does not tell it")
+    start = folder / "start.extxyz"
+    write_extxyz(start, store.structures().select([0]).to_ase(), ["species_name"])
+    models = {
+        run.name: TestedModel(spec=str(finished.best(run)), role=run.variant.role)
+        for run in finished.records
+        if run.seed < own.seeds
+    }
+    models[ENSEMBLE] = TestedModel(spec=str(_ensemble_file(finished)), role="teacher")
+    models |= {name: TestedModel(**dict(model)) for name, model in own.models.items()}
+    settings = EvaluateConfig(
+        models=models,
+        out=str(folder / "evaluate"),
+        structure=str(start),
+        trajectories={"reference": TrajectoryData(path=config.map.out, stride=own.stride)},
+        tests=tuple(own.tests),
+        options=own.tests,
+        settings=BenchSettings(temperature=temperature, timestep=own.timestep),
+        dynamics=own.dynamics,
+    )
+    return evaluate(settings, display)
+
+
+def _ensemble_file(finished: Finished) -> Path:
+    file = finished.folder / "ensemble.pt"
+    if not file.is_file():
+        first = next(run for run in finished.records if run.variant.name == TEACHERS)
+        save_potential(file, ensemble_of(finished), load_potential(finished.best(first))[1])
+    return file
+
+
+def _numbers(finished: Finished, found: Findings) -> dict[str, Any]:
+    """Numbers of what was found, of runs and others, by the keys of `potstill.metrics.METRICS`."""
+    numbers: dict[str, dict[str, float]] = {}
+    for name, evaluation in EVALUATIONS.items():
+        if name in found.results:
+            for model, own in evaluation.numbers_of(found).items():
+                numbers.setdefault(model, {}).update(own)
+    runs = {run.name for run in finished.records}
+    return {
+        "runs": {name: own for name, own in numbers.items() if name in runs},
+        "others": {name: own for name, own in numbers.items() if name not in runs},
+    }
