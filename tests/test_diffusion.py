@@ -21,6 +21,7 @@ from potstill.evaluate.diffusion import (
     unwrapped,
 )
 from potstill.evaluate.rdf import first_minimum, radial_distribution
+from potstill.species import Species, SpeciesTable
 from potstill.structures import Structures
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3, BOLTZMANN, FS_IN_ASE_TIME
 from potstill.workflows.evaluation import EvaluateConfig, TrajectoryData, evaluate
@@ -144,6 +145,44 @@ def test_density_is_that_of_the_frames():
     values = [4 * 26.9815385 * AMU_PER_A3_IN_G_PER_CM3 / a**3 for a in (4.0, 4.1, 4.2)]
     assert found.density == pytest.approx(np.mean(values), rel=1e-9)
     assert found.error == pytest.approx(np.std(values, ddof=1) / np.sqrt(3), rel=1e-9)
+
+
+def test_replicas_are_followed_one_by_one_and_kinds_apart():
+    """Two random walks, of which one kind takes steps twice as long as the other."""
+    rng = np.random.default_rng(3)
+    steps = 0.2 * rng.standard_normal((2, 400, 60, 3))
+    steps[:, :, 30:] *= 2.0
+    paths = rng.uniform(0.0, LENGTH, (2, 1, 60, 3)) + np.cumsum(steps, axis=1)
+    parts = [trajectory(path) for path in paths]
+    mixed = [replace(p, group=(f"replica {k}",) * 400) for k, p in enumerate(parts)]
+    both = Structures.concatenate(mixed)
+    species = torch.tensor([0, 1]).repeat_interleave(30).repeat(800)
+    table = SpeciesTable((Species("slow", 10.0), Species("fast", 10.0)))
+    both = both.with_fields(species=species, species_table=table)
+    found = diffusion(both, 10.0, n_blocks=8)
+    assert found.n_blocks == 8
+    for kind, step in (("slow", 0.2), ("fast", 0.4)):
+        expected = step**2 / (2.0 * 10.0)
+        assert found.of_kinds[kind] == pytest.approx(expected, rel=0.15)
+        assert abs(found.of_kinds[kind] - expected) < 4.0 * found.of_kinds_error[kind]
+    assert found.coefficient == pytest.approx(np.mean(list(found.of_kinds.values())), rel=0.05)
+    # Between the end of one replica and the start of the next nothing moves.
+    longest = np.sqrt(6.0 * found.coefficient * found.lag[-1])
+    assert np.sqrt(found.msd[-1]) == pytest.approx(longest, rel=0.2)
+
+    slower = replace(
+        found, coefficient=0.5 * found.coefficient, coefficient_error=0.0,
+        of_kinds={"slow": 0.001}, of_kinds_error={"slow": 0.0},
+    )  # fmt: skip
+    times = DiffusionEvaluation.against(found, slower)
+    assert times["diffusion_speedup"] == pytest.approx(2.0)
+    relative = found.coefficient_error / found.coefficient
+    assert times["diffusion_speedup_error"] == pytest.approx(2.0 * relative)
+    rows = DiffusionEvaluation.rows(
+        Findings({"diffusion": {"student": found, "reference": slower}})
+    )
+    labels = {row.label: row.values for row in rows}
+    assert set(labels["Diffusion of slow, times the reference's"]) == {"student"}
 
 
 # -- trajectories in files -------------------------------------------------------------------------

@@ -1,21 +1,26 @@
-"""Stability over many runs, and structure of models' own dynamics beside a reference."""
+"""Stability over many runs, structure of models' own dynamics, pressure."""
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from ase.build import bulk
 from ase.io import read, write
+from typer.testing import CliRunner
 
-from potstill.checkpoint import save_potential
+from potstill.checkpoint import load_potential, save_potential
+from potstill.cli import app
 from potstill.errors import ConfigError
-from potstill.evaluate.stability import Stability
+from potstill.evaluate.base import Bench, BenchSettings, Findings
+from potstill.evaluate.pressure import Pressure, pressure
+from potstill.evaluate.stability import OwnDynamics, Stability
 from potstill.sample.replicas import ReplicaSettings, run_replicas
 from potstill.soundness import Liquid, overheated, widest_hole
 from potstill.structures import Structures
-from potstill.units import BOLTZMANN, FS_IN_ASE_TIME
+from potstill.units import BOLTZMANN, FS_IN_ASE_TIME, PRESSURE
 from potstill.workflows.evaluation import EvaluateConfig, evaluate
 from potstill.workflows.report import verdicts
 from students import student
@@ -128,6 +133,92 @@ def test_runs_that_fail_are_counted_with_when_and_why(folder):
     (sentence,) = (line for line in verdicts(found) if "reached their end" in line)
     assert "0 of 4 runs" in sentence
     assert "temperature reached" in sentence
-    alone = config.model_copy(update={"structure": None, "out": str(folder / "other")})
     with pytest.raises(ConfigError, match="need where to start"):
-        evaluate(alone)
+        OwnDynamics().starts(Bench(BenchSettings()))
+
+
+# -- pressure --------------------------------------------------------------------------------------
+
+
+def test_pressure_is_that_of_the_gas_and_the_change_of_energy_with_volume():
+    model = student("Al", l_max=1)
+    frames = Structures.from_ase([aluminium(), aluminium()])
+    moved = 0.2 * np.random.default_rng(1).standard_normal((64, 3))
+    frames = frames.with_fields(positions=frames.positions + torch.from_numpy(moved))
+    nothing = torch.zeros(2, 3, 3, dtype=torch.float64)
+    gas = pressure(frames, nothing, 500.0)
+    volume = 8 * 4.2**3
+    assert gas.pressure == pytest.approx(32 * BOLTZMANN * 500.0 / volume / PRESSURE["bar"])
+    speed = math.sqrt(BOLTZMANN * 500.0 / 26.98) * FS_IN_ASE_TIME
+    drawn = speed * torch.from_numpy(np.random.default_rng(2).standard_normal((64, 3)))
+    thermal = pressure(frames.with_fields(velocities=drawn), nothing, None)
+    assert thermal.kinetic == pytest.approx(gas.kinetic, rel=0.3)
+
+    stress = model.predict(frames, properties=("stress",))["stress"]
+    found = pressure(frames, stress, 500.0)
+    energies = []
+    for scale in (1.0 - 1e-4, 1.0 + 1e-4):
+        scaled = frames.deformed(scale * torch.eye(3, dtype=torch.float64))
+        energies.append(float(model.predict(scaled, properties=("energy",))["energy"].mean()))
+    slope = (energies[1] - energies[0]) / (6e-4 * volume)
+    assert found.virial == pytest.approx(-slope / PRESSURE["bar"], rel=1e-4)
+    assert found.pressure == pytest.approx(found.kinetic + found.virial)
+    assert not found.beads
+
+
+def test_pressure_is_computed_along_a_trajectory(folder):
+    config = EvaluateConfig(
+        models={"student": {"spec": str(folder / "best.pt")}},
+        trajectories={
+            "student": str(folder / "reference.xyz"),
+            "reference": str(folder / "reference.xyz"),
+        },
+        settings={"temperature": 600.0},
+        tests={"pressure": {"n_frames": 5}},
+        out=str(folder / "out"),
+    )
+    found = evaluate(config)
+    result = found.of("pressure", Pressure)["student"]
+    frames = Structures.from_ase(read(folder / "reference.xyz", ":")).select([0, 10, 20, 29, 39])
+    stress = load_potential(folder / "best.pt")[0].predict(frames, properties=("stress",))["stress"]
+    expected = pressure(frames, stress, 600.0)
+    assert result.pressure == pytest.approx(expected.pressure, rel=1e-6)
+    (problem,) = found.problems
+    assert "no model of it" in problem
+    beads = Findings({"pressure": {"student": replace(expected, beads=True)}})
+    assert any("not that of the liquid" in line for line in verdicts(beads))
+
+
+# -- potstill md -----------------------------------------------------------------------------------
+
+
+def test_md_runs_replicas_into_one_trajectory(folder):
+    command = ["md", str(folder / "best.pt"), str(folder / "al.xyz"), "--n-replicas", "3",
+               "--temperature", "500", "--duration", "0.5", "--timestep", "5",
+               "--out", str(folder / "md")]  # fmt: skip
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    images = read(folder / "md" / "trajectory.extxyz", ":")
+    assert len(images) == 30
+    assert {atoms.info["config_type"] for atoms in images} == {f"replica {k}" for k in range(3)}
+    assert len((folder / "md" / "thermo.csv").read_text().splitlines()) == 31
+    before = (folder / "md" / "trajectory.extxyz").read_bytes()
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert (folder / "md" / "trajectory.extxyz").read_bytes() == before
+    for option, message in (("--ensemble=npt", "constant volume"), ("--engine=lammps", "one run")):
+        refused = CliRunner().invoke(app, [*command[:-1], str(folder / "other"), option])
+        assert refused.exit_code != 0
+        assert message in " ".join(refused.output.split())
+    hot = [
+        *command[:-1],
+        str(folder / "hot"),
+        "--timestep",
+        "100",
+        "--duration",
+        "5",
+        "--stride",
+        "100",
+    ]
+    exploded = CliRunner().invoke(app, hot)
+    assert exploded.exit_code != 0
+    assert "of 3 replicas broke down" in " ".join(exploded.output.split())

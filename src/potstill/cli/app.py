@@ -333,8 +333,8 @@ def evaluate(
         str | None,
         typer.Option(
             help="Comma-separated: errors, s2ef, throughput, eos, elastic, vibrations, phonons, "
-            "defects, expansion, rdf, adf, diffusion, density, melting, speed, memory, nve, "
-            "headroom."
+            "defects, expansion, rdf, adf, cdf, coordination, diffusion, density, pressure, "
+            "melting, speed, memory, nve, stability, headroom."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
@@ -342,8 +342,9 @@ def evaluate(
 ) -> None:
     """Compare potentials in the same tests: errors, E(V), elasticity, speed, memory, NVE.
 
-    With --trajectory also radial and angular distributions, diffusion and density of molecular
-    dynamics, by `potstill md` or LAMMPS.
+    With --trajectory also distributions of distances, angles and both, diffusion, density and
+    pressure of molecular dynamics, by `potstill md` or LAMMPS, beside those of the one called
+    reference.
 
     `potstill config evaluate` prints all settings.
 
@@ -453,6 +454,9 @@ def md(
         str | None, typer.Option(help="ase, or lammps, for students and LAMMPS' own potentials.")
     ] = None,
     n_ranks: Annotated[int | None, typer.Option(help="MPI ranks of LAMMPS.")] = None,
+    n_replicas: Annotated[
+        int | None, typer.Option(help="Runs at a time, each with velocities of its own.")
+    ] = None,
     config: Config = None,
 ) -> None:
     """Run molecular dynamics with a student; writes trajectory.extxyz and thermo.csv.

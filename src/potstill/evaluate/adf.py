@@ -258,6 +258,7 @@ class Adf(Shells):
     symbol = "ADF"
     key = "adf"
     axes = ("Angle (°)", "Density (1/°)")
+    names = "A-B-C: neighbors A and C around B."
 
     def run(self, bench: Bench, candidate: Candidate) -> AngularDistributions:
         """Take the distributions of the candidate's trajectory."""
@@ -419,6 +420,7 @@ class CoordinationEvaluation(Shells):
     symbol = "P(n)"
     key = "coordination"
     axes = ("Neighbors n", "Share of atoms")
+    names = "A-B: neighbors B around A."
 
     def run(self, bench: Bench, candidate: Candidate) -> Coordination:
         """Count the neighbors in the candidate's trajectory."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -13,7 +14,7 @@ from pydantic import Field
 from potstill.errors import DataError
 from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
 from potstill.report.panels import Drawing, Panel, Series
-from potstill.report.tables import number
+from potstill.report.tables import Row, number
 from potstill.report.verdicts import Verdict
 from potstill.structures import Structures
 from potstill.units import AMU_PER_A3_IN_G_PER_CM3
@@ -48,6 +49,9 @@ class Diffusion(Result):
     length : float
         Cube root of the volume, Å, which finite-size corrections need.
     n_atoms, n_frames, n_blocks : int
+    of_kinds, of_kinds_error : dict of str to float
+        Coefficients of the kinds of atoms or beads, Å²/fs, where there are several, and their
+        standard errors.
     """
 
     lag: np.ndarray
@@ -61,6 +65,8 @@ class Diffusion(Result):
     n_atoms: int
     n_frames: int
     n_blocks: int
+    of_kinds: dict[str, float] = field(default_factory=dict)
+    of_kinds_error: dict[str, float] = field(default_factory=dict)
 
     @property
     def diffuses(self) -> bool:
@@ -133,7 +139,7 @@ def diffusion(
     n_blocks: int = 5,
     fit_from: float | None = None,
 ) -> Diffusion:
-    """Diffusion coefficient of all atoms alike by Einstein's relation.
+    """Diffusion coefficient of all atoms alike, and of each kind, by Einstein's relation.
 
     A periodic cell slows diffusion down: Yeh and Hummer, J. Phys. Chem. B 108, 15873 (2004), add
     2.837297 kT/(6 π η L) with the viscosity η and the length L of a cubic cell. Nothing is added
@@ -143,11 +149,13 @@ def diffusion(
     Parameters
     ----------
     frames : Structures
-        Frames of one trajectory at constant volume, in order of time.
+        Frames of one trajectory at constant volume, in order of time, or of several one after the
+        other, each a group of its own.
     stride : float
         fs between two frames.
     n_blocks : int
-        Consecutive blocks of frames; lags reach to half a block.
+        Consecutive blocks of frames; lags reach to half a block. No block reaches from one
+        trajectory into the next: there are at least as many blocks as trajectories.
     fit_from : float, optional
         Shortest lag of the fit, fs; a fifth of the longest one by default.
 
@@ -158,24 +166,30 @@ def diffusion(
     """
     if not stride > 0.0:
         raise DataError("diffusion needs the time between two frames, in fs")
-    path = unwrapped(frames)
-    size = len(path) // n_blocks
+    paths = [unwrapped(part) for part in _trajectories(frames)]
+    longest = max(len(path) for path in paths)
+    size = longest // max(1, n_blocks // len(paths))
     if size < 10:
         raise DataError(
             f"diffusion from {n_blocks} blocks needs {10 * n_blocks} frames or more, not "
-            f"{len(path)}"
+            f"{len(frames)}"
         )
     n_lags = size // 2 + 1
-    blocks = np.stack(
-        [mean_square_displacement(path[k * size : (k + 1) * size], n_lags) for k in range(n_blocks)]
-    )
+    parts = [path[k : k + size] for path in paths for k in range(0, len(path) - size + 1, size)]
+    n_blocks = len(parts)
+    blocks = np.stack([mean_square_displacement(part, n_lags) for part in parts])
     lag, msd = stride * np.arange(n_lags), blocks.mean(axis=0)
     start = 0.2 * lag[-1] if fit_from is None else fit_from
     used = lag >= max(start, stride)
     if used.sum() < 3:
         raise DataError(f"there are fewer than three lags from {start:g} to {lag[-1]:g} fs")
-    slopes = np.array([np.polyfit(lag[used], block[used], 1)[0] for block in blocks]) / 6.0
+    slopes = _slopes(lag[used], blocks[:, used])
     spread = math.sqrt(n_blocks) if n_blocks > 1 else math.nan
+    species = frames.species.numpy()[: paths[0].shape[1]]
+    of_kinds = {}
+    for kind in np.unique(species) if (species != species[0]).any() else ():
+        own = [mean_square_displacement(part[:, species == kind], n_lags) for part in parts]
+        of_kinds[frames.species_table.names[kind]] = _slopes(lag[used], np.stack(own)[:, used])
     return Diffusion(
         lag=lag,
         msd=msd,
@@ -185,10 +199,29 @@ def diffusion(
         exponent=float(np.polyfit(np.log(lag[used]), np.log(msd[used]), 1)[0]),
         fit_from=float(lag[used][0]),
         length=float(frames.volume[0]) ** (1.0 / 3.0),
-        n_atoms=path.shape[1],
-        n_frames=len(path),
+        n_atoms=paths[0].shape[1],
+        n_frames=len(frames),
         n_blocks=n_blocks,
+        of_kinds={name: float(own.mean()) for name, own in of_kinds.items()},
+        of_kinds_error={
+            name: float(own.std(ddof=1) / spread) if n_blocks > 1 else math.nan
+            for name, own in of_kinds.items()
+        },
     )
+
+
+def _slopes(lag: np.ndarray, msd: np.ndarray) -> np.ndarray:
+    """(blocks,) diffusion coefficients from mean-square displacements (blocks, lags)."""
+    return np.polyfit(lag, msd.T, 1)[0] / 6.0
+
+
+def _trajectories(frames: Structures) -> list[Structures]:
+    """The trajectories that lie one after the other: groups, in their order."""
+    groups = frames.group or ("",) * len(frames)
+    starts = [0, *(k for k in range(1, len(groups)) if groups[k] != groups[k - 1]), len(groups)]
+    if len(starts) == 2:
+        return [frames]
+    return [frames.select(range(a, b)) for a, b in pairwise(starts) if b - a > 1]
 
 
 class DiffusionEvaluation(Evaluation):
@@ -227,6 +260,38 @@ class DiffusionEvaluation(Evaluation):
         }
 
     @classmethod
+    def against(cls, result: Diffusion, standard: Diffusion) -> dict[str, float]:
+        """How many times faster atoms diffuse than in the reference."""
+        times, error = _times(
+            (result.coefficient, result.coefficient_error),
+            (standard.coefficient, standard.coefficient_error),
+        )
+        return {"diffusion_speedup": times, "diffusion_speedup_error": error}
+
+    @classmethod
+    def rows(cls, found: Findings) -> Iterable[Row]:
+        """Coefficients, also of kinds, and how many times those of the reference they are."""
+        yield from super().rows(found)
+        results = found.of(cls.name, Diffusion)
+        standard = results.get(found.standard(results))
+        for kind in dict.fromkeys(kind for r in results.values() for kind in r.of_kinds):
+            own = {
+                m: (r.of_kinds[kind], r.of_kinds_error[kind])
+                for m, r in results.items()
+                if kind in r.of_kinds
+            }
+            values = {m: _with_error(_NM2_PER_S * d, _NM2_PER_S * e) for m, (d, e) in own.items()}
+            yield Row(f"Diffusion coefficient of {kind} (10⁻⁹ m²/s)", values)
+            if standard is not None and kind in standard.of_kinds:
+                theirs = standard.of_kinds[kind], standard.of_kinds_error[kind]
+                times = {
+                    m: _with_error(*_times(value, theirs))
+                    for m, value in own.items()
+                    if results[m] is not standard
+                }
+                yield Row(f"Diffusion of {kind}, times the reference's", times)
+
+    @classmethod
     def drawings(cls, found: Findings) -> Iterable[Drawing]:
         """Mean-square displacement against time."""
         results = found.of(cls.name, Diffusion)
@@ -251,6 +316,16 @@ class DiffusionEvaluation(Evaluation):
                     f"{number(r.exponent, 2)} of the time: it has no diffusion coefficient (a "
                     "crystal or glass, or too short a run)."
                 )
+
+
+def _times(ours: tuple[float, float], theirs: tuple[float, float]) -> tuple[float, float]:
+    """A ratio of two numbers with standard errors, and its own."""
+    ratio = ours[0] / theirs[0]
+    return ratio, math.hypot(ours[1], ratio * theirs[1]) / abs(theirs[0])
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{number(value)} ± {number(error, 2)}" if math.isfinite(error) else number(value)
 
 
 @dataclass(frozen=True)

@@ -402,6 +402,8 @@ class DistributionEvaluation(Evaluation):
     key: ClassVar[str]
     #: Labels of the axes of figures.
     axes: ClassVar[tuple[str, str]]
+    #: What the names of the distributions mean, for captions.
+    names: ClassVar[str] = ""
     #: Panels that a figure holds at most: those with the largest differences.
     n_panels: ClassVar[int] = 12
 
@@ -543,7 +545,7 @@ class DistributionEvaluation(Evaluation):
         )
         caption = (
             f"{cls.title.capitalize()} in molecular dynamics{apart}; bands are standard errors "
-            f"from blocks of the trajectories.{some}"
+            f"from blocks of the trajectories.{some}" + (f" {cls.names}" if len(labels) > 1 else "")
         )
         heading = cls.title.capitalize()
         yield Drawing(cls.name, heading, caption, panels, height=3.3 if single else 2.5)

@@ -24,6 +24,7 @@ from potstill.evaluate.memory import Memory
 from potstill.evaluate.nve import NVE
 from potstill.evaluate.parity import Parity
 from potstill.evaluate.phonons import PhononsEvaluation
+from potstill.evaluate.pressure import PressureEvaluation
 from potstill.evaluate.rdf import Rdf
 from potstill.evaluate.speed import InferenceThroughput, Speed
 from potstill.evaluate.stability import StabilityEvaluation
@@ -49,6 +50,7 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
         CoordinationEvaluation,
         DiffusionEvaluation,
         DensityEvaluation,
+        PressureEvaluation,
         Melting,
         Speed,
         Memory,

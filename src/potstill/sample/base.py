@@ -23,6 +23,13 @@ from potstill.structures import Structures
 Progress = Callable[[int, int], None]
 
 
+#: Atoms that are this many times hotter than asked have exploded.
+EXPLODED = 10.0
+#: Below this temperature in K the limit stays where it is here: a strained start may heat a
+#: cold run for a moment.
+COLD = 300.0
+
+
 # -- random numbers ------------------------------------------------------------------------------
 
 

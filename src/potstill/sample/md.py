@@ -24,6 +24,8 @@ from ase.md.langevinbaoab import LangevinBAOAB
 
 from potstill.errors import ConfigError, DivergenceError
 from potstill.sample.base import (
+    COLD,
+    EXPLODED,
     Call,
     Job,
     Progress,
@@ -39,11 +41,6 @@ from potstill.soundness import Connectivity, trained_distances
 from potstill.structures import Structures
 from potstill.units import BOLTZMANN, FS_IN_ASE_TIME, GPA
 
-#: Atoms that are this many times hotter than asked have exploded.
-EXPLODED = 10.0
-#: Below this temperature in K the limit stays where it is here: a strained start may heat a
-#: cold run for a moment.
-COLD = 300.0
 #: A cell whose volume falls or grows by these factors collapses or boils: liquids at ambient
 #: pressure stay far below the second, high pressure reaches the inverse of the first at most.
 _COLLAPSED, _BOILED = 1.0 / 3.0, 1.5

@@ -23,6 +23,8 @@ from potstill.calculators import BatchCalculator
 from potstill.errors import ConfigError, PotstillError
 from potstill.models import Potential
 from potstill.sample.base import (
+    COLD,
+    EXPLODED,
     Progress,
     SampledFrames,
     dump_generator,
@@ -31,7 +33,6 @@ from potstill.sample.base import (
     read_arrays,
     write_arrays,
 )
-from potstill.sample.md import COLD, EXPLODED
 from potstill.structures import Structures
 from potstill.units import BOLTZMANN, FS_IN_ASE_TIME
 

@@ -22,7 +22,9 @@ from potstill.files import write_atomically
 from potstill.sample import MDJob, SampledFrames, SamplingPlan, run_plan, smallest_supercell
 from potstill.sample.base import Progress
 from potstill.sample.plan import scratch_folder
+from potstill.sample.replicas import ReplicaRun, ReplicaSettings, run_replicas
 from potstill.soundness import (
+    Connectivity,
     closest_approach,
     closest_pairs,
     degrees_of_freedom,
@@ -80,6 +82,9 @@ class MdConfig(Settings):
         asked, and does not resume: an interrupted run begins anew.
     n_ranks : int
         MPI ranks of LAMMPS.
+    n_replicas : int
+        Runs at a time, each with velocities of its own, at constant volume and temperature or
+        energy. They follow one another in the trajectory, as groups.
     """
 
     model: TeacherSettings
@@ -99,6 +104,17 @@ class MdConfig(Settings):
     allow_dissociation: bool = False
     engine: Literal["ase", "lammps"] = "ase"
     n_ranks: int = Field(default=1, ge=1)
+    n_replicas: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _replicas_are_simple(self) -> MdConfig:
+        if self.n_replicas > 1 and self.engine == "lammps":
+            raise ValueError("LAMMPS takes one run at a time: leave out the replicas or the engine")
+        if self.n_replicas > 1 and (
+            self.ensemble == "npt" or self.temperature[0] != self.temperature[1]
+        ):
+            raise ValueError("replicas run at constant volume and one temperature")
+        return self
 
     @model_validator(mode="after")
     def _pressure_needs_a_barostat(self) -> MdConfig:
@@ -171,6 +187,8 @@ def simulate(
 
     A run that is interrupted or explodes leaves its trajectory up to there.
     """
+    if config.n_replicas > 1:
+        return _simulate_replicas(config, start, calculator, folder, display)
     job = production(config)
     if config.ensemble == "nve" and config.equilibration > 0:
         heating = replace(
@@ -194,6 +212,60 @@ def simulate(
                 _write(folder, so_far, calculator)
             raise
     return _write(folder, frames, calculator)
+
+
+def _simulate_replicas(
+    config: MdConfig,
+    start: Structures,
+    calculator: BaseCalculator,
+    folder: Path,
+    display: Display,
+) -> MdResult:
+    """Run all replicas; one that breaks down ends the run as an explosion does."""
+    potential = getattr(calculator, "potential", calculator)
+    settings = ReplicaSettings(
+        temperature=config.temperature[0],
+        n_frames=max(1, round(1000.0 * config.duration / config.stride)),
+        stride=config.stride,
+        equilibration=1000.0 * config.equilibration,
+        timestep=config.timestep,
+        thermostat_time=config.thermostat_time,
+        seed=config.seed,
+    )
+    starts = start.select([0] * config.n_replicas)
+    if config.ensemble == "nve":
+        if config.equilibration > 0:
+            warm = replace(settings, n_frames=1, stride=settings.equilibration, equilibration=0.0)
+            warmed = run_replicas(starts, potential, warm, folder=folder / "equilibration")
+            _refuse_breakdowns(warmed)
+            starts = warmed.frames.structures
+        settings = replace(settings, equilibration=0.0, thermostat_time=None)
+    whole = Connectivity.of(start)
+
+    def watch(frame: Structures) -> str:
+        return whole.symptom(frame, apart=not config.allow_dissociation)
+
+    with display.task(f"{config.n_replicas} replicas ({config.ensemble})", 1.0) as task:
+        run = run_replicas(
+            starts, potential, settings, folder=folder / "frames", watch=watch,
+            progress=lambda done, total: task.update(done / total),
+        )  # fmt: skip
+    if not len(run.frames):
+        _refuse_breakdowns(run)
+    result = _write(folder, run.frames, calculator)  # also what led to a breakdown
+    _refuse_breakdowns(run)
+    return result
+
+
+def _refuse_breakdowns(run: ReplicaRun) -> None:
+    broken = [breakdown for breakdown in run.breakdowns if breakdown is not None]
+    if broken:
+        first = min(broken, key=lambda breakdown: breakdown.time)
+        raise DivergenceError(
+            f"{len(broken)} of {len(run.breakdowns)} replicas broke down, the first after "
+            f"{first.time:g} fs ({first.reason}): choose a shorter timestep, a lower temperature "
+            "or a better starting structure"
+        )
 
 
 def production(config: MdConfig) -> MDJob:

@@ -13,6 +13,7 @@ from potstill.coarse import Inversion, Iteration, Measured, invert
 from potstill.deploy import deploy
 from potstill.errors import ConfigError, DivergenceError
 from potstill.evaluate.lammps_md import lammps_engine, run_in_lammps
+from potstill.evaluate.pressure import pressure
 from potstill.evaluate.rdf import radial_distributions
 from potstill.models import PairPotential
 from potstill.models.pair import PairHyperparameters
@@ -20,7 +21,7 @@ from potstill.sample.md import MDJob
 from potstill.sample.replicas import ReplicaSettings, run_replicas
 from potstill.store import LabeledStore
 from potstill.structures import Structures
-from potstill.units import BOLTZMANN, GPA
+from potstill.units import GPA, PRESSURE
 from potstill.workflows.base import Display, Settings, claim_folder, potential_info
 
 
@@ -136,9 +137,8 @@ def invert_distributions(config: IbiConfig, display: Display | None = None) -> l
     def simulate(model: PairPotential, checkpoint: Path) -> Measured:
         moved = _moved(frames, model, checkpoint, temperature, config)
         stress = model.predict(moved, properties=["stress"])["stress"]
-        density = moved.n_atoms / float(moved.volume.sum())
-        virial = float(stress.diagonal(dim1=1, dim2=2).mean())
-        return Measured(distributions(moved), (density * BOLTZMANN * temperature - virial) / GPA)
+        in_bar = pressure(moved, stress, temperature).pressure
+        return Measured(distributions(moved), in_bar * PRESSURE["bar"] / GPA)
 
     def tell(iteration: Iteration) -> None:
         worst = max(iteration.error, key=lambda pair: iteration.error[pair])
