@@ -188,17 +188,19 @@ def test_the_command_inverts_a_trajectory(tmp_path):
     frames = run_replicas(start.select([0] * 2), soft(), settings).frames.structures
     LabeledStore.create(tmp_path / "beads.zarr", info={"temperature": TEMPERATURE}).append(frames)
     config = tmp_path / "ibi.yaml"
-    config.write_text(
+    settings_of_all = (
         f"store: {tmp_path / 'beads.zarr'}\n"
         "model: {cutoff: 9.0, spacing: 0.3}\n"
         "bin_width: 0.3\n"
-        "n_iterations: 2\n"
         "dynamics: {n_replicas: 2, n_frames: 20, stride: 100, equilibration: 500, timestep: 20,"
         " thermostat_time: 200}\n"
     )
     arguments = ["coarse", "ibi", str(config), "--out", str(tmp_path / "run")]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
+    for n_iterations in (1, 2):  # the second call goes on
+        config.write_text(f"{settings_of_all}n_iterations: {n_iterations}\n")
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+    assert "iteration 0" not in result.output
     record = json.loads((tmp_path / "run" / "iterations.json").read_text())
     assert len(record) == 2
     for entry in record:

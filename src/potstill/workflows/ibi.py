@@ -102,7 +102,9 @@ class IbiConfig(Settings):
 
 
 def invert_distributions(config: IbiConfig, display: Display | None = None) -> list[Iteration]:
-    """Find pair potentials with the g(r) of a trajectory; called again, it continues.
+    """Find pair potentials with the g(r) of a trajectory.
+
+    Called again it continues, with more iterations or a smaller tolerance if they are given.
 
     The run folder gets the potential of every iteration with its dynamics, `iterations.json` with
     the errors of g(r), and the potential of the smallest error as `best.pt` and, for LAMMPS,
@@ -122,7 +124,7 @@ def invert_distributions(config: IbiConfig, display: Display | None = None) -> l
         raise ConfigError(f"{config.store} does not state its temperature: give 'temperature'")
     frames = store.structures()
     folder = Path(config.out).absolute()
-    claim_folder(folder, config)
+    claim_folder(folder, config, free=lambda key: key in ("n_iterations", "tolerance"))
     model = PairPotential(frames.species_table, **config.model.model_dump()).double()
     info = potential_info(frames)
 
