@@ -12,11 +12,12 @@ from potstill.checkpoint import load_potential, save_potential
 from potstill.cli.app import app
 from potstill.deploy import deploy
 from potstill.errors import ConfigError, ModelError
-from potstill.models import HIPNN, PairPotential
+from potstill.models import HIPNN, PairPotential, PairRepulsion
 from potstill.species import Species, SpeciesTable
 from potstill.store import LabeledStore
 from potstill.structures import Properties, Structures
 from potstill.train import fit_linear
+from potstill.workflows.fitting import FitConfig, fit
 
 TABLE = SpeciesTable.from_symbols(["Mg", "O"])
 BEADS = SpeciesTable((Species("ion", 35.45), Species("urea-like", 60.06)))
@@ -240,3 +241,27 @@ def test_the_command_fits_beads_from_a_store(tmp_path):
     assert "unknown key 'spacin' in 'model'; did you mean 'spacing'" in " ".join(
         result.output.split()
     )
+
+
+def test_bonds_are_taken_off_first(tmp_path):
+    """The repulsion of a stored prior is no part of the fit, and part of the saved potential."""
+    truth, structures = soft(BEADS), liquid(30)
+    prior = PairRepulsion(BEADS, [[0.5, 0.4], [0.4, 0.5]], [[3.5, 4.0], [4.0, 3.0]])
+    save_potential(tmp_path / "prior.pt", prior, {})
+    labels = forces_of(truth, structures) + forces_of(prior, structures)
+    store = LabeledStore.create(tmp_path / "beads.zarr")
+    store.append(structures, Properties({"forces": labels}))
+    config = FitConfig.model_validate(
+        {
+            "out": str(tmp_path / "run"),
+            "data": {"store": str(store.path)},
+            "model": {"kind": "pair", "cutoff": 8.0, "spacing": 0.25},
+            "prior": str(tmp_path / "prior.pt"),
+        }
+    )
+    assert fit(config).weighted_rmse < 1e-9
+    potential, _ = load_potential(tmp_path / "run" / "best.pt")
+    assert set(potential.components) == {"prior", "network"}
+    r = torch.linspace(3.5, 7.9, 50, dtype=torch.float64)
+    np.testing.assert_allclose(potential["network"].table(r)[1], truth.table(r)[1], atol=1e-9)
+    assert not (tmp_path / "run" / "best.in").exists()

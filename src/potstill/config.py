@@ -32,6 +32,7 @@ from potstill.workflows.dynamics import MdConfig as MdConfig
 from potstill.workflows.epsilon import EpsilonConfig as EpsilonConfig
 from potstill.workflows.evaluation import EvaluateConfig as EvaluateConfig
 from potstill.workflows.fitting import FitConfig as FitConfig
+from potstill.workflows.ibi import IbiConfig as IbiConfig
 from potstill.workflows.labeling import LabelConfig as LabelConfig
 from potstill.workflows.mapping import MapConfig as MapConfig
 from potstill.workflows.sampling import SampleConfig as SampleConfig
@@ -78,6 +79,7 @@ SETTINGS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
             "beads": {"urea": {"residue": "UREA"}, "ion": {"residue": "Cl"}},
         },
     ),
+    "coarse-ibi": (IbiConfig, {"out": "ibi", "store": "beads.zarr"}),
     "coarse-all": (
         CoarseConfig,
         {

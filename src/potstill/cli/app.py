@@ -224,10 +224,12 @@ def fit(
 
     settings = load_config(config, FitConfig, {"out": out})
     found = work(settings, display)
+    commands = Path(settings.out) / "best.in"
+    lammps = f", for LAMMPS {commands}" if commands.is_file() else ""
     display.say(
         f"{found.rank} of {found.n_coefficients} coefficients are determined by {found.n_rows} "
         f"labels (ridge {found.ridge:g}); the potential is "
-        f"{settings.out}/best.pt, for LAMMPS {settings.out}/best.in"
+        f"{settings.out}/best.pt{lammps}"
     )
 
 

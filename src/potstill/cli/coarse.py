@@ -48,6 +48,35 @@ def map_trajectory(
     map_to_beads(load_mapping(config, out), display)
 
 
+@command("Coarse graining", name="ibi", within=coarse)
+def invert(
+    config: Annotated[
+        Path, typer.Argument(help="YAML file: out, store, model, dynamics; see `potstill config`.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Run folder.")] = None,
+) -> None:
+    """Find pair potentials that reproduce g(r): iterative Boltzmann inversion.
+
+    Starts from the potential of mean force and corrects it after each run of dynamics by
+    kT ln(g / g_target). An interrupted run continues. `potstill config coarse-ibi` prints all
+    settings.
+
+    [bold]Example[/bold]
+
+      potstill coarse ibi ibi.yaml --out run/ibi
+    """
+    from potstill.config import IbiConfig, load_config
+    from potstill.workflows.ibi import invert_distributions
+
+    settings = load_config(config, IbiConfig, {"out": out})
+    done = invert_distributions(settings, display)
+    best = min(done, key=lambda iteration: iteration.mean_error)
+    display.say(
+        f"the best is iteration {best.number}, with a mean error of g(r) of {best.mean_error:.4f}: "
+        f"{settings.out}/best.pt, for LAMMPS {settings.out}/best.in"
+    )
+
+
 @command("Coarse graining", name="train", within=coarse)
 def train(config: Whole, out: Folder = None, workers: Workers = None) -> None:
     """Train teachers on mapped forces, and students on what the teachers say; resumable.

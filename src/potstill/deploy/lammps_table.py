@@ -12,6 +12,7 @@ import torch
 
 from potstill.errors import ModelError
 from potstill.files import write_atomically
+from potstill.lammps_library import LammpsPotential
 from potstill.models import PairPotential, Potential, summands
 
 #: Rows per interval of the spline, and points of LAMMPS' own tables, evenly spaced in r².
@@ -53,21 +54,26 @@ def write_lammps_table(
         rows = [*zip(r.tolist(), *columns, strict=True), (pair.cutoff, 0.0, 0.0)]
         lines += ["", name, f"N {n} R {rows[0][0]!r} {pair.cutoff!r}", ""]
         lines += [f"{k} {x:.12g} {e:.14g} {f:.14g}" for k, (x, e, f) in enumerate(rows, 1)]
-    table = pair.species_table
-    types = range(1, len(table) + 1)
-    both = combinations_with_replacement(types, 2)
+    table, own = pair.species_table, lammps_table(pair, f"{stem}.table")
     commands = [
         "# pair potentials of potstill",
-        f"# types: {', '.join(f'{k} {name}' for k, name in zip(types, table.names, strict=True))}",
+        f"# types: {', '.join(f'{k} {name}' for k, name in enumerate(table.names, 1))}",
         "units metal",
-        f"pair_style table spline {_POINTS}",
-        *[
-            f"pair_coeff {i} {j} {stem}.table {name}"
-            for (i, j), name in zip(both, pair.pairs, strict=True)
-        ],
-        *[f"mass {k} {entry.mass!r}" for k, entry in zip(types, table.entries, strict=True)],
+        *own.commands,
+        *[f"mass {k} {entry.mass!r}" for k, entry in enumerate(table.entries, 1)],
     ]
     files = [folder / f"{stem}.table", folder / f"{stem}.in"]
     for file, text in zip(files, (lines, commands), strict=True):
         write_atomically(file, "\n".join(text) + "\n")
     return files
+
+
+def lammps_table(pair: PairPotential, file: str | Path) -> LammpsPotential:
+    """What tells LAMMPS to use the file that was written of a pair potential."""
+    types = range(1, len(pair.species_table) + 1)
+    both = zip(combinations_with_replacement(types, 2), pair.pairs, strict=True)
+    return LammpsPotential(
+        pair_style=f"table spline {_POINTS}",
+        pair_coeff=tuple(f'{i} {j} "{file}" {name}' for (i, j), name in both),
+        elements=tuple(pair.species_table.names),
+    )

@@ -20,10 +20,12 @@ from potstill.checkpoint import load_potential
 from potstill.deploy import deploy
 from potstill.deploy.lammps import lammps_data
 from potstill.deploy.lammps_build import Installation, build_plugin, find_lammps
+from potstill.deploy.lammps_table import lammps_table
 from potstill.errors import ConfigError, DataError, DivergenceError, ModelError
 from potstill.evaluate.tools import is_checkpoint
 from potstill.files import write_atomically
 from potstill.lammps_library import LammpsPotential
+from potstill.models import PairPotential, summands
 from potstill.sample.base import SampledFrames, as_pair
 from potstill.sample.md import MDJob
 from potstill.soundness import Connectivity
@@ -149,6 +151,11 @@ def lammps_engine(
     lammps = find_lammps()
     if is_checkpoint(spec):
         potential, info = load_potential(spec)
+        trained = (info.get("trained_on") or {}).get("shortest_distances")
+        (first, *others) = summands(potential)
+        if isinstance(first, PairPotential) and not others:
+            file = deploy(potential, "lammps-table", folder, "model", info)[0].resolve()
+            return LammpsEngine(lammps_table(first, file), lammps, n_ranks, trained)
         file = deploy(potential, "lammps", folder, "model", info)[0].resolve()
         names = potential.species_table.names
         plugin = LammpsPotential(
@@ -157,7 +164,6 @@ def lammps_engine(
             elements=tuple(names),
             before=(f'plugin load "{build_plugin(lammps)}"',),
         )
-        trained = (info.get("trained_on") or {}).get("shortest_distances")
         return LammpsEngine(plugin, lammps, n_ranks, trained)
     if spec != "lammps":
         raise ConfigError(

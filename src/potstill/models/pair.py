@@ -85,9 +85,14 @@ class PairPotential(Potential):
         self.coefficients = nn.Parameter(torch.zeros(len(a), self.n_knots))
 
     @property
+    def kinds(self) -> tuple[tuple[str, str], ...]:
+        """The pairs of species in the order of the coefficients' rows."""
+        return tuple(combinations_with_replacement(self.species_table.names, 2))
+
+    @property
     def pairs(self) -> tuple[str, ...]:
-        """The pairs of species, "A-B", in the order of the coefficients' rows."""
-        return tuple(map("-".join, combinations_with_replacement(self.species_table.names, 2)))
+        """Their names, "A-B"."""
+        return tuple(map("-".join, self.kinds))
 
     @property
     def reach(self) -> float:
@@ -171,6 +176,12 @@ class PairPotential(Potential):
     def _windows(self) -> Tensor:
         """(n_pairs, n, 4) the coefficients that count between two knots."""
         return torch.nn.functional.pad(self.coefficients, (0, 3)).unfold(1, 4, 1)
+
+    @property
+    def roughness(self) -> Tensor:
+        """(n, n) float64; the square of it times coefficients is the integral of (d³u/dr³)²."""
+        third = torch.eye(self.n_knots + 3, dtype=torch.float64).diff(n=3, dim=0)
+        return third[:, : self.n_knots] / self.spacing**2.5
 
     def table(self, r: Tensor) -> tuple[Tensor, Tensor]:
         """(n_pairs, n) energies in eV and forces -du/dr in eV/Å at distances below the cutoff."""

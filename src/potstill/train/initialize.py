@@ -54,7 +54,7 @@ def initial_student(
     if settings.energy.prior == "zbl":
         components["prior"] = _zbl(settings, table)
     elif settings.energy.prior != "none":
-        components["prior"] = _stored_prior(settings.energy.prior, table)
+        components["prior"] = stored_prior(settings.energy.prior, table)
     residual = data.minus(SumPotential(components))
     # A few batches of configurations from all over the training set.
     n = len(residual)
@@ -76,7 +76,14 @@ def _zbl(settings: TrainSettings, table: SpeciesTable) -> ZBL:
     return ZBL(table, inner, cutoff)
 
 
-def _stored_prior(path: str, table: SpeciesTable) -> Potential:
+def stored_prior(path: str, table: SpeciesTable) -> Potential:
+    """Read a prior from a checkpoint.
+
+    Raises
+    ------
+    ConfigError
+        If it is of other species, or has parameters.
+    """
     prior, _ = load_potential(path)
     if prior.species_table.names != table.names:
         raise ConfigError(

@@ -283,9 +283,7 @@ def _columns_of_species(model: SNAP, terms: Tensor, species: Tensor) -> Tensor:
 def _penalty(model: Linear) -> Tensor:
     """(m, n) what the coefficients are multiplied with for the vector whose square is penalized."""
     if isinstance(model, PairPotential):
-        third = torch.eye(model.n_knots + 3, dtype=torch.float64).diff(n=3, dim=0)
-        third = third[:, : model.n_knots] / model.spacing**2.5
-        return torch.block_diag(*[third] * len(model.coefficients))
+        return torch.block_diag(*[model.roughness] * len(model.coefficients))
     kept = torch.ones(model.coefficients.shape, dtype=torch.float64)
     kept[:, 0] = 0.0
     return torch.diag(kept.flatten())

@@ -158,15 +158,19 @@ def write_settings(path: Path, settings: BaseModel) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def claim_folder(folder: Path, settings: BaseModel) -> None:
+def claim_folder(
+    folder: Path, settings: BaseModel, free: Callable[[str], bool] = lambda key: False
+) -> None:
     """Write `config.yaml` into a new run folder, or check that the folder belongs to the same run.
+
+    `free` is as of `check_folder`.
 
     Raises
     ------
     ConfigError
         As of `check_folder`.
     """
-    if not check_folder(folder, settings):
+    if not check_folder(folder, settings, free):
         folder.mkdir(parents=True, exist_ok=True)
         write_settings(folder / "config.yaml", settings)
 

@@ -15,6 +15,7 @@ from potstill.models import SNAP, ZBL, PairPotential, Potential, SumPotential
 from potstill.models.linear import SNAPHyperparameters
 from potstill.models.pair import PairHyperparameters
 from potstill.train import LinearFit, fit_linear
+from potstill.train.initialize import stored_prior
 from potstill.workflows.base import Display, Settings, claim_folder, potential_info, write_json
 from potstill.workflows.data import DataSettings, load_parts
 from potstill.workflows.training import show_errors
@@ -72,9 +73,10 @@ class FitConfig(Settings):
         Factor of the rows of each property (energy per atom, forces, stress): a number, or one per
         group of structures. By default 100, 1 and 50 for the labels that the data have, and forces
         alone for pair potentials.
-    prior : {"none", "zbl"}, optional
-        Short-range repulsion, subtracted from the labels and part of the saved model. By default
-        ZBL for SNAP, and none for pair potentials, which have a repulsion of their own.
+    prior : {"none", "zbl"} or str, optional
+        Short-range repulsion, or what a checkpoint (`prior.pt`) holds, such as bonds of beads:
+        subtracted from the labels and part of the saved model. By default ZBL for SNAP, and none
+        for pair potentials, which have a repulsion of their own.
     ridge : float or tuple of float
         Penalty on the squares of the coefficients, or on the third derivatives of pair potentials.
         Of several the one with the least residual of the validation set is taken.
@@ -88,7 +90,7 @@ class FitConfig(Settings):
         Discriminator(_kind_of),
     ] = Field(default_factory=SNAPModel)
     weights: dict[str, float | dict[str, float]] | None = None
-    prior: Literal["none", "zbl"] | None = None
+    prior: Literal["none", "zbl"] | Annotated[str, Field(pattern=r"\.pt$")] | None = None
     ridge: _Ridge | Annotated[tuple[_Ridge, ...], Field(min_length=1)] = 0.0
 
 
@@ -97,7 +99,7 @@ def fit(config: FitConfig, display: Display | None = None) -> LinearFit:
 
     The run folder gets `config.yaml`, `best.pt`, `errors.json` and the files of LAMMPS:
     `best.snapcoeff` and `best.snapparam`, or `best.table`, and `best.in` with the commands that use
-    them.
+    them; `potstill export` writes what has another prior.
 
     Raises
     ------
@@ -117,8 +119,10 @@ def fit(config: FitConfig, display: Display | None = None) -> LinearFit:
     claim_folder(folder, config)
     kind = PairPotential if of_pairs else SNAP
     model = kind(structures.species_table, **config.model.model_dump(exclude={"kind"})).double()
-    prior = None
-    if config.prior == "zbl" or (config.prior is None and not of_pairs):
+    prior: Potential | None = None
+    if config.prior not in (None, "none", "zbl"):
+        prior = stored_prior(str(config.prior), structures.species_table)
+    elif config.prior == "zbl" or (config.prior is None and not of_pairs):
         usual = ZBL.for_species(structures.species_table)
         prior = ZBL(structures.species_table, usual.inner, usual.cutoff, "lammps").double()
     unseen = parts["validation"]
@@ -140,7 +144,7 @@ def fit(config: FitConfig, display: Display | None = None) -> LinearFit:
     potential = SumPotential(components if prior is None else {"prior": prior, **components})
     info = potential_info(structures, teacher=sources.get(config.source))
     save_potential(folder / "best.pt", potential, info)
-    if prior is None or not of_pairs:
+    if prior is None or (isinstance(prior, ZBL) and not of_pairs):
         deploy(potential, "lammps-table" if of_pairs else "lammps-snap", folder, "best")
     channel = "reference" if config.source == "reference" else "teacher"
     reports = {
