@@ -128,7 +128,9 @@ def fit(
             "epochs": math.ceil(STEPS / math.ceil(len(training) / SETTINGS["batch_size"])),
             "seed": seed,
         }
-        train(TrainSettings.model_validate(settings), training, validation, folder)
+        done = train(TrainSettings.model_validate(settings), training, validation, folder)
+        if done.status == "interrupted":
+            raise SystemExit("interrupted: the same command goes on")
     return folder / "best.pt"
 
 
