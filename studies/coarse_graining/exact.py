@@ -42,20 +42,34 @@ N_TEACHERS, N_TEST = 8, 200
 TABLE = SpeciesTable((Species("A", 60.0, None), Species("B", 35.0, None)))
 LABELS = ("energy", "forces", "atomic_energies")
 
-#: Settings of all trainings. There is no energy label, so that no zero of energy is fitted.
+#: Settings of all trainings. There is no energy label, so that no zero of energy is fitted. Weight
+#: decay and few radial functions (chosen once, by 160 frames of seed 0) keep networks from learning
+#: the noise: without them the error of a teacher is twice as large.
 SETTINGS: dict[str, Any] = {
     "energy": {"zero": "none"},
-    "optimizer": {"name": "adamw", "learning_rate": 0.005, "beta2": 0.99, "ema_decay": "auto"},
+    "optimizer": {
+        "name": "adamw",
+        "learning_rate": 0.005,
+        "weight_decay": 1.0,
+        "beta2": 0.99,
+        "ema_decay": "auto",
+    },
     "learning_rate": {"schedule": "one_cycle"},
     "regularization": {"l2": 0.0, "hierarchicality": 0.0},
     "batch_size": 8,
     "early_stopping": None,
 }
 STEPS = 800
-COMMON = {"dist_soft_min": 0.8, "dist_soft_max": 6.0, "dist_hard_max": 6.5, "n_triples": 0}
+COMMON = {
+    "dist_soft_min": 0.8,
+    "dist_soft_max": 6.0,
+    "dist_hard_max": 6.5,
+    "n_sensitivities": 5,
+    "n_triples": 0,
+}
 SIZES: dict[str, dict[str, Any]] = {
     "large": {"l_max": 2},
-    "small": {"n_features": 8, "n_channels": 8, "n_sensitivities": 8, "l_max": 1},
+    "small": {"n_features": 8, "n_channels": 8, "l_max": 1},
 }
 
 #: Name of a model in the table, its size, whose labels it learns, and which.
@@ -114,7 +128,9 @@ def fit(
             "epochs": math.ceil(STEPS / math.ceil(len(training) / SETTINGS["batch_size"])),
             "seed": seed,
         }
-        train(TrainSettings.model_validate(settings), training, validation, folder)
+        done = train(TrainSettings.model_validate(settings), training, validation, folder)
+        if done.status == "interrupted":
+            raise SystemExit("interrupted: the same command goes on")
     return folder / "best.pt"
 
 
