@@ -255,7 +255,5 @@ class CoarseStudy(Study):
             settings=settings,
             taught=tuple(taught),
             teacher=one if own.forces == "teacher" else Committee(TEACHERS, members),
-            against=controls
-            if own.taught
-            else (),
+            against=controls if own.taught else (),
         )
