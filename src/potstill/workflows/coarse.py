@@ -34,7 +34,7 @@ from potstill.workflows.mapping import MapConfig, map_to_beads
 
 #: Evaluations of the models' own liquids.
 _TESTS: dict[str, dict[str, Any]] = {
-    name: {} for name in ("stability", "rdf", "adf", "cdf", "coordination", "speed")
+    name: {} for name in ("stability", "rdf", "adf", "cdf", "coordination", "pressure", "diffusion", "speed")
 }
 
 
