@@ -71,8 +71,8 @@ FAULTS = {
     "another format": (lambda c: b"PK\3\4" + c, "no model file"),
     "one bit": (lambda c: c[:-40] + bytes([c[-40] ^ 4]) + c[-39:], "damaged"),
     "newer": (
-        lambda c: edited(c, b'"format_version":"1"', b'"format_version":"2"'),
-        "format version 2",
+        lambda c: edited(c, b'"format_version":"1"', b'"format_version":"3"'),
+        "format version 3",
     ),
     "other units": (lambda c: edited(c, b"angstrom, eV", b"bohr, hartree"), "units"),
     "other network": (lambda c: edited(c, b'\\"hipnn\\", ', b'\\"mace\\", '), "mace"),

@@ -222,7 +222,7 @@ def test_few_pairs_make_a_wall_as_well():
     assert found.radius[0, 0] == found.radius[1, 1] == 0.0  # never met
     near = frames_of(np.array([[[0.0, 0, 0], [4.5, 0, 0]]]), [A, B])
     assert float(found.predict(near)["energy"]) >= 19.9 * THERMAL
-    with pytest.raises(DataError, match="no two beads come within 12 Å"):
+    with pytest.raises(DataError, match="no two beads come within 10 Å"):
         fit_repulsion(frames_of(30.0 * positions, [A, B]), TEMPERATURE)
     with pytest.raises(ConfigError, match="positive temperature"):
         fit_repulsion(near, 0.0)

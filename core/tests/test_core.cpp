@@ -170,10 +170,10 @@ struct MdOutcome {
         // An address even in a domain without atoms: they are asked for.
         for (std::vector<double> *x : {&forces, &centers, &neighbors}) x->reserve(3);
     }
-    potstill_md task(const System &s, const potstill_zbl *zbl) {
+    potstill_md task(const System &s, const potstill_zbl *zbl, const potstill_repulsion *beads = nullptr) {
         return {s.positions.data(), s.image.empty() ? nullptr : s.image.data(), s.offsets.data(),
                 int64_t(s.offsets.size() / 3), zbl, energies.data(), forces.data(), virial.data(),
-                0, centers.data(), neighbors.data()};
+                0, centers.data(), neighbors.data(), beads};
     }
     double energy() const {
         double sum = 0.0;
@@ -183,9 +183,9 @@ struct MdOutcome {
 };
 
 MdOutcome run_md(const potstill_hipnn &m, const std::vector<double> &p, const System &s,
-                 const potstill_zbl *zbl, int n_threads) {
+                 const potstill_zbl *zbl, int n_threads, const potstill_repulsion *beads = nullptr) {
     MdOutcome o(s);
-    const potstill_md md = o.task(s, zbl);
+    const potstill_md md = o.task(s, zbl, beads);
     const potstill_pairs pairs = s.pairs();
     expect(potstill_md_f64(&m, p.data(), &pairs, &md, n_threads) == 0, potstill_error());
     return o;
@@ -195,26 +195,26 @@ bool close(double a, double b, double tolerance) {
     return std::fabs(a - b) <= tolerance * (1.0 + std::fabs(b));
 }
 
-void check_md(const potstill_hipnn &m, const std::vector<double> &p, const System &s) {
-    std::vector<double> charge(size_t(m.n_species), 13.0);
-    const potstill_zbl zbl{charge.data(), 14.3996, 1.0, 2.5};
-    const MdOutcome o = run_md(m, p, s, &zbl, 2), bare = run_md(m, p, s, nullptr, 1);
-    // The energies are sums of the terms, plus ZBL's, which also come alone.
+// With ZBL or the repulsion of beads.
+void check_md(const potstill_hipnn &m, const std::vector<double> &p, const System &s,
+              const potstill_zbl *zbl, const potstill_repulsion *beads) {
+    const MdOutcome o = run_md(m, p, s, zbl, 2, beads), bare = run_md(m, p, s, nullptr, 1);
+    // The energies are sums of the terms, plus the prior's, which also come alone.
     const size_t n_terms = size_t(m.n_interaction_layers) + 1;
     const std::vector<double> ones(size_t(s.n_local) * n_terms, 1.0);
     const Outcome terms = run_f64(m, p, s, ones, 1);
     MdOutcome repulsion(s);
-    const potstill_md alone = repulsion.task(s, &zbl);
+    const potstill_md alone = repulsion.task(s, zbl, beads);
     const potstill_pairs pairs = s.pairs();
     if (s.n_local) expect(potstill_md_f64(nullptr, nullptr, &pairs, &alone, 1) == 0, potstill_error());
     for (size_t i = 0; i < size_t(s.n_local); ++i) {
         double sum = 0.0;
         for (size_t k = 0; k < n_terms; ++k) sum += terms.terms[i * n_terms + k];
         expect(close(bare.energies[i], sum, 1e-12), "energies are sums of terms");
-        expect(close(o.energies[i], sum + repulsion.energies[i], 1e-12), "ZBL adds its energies");
+        expect(close(o.energies[i], sum + repulsion.energies[i], 1e-12), "the prior adds its energies");
     }
     for (size_t k = 0; k < 9; ++k)
-        expect(close(o.virial[k], bare.virial[k] + repulsion.virial[k], 1e-10), "ZBL adds its virial");
+        expect(close(o.virial[k], bare.virial[k] + repulsion.virial[k], 1e-10), "the prior adds its virial");
     // Virials by atoms are sums of r_ij outer dE/dr_ij over their pairs.
     std::vector<double> centers(bare.centers.size()), neighbors(bare.neighbors.size());
     for (size_t i = 0; i < size_t(s.n_local); ++i)
@@ -249,7 +249,7 @@ void check_md(const potstill_hipnn &m, const std::vector<double> &p, const Syste
             else  // a strain of all vectors
                 for (std::vector<double> *x : {&moved.positions, &moved.offsets})
                     for (size_t k = 0; k < x->size(); k += 3) (*x)[k + b] += by * (*x)[k + a];
-            energy[side] = run_md(m, p, moved, &zbl, 1).energy();
+            energy[side] = run_md(m, p, moved, zbl, 1, beads).energy();
         }
         const double slope = (energy[1] - energy[0]) / (2.0 * step);
         if (trial < 2)
@@ -260,10 +260,25 @@ void check_md(const potstill_hipnn &m, const std::vector<double> &p, const Syste
     // A list without images, and neither forces nor virial.
     std::vector<float> parameters(p.begin(), p.end());
     MdOutcome other(s);
-    potstill_md md = other.task(s, &zbl);
+    potstill_md md = other.task(s, zbl, beads);
     md.image = nullptr, md.forces = nullptr, md.virial = nullptr;
     md.center_virials = md.neighbor_virials = nullptr;
     expect(potstill_md_f32(&m, parameters.data(), &pairs, &md, 1) == 0, potstill_error());
+}
+
+void check_md(const potstill_hipnn &m, const std::vector<double> &p, const System &s) {
+    const size_t n = size_t(m.n_species);
+    const std::vector<double> charge(n, 13.0), strength(n * n, 0.002);
+    std::vector<double> radius(n * n, 1.6);
+    radius[0] = 1.9;
+    const potstill_zbl zbl{charge.data(), 14.3996, 1.0, 2.5};
+    const potstill_repulsion beads{strength.data(), radius.data(), m.n_species};
+    check_md(m, p, s, &zbl, nullptr);
+    check_md(m, p, s, nullptr, &beads);
+    MdOutcome o(s);
+    const potstill_md both = o.task(s, &zbl, &beads);
+    const potstill_pairs pairs = s.pairs();
+    if (s.n_local) expect(potstill_md_f64(&m, p.data(), &pairs, &both, 1) < 0, "both priors at once");
 }
 
 // One of the domains that a system is split into: local atoms, then ghosts, without images.

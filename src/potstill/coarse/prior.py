@@ -29,7 +29,7 @@ NEAR, NEAR_HEIGHT = 0.9, 20.0
 BARRIER = 20.0
 
 #: Å: how far pairs are looked at, and the bins of their distances.
-_R_MAX, _BIN = 12.0, 0.05
+_R_MAX, _BIN = 10.0, 0.05
 #: Neighbor lists are made for so many beads at a time.
 _AT_A_TIME = 10_000
 
@@ -91,7 +91,7 @@ def fit_repulsion(structures: Structures, temperature: float) -> PairRepulsion:
     ConfigError
         If the temperature is not positive.
     DataError
-        If no pair of any species comes within 12 Å.
+        If no pair of any species comes within 10 Å.
     """
     walls = _walls(structures, temperature, ())
     if not bool(walls[1].any()):
@@ -213,7 +213,7 @@ class _Partners:
     """The nearest beads of one species around all beads of another.
 
     `length` (n * k,) Å and `unit` (n, k, 3) of the k nearest of n beads in all frames, and the
-    shortest distance of any other pair, infinite if there is none within 12 Å.
+    shortest distance of any other pair, infinite if there is none within 10 Å.
     """
 
     def __init__(self, structures: Structures, center: str, neighbor: str, k: int) -> None:
