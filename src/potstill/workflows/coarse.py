@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from potstill.checkpoint import load_potential, save_potential
+from potstill.coarse.prior import fit_prior
 from potstill.display import seconds_in_words
 from potstill.errors import ConfigError
 from potstill.evaluate.base import BenchSettings, Findings, Role
@@ -34,7 +36,8 @@ from potstill.workflows.mapping import MapConfig, map_to_beads
 
 #: Evaluations of the models' own liquids.
 _TESTS: dict[str, dict[str, Any]] = {
-    name: {} for name in ("stability", "rdf", "adf", "cdf", "coordination", "pressure", "diffusion", "speed")
+    name: {}
+    for name in ("stability", "rdf", "adf", "cdf", "coordination", "pressure", "diffusion", "speed")
 }
 
 
@@ -68,6 +71,19 @@ class JudgeSettings(Settings):
     models: dict[str, TeacherSettings] = Field(default_factory=dict)
 
 
+class PriorSettings(Settings):
+    """What the network is added to: a repulsion of all beads, and bonds and angles if given.
+
+    Parameters
+    ----------
+    bonds, angles : tuple of tuple of str
+        Names of beads that are bonded, and of angles between bonds: `[[CA, C], [C, N]]`.
+    """
+
+    bonds: tuple[tuple[str, str], ...] = ()
+    angles: tuple[tuple[str, str, str], ...] = ()
+
+
 class CoarseConfig(Settings):
     """Settings of `potstill coarse all`.
 
@@ -77,8 +93,10 @@ class CoarseConfig(Settings):
         Folder: beads in `beads.zarr`, models, their dynamics, `results.json` and `report.html`.
     map : MapConfig
         The mapping, without its `out`.
+    prior : PriorSettings, optional
+        Of the structure of the mapped trajectory; `null` for none.
     train : CoarseStudy
-        Teachers and students; the beads are known.
+        Teachers and students; the beads and the prior are known.
     run : JudgeSettings
         Dynamics of the models, and what is looked at.
     workers : int
@@ -87,6 +105,7 @@ class CoarseConfig(Settings):
 
     out: str
     map: MapConfig
+    prior: PriorSettings | None = Field(default_factory=PriorSettings)
     train: CoarseStudy
     run: JudgeSettings = Field(default_factory=JudgeSettings)
     workers: int = Field(default=1, ge=1)
@@ -102,14 +121,17 @@ class CoarseConfig(Settings):
         if isinstance(mapping, dict):
             data = {**data, "map": {**mapping, "out": store}}
         if isinstance(training, dict):
-            beads = {"data": {"store": store, "sources": ["reference"]}}
-            data = {**data, "train": merged(beads, training)}
+            own: dict[str, Any] = {"data": {"store": store, "sources": ["reference"]}}
+            if data.get("prior", {}) is not None:
+                own["common"] = {"energy": {"prior": str(Path(str(data["out"])) / "prior.pt")}}
+            data = {**data, "train": merged(own, training)}
         return data
 
 
 def train_coarse(config: CoarseConfig, display: Display) -> None:
     """Map, then train all teachers and students, or those that are left."""
     map_to_beads(config.map, display)
+    _fit_prior(config)
     experiment = config.train.experiment
 
     def show(progress: Progress[Run]) -> None:
@@ -118,6 +140,22 @@ def train_coarse(config: CoarseConfig, display: Display) -> None:
 
     with display.task(experiment.title, len(experiment.runs())) as task:
         run_experiment(experiment, config.out, workers=config.workers, on_progress=show)
+
+
+def _fit_prior(config: CoarseConfig) -> None:
+    file = Path(config.out) / "prior.pt"
+    if config.prior is not None and not file.is_file():
+        structures = LabeledStore.open(config.map.out).structures()
+        prior = fit_prior(structures, _temperature(config), **dict(config.prior))
+        save_potential(file, prior, {})
+
+
+def _temperature(config: CoarseConfig) -> float:
+    """In K, of the models' dynamics."""
+    stated = config.run.temperature or LabeledStore.open(config.map.out).info.get("temperature")
+    if stated is None:
+        raise ConfigError("give 'map.temperature' in K, that of the trajectory")
+    return float(stated)
 
 
 def run_coarse(config: CoarseConfig, display: Display, *, command: str = "") -> Path:
@@ -129,11 +167,12 @@ def run_coarse(config: CoarseConfig, display: Display, *, command: str = "") -> 
     finished = Finished(experiment, folder, finished_runs(experiment, folder))
     found = judge(finished, config, display)
     (folder / "report").mkdir(exist_ok=True)
+    shown = _one_of_each(finished, found)
     figures = tuple(
         write_figure(folder / "report", drawing)
         for name in EVALUATIONS
         if name in found.results
-        for drawing in EVALUATIONS[name].drawings(found)
+        for drawing in EVALUATIONS[name].drawings(shown)
         if not drawing.empty
     )
     report_experiment(
@@ -151,9 +190,6 @@ def judge(finished: Finished, config: CoarseConfig, display: Display) -> Finding
     """Run the models' own dynamics and compare them with the mapped trajectory."""
     folder, own = finished.folder, config.run
     store = LabeledStore.open(config.map.out)
-    temperature = own.temperature or store.info.get("temperature")
-    if temperature is None:
-        raise ConfigError("give 'run.temperature' in K: the mapped trajectory does not tell it")
     start = folder / "start.extxyz"
     write_extxyz(start, store.structures().select([0]).to_ase(), ("symbols", "positions"))
     models = {
@@ -170,7 +206,7 @@ def judge(finished: Finished, config: CoarseConfig, display: Display) -> Finding
         trajectories={"reference": TrajectoryData(path=config.map.out, stride=own.stride)},
         tests=tuple(own.tests),
         options=own.tests,
-        settings=BenchSettings(temperature=temperature, timestep=own.timestep),
+        settings=BenchSettings(temperature=_temperature(config), timestep=own.timestep),
         dynamics=own.dynamics,
     )
     return evaluate(settings, display)
@@ -184,12 +220,23 @@ def _ensemble_file(finished: Finished) -> Path:
     return file
 
 
+def _one_of_each(finished: Finished, found: Findings) -> Findings:
+    """Results of the first seed of every kind of model, and of the others."""
+    left_out = {run.name for run in finished.records if run.seed}
+    results = {
+        name: {model: own for model, own in results.items() if model not in left_out}
+        for name, results in found.results.items()
+    }
+    return replace(found, results=results)
+
+
 def _numbers(finished: Finished, found: Findings) -> dict[str, Any]:
     """Numbers of what was found, of runs and others, by the keys of `potstill.metrics.METRICS`."""
     numbers: dict[str, dict[str, float]] = {}
     for name, evaluation in EVALUATIONS.items():
         if name in found.results:
             for model, own in evaluation.numbers_of(found).items():
+                own = {key: float(value) for key, value in own.items()}
                 numbers.setdefault(model, {}).update(own)
     runs = {run.name for run in finished.records}
     return {
