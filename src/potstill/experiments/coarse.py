@@ -256,4 +256,5 @@ class CoarseStudy(Study):
             taught=tuple(taught),
             teacher=one if own.forces == "teacher" else Committee(TEACHERS, members),
             against=controls if own.taught else (),
+            seeds=self.seeds,
         )

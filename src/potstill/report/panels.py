@@ -37,7 +37,7 @@ LOOKS: dict[str, Look] = {
     "born_again_wf10": Look("born again (to $w_F$ = 10)", "#56B4E9", "<", "-."),
     "born_again_static": Look("born again (static)", "#CC79A7", "v", "--"),
 }
-_SPARE = ("#8C564B", "#6A3D9A", "#B2A000", "#7F7F7F", "#17A589", "#A93226", "#2E4053")
+_SPARE = ("#8C564B", "#6A3D9A", "#B2A000", "#E377C2", "#17A589", "#A93226", "#2E4053")
 _SPARE_MARKERS = ("X", ">", "h", "p", "d", "8", "H")
 
 
