@@ -16,6 +16,7 @@ from potstill.core.model_file import ModelFile
 from potstill.deploy import deploy
 from potstill.deploy.lammps import why_not_native
 from potstill.errors import ConfigError, DataError, ModelError
+from potstill.evaluate import lammps_md
 from potstill.models import (
     HIPNN,
     ZBL,
@@ -27,7 +28,7 @@ from potstill.models import (
 )
 from potstill.models.engines import NativeParts
 from potstill.neighbors import build_neighbor_list
-from potstill.sample import run_md
+from potstill.sample import MDJob, run_md
 from potstill.species import Species, SpeciesTable
 from potstill.structures import Properties, Structures
 from potstill.train import TrainSettings, train
@@ -289,6 +290,23 @@ def test_molecules_hold_in_dynamics():
     assert bond.stiffness == pytest.approx(THERMAL / 0.08**2, rel=0.25)
     assert angle.cosine == pytest.approx(-0.3, abs=0.04)
     assert angle.stiffness == pytest.approx(THERMAL / 0.1**2, rel=0.3)
+
+
+def test_lammps_moves_molecules(lammps, plugin, monkeypatch, tmp_path):
+    """By PyTorch inside LAMMPS, which bonds and angles are for."""
+    monkeypatch.setattr(lammps_md, "build_plugin", lambda _: plugin)
+    frames = molecules(100)
+    prior = fit_prior(frames, TEMPERATURE, bonds=[("A", "B")], angles=[("A", "B", "A")])
+    save_potential(tmp_path / "prior.pt", prior, {})
+    engine = lammps_md.lammps_engine(str(tmp_path / "prior.pt"), {}, tmp_path / "model")
+    job = MDJob(
+        temperature=TEMPERATURE, n_frames=10, timestep=8.0, stride=160.0, equilibration=480.0,
+        thermostat_time=80.0,
+    )  # fmt: skip
+    ran = lammps_md.run_in_lammps(job, frames[0], engine, seed=0, folder=tmp_path / "run")
+    (bond,) = fit_bonds(ran.structures, TEMPERATURE, [("A", "B")], [("A", "B", "A")]).bonds
+    assert bond.length == pytest.approx(2.8, abs=0.05)
+    assert bond.stiffness == pytest.approx(THERMAL / 0.08**2, rel=0.5)
 
 
 @pytest.mark.skipif(not ALA2.is_file(), reason="needs ../shared/data/cg-ala2")

@@ -18,7 +18,7 @@ import torch
 
 from potstill.checkpoint import load_potential
 from potstill.deploy import deploy
-from potstill.deploy.lammps import lammps_data
+from potstill.deploy.lammps import STYLES, lammps_data
 from potstill.deploy.lammps_build import Installation, build_plugin, find_lammps
 from potstill.deploy.lammps_table import lammps_table
 from potstill.errors import ConfigError, DataError, DivergenceError, ModelError
@@ -159,7 +159,7 @@ def lammps_engine(
         file = deploy(potential, "lammps", folder, "model", info)[0].resolve()
         names = potential.species_table.names
         plugin = LammpsPotential(
-            pair_style="potstill",
+            pair_style=STYLES[file.suffix],
             pair_coeff=(f'* * "{file}" {" ".join(names)}',),
             elements=tuple(names),
             before=(f'plugin load "{build_plugin(lammps)}"',),
