@@ -403,6 +403,9 @@ def test_trajectories_of_beads_are_judged_beside_the_reference(tmp_path):
     for name in ("rdf", "adf", "cdf", "coordination"):
         assert (out / f"{name}.png").is_file()
         assert (out / f"{name}_differences.csv").is_file()
+    drawn = _csv(out / "cdf.csv")
+    assert drawn[0][-1] == "value"
+    assert {row[1].split(", ")[1] for row in drawn[1:]} == {"reference", "student", "difference"}
     (sentence,) = (line for line in verdicts(found) if "g(r)" in line)
     assert "unclear" in sentence
 
