@@ -261,7 +261,8 @@ def _set_ticks(axis: Axes, panel: Panel) -> None:
         if direction == "x" and panel.x_ticks:
             places, names = zip(*panel.x_ticks, strict=True)
             axis.set_xticks(places, names)
-            axis.set_xlim(min(places), max(places))
+            if min(places) < max(places):
+                axis.set_xlim(min(places), max(places))
             axis.grid(axis="x", color="#bdbdbd")
             continue
         if _is_log(panel, direction):

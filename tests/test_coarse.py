@@ -1,0 +1,228 @@
+"""The road from a trajectory to force fields of beads: map, train, run, report."""
+
+import json
+from pathlib import Path
+
+import ase
+import ase.io
+import numpy as np
+import pytest
+import torch
+from ase.calculators.calculator import Calculator
+from typer.testing import CliRunner
+
+from data import data_path
+from potstill.calculators import PotstillCalculator
+from potstill.checkpoint import load_potential, save_potential
+from potstill.cli import app
+from potstill.config import CoarseConfig, load_study, read_yaml, write_settings
+from potstill.errors import ConfigError
+from potstill.experiments.coarse import ENSEMBLE, CoarseStudy, Learned
+from potstill.experiments.spec import TEACHER, Committee, TrainedTeacher
+from potstill.models import HIPNN, MeanPotential, SpeciesOffsets, SumPotential
+from potstill.species import Species, SpeciesTable
+from potstill.structures import Structures
+from potstill.teachers import make_teacher
+from potstill.testing import CONTRACT
+
+KT = 0.03
+TABLE = SpeciesTable((Species("A", 30.0), Species("B", 18.0)))
+
+
+def member(seed):
+    torch.manual_seed(seed)
+    network = HIPNN(TABLE, dist_hard_max=4.5, l_max=1, n_features=4, n_channels=4)
+    return SumPotential({"offsets": SpeciesOffsets(TABLE, [0.1 * seed, -0.2]), "network": network})
+
+
+def liquid(n=12, seed=0):
+    rng = np.random.default_rng(seed)
+    sites = np.stack(np.meshgrid(*[np.arange(3)] * 3, indexing="ij"), -1).reshape(-1, 3)[:n]
+    return Structures(
+        positions=torch.from_numpy(2.7 * sites + rng.normal(0, 0.2, (n, 3))),
+        species=torch.arange(n) % 2,
+        system_index=torch.zeros(n, dtype=torch.int64),
+        cell=8.1 * torch.eye(3, dtype=torch.float64)[None],
+        pbc=torch.ones(1, 3, dtype=torch.bool),
+        species_table=TABLE,
+    )
+
+
+# -- an ensemble as one potential -----------------------------------------------------------------
+
+
+@pytest.fixture
+def mean():
+    return MeanPotential({str(k): member(k) for k in range(3)}).to(torch.float64)
+
+
+@pytest.mark.parametrize("core", ["torch", "auto"])
+def test_a_mean_is_the_mean_of_its_members(mean, core):
+    structures, wanted = liquid(), ("energy", "forces", "stress", "atomic_energies")
+    each = [potential.predict(structures, None, wanted) for potential in mean.members]
+    atoms = structures.to_ase()[0]
+    atoms.calc = PotstillCalculator(mean, core=core)
+    forces = torch.stack([one["forces"] for one in each]).mean(dim=0)
+    np.testing.assert_allclose(atoms.get_forces(), forces, rtol=0, atol=1e-12)
+    found = mean.predict(structures, None, wanted)
+    for name in wanted:
+        expected = torch.stack([one[name] for one in each]).mean(dim=0)
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("check", ["forces_are_the_gradient", "stress_is_the_strain_derivative"])
+def test_a_mean_is_conservative(mean, check):
+    CONTRACT[check](mean)
+
+
+def test_a_mean_is_a_file_and_a_committee(mean, tmp_path):
+    save_potential(tmp_path / "mean.pt", mean, {})
+    back, _ = load_potential(tmp_path / "mean.pt")
+    structures = liquid()
+    torch.testing.assert_close(
+        back.predict(structures)["forces"], mean.predict(structures)["forces"]
+    )
+    teacher = make_teacher(str(tmp_path / "mean.pt"))
+    labels, _ = teacher.label(structures, ["forces", "forces_std"])
+    each = torch.stack([m.predict(structures)["forces"] for m in mean.members])
+    torch.testing.assert_close(labels["forces"], each.mean(dim=0))
+    torch.testing.assert_close(labels["forces_std"], each.std(dim=0, correction=0))
+
+
+# -- what students learn --------------------------------------------------------------------------
+
+
+def study(**changes):
+    data = {"name": "x", "title": "x", "data": {"store": "beads.zarr"}, "seeds": [0, 1]}
+    return CoarseStudy.model_validate({**data, "n_teachers": 3, **changes})
+
+
+def test_students_learn_what_their_names_say():
+    variants = {v.name: v for v in study().experiment.variants}
+
+    def losses(name):
+        return {(t.property, t.source) for t in variants[name].settings_of(0).label_terms}
+
+    assert losses("teacher") == losses("mapped") == {("forces", "reference")}
+    assert losses("one-teacher") == losses("ensemble") == {("forces", TEACHER)}
+    assert losses("ensemble+bead") == {("forces", TEACHER), ("atomic_energies", TEACHER)}
+    assert losses("ensemble+total") == {("forces", TEACHER), ("energy", TEACHER)}
+    assert losses("mapped+bead") == {("forces", "reference"), ("atomic_energies", TEACHER)}
+    assert variants["one-teacher"].teacher == TrainedTeacher("teacher")
+    assert variants["ensemble"].teacher == Committee("teacher", (0, 1, 2))
+    assert variants["ensemble"].against == ("mapped",)
+    runs = study().experiment.runs()
+    assert [run.seed for run in runs if run.variant.name == "teacher"] == [0, 1, 2]
+    assert [run.seed for run in runs if run.variant.name == "mapped"] == [0, 1]
+    needed = study().experiment.needed_by(next(r for r in runs if r.variant.name == "ensemble"))
+    assert [run.name for run in needed] == ["teacher-0", "teacher-1", "teacher-2"]
+
+
+def test_spread_weighs_terms_of_the_ensemble():
+    own = {"s": {"energies": "per_bead", "by_spread": True}}
+    terms = study(students=own).experiment.by_name["s"].taught
+    assert {t.spread for t in terms} == {"forces_std", "atomic_energies_std"}
+    with pytest.raises(ValueError, match="only an ensemble has a spread"):
+        Learned(forces="teacher", by_spread=True)
+
+
+def test_mistakes_of_a_study_are_told():
+    with pytest.raises(ValueError, match="1 teachers are fewer than the seeds ask for"):
+        study(n_teachers=1)
+    with pytest.raises(ValueError, match="an ensemble has at least two teachers"):
+        study(n_teachers=1, seeds=[0])
+    with pytest.raises(ValueError, match=r"data.store is missing"):
+        study(data={"files": [{"path": "x.xyz"}]})
+
+
+# -- all of it ------------------------------------------------------------------------------------
+
+
+def springs(n_frames=60, n=27, seed=1):
+    """Dimers of two atoms as an extended XYZ trajectory; atoms and forces of soft spheres."""
+    rng = np.random.default_rng(seed)
+    frames = []
+    sites = 4.0 * np.stack(np.meshgrid(*[np.arange(3)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    for _ in range(n_frames):
+        centers = sites + rng.normal(0, 0.3, (n, 3))
+        arm = rng.normal(0, 0.2, (n, 3))
+        positions = np.stack([centers + arm, centers - arm], axis=1).reshape(-1, 3)
+        atoms = ase.Atoms("CO" * n, positions, cell=[12.0] * 3, pbc=True)
+        d = centers[:, None] - centers
+        d -= 12.0 * np.round(d / 12.0)
+        r = np.linalg.norm(d, axis=-1) + np.eye(n) * 99.0
+        pair = np.where(r < 5.5, 0.3 * (1 - r / 5.5), 0.0)
+        force = (pair[..., None] * d / r[..., None]).sum(axis=1)
+        noise = rng.normal(0, 0.05, (n, 3))
+        half = 0.5 * (force + noise)
+        forces = np.stack([half - 2.0 * arm, half + 2.0 * arm], axis=1).reshape(-1, 3)
+        atoms.arrays["forces"] = forces
+        frames.append(atoms)
+    return frames
+
+
+def config(folder: Path):
+    ase.io.write(folder / "md.xyz", springs(), format="extxyz")
+    own = {
+        "out": str(folder / "run"),
+        "map": {
+            "trajectory": {"path": str(folder / "md.xyz")},
+            "residues": [{"name": "CO", "atoms": ["C", "O"], "count": 27}],
+            "beads": {"dimer": {"residue": "CO"}},
+            "temperature": 300,
+        },
+        "train": {
+            "name": "dimers",
+            "title": "Dimers",
+            "seeds": [0],
+            "n_teachers": 2,
+            "common": {
+                "model": {"hyperparameters": {"dist_hard_max": 5.5, "l_max": 1}},
+                "epochs": 4,
+                "batch_size": 2,
+            },
+            "students": {"mapped": {"forces": "mapped"}, "best": {"energies": "per_bead"}},
+        },
+        "run": {
+            "timestep": 5.0,
+            "stride": 1000.0,
+            "dynamics": {"n_runs": 2, "duration": 1.0, "equilibration": 0.2, "stride": 100.0},
+            "tests": {"stability": {}, "rdf": {"r_max": 6.0, "n_bins": 30}},
+        },
+    }
+    path = folder / "config.yaml"
+    write_settings(path, CoarseConfig.model_validate(own))
+    return path
+
+
+def test_one_command_leads_from_a_trajectory_to_a_report(tmp_path):
+    path = config(tmp_path)
+    result = CliRunner().invoke(app, ["coarse", "all", str(path)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    run = tmp_path / "run"
+    found = json.loads((run / "results.json").read_text())
+    assert set(found["runs"]) == {"teacher-0", "teacher-1", "mapped-0", "best-0"}
+    numbers = found["measures"]["evaluations"]
+    assert {"rdf_error", "rdf_noise", "failed_runs"} <= numbers["runs"]["best-0"].keys()
+    assert ENSEMBLE in numbers["others"]
+    assert numbers["runs"]["best-0"]["failed_runs"] == 0.0
+    page = (run / "report.html").read_text()
+    assert "dimer-dimer" in page or "rdf.png" in page or "radial" in page
+    ensemble, _ = load_potential(run / "ensemble.pt")
+    assert len(ensemble.members) == 2
+    student, _ = load_potential(run / "best-0" / "best.pt")
+    assert "prior" in student.components
+    # The zero of energies: of every kind of bead, the mean over the training set.
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("best.pt")}
+    again = CliRunner().invoke(app, ["coarse", "all", str(path)], catch_exceptions=False)
+    assert again.exit_code == 0
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("best.pt")}
+
+
+def test_a_temperature_is_needed(tmp_path):
+    path = config(tmp_path)
+    text = path.read_text().replace("temperature: 300.0", "temperature:")
+    path.write_text(text)
+    result = CliRunner().invoke(app, ["coarse", "train", str(path)])
+    assert result.exit_code != 0
+    assert "map.temperature" in result.output
