@@ -14,6 +14,7 @@ from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_s
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
+import potstill
 from potstill.ase_bridge import make_atoms, same_species, species_names, species_of
 from potstill.calculators import ExtrapolationWarning, PotstillCalculator
 from potstill.checkpoint import load_potential
@@ -207,6 +208,16 @@ def test_models_of_beads_label_as_teachers(moved):
         np.testing.assert_allclose(labels[name], found[name].detach(), rtol=0, atol=1e-5)
     sums = held.structures().sum_by_system(labels["atomic_energies"])
     np.testing.assert_allclose(sums, labels["energy"], atol=1e-5)
+
+
+def test_a_session_trains_on_forces_alone(tmp_path):
+    data = read(written(tmp_path, liquid(12)))
+    small = {"dist_soft_min": 2.5, "dist_soft_max": 5.5, "dist_hard_max": 6.0, "n_features": 4}
+    model = {"kind": "hipnn", "hyperparameters": small}
+    result = potstill.train(data, tmp_path / "run", epochs=2, model=model)
+    assert set(potstill.evaluate(result.best, data)) >= {"forces_rmse", "forces_mae"}
+    frames = potstill.md(result.best, liquid(1)[0], duration=0.1, timestep=4.0, equilibration=0)
+    assert frames.structures.species_table == TABLE
 
 
 # -- the calculator ----------------------------------------------------------------------------

@@ -180,7 +180,11 @@ def train(
     """
     data = _split(data)
     given = data.train.labels[data.source].names
-    defaults = settings_for(default_student(), Weights(), given, data.source, epochs, seed)
+    student = default_student()
+    if bool((data.train.structures.species_table.atomic_numbers < 0).any()):
+        energy = student.energy.model_copy(update={"prior": "none"})  # ZBL is of elements
+        student = student.model_copy(update={"energy": energy})
+    defaults = settings_for(student, Weights(), given, data.source, epochs, seed)
     chosen = TrainSettings.model_validate({**defaults.model_dump(), **settings})
     info = potential_info(data.train.structures, teacher=data.teacher)
     parts = (data.train, data.validation)

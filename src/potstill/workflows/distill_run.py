@@ -277,10 +277,15 @@ def settings_for(
     rule = student.learning_rate
     if rule.schedule == "exponential":
         rule = rule.model_copy(update={"factor": FINAL_RATE ** (1.0 / epochs)})
+    score, energy = ScoreSettings(source=source), student.energy
+    if "energy" not in properties:  # forces alone, as of beads
+        score = ScoreSettings(source=source, weights={"forces_rmse": 1.0})
+        energy = energy.model_copy(update={"refit": False})
     return student.model_copy(
         update={
             "loss": loss_terms(weights, properties, source, epochs),
-            "score": ScoreSettings(source=source),
+            "score": score,
+            "energy": energy,
             "learning_rate": rule,
             "epochs": epochs,
             "seed": seed,
