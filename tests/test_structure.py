@@ -373,6 +373,8 @@ def test_results_survive_json_and_older_files_are_read():
         ours, theirs = copy.beside(result)
         assert len(ours) == len(parts)
         assert compare_distributions(ours, theirs).integrated_absolute_error == 0.0
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a.blocks, b.blocks, rtol=1e-3, atol=1e-6)
     alone = radial_distribution(frames, n_bins=10).to_json()
     del alone["blocks"]
     assert list(RadialDistributions.from_json(alone).parts) == ["all"]

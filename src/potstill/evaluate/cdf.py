@@ -14,9 +14,12 @@ of neighbors k over that of the ideal gas.
 
 from __future__ import annotations
 
+import base64
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import ase
 import numpy as np
@@ -27,7 +30,6 @@ from potstill.evaluate.adf import Cutoffs, Shells, cutoff_table
 from potstill.evaluate.base import Bench, Candidate, Findings
 from potstill.evaluate.distributions import (
     Array,
-    Blocks,
     Distribution,
     Distributions,
     Kinds,
@@ -59,7 +61,7 @@ class CombinedDistribution(Distribution):
         "all" or "A-B-C": distance from B to A, angle A-B-C with a neighbor C.
     n_frames, n_blocks : int
     blocks : ndarray, optional
-        (n_blocks, n_r, n_angles) means over the blocks.
+        (n_blocks, n_r, n_angles) means over the blocks; packed in JSON, with three digits.
     """
 
     r: np.ndarray
@@ -71,6 +73,23 @@ class CombinedDistribution(Distribution):
     n_frames: int
     n_blocks: int
     blocks: np.ndarray | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists; the blocks, which are many, as base64 of compressed float16."""
+        data = super().to_json()
+        if self.blocks is not None:
+            packed = zlib.compress(self.blocks.clip(max=6e4).astype("<f2").tobytes(), 9)
+            data["blocks"] = base64.b64encode(packed).decode("ascii")
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_json`."""
+        found = super().from_json({**data, "blocks": None})
+        if data.get("blocks") is None:
+            return found
+        blocks = np.frombuffer(zlib.decompress(base64.b64decode(data["blocks"])), "<f2")
+        return replace(found, blocks=blocks.reshape(-1, *found.g.shape).astype(float))
 
     @property
     def edges(self) -> tuple[np.ndarray, np.ndarray]:
@@ -200,7 +219,6 @@ def combined_distributions(
             return np.nan_to_num(counts.reshape(-1, n_r, n_angles) / expected)
 
     found = over_frames(structures, max(r_max, float(reach.max())), n_blocks, one_frame)
-    found = Blocks(found.means.round(_DECIMALS), found.sizes)  # files of half the size
     mean, error = found.mean.round(_DECIMALS), found.error.round(_DECIMALS)
     result = {
         label: CombinedDistribution(

@@ -402,6 +402,8 @@ class DistributionEvaluation(Evaluation):
     key: ClassVar[str]
     #: Labels of the axes of figures.
     axes: ClassVar[tuple[str, str]]
+    #: Whether the sum over bins is shown, too: studies of others report it for g(r).
+    sums: ClassVar[bool] = False
     #: What the names of the distributions mean, for captions.
     names: ClassVar[str] = ""
     #: Panels that a figure holds at most: those with the largest differences.
@@ -491,9 +493,10 @@ class DistributionEvaluation(Evaluation):
             f"{cls.symbol}: standard error of the distance{unit}": "error",
             f"{cls.symbol}: distance expected from noise{unit}": "expected_from_noise",
             f"{cls.symbol}: 95 % of noise is below{unit}": "noise_limit",
-            f"{cls.symbol}: sum over bins of absolute differences": "total_absolute_error",
             f"{cls.symbol}: Jensen-Shannon divergence from {whose} (bits)": "divergence",
         }
+        if cls.sums:
+            labels[f"{cls.symbol}: sum over bins of absolute differences"] = "total_absolute_error"
         yield from cls.attribute_rows(means, labels)
         clear = {}
         for model, (ours, theirs) in couples.items():

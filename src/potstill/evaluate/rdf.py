@@ -242,6 +242,7 @@ class Rdf(DistributionEvaluation):
     unit = "Å"
     key = "rdf"
     axes = ("r (Å)", "g(r)")
+    sums = True
 
     r_max: float = Field(default=8.0, gt=0)
     n_bins: int = Field(default=160, ge=1)
