@@ -173,8 +173,11 @@ def test_targets_are_checked(tmp_path):
         invert(partial, soft(), lambda *_: None, tmp_path, n_iterations=1)
 
 
-def test_the_command_inverts_a_trajectory(tmp_path):
+@pytest.mark.parametrize("engine", ["replicas", "lammps"])
+def test_the_command_inverts_a_trajectory(tmp_path, engine, request):
     """Dynamics with a known potential; then the potential from its frames alone."""
+    if engine == "lammps":
+        request.getfixturevalue("lammps")
     grid = np.stack(np.meshgrid(*[np.arange(3)] * 3), axis=-1).reshape(-1, 3) * 6.0
     start = Structures(
         positions=torch.from_numpy(grid),
@@ -192,8 +195,8 @@ def test_the_command_inverts_a_trajectory(tmp_path):
         f"store: {tmp_path / 'beads.zarr'}\n"
         "model: {cutoff: 9.0, spacing: 0.3}\n"
         "bin_width: 0.3\n"
-        "dynamics: {n_replicas: 2, n_frames: 20, stride: 100, equilibration: 500, timestep: 20,"
-        " thermostat_time: 200}\n"
+        f"dynamics: {{engine: {engine}, n_replicas: 2, n_frames: 20, stride: 100,"
+        " equilibration: 500, timestep: 20, thermostat_time: 200}\n"
     )
     arguments = ["coarse", "ibi", str(config), "--out", str(tmp_path / "run")]
     for n_iterations in (1, 2):  # the second call goes on
