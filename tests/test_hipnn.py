@@ -129,6 +129,10 @@ def test_defaults_are_a_small_student_and_complete_configs_keep_the_old_ones() -
         model = HIPNN(AL, l_max=4, n_sensitivities=7, n_high_sensitivities=n)
         again = HIPNN(AL, **model.hyperparameters())
         assert again.hyper.n_tensor_sensitivities == (7, 7, n, n)
+        cheap = HIPNN(AL, **{**model.hyperparameters(), "first_high_rank": 1})
+        again = HIPNN(AL, **cheap.hyperparameters())
+        assert again.hyper.n_tensor_sensitivities == (n, n, n, n)
+    assert "first_high_rank" not in small.hyperparameters()  # fingerprints stay here as well
 
 
 def test_integers_stay_integers_where_fingerprints_hashed_them() -> None:

@@ -130,8 +130,12 @@ class HIPNNHyperparameters(Hyperparameters):
         Of these in `smooth`, whose invariant products of three are taken: four-body terms. All,
         where there are fewer than 8.
     n_high_sensitivities : int
-        Radial functions of the tensors of rank 3 and 4 in `smooth`, the first of `n_sensitivities`.
-        By default half of them, rounded up: most of the work per pair is in these ranks.
+        Radial functions of the tensors of rank `first_high_rank` and higher in `smooth`, the first
+        of `n_sensitivities`. By default half of them, rounded up: most of the work per pair is in
+        these ranks.
+    first_high_rank : int
+        With 3, the default, vectors and matrices have all radial functions; with 1, which is
+        cheaper, density alone has.
 
     Notes
     -----
@@ -155,6 +159,7 @@ class HIPNNHyperparameters(Hyperparameters):
     n_channels: int = Field(default=24, ge=1)
     n_triples: int = Field(default=N_TRIPLES, ge=0)
     n_high_sensitivities: int = Field(default=5, ge=1)
+    first_high_rank: int = Field(default=3, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -208,8 +213,8 @@ class HIPNNHyperparameters(Hyperparameters):
     @property
     def n_tensor_sensitivities(self) -> tuple[int, ...]:
         """Radial functions of the tensors of rank 1 to `l_max`."""
-        n, high = self.n_sensitivities, self.n_high_sensitivities
-        return (n, n, high, high)[: self.l_max]
+        n, high, first = self.n_sensitivities, self.n_high_sensitivities, self.first_high_rank
+        return tuple(n if rank < first else high for rank in range(1, self.l_max + 1))
 
     def to_json(self) -> dict[str, Any]:
         """All values; those of `norms`, and what there was no choice of, as they were then.
@@ -221,6 +226,8 @@ class HIPNNHyperparameters(Hyperparameters):
             del values["n_triples"]
         if self.n_high_sensitivities == self.n_sensitivities:
             del values["n_high_sensitivities"]
+        if self.first_high_rank == 3:
+            del values["first_high_rank"]
         if self.invariants == "norms":
             del values["invariants"], values["n_channels"]
         return values
