@@ -14,11 +14,11 @@ from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential, save_potential
 from potstill.cli import app
 from potstill.config import CoarseConfig, write_settings
-from potstill.experiments.coarse import ENSEMBLE, CoarseStudy, Learned
+from potstill.experiments.coarse import ENSEMBLE, CoarseStudy, Learned, _error
 from potstill.experiments.spec import TEACHER, Committee, TrainedTeacher
 from potstill.models import HIPNN, MeanPotential, SpeciesOffsets, SumPotential
 from potstill.species import Species, SpeciesTable
-from potstill.structures import Structures
+from potstill.structures import Properties, Structures
 from potstill.teachers import make_teacher
 from potstill.testing import CONTRACT
 
@@ -130,6 +130,14 @@ def test_mistakes_of_a_study_are_told():
         study(n_teachers=1, seeds=[0])
     with pytest.raises(ValueError, match=r"data.store is missing"):
         study(data={"files": [{"path": "x.xyz"}]})
+
+
+def test_errors_of_measured_means_are_taken_off(tmp_path):
+    """Labels that are off by their stated standard errors are no error of the model's."""
+    truth, model = torch.zeros(20000, 3, dtype=torch.float64), 0.03
+    noise = 0.05 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
+    mean = Properties({"forces": truth + noise, "forces_std": torch.full_like(truth, 0.05)})
+    assert _error(truth + model, mean)["mean_force_rmse"] == pytest.approx(model, rel=0.02)
 
 
 # -- all of it ------------------------------------------------------------------------------------

@@ -158,6 +158,7 @@ def _vocabulary() -> tuple[Metric, ...]:
         Metric("nve_fluctuation", "NVE fluctuation", "meV/atom"),
         Metric("nve_duration", "NVE duration", "ps"),
         Metric("failed_runs", "Runs that failed"),
+        Metric("mean_force_rmse", "Mean-force RMSE", "eV/Å"),
     )
 
 

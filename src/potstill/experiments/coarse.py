@@ -32,6 +32,7 @@ from potstill.experiments.spec import (
 )
 from potstill.models import MeanPotential
 from potstill.store import LabeledStore
+from potstill.structures import Properties
 from potstill.train.settings import ScoreSettings, TrainSettings
 from potstill.workflows.base import Settings, merged
 from potstill.workflows.data import DataSettings, read_labeled
@@ -87,38 +88,47 @@ STUDENTS = {
 
 
 class MeanForces(Settings):
-    """Errors against mean forces, which tell of noise what mapped forces cannot.
+    """Errors against measured mean forces, which tell of noise what mapped forces cannot.
 
     Parameters
     ----------
     store : str
-        Label store of beads with mean forces as reference labels and, as those of `mapped`, the
-        mapped forces of the same frames.
+        Label store of beads that no model is trained on, with mapped forces as reference labels.
+    source : str
+        Its mean forces; their standard errors, `forces_std`, are taken off where it has them.
+    apart : str
+        Mean forces of runs that share nothing with the frames but the places of the beads, which
+        the mapped forces are compared with.
     """
 
     store: str
+    source: str = "mean_forces"
+    apart: str = "from_heated"
 
     def measure(self, finished: Finished) -> dict[str, Any]:
-        """Root mean square error of a component, by run; of the ensemble and of mapped forces."""
-        structures, mean = read_labeled(self.store)
+        """Root mean square error of a component by run; of the ensemble, and of mapped forces."""
+        structures, mean = read_labeled(self.store, (), self.source)
         found: dict[str, Tensor] = {}
-
-        def error(forces: Tensor) -> dict[str, float]:
-            difference = forces - mean["forces"]
-            return {"mean_force_rmse": float(difference.square().mean().sqrt())}
-
         for run in finished.records:
             potential = load_potential(finished.best(run))[0]
             found[run.name] = predict_all(potential, structures, ["forces"])["forces"]
-        members = [
-            f
-            for run, f in zip(finished.records, found.values(), strict=True)
-            if run.variant.name == TEACHERS
-        ]
-        others = {ENSEMBLE: error(torch.stack(members).mean(dim=0))}
-        if "mapped" in LabeledStore.open(self.store).sources:
-            others["mapped forces"] = error(read_labeled(self.store, (), "mapped")[1]["forces"])
-        return {"runs": {name: error(forces) for name, forces in found.items()}, "others": others}
+        members = [found[run.name] for run in finished.records if run.variant.name == TEACHERS]
+        others = {ENSEMBLE: _error(torch.stack(members).mean(dim=0), mean)}
+        store = LabeledStore.open(self.store)
+        if self.apart in store.sources:
+            mapped = store.labels("reference")["forces"]
+            others["mapped forces"] = _error(mapped, store.labels(self.apart))
+        return {"runs": {name: _error(forces, mean) for name, forces in found.items()}} | {
+            "others": others
+        }
+
+
+def _error(forces: Tensor, mean: Properties) -> dict[str, float]:
+    """Error against mean forces, without that of these themselves."""
+    square = (forces - mean["forces"]).square().mean()
+    if "forces_std" in mean:
+        square = square - mean["forces_std"].square().mean()
+    return {"mean_force_rmse": float(square.clamp(min=0.0).sqrt())}
 
 
 def ensemble_of(finished: Finished) -> MeanPotential:
@@ -136,9 +146,8 @@ class CoarseStudy(Study):
         Tells the study from others.
     data : DataSettings
         Beads with mapped forces, as `potstill coarse map` writes them, and how they are split.
-    mean_forces : str, optional
-        Label store of beads with mean forces, not in the training set: how far forces are from
-        them tells whether noise has been removed.
+    mean_forces : MeanForces, optional
+        Measured mean forces to compare with.
     n_teachers : int
         Members of the ensemble, with seeds from 0.
     bootstrap : bool
@@ -153,7 +162,7 @@ class CoarseStudy(Study):
 
     kind: Literal["coarse"] = "coarse"
     data: DataSettings
-    mean_forces: str | None = None
+    mean_forces: MeanForces | None = None
     n_teachers: int = Field(default=8, ge=1)
     bootstrap: bool = False
     teacher: dict[str, Any] = Field(default_factory=dict)
@@ -208,7 +217,7 @@ class CoarseStudy(Study):
             return experiment
         return replace(
             experiment,
-            measures={**experiment.measures, "mean_forces": MeanForces(store=self.mean_forces)},
+            measures={**experiment.measures, "mean_forces": self.mean_forces},
         )
 
     def _settings(self, hyperparameters: dict[str, Any]) -> TrainSettings:

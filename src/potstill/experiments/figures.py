@@ -25,7 +25,14 @@ from potstill.report.panels import Drawing, Look, Panel, Series, looks
 from potstill.report.plots import Figure, write_figure
 from potstill.report.tables import Spread
 
-JUDGED = ("forces_rmse", "energy_per_atom_rmse", "rdf_error")
+JUDGED = (
+    "forces_rmse",
+    "mean_force_rmse",
+    "energy_per_atom_rmse",
+    "rdf_error",
+    "adf_error",
+    "cdf_error",
+)
 
 #: Costs whose largest and smallest values are closer than this factor are the same.
 _ALIKE = 1.05

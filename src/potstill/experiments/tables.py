@@ -18,6 +18,7 @@ from potstill.report.tables import Cell, Table
 ERRORS = (
     "forces_rmse",
     "forces_mae",
+    "mean_force_rmse",
     "forces_relative_rmse",
     "energy_per_atom_rmse",
     "energy_per_atom_mae",
@@ -30,7 +31,15 @@ ERRORS = (
     "rdf_error_reference",
 )
 COSTS = ("time_per_step_atom_us", "memory_per_atom_kib")
-_COMPARED = ("forces_rmse", "energy_per_atom_rmse", "stress_rmse", "rdf_error")
+_COMPARED = (
+    "forces_rmse",
+    "mean_force_rmse",
+    "energy_per_atom_rmse",
+    "stress_rmse",
+    "rdf_error",
+    "adf_error",
+    "cdf_error",
+)
 
 #: OC20's metrics, by the keys of `potstill.metrics.S2EF_METRICS`; the first two are judged.
 S2EF_COLUMNS = (
