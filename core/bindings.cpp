@@ -91,12 +91,13 @@ struct Geometry {
     Array<const int64_t> row_ptr;
     Array<const double> positions, offsets;
     Optional<const uint16_t> image;
-    Optional<const double> charge, strength, radius;
+    Optional<const double> charge, strength, radius, bond_pairs, bond_angles;
     Array<double> energies;
     Optional<double> forces, virial, center_virials, neighbor_virials;
     potstill_pairs list;
     potstill_zbl zbl;
     potstill_repulsion repulsion;
+    potstill_bonds bonds;
     potstill_md md;
 
     Geometry(Array<const int32_t> species_, Array<const int64_t> row_ptr_,
@@ -104,7 +105,8 @@ struct Geometry {
              Optional<const uint16_t> image_, Array<const double> offsets_,
              Optional<const double> zbl_charge, double zbl_coulomb, double zbl_inner,
              double zbl_cutoff, Optional<const double> repulsion_strength,
-             Optional<const double> repulsion_radius, int32_t n_species,
+             Optional<const double> repulsion_radius, Optional<const double> bond_pairs_,
+             Optional<const double> bond_angles_, int32_t n_angles, int32_t n_species,
              Array<double> energies_, Optional<double> forces_,
              Optional<double> virial_, bool add_forces, Optional<double> center_virials_,
              Optional<double> neighbor_virials_)
@@ -117,6 +119,8 @@ struct Geometry {
           charge(zbl_charge),
           strength(repulsion_strength),
           radius(repulsion_radius),
+          bond_pairs(bond_pairs_),
+          bond_angles(bond_angles_),
           energies(energies_),
           forces(forces_),
           virial(virial_),
@@ -124,11 +128,12 @@ struct Geometry {
           neighbor_virials(neighbor_virials_),
           list(pairs(species, row_ptr, neighbor)),
           zbl{address(charge), zbl_coulomb, zbl_inner, zbl_cutoff},
-          repulsion{address(strength), address(radius), n_species} {
+          repulsion{address(strength), address(radius), n_species},
+          bonds{address(bond_pairs), address(bond_angles), n_angles, n_species} {
         md = {positions.data(),        address(image),  offsets.data(),  int64_t(offsets.shape(0)),
               charge ? &zbl : nullptr, energies.data(), address(forces), address(virial),
               add_forces,              address(center_virials), address(neighbor_virials),
-              strength ? &repulsion : nullptr};
+              strength ? &repulsion : nullptr, bond_pairs ? &bonds : nullptr};
     }
     Geometry(const Geometry &) = delete;  // `md` points into it
 };
@@ -334,12 +339,14 @@ NB_MODULE(_native, m) {
         .def(nb::init<Array<const int32_t>, Array<const int64_t>, Array<const int32_t>,
                       Array<const double>, Optional<const uint16_t>, Array<const double>,
                       Optional<const double>, double, double, double, Optional<const double>,
-                      Optional<const double>, int32_t, Array<double>, Optional<double>,
+                      Optional<const double>, Optional<const double>, Optional<const double>,
+                      int32_t, int32_t, Array<double>, Optional<double>,
                       Optional<double>, bool, Optional<double>, Optional<double>>(),
              nb::arg("species"), nb::arg("row_ptr"), nb::arg("neighbor"), nb::arg("positions"),
              nb::arg("image").none(), nb::arg("offsets"), nb::arg("zbl_charge").none(),
              nb::arg("zbl_coulomb"), nb::arg("zbl_inner"), nb::arg("zbl_cutoff"),
              nb::arg("repulsion_strength").none(), nb::arg("repulsion_radius").none(),
+             nb::arg("bond_pairs").none(), nb::arg("bond_angles").none(), nb::arg("n_angles"),
              nb::arg("n_species"), nb::arg("energies"), nb::arg("forces").none(), nb::arg("virial").none(),
              nb::arg("add_forces"), nb::arg("center_virials").none(),
              nb::arg("neighbor_virials").none());

@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+import ase
 import numpy as np
 import pytest
 import torch
@@ -42,6 +43,12 @@ A, B = Species("A", 60.0), Species("B", 35.0)
 TABLE = SpeciesTable((A, B))
 #: A's and B's repulsions reach differently far, and A-B is none.
 STRENGTH, RADIUS = [[0.3, 0.0], [0.0, 0.1]], [[4.5, 0.0], [0.0, 3.6]]
+#: Of all kinds: with equal and with different ends, and between equal beads.
+BONDS = Bonds(
+    TABLE,
+    [(("A", "B"), 2.5, 3.0, 3.2, 3.8), (("B", "B"), 2.2, 1.0, 3.0, 4.2)],
+    [(("A", "B", "A"), -0.2, 0.4), (("A", "B", "B"), 0.3, 0.2)],
+)
 native = pytest.mark.skipif(not core.available(), reason="needs the native core")
 
 
@@ -70,11 +77,17 @@ def whole(dtype: torch.dtype = torch.float64, **parts) -> SumPotential:
 # -- one repulsion in all engines --------------------------------------------------------------
 
 
+def dense() -> ase.Atoms:
+    """Beads so close that all terms act, angles many at a bead."""
+    return random_structures(whole(), density=2.2)["vibrating crystal"]
+
+
 @native
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_kernels_have_the_energies_of_torch(dtype):
-    potential = whole(dtype)
-    for atoms in random_structures(potential).values():
+@pytest.mark.parametrize("parts", [{}, {"bonds": BONDS}])
+def test_kernels_have_the_energies_of_torch(dtype, parts):
+    potential = whole(dtype, **parts)
+    for atoms in (*random_structures(potential).values(), dense()):
         values = {}
         for kernels in ("native", "torch"):
             moving = atoms.copy()
@@ -107,19 +120,33 @@ def test_the_repulsion_alone_and_what_does_not_fit():
     with pytest.raises(ModelError, match="the repulsion is of 1 species, not of 2"):
         core.hipnn_md(None, *place, prior=small)
     assert NativeParts(prior=prior).merged(NativeParts(prior=prior)) is None
+    bonds = BONDS.native_parts().bonds
+    atoms = dense()
+    structures = Structures.from_ase(atoms, table=TABLE)
+    neighbors = build_neighbor_list(structures, 5.0)
+    packed = core.compact_neighbors(neighbors, len(atoms))
+    found = core.hipnn_md(
+        None, structures.species, packed, structures.positions, structures.cell[0], bonds=bonds,
+        virial=True,
+    )  # fmt: skip
+    twin = BONDS.predict(structures, neighbors, ("forces", "atomic_energies", "stress"))
+    assert float(twin["forces"].abs().max()) > 0.1
+    torch.testing.assert_close(found.energies, twin["atomic_energies"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.forces, twin["forces"], rtol=1e-12, atol=1e-11)
+    stress = found.virial / structures.volume[0]
+    torch.testing.assert_close(stress, twin["stress"][0], rtol=1e-10, atol=1e-12)
 
 
 @native
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_file_has_the_repulsion(dtype, tmp_path):
-    potential = whole(dtype)
+def test_a_file_has_the_priors(dtype, tmp_path):
+    potential = whole(dtype, bonds=BONDS)
     path, _ = deploy(potential, "lammps", tmp_path, "m")
     file = ModelFile(path)
     assert b'"format_version":"2"' in path.read_bytes()  # which earlier readers refuse
     assert file.species == ("A", "B")
     assert file.cutoff == 6.0
-    atoms = random_structures(potential)["hot crystal"]
-    structures = Structures.from_ase(atoms, table=TABLE)
+    structures = Structures.from_ase(dense(), table=TABLE)
     pairs = core.build_compact_neighbors(structures, 6.0)
     place = (structures.positions, structures.cell[0])
     found = file.evaluate(structures.species, pairs, *place, dtype=torch.float64)
@@ -135,19 +162,21 @@ def test_lammps_has_the_repulsion(dtype, run_of):
     assert len(parity.rows) >= 6
 
 
-def test_lammps_has_bonds_by_pytorch(run_of):
-    bonds = Bonds(TABLE, [(("A", "B"), 2.5, 3.0, 3.2, 3.8)], [(("A", "B", "A"), -0.2, 0.4)])
-    potential = whole(bonds=bonds)
-    assert "bonds" in why_not_native(potential)
+def test_lammps_has_bonds_and_angles(run_of):
+    potential = whole(bonds=BONDS)
     run = run_of(potential)
-    assert run.model.suffix == ".pt"
-    structures = {"hot crystal": random_structures(potential)["hot crystal"]}
-    assert check_parity(potential, run, structures, ranks=(1, 2), steps=5).rows
+    assert run.model.suffix == ".potstill"
+    structures = random_structures(potential) | {"dense": dense()}
+    assert check_parity(potential, run, structures, ranks=(1, 2), steps=10).rows
+
+
+def test_two_sets_of_bonds_are_no_single_native_call():
+    assert why_not_native(whole(bonds=BONDS)) is None
+    assert "bonds" in why_not_native(whole(bonds=BONDS, more=BONDS))
 
 
 def test_priors_are_stored(tmp_path):
-    bonds = Bonds(TABLE, [(("A", "B"), 2.5, 3.0, 3.2, 3.8)], [(("A", "B", "A"), -0.2, 0.4)])
-    potential = whole(bonds=bonds)
+    potential = whole(bonds=BONDS)
     save_potential(tmp_path / "m.pt", potential, {})
     again, _ = load_potential(tmp_path / "m.pt")
     atoms = random_structures(potential)["hot crystal"]
@@ -293,7 +322,7 @@ def test_molecules_hold_in_dynamics():
 
 
 def test_lammps_moves_molecules(lammps, plugin, monkeypatch, tmp_path):
-    """By PyTorch inside LAMMPS, which bonds and angles are for."""
+    """By PyTorch inside LAMMPS: without a network there is no native call."""
     monkeypatch.setattr(lammps_md, "build_plugin", lambda _: plugin)
     frames = molecules(100)
     prior = fit_prior(frames, TEMPERATURE, bonds=[("A", "B")], angles=[("A", "B", "A")])

@@ -83,6 +83,14 @@ typedef struct {
     int32_t n_species;
 } potstill_repulsion;
 
+/* Bonds and angles of beads as in potstill.models.bonded. */
+typedef struct {
+    const double *pairs;  /* (4, n_species, n_species): length, stiffness, inner, outer; zero without */
+    const double *angles; /* (n_angles, 5): species of one end, vertex, other end; cosine, stiffness */
+    int32_t n_angles;
+    int32_t n_species;
+} potstill_bonds;
+
 /* One pass over given pair vectors. Sum over atoms and terms of weight * partial energy is what the
  * gradients derive. Outputs that are NULL are not computed. */
 typedef struct {
@@ -111,6 +119,7 @@ typedef struct {
      * (Fan et al., Phys. Rev. B 92, 094301 (2015), equation 20). */
     double *center_virials, *neighbor_virials;
     const potstill_repulsion *repulsion; /* added if not NULL; then there is no ZBL term */
+    const potstill_bonds *bonds;         /* added if not NULL */
 } potstill_md;
 
 /* Number of parameters, or an error for hyper-parameters out of range. */
@@ -121,7 +130,7 @@ int potstill_pass_f32(const potstill_hipnn *, const float *parameters, const pot
 int potstill_pass_f64(const potstill_hipnn *, const double *parameters, const potstill_pairs *,
                       const potstill_pass *, int n_threads);
 
-/* The model may be NULL: then only the ZBL term or the repulsion is computed. */
+/* The model may be NULL: then only the ZBL term, repulsion and bonds are computed. */
 int potstill_md_f32(const potstill_hipnn *, const float *parameters, const potstill_pairs *,
                     const potstill_md *, int n_threads);
 int potstill_md_f64(const potstill_hipnn *, const double *parameters, const potstill_pairs *,
@@ -187,8 +196,8 @@ int32_t potstill_model_n_features(const potstill_model *);
 int32_t potstill_model_is_double(const potstill_model *); /* what it was trained in */
 const char *potstill_model_provenance(const potstill_model *); /* JSON: versions, training, license */
 
-/* As `potstill_begin_f32` or `_f64`, with all parts of the model: `md->zbl` and `md->repulsion` are
- * not looked at, and the energies of single atoms are added to `md->energies`. */
+/* As `potstill_begin_f32` or `_f64`, with all parts of the model: `md->zbl`, `md->repulsion`
+ * and `md->bonds` are not looked at, and the energies of single atoms are added to `md->energies`. */
 int potstill_begin_model(potstill_state *, const potstill_model *, int32_t in_double,
                          const potstill_pairs *, const potstill_md *, int n_threads);
 

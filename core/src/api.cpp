@@ -95,21 +95,29 @@ struct OwnedPrior {
     // The table of what an evaluation adds, or NULL.
     const PriorTable *fill(const potstill_md &md, int32_t n_species) {
         table = {};
+        const auto reach = [this](double radius) {
+            if (radius > table.cutoff) table.cutoff = radius;
+        };
+        if (const potstill_zbl *zbl = md.zbl) {
+            power.resize(size_t(n_species));
+            for (size_t k = 0; k < power.size(); ++k) power[k] = std::pow(zbl->charge[k], 0.23);
+            table.charge = zbl->charge, table.power = power.data(), table.coulomb = zbl->coulomb;
+            table.inner = zbl->inner, table.zbl_cutoff = zbl->cutoff;
+            reach(zbl->cutoff);
+        }
         if (const potstill_repulsion *beads = md.repulsion) {
             table.strength = beads->strength, table.radius = beads->radius;
             table.n_species = beads->n_species;
             const int64_t n = int64_t(beads->n_species) * beads->n_species;
-            for (int64_t k = 0; k < n; ++k)
-                if (beads->radius[k] > table.cutoff) table.cutoff = beads->radius[k];
-            return &table;
+            for (int64_t k = 0; k < n; ++k) reach(beads->radius[k]);
         }
-        if (!md.zbl) return nullptr;
-        const potstill_zbl &zbl = *md.zbl;
-        power.resize(size_t(n_species));
-        for (size_t k = 0; k < power.size(); ++k) power[k] = std::pow(zbl.charge[k], 0.23);
-        table.charge = zbl.charge, table.power = power.data(), table.coulomb = zbl.coulomb;
-        table.inner = zbl.inner, table.cutoff = zbl.cutoff;
-        return &table;
+        if (const potstill_bonds *bonds = md.bonds) {
+            table.bonds = bonds->pairs, table.angles = bonds->angles;
+            table.n_angles = bonds->n_angles, table.n_species = bonds->n_species;
+            const int64_t n = int64_t(bonds->n_species) * bonds->n_species;
+            for (int64_t k = 3 * n; k < 4 * n; ++k) reach(bonds->pairs[k]);
+        }
+        return table.cutoff > 0.0 ? &table : nullptr;
     }
 };
 
@@ -156,6 +164,10 @@ int check_md(const potstill_md &md, int32_t n_species) {
     if (md.repulsion && md.repulsion->n_species < n_species)
         return fail(POTSTILL_BAD_ARGUMENT, "the repulsion is of %d species, not of %d",
                     md.repulsion->n_species, n_species);
+    if (md.bonds && (md.bonds->n_species < n_species ||
+                     (md.repulsion && md.bonds->n_species != md.repulsion->n_species)))
+        return fail(POTSTILL_BAD_ARGUMENT, "the bonds are of %d species, not of %d",
+                    md.bonds->n_species, n_species);
     return 0;
 }
 
@@ -287,7 +299,7 @@ thread_local potstill_state own_state;
 
 // Only the short-range term: a plain loop, since nearly all pairs end at the comparison of distances.
 int prior_alone(const potstill_pairs &p, const potstill_md &md) {
-    if (!md.zbl && !md.repulsion)
+    if (!md.zbl && !md.repulsion && !md.bonds)
         return fail(POTSTILL_BAD_ARGUMENT, "there is neither a model nor a short-range term");
     int32_t n_species = 0;
     for (int64_t i = 0; i < p.n_atoms; ++i)
@@ -296,13 +308,13 @@ int prior_alone(const potstill_pairs &p, const potstill_md &md) {
     if (const int code = check_md(md, n_species)) return code;
     if (const int code = check_indices(p, md)) return code;
     OwnedPrior prior;
-    const PriorTable &table = *prior.fill(md, n_species);
+    prior.fill(md, n_species);
     for (int64_t k = 0; md.forces && !md.add_forces && k < 3 * p.n_atoms; ++k) md.forces[k] = 0.0;
     for (int64_t k = 0; md.center_virials && k < 9 * p.n_local; ++k) md.center_virials[k] = 0.0;
     for (int64_t k = 0; md.neighbor_virials && k < 9 * p.n_atoms; ++k) md.neighbor_virials[k] = 0.0;
     for (int k = 0; md.virial && k < 9; ++k) md.virial[k] = 0.0;
     for (int64_t i = 0; i < p.n_local; ++i)
-        md.energies[i] = prior_of_atom(table, p, md, i, md.forces, 3, md.virial, md.neighbor_virials);
+        md.energies[i] = prior_of_atom(prior.table, p, md, i, md.forces, 3, md.virial, md.neighbor_virials);
     return 0;
 }
 
@@ -368,6 +380,7 @@ int potstill_begin_model(potstill_state *state, const potstill_model *model, int
     potstill_md md = *what;
     md.zbl = model->has_zbl ? &model->zbl : nullptr;
     md.repulsion = model->has_repulsion ? &model->repulsion : nullptr;
+    md.bonds = model->has_bonds ? &model->bonds : nullptr;
     const void *parameters = in_double ? static_cast<const void *>(model->in_double.data())
                                        : static_cast<const void *>(model->in_single.data());
     if (const int code = state->begin(model->hipnn, parameters, *pairs, nullptr, &md, n_threads, !in_double))

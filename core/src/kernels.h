@@ -30,13 +30,14 @@ struct Layout {
     const BlockLayout *blocks;
 };
 
-// Tables of the short-range term: of ZBL, with charge^0.23 besides the charges, or of beads.
+// Tables of the short-range terms: of ZBL, with charge^0.23 besides the charges, or of beads.
 struct PriorTable {
-    const double *charge, *power;
-    double coulomb, inner;
-    const double *strength, *radius;  // NULL for ZBL
-    int32_t n_species;
-    double cutoff;
+    const double *charge, *power;  // NULL without ZBL
+    double coulomb, inner, zbl_cutoff;
+    const double *strength, *radius;  // NULL without repulsion
+    const double *bonds, *angles;     // NULL without bonds
+    int32_t n_angles, n_species;
+    double cutoff;  // of all
 };
 
 // Of tensors.

@@ -16,7 +16,7 @@
 namespace potstill {
 namespace {
 
-constexpr int64_t newest_version = 2;  // 2: with a repulsion of beads
+constexpr int64_t newest_version = 2;  // 2: with a repulsion or bonds of beads
 
 struct WrongFile : std::runtime_error {
     using std::runtime_error::runtime_error;
@@ -201,6 +201,15 @@ std::unique_ptr<potstill_model> parse(const char *content, size_t size) {
         model->repulsion = {model->strength.data(), model->radius.data(), model->hipnn.n_species};
         model->has_repulsion = true;
     }
+    if (const Json *bonds = description.find("bonds"); bonds && bonds->kind == Json::object) {
+        model->pairs = file.numbers("bonds.pairs");
+        model->angles = file.numbers("bonds.angles");
+        if (model->pairs.size() != 4 * n_species * n_species || model->angles.size() % 5)
+            throw WrongFile("the bonds are of other species");
+        model->bonds = {model->pairs.data(), model->angles.data(), int32_t(model->angles.size() / 5),
+                        model->hipnn.n_species};
+        model->has_bonds = true;
+    }
     return model;
 }
 
@@ -253,6 +262,8 @@ double potstill_model_cutoff(const potstill_model *model) {
     if (model->has_zbl && model->zbl.cutoff > cutoff) cutoff = model->zbl.cutoff;
     for (const double radius : model->radius)
         if (radius > cutoff) cutoff = radius;
+    for (size_t k = 3 * model->pairs.size() / 4; k < model->pairs.size(); ++k)
+        if (model->pairs[k] > cutoff) cutoff = model->pairs[k];
     return cutoff;
 }
 int32_t potstill_model_n_layers(const potstill_model *model) { return model->hipnn.n_interaction_layers; }

@@ -1,7 +1,8 @@
 // The short-range terms; the same formulas as in potstill.models.prior.
 //
 // Ziegler, Biersack and Littmark's universal screened repulsion, "The Stopping and Range of Ions in
-// Solids" (1985), times a quintic switch; and the repulsion of beads, eps ((R / r)^4 - 1)^3.
+// Solids" (1985), times a quintic switch; the repulsion of beads, eps ((R / r)^4 - 1)^3; and their
+// bonds and angles, which the same switch ends.
 #include <cmath>
 
 #include "prior.h"
@@ -13,6 +14,14 @@ constexpr double coefficients[4] = {0.18175, 0.50986, 0.28022, 0.02817};
 constexpr double exponents[4] = {3.19980, 0.94229, 0.40290, 0.20162};
 constexpr double length = 0.46850;  // angstrom
 
+double quintic_switch(double r, double inner, double outer, double *slope) {
+    const double width = outer - inner;
+    double t = (r - inner) / width;
+    t = t < 0.0 ? 0.0 : t > 1.0 ? 1.0 : t;
+    *slope = -30.0 * t * t * (1.0 - t) * (1.0 - t) / width;
+    return 1.0 - t * t * t * (10.0 - 15.0 * t + 6.0 * t * t);
+}
+
 double zbl(const PriorTable &table, int32_t first, int32_t second, double r, double *derivative) {
     const double inverse_length = (table.power[first] + table.power[second]) / length;
     double screening = 0.0, slope = 0.0;
@@ -21,11 +30,8 @@ double zbl(const PriorTable &table, int32_t first, int32_t second, double r, dou
         screening += term;
         slope -= exponents[k] * inverse_length * term;
     }
-    const double width = table.cutoff - table.inner;
-    double t = (r - table.inner) / width;
-    t = t < 0.0 ? 0.0 : t > 1.0 ? 1.0 : t;
-    const double keep = 1.0 - t * t * t * (10.0 - 15.0 * t + 6.0 * t * t);
-    const double keep_slope = -30.0 * t * t * (1.0 - t) * (1.0 - t) / width;
+    double keep_slope;
+    const double keep = quintic_switch(r, table.inner, table.zbl_cutoff, &keep_slope);
     const double strength = 0.5 * table.coulomb * table.charge[first] * table.charge[second] / r;
     *derivative =
         strength * (slope * keep + screening * keep_slope - screening * keep / r);
@@ -41,11 +47,45 @@ double repulsion(const PriorTable &table, int32_t first, int32_t second, double 
     *derivative = -12.0 * half * power / r;
     return half * excess;
 }
+
+double dot(const double *a, const double *b) { return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]; }
 }  // namespace
+
+bool find_bond(const PriorTable &table, int32_t first, int32_t second, Bonded *b) {
+    const size_t n = size_t(table.n_species), k = size_t(first) * n + size_t(second);
+    const double outer = table.bonds[3 * n * n + k];
+    if (!(b->r < outer)) return false;
+    b->keep = quintic_switch(b->r, table.bonds[2 * n * n + k], outer, &b->keep_slope);
+    return true;
+}
+
+double angle_energy(const double *angle, const Bonded &a, const Bonded &b, double *first,
+                    double *second) {
+    const double cosine = dot(a.d, b.d) / (a.r * b.r), away = cosine - angle[3];
+    const double energy = 0.5 * angle[4] * away * away, slope = angle[4] * away * a.keep * b.keep;
+    for (int x = 0; x < 3; ++x) {
+        const double ua = a.d[x] / a.r, ub = b.d[x] / b.r;
+        first[x] = slope * (ub - cosine * ua) / a.r + energy * a.keep_slope * b.keep * ua;
+        second[x] = slope * (ua - cosine * ub) / b.r + energy * a.keep * b.keep_slope * ub;
+    }
+    return energy * a.keep * b.keep;
+}
 
 double prior_half_pair(const PriorTable &table, int32_t first, int32_t second, double r,
                        double *derivative) {
-    return (table.strength ? repulsion : zbl)(table, first, second, r, derivative);
+    double energy = 0.0;
+    *derivative = 0.0;
+    if (table.strength)
+        energy = repulsion(table, first, second, r, derivative);
+    else if (table.charge)
+        energy = zbl(table, first, second, r, derivative);
+    Bonded bond{};
+    bond.r = r;
+    if (!table.bonds || !find_bond(table, first, second, &bond)) return energy;
+    const size_t n = size_t(table.n_species), k = size_t(first) * n + size_t(second);
+    const double stretch = r - table.bonds[k], half = 0.25 * table.bonds[n * n + k] * stretch;
+    *derivative += half * (2.0 * bond.keep + stretch * bond.keep_slope);
+    return energy + half * stretch * bond.keep;
 }
 
 }  // namespace potstill

@@ -170,10 +170,11 @@ struct MdOutcome {
         // An address even in a domain without atoms: they are asked for.
         for (std::vector<double> *x : {&forces, &centers, &neighbors}) x->reserve(3);
     }
-    potstill_md task(const System &s, const potstill_zbl *zbl, const potstill_repulsion *beads = nullptr) {
+    potstill_md task(const System &s, const potstill_zbl *zbl, const potstill_repulsion *beads = nullptr,
+                     const potstill_bonds *bonds = nullptr) {
         return {s.positions.data(), s.image.empty() ? nullptr : s.image.data(), s.offsets.data(),
                 int64_t(s.offsets.size() / 3), zbl, energies.data(), forces.data(), virial.data(),
-                0, centers.data(), neighbors.data(), beads};
+                0, centers.data(), neighbors.data(), beads, bonds};
     }
     double energy() const {
         double sum = 0.0;
@@ -183,9 +184,10 @@ struct MdOutcome {
 };
 
 MdOutcome run_md(const potstill_hipnn &m, const std::vector<double> &p, const System &s,
-                 const potstill_zbl *zbl, int n_threads, const potstill_repulsion *beads = nullptr) {
+                 const potstill_zbl *zbl, int n_threads, const potstill_repulsion *beads = nullptr,
+                 const potstill_bonds *bonds = nullptr) {
     MdOutcome o(s);
-    const potstill_md md = o.task(s, zbl, beads);
+    const potstill_md md = o.task(s, zbl, beads, bonds);
     const potstill_pairs pairs = s.pairs();
     expect(potstill_md_f64(&m, p.data(), &pairs, &md, n_threads) == 0, potstill_error());
     return o;
@@ -195,16 +197,16 @@ bool close(double a, double b, double tolerance) {
     return std::fabs(a - b) <= tolerance * (1.0 + std::fabs(b));
 }
 
-// With ZBL or the repulsion of beads.
+// With ZBL, or the repulsion and bonds of beads.
 void check_md(const potstill_hipnn &m, const std::vector<double> &p, const System &s,
-              const potstill_zbl *zbl, const potstill_repulsion *beads) {
-    const MdOutcome o = run_md(m, p, s, zbl, 2, beads), bare = run_md(m, p, s, nullptr, 1);
+              const potstill_zbl *zbl, const potstill_repulsion *beads, const potstill_bonds *bonds) {
+    const MdOutcome o = run_md(m, p, s, zbl, 2, beads, bonds), bare = run_md(m, p, s, nullptr, 1);
     // The energies are sums of the terms, plus the prior's, which also come alone.
     const size_t n_terms = size_t(m.n_interaction_layers) + 1;
     const std::vector<double> ones(size_t(s.n_local) * n_terms, 1.0);
     const Outcome terms = run_f64(m, p, s, ones, 1);
     MdOutcome repulsion(s);
-    const potstill_md alone = repulsion.task(s, zbl, beads);
+    const potstill_md alone = repulsion.task(s, zbl, beads, bonds);
     const potstill_pairs pairs = s.pairs();
     if (s.n_local) expect(potstill_md_f64(nullptr, nullptr, &pairs, &alone, 1) == 0, potstill_error());
     for (size_t i = 0; i < size_t(s.n_local); ++i) {
@@ -249,7 +251,7 @@ void check_md(const potstill_hipnn &m, const std::vector<double> &p, const Syste
             else  // a strain of all vectors
                 for (std::vector<double> *x : {&moved.positions, &moved.offsets})
                     for (size_t k = 0; k < x->size(); k += 3) (*x)[k + b] += by * (*x)[k + a];
-            energy[side] = run_md(m, p, moved, zbl, 1, beads).energy();
+            energy[side] = run_md(m, p, moved, zbl, 1, beads, bonds).energy();
         }
         const double slope = (energy[1] - energy[0]) / (2.0 * step);
         if (trial < 2)
@@ -260,7 +262,7 @@ void check_md(const potstill_hipnn &m, const std::vector<double> &p, const Syste
     // A list without images, and neither forces nor virial.
     std::vector<float> parameters(p.begin(), p.end());
     MdOutcome other(s);
-    potstill_md md = other.task(s, zbl, beads);
+    potstill_md md = other.task(s, zbl, beads, bonds);
     md.image = nullptr, md.forces = nullptr, md.virial = nullptr;
     md.center_virials = md.neighbor_virials = nullptr;
     expect(potstill_md_f32(&m, parameters.data(), &pairs, &md, 1) == 0, potstill_error());
@@ -273,8 +275,19 @@ void check_md(const potstill_hipnn &m, const std::vector<double> &p, const Syste
     radius[0] = 1.9;
     const potstill_zbl zbl{charge.data(), 14.3996, 1.0, 2.5};
     const potstill_repulsion beads{strength.data(), radius.data(), m.n_species};
-    check_md(m, p, s, &zbl, nullptr);
-    check_md(m, p, s, nullptr, &beads);
+    // Bonds between the first species and itself, and the next one where there is one.
+    const size_t next = n > 1 ? 1 : 0;
+    std::vector<double> of_bonds(4 * n * n);
+    for (size_t k : {size_t(0), next, next * n}) {
+        const double values[4] = {1.2, 0.3, 1.5, 2.4};
+        for (size_t x = 0; x < 4; ++x) of_bonds[x * n * n + k] = values[x];
+    }
+    const std::vector<double> angles = {0.0, 0.0, 0.0, -0.3, 0.2, double(next), 0.0, 0.0, 0.1, 0.4};
+    const potstill_bonds bonds{of_bonds.data(), angles.data(), 2, m.n_species};
+    check_md(m, p, s, &zbl, nullptr, nullptr);
+    check_md(m, p, s, nullptr, &beads, nullptr);
+    check_md(m, p, s, nullptr, &beads, &bonds);
+    check_md(m, p, s, nullptr, nullptr, &bonds);
     MdOutcome o(s);
     const potstill_md both = o.task(s, &zbl, &beads);
     const potstill_pairs pairs = s.pairs();

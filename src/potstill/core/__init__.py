@@ -31,7 +31,7 @@ from potstill.core.neighbors import (
     repeat_neighbors,
     select_neighbors,
 )
-from potstill.core.prior import PairPrior, RepulsionParameters, ZblParameters
+from potstill.core.prior import BondParameters, PairPrior, RepulsionParameters, ZblParameters
 
 __all__ = [
     "available",
@@ -44,6 +44,7 @@ __all__ = [
     "release_memory",
     "HipnnShape",
     "HipnnParameters",
+    "BondParameters",
     "PairPrior",
     "RepulsionParameters",
     "ZblParameters",

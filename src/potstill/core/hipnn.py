@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from potstill.core.base import DTYPES, array, call, native
 from potstill.core.neighbors import CompactNeighbors, topology
-from potstill.core.prior import PairPrior, RepulsionParameters, ZblParameters
+from potstill.core.prior import BondParameters, PairPrior, RepulsionParameters, ZblParameters
 from potstill.errors import ModelError
 from potstill.units import COULOMB
 
@@ -325,6 +325,7 @@ def hipnn_md(
     cell: Tensor,
     *,
     prior: PairPrior | None = None,
+    bonds: BondParameters | None = None,
     forces: bool = True,
     virial: bool = False,
     n_threads: int | None = None,
@@ -334,7 +335,7 @@ def hipnn_md(
     Parameters
     ----------
     parameters : HipnnParameters, optional
-        The model; without it, the prior alone.
+        The model; without it, prior and bonds alone.
     species : Tensor
         (N,) int32 or int64; local atoms, then ghosts (with one interaction layer only).
     neighbors : CompactNeighbors
@@ -345,6 +346,8 @@ def hipnn_md(
         (3, 3) float64, Å, rows are lattice vectors.
     prior : ZblParameters or RepulsionParameters, optional
         Added where two atoms come close.
+    bonds : BondParameters, optional
+        Bonds and angles of beads, added as well.
     forces, virial : bool
         What to compute; the virial only together with the forces.
     n_threads : int, optional
@@ -355,7 +358,9 @@ def hipnn_md(
     ModelError
         If an array does not fit.
     """
-    geometry, result = md_geometry(species, neighbors, positions, cell, prior, forces, virial)
+    geometry, result = md_geometry(
+        species, neighbors, positions, cell, prior, forces, virial, bonds=bonds
+    )
     if parameters is None:
         call(native().prior, geometry)
     else:
@@ -450,6 +455,7 @@ def md_geometry(
     forces: bool,
     virial: bool,
     atom_virials: bool = False,
+    bonds: BondParameters | None = None,
 ) -> tuple[Any, MdResult]:
     """One system for the kernels, and where they write."""
     n_atoms = species.shape[0]
@@ -476,7 +482,10 @@ def md_geometry(
         0.0 if zbl is None else zbl.cutoff,
         None if beads is None else array(beads.strength.reshape(-1), torch.float64),
         None if beads is None else array(beads.radius.reshape(-1), torch.float64),
-        0 if beads is None else len(beads.radius),
+        None if bonds is None else array(bonds.pairs.reshape(-1), torch.float64),
+        None if bonds is None else array(bonds.angles.reshape(-1), torch.float64),
+        0 if bonds is None else len(bonds.angles),
+        len(beads.radius) if beads is not None else 0 if bonds is None else bonds.pairs.shape[1],
         result.energies.numpy(),
         None if result.forces is None else result.forces.numpy(),
         None if result.virial is None else result.virial.numpy(),

@@ -23,12 +23,12 @@ from torch import Tensor
 from potstill.core.base import call, native
 from potstill.core.hipnn import HipnnParameters, MdResult, md_geometry
 from potstill.core.neighbors import CompactNeighbors
-from potstill.core.prior import PairPrior, RepulsionParameters, ZblParameters
+from potstill.core.prior import BondParameters, PairPrior, RepulsionParameters, ZblParameters
 from potstill.errors import ModelError
 from potstill.files import write_atomically
 from potstill.units import COULOMB
 
-#: Files of a later version are refused by earlier readers: 2 has a repulsion of beads.
+#: Files of a later version are refused by earlier readers: 2 has a repulsion or bonds of beads.
 FORMAT_VERSION = 2
 
 _NO_SUM = b"00000000"
@@ -41,6 +41,7 @@ def write_model_file(
     offsets: Tensor,
     prior: PairPrior | None = None,
     provenance: Mapping[str, Any] | None = None,
+    bonds: BondParameters | None = None,
 ) -> None:
     """Write all parts of a potential that native kernels evaluate.
 
@@ -58,6 +59,8 @@ def write_model_file(
         Short-range repulsion.
     provenance : mapping, optional
         JSON-able: versions, training, license.
+    bonds : BondParameters, optional
+        Bonds and angles of beads.
     """
     arrays = {"parameters": parameters.flat().numpy(), "offsets": offsets.to(torch.float64).numpy()}
     model: dict[str, Any] = {
@@ -77,6 +80,11 @@ def write_model_file(
         arrays["repulsion.strength"] = prior.strength.to(torch.float64).numpy()
         arrays["repulsion.radius"] = prior.radius.to(torch.float64).numpy()
         model["repulsion"] = {}
+    if bonds is not None:
+        version = FORMAT_VERSION
+        arrays["bonds.pairs"] = bonds.pairs.to(torch.float64).numpy()
+        arrays["bonds.angles"] = bonds.angles.to(torch.float64).numpy()
+        model["bonds"] = {}
     metadata = {
         "format": "potstill",
         "format_version": str(version),

@@ -1,4 +1,4 @@
-"""Short-range repulsion that kernels add to a model."""
+"""Short-range terms that kernels add to a model."""
 
 from __future__ import annotations
 
@@ -36,6 +36,23 @@ class RepulsionParameters:
 
     strength: Tensor
     radius: Tensor
+
+
+@dataclass(frozen=True)
+class BondParameters:
+    """The bonds and angles of `potstill.models.bonded.Bonds`.
+
+    Parameters
+    ----------
+    pairs : Tensor
+        (4, n_species, n_species) float64: length, stiffness, inner and outer; zero without bond.
+    angles : Tensor
+        (n_angles, 5) float64: species of one end, of the vertex and the other end, cosine and
+        stiffness.
+    """
+
+    pairs: Tensor
+    angles: Tensor
 
 
 #: Kernels add one of them.

@@ -19,7 +19,8 @@ from potstill.core.model_file import write_model_file
 from potstill.errors import ModelError
 from potstill.files import write_atomically
 from potstill.lammps_library import lammps_frame
-from potstill.models import HIPNN, ZBL, PairRepulsion, Potential, SpeciesOffsets, summands
+from potstill.models import HIPNN, ZBL, Bonds, PairRepulsion, Potential, SpeciesOffsets, summands
+from potstill.models.engines import NativeParts
 
 #: Starts the plugin and the potential, for all scripts.
 PAIR_COMMANDS = """\
@@ -80,8 +81,8 @@ def write_lammps(
     Parameters
     ----------
     potential : Potential
-        A HIP-NN, or its sum with offsets and a ZBL prior or a repulsion of beads, for the core's
-        kernels; anything else is run by PyTorch inside LAMMPS.
+        A HIP-NN, or its sum with offsets and a ZBL prior, or a repulsion and bonds of beads, for
+        the core's kernels; anything else is run by PyTorch inside LAMMPS.
     folder : Path
         Where to.
     stem : str
@@ -132,10 +133,10 @@ def write_lammps(
 
 
 def _write_native(potential: Potential, file: Path, info: Mapping[str, Any]) -> None:
-    network, prior, offsets = exported_parts(potential)
+    network, rest = exported_parts(potential)
     parameters = network.native_parameters().joined()
     names = potential.species_table.names
-    energies = torch.zeros(len(names)) if offsets is None else offsets.offsets
+    energies = torch.zeros(len(names)) if rest.offsets is None else rest.offsets
     teacher = info.get("teacher")
     provenance = {
         "potstill": __version__,
@@ -143,9 +144,7 @@ def _write_native(potential: Potential, file: Path, info: Mapping[str, Any]) -> 
         "license": teacher.get("license", "unknown") if isinstance(teacher, Mapping) else "unknown",
         "info": dict(info),
     }
-    native = None if prior is None else prior.native_parts()
-    pairs = None if native is None else native.prior
-    write_model_file(file, names, parameters, energies, pairs, provenance)
+    write_model_file(file, names, parameters, energies, rest.prior, provenance, rest.bonds)
 
 
 def why_not_native(potential: Potential) -> str | None:
@@ -157,10 +156,8 @@ def why_not_native(potential: Potential) -> str | None:
     return None
 
 
-def exported_parts(
-    potential: Potential,
-) -> tuple[HIPNN, ZBL | PairRepulsion | None, SpeciesOffsets | None]:
-    """The network, the prior and the offsets of a potential that is made of nothing else.
+def exported_parts(potential: Potential) -> tuple[HIPNN, NativeParts]:
+    """The network, and the priors and offsets of a potential that is made of nothing else.
 
     Raises
     ------
@@ -168,25 +165,24 @@ def exported_parts(
         If it has any other part.
     """
     parts = list(summands(potential))
-    by_kind = {type(part): part for part in parts}
-    network, offsets = by_kind.get(HIPNN), by_kind.get(SpeciesOffsets)
-    priors = [part for part in parts if isinstance(part, ZBL | PairRepulsion)]
-    kinds = ", ".join(part.kind for part in parts)
-    foreign = set(by_kind) - {HIPNN, ZBL, PairRepulsion, SpeciesOffsets}
-    if network is None or foreign or len(by_kind) != len(parts) or len(priors) > 1:
-        raise ModelError(
-            "LAMMPS' pair style potstill runs a HIP-NN, with offsets and a ZBL prior or a "
-            f"repulsion, not {kinds}"
-        )
-    prior = priors[0] if priors else None
-    if isinstance(prior, ZBL) and prior.switching != "factor":
+    networks = [part for part in parts if isinstance(part, HIPNN)]
+    if any(isinstance(part, ZBL) and part.switching != "factor" for part in parts):
         raise ModelError(
             "the core multiplies ZBL by its switch, and this prior is switched as in LAMMPS' own "
             "pair style zbl: train with the switching 'factor'"
         )
-    assert isinstance(network, HIPNN)
-    assert offsets is None or isinstance(offsets, SpeciesOffsets)
-    return network, prior, offsets
+    rest: NativeParts | None = NativeParts()
+    for part in parts:
+        if not isinstance(part, HIPNN):
+            known = isinstance(part, ZBL | PairRepulsion | Bonds | SpeciesOffsets)
+            own = part.native_parts() if known else None
+            rest = None if rest is None or own is None else rest.merged(own)
+    if len(networks) != 1 or rest is None:
+        raise ModelError(
+            "LAMMPS' pair style potstill runs a HIP-NN, with offsets and a ZBL prior, or a "
+            f"repulsion and bonds of beads, not {', '.join(part.kind for part in parts)}"
+        )
+    return networks[0], rest
 
 
 def lammps_data(atoms: ase.Atoms, names: Sequence[str]) -> tuple[str, np.ndarray]:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from potstill.core import BondParameters
 from potstill.errors import ModelError
 from potstill.models.base import Edges, LocalOutput, Potential
+from potstill.models.engines import NativeParts
 from potstill.radial import quintic_switch
 from potstill.species import SpeciesTable
 
@@ -154,6 +156,13 @@ class Bonds(Potential):
             energy = 0.5 * angle.stiffness * (cosine - angle.cosine) ** 2 * both
             total = total.index_add(0, center[first], energy)
         return LocalOutput(total)
+
+    def native_parts(self) -> NativeParts:
+        """Bonds by pairs of species, and angles."""
+        index = self.species_table.names.index
+        rows = [[*map(index, a.species), a.cosine, a.stiffness] for a in self.angles]
+        angles = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5)
+        return NativeParts(bonds=BondParameters(self.table, angles))
 
     def hyperparameters(self) -> dict[str, Any]:
         """Bonds and angles as lists of their fields."""

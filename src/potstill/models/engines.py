@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.core import (
+    BondParameters,
     CompactNeighbors,
     MdResult,
     PairPrior,
@@ -279,7 +280,8 @@ class NativeKernels:
         is differentiable once by the parameters.
     dynamics : callable
         (species, neighbors, positions, cell, *, prior, virial) to the `MdResult` of one system,
-        with the repulsion `prior` added unless it is None. With `n_threads` where it is given.
+        with the repulsion `prior` added unless it is None. With `n_threads`, and `bonds` to add,
+        where they are given.
     """
 
     dtype: torch.dtype
@@ -341,12 +343,15 @@ class NativeParts:
         Without it there is nothing to call.
     prior : ZblParameters or RepulsionParameters, optional
         Short-range repulsion.
+    bonds : BondParameters, optional
+        Bonds and angles of beads.
     offsets : Tensor, optional
         (n_species,) float64 constant energies, eV.
     """
 
     network: NativeKernels | None = None
     prior: PairPrior | None = None
+    bonds: BondParameters | None = None
     offsets: Tensor | None = None
 
     def merged(self, other: NativeParts) -> NativeParts | None:
@@ -380,6 +385,9 @@ class NativeParts:
         """
         if self.network is None:
             raise ModelError("there is no network for native kernels to evaluate")
+        more: dict[str, Any] = {} if self.bonds is None else {"bonds": self.bonds}
+        if n_threads is not None:
+            more["n_threads"] = n_threads
         result = self.network.dynamics(
             structures.species,
             neighbors,
@@ -387,7 +395,7 @@ class NativeParts:
             structures.cell[0],
             prior=self.prior,
             virial=virial,
-            **({} if n_threads is None else {"n_threads": n_threads}),
+            **more,
         )
         if self.offsets is None:
             return result
