@@ -408,8 +408,9 @@ def test_trajectories_of_beads_are_judged_beside_the_reference(tmp_path):
     drawn = _csv(out / "cdf.csv")
     assert drawn[0][-1] == "value"
     assert {row[1].split(", ")[1] for row in drawn[1:]} == {"reference", "student", "difference"}
-    (sentence,) = (line for line in verdicts(found) if "g(r)" in line)
-    assert "unclear" in sentence
+    own, beside = (line for line in verdicts(found) if "g(r)" in line)
+    assert "unclear" in own
+    assert "closer to the reference's than that of control." in beside
 
 
 def _csv(path):

@@ -16,7 +16,6 @@ from potstill.evaluate.distributions import (
     Array,
     Blocks,
     Distribution,
-    DistributionEvaluation,
     Distributions,
     Kinds,
     as_periodic,
@@ -24,6 +23,7 @@ from potstill.evaluate.distributions import (
     over_frames,
 )
 from potstill.evaluate.rdf import neighbor_cutoffs
+from potstill.evaluate.structure import DistributionEvaluation
 from potstill.report.tables import Row
 from potstill.structures import Structures
 

@@ -416,7 +416,9 @@ SECTIONS: dict[str, tuple[str, str, str]] = {
         "table_dynamics",
         "Molecular dynamics",
         "Slope: least squares, with its standard error for correlated samples; drift: slope times "
-        "duration; fluctuation: root mean square about the fitted line.",
+        "duration; fluctuation: root mean square about the fitted line. Distances of distributions "
+        "are integrals of absolute differences, averaged over pairs or triples; noise is that of "
+        "the blocks of both trajectories.",
     ),
 }
 

@@ -35,9 +35,9 @@ from potstill.evaluate.distributions import (
     Kinds,
     as_periodic,
     bins_of,
-    most_different,
     over_frames,
 )
+from potstill.evaluate.structure import most_different
 from potstill.report.panels import Colors, Drawing, Panel
 from potstill.structures import Structures
 

@@ -15,13 +15,13 @@ from potstill.evaluate.base import Bench, Candidate
 from potstill.evaluate.distributions import (
     Array,
     Distribution,
-    DistributionEvaluation,
     Distributions,
     Kinds,
     as_periodic,
     bins_of,
     over_frames,
 )
+from potstill.evaluate.structure import DistributionEvaluation
 from potstill.structures import Structures
 
 #: Kinds of center and neighbor.
