@@ -132,6 +132,17 @@ def test_the_best_potential_is_kept(tmp_path):
     assert torch.equal(model.coefficients, kept.coefficients)
 
 
+def test_with_a_pressure_the_last_potential_is_taken(tmp_path):
+    def simulate(model, checkpoint):
+        worse = 0.5 if checkpoint.name == "iteration_002.pt" else 0.0
+        return Measured({k: g + worse for k, g in measured(model).g.items()}, pressure=0.3)
+
+    model, done = run(tmp_path, n_iterations=3, simulate=simulate, pressure=0.1)
+    kept, _ = load_potential(tmp_path / "iteration_002.pt")
+    assert torch.equal(model.coefficients, kept.coefficients)
+    assert done[-1].mean_error > min(iteration.mean_error for iteration in done)
+
+
 def test_an_interrupted_inversion_continues(tmp_path):
     whole, _ = run(tmp_path / "whole", n_iterations=4)
 

@@ -69,10 +69,9 @@ def invert(
     from potstill.workflows.ibi import invert_distributions
 
     settings = load_config(config, IbiConfig, {"out": out})
-    done = invert_distributions(settings, display)
-    best = min(done, key=lambda iteration: iteration.mean_error)
+    best = invert_distributions(settings, display)
     display.say(
-        f"the best is iteration {best.number}, with a mean error of g(r) of {best.mean_error:.4f}: "
+        f"the result is iteration {best.number}, where g(r) differs by {best.mean_error:.4f}: "
         f"{settings.out}/best.pt, for LAMMPS {settings.out}/best.in"
     )
 

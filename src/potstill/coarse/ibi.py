@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from potstill.units import BOLTZMANN
 
 Array = np.ndarray
 
-#: A step of u is at most this, and a correction of the pressure ends in this, kT.
+#: Largest logarithm of g over the target that a step takes; height of the pressure's ramp, kT.
 _LONGEST, _RAMP = 1.0, 0.1
-#: GPa; the ramp is this high from here on.
+#: GPa; nearer to the target the ramp is lower.
 _FAR = 0.3
 
 RECORD = "iterations.json"
@@ -150,6 +150,15 @@ class Inversion:
         }
         return Iteration(number, error, found.pressure)
 
+    def best_of(self, done: Sequence[Iteration]) -> Iteration:
+        """Choose the smallest mean error; with a pressure to reach, the last iteration.
+
+        How near the pressure is g(r) does not tell.
+        """
+        if self.pressure is not None:
+            return done[-1]
+        return min(done, key=lambda iteration: iteration.mean_error)
+
     def _filled(self, g: Array) -> Array:
         return np.maximum(g, 0.5 * self.least)
 
@@ -245,8 +254,7 @@ def invert(
         problem.improve(model, found)
         save_potential(checkpoint(number + 1), model, dict(info or {}))
         write_atomically(record, json.dumps([asdict(entry) for entry in done], indent=2) + "\n")
-    best = min(done, key=lambda iteration: iteration.mean_error)
-    _load(model, checkpoint(best.number))
+    _load(model, checkpoint(problem.best_of(done).number))
     return done
 
 

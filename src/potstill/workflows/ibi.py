@@ -101,14 +101,14 @@ class IbiConfig(Settings):
     seed: int = 0
 
 
-def invert_distributions(config: IbiConfig, display: Display | None = None) -> list[Iteration]:
+def invert_distributions(config: IbiConfig, display: Display | None = None) -> Iteration:
     """Find pair potentials with the g(r) of a trajectory.
 
     Called again it continues, with more iterations or a smaller tolerance if they are given.
 
     The run folder gets the potential of every iteration with its dynamics, `iterations.json` with
-    the errors of g(r), and the potential of the smallest error as `best.pt` and, for LAMMPS,
-    `best.table` and `best.in`.
+    the errors of g(r), and the potential of the smallest error (with a pressure to reach: the last
+    one) as `best.pt` and, for LAMMPS, `best.table` and `best.in`. Returns its iteration.
 
     Raises
     ------
@@ -170,7 +170,7 @@ def invert_distributions(config: IbiConfig, display: Display | None = None) -> l
     )
     save_potential(folder / "best.pt", model, info)
     deploy(model, "lammps-table", folder, "best")
-    return done
+    return problem.best_of(done)
 
 
 def _moved(
