@@ -36,6 +36,9 @@ from potstill.sample.base import (
 from potstill.structures import Structures
 from potstill.units import BOLTZMANN, FS_IN_ASE_TIME
 
+#: Å: lists of liquids at long timesteps are worth more pairs that last longer.
+_SKIN = 2.0
+
 #: Says what is wrong with the frame of a replica, or nothing.
 Watch = Callable[[Structures], str]
 
@@ -235,7 +238,7 @@ class _Replicas:
         self.calculator: BatchCalculator | _OneByOne
         if isinstance(potential, Potential):
             self.start = start.with_species_table(potential.species_table)
-            self.calculator = BatchCalculator(potential)
+            self.calculator = BatchCalculator(potential, _SKIN)
         else:
             self.calculator = _OneByOne(potential)
         self.generators = [make_generator(settings.seed, k) for k in range(n)]
