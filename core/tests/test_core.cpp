@@ -284,10 +284,12 @@ void check_md(const potstill_hipnn &m, const std::vector<double> &p, const Syste
     }
     const std::vector<double> angles = {0.0, 0.0, 0.0, -0.3, 0.2, double(next), 0.0, 0.0, 0.1, 0.4};
     const potstill_bonds bonds{of_bonds.data(), angles.data(), 2, m.n_species};
-    check_md(m, p, s, &zbl, nullptr, nullptr);
-    check_md(m, p, s, nullptr, &beads, nullptr);
-    check_md(m, p, s, nullptr, &beads, &bonds);
-    check_md(m, p, s, nullptr, nullptr, &bonds);
+    static int turn = 0;  // each model with one of them
+    switch (turn++ % 3) {
+        case 0: check_md(m, p, s, &zbl, nullptr, nullptr); break;
+        case 1: check_md(m, p, s, nullptr, &beads, nullptr); break;
+        default: check_md(m, p, s, nullptr, turn % 2 ? &beads : nullptr, &bonds);
+    }
     MdOutcome o(s);
     const potstill_md both = o.task(s, &zbl, &beads);
     const potstill_pairs pairs = s.pairs();
