@@ -164,8 +164,8 @@ def test_noise_and_errors_of_runs_are_those_that_were_put_in(table):
     assert found["noise_of_states"] == pytest.approx(states, rel=0.15)
     assert found["label_noise"] == pytest.approx(np.hypot(within, states), rel=0.02)
     assert found["error_by_halves"] == pytest.approx(within / np.sqrt(1000), rel=0.1)
-    assert found["error_of_the_mean"] == pytest.approx(states, rel=0.15)
-    assert found["error_of_heated_runs"] == pytest.approx(heated, rel=0.15)
+    assert found["error_of_the_run_from_the_frame"] == pytest.approx(states, rel=0.15)
+    assert found["error_of_a_heated_run"] == pytest.approx(heated, rel=0.15)
     assert found["with_force_of_constraint"] == 0.0
     assert abs(found["autocorrelation"]["0.2"]) < 0.01
 
@@ -201,8 +201,11 @@ def test_errors_of_labels_and_models_are_freed_of_those_of_the_measurement(table
             )
     table.collect(tmp_path, tmp_path / "store.zarr", tmp_path / "noise.json")
     store = LabeledStore.open(tmp_path / "store.zarr")
-    assert store.sources == ("reference", "mean_forces", "heated")
+    assert store.sources == ("reference", "mean_forces", "from_frame", "heated")
     exact = torch.tensor(np.concatenate(list(truth.values())))
+    mean = store.labels("mean_forces")
+    z = (mean["forces"] - exact) / mean["forces_std"]
+    assert float(z.square().mean()) == pytest.approx(1.0, abs=0.2)
     model = exact + error * torch.tensor(rng.normal(size=exact.shape))
     found = table.against(model, store)
     for kind in ("choline", "chloride", "urea", "all"):

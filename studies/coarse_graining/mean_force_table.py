@@ -4,20 +4,22 @@ python studies/coarse_graining/mean_force_table.py collect RUNS mean_forces.zarr
 python studies/coarse_graining/mean_force_table.py table mean_forces.zarr \
     --model "one teacher=t0/best.pt" --model "ensemble=t0/best.pt,t1/best.pt" --out table.json
 
-The mean force is the average over the run from the frame, o = F + e. Its error e is mostly that of
-orientations, which hardly change within a run, so that the run's own scatter does not show it.
-Where there are two heated runs h1 and h2, whose errors are independent of it and of one another,
+The average over the run from the frame is o = F + e. Its error e is mostly that of orientations,
+which hardly change within a run, so that the run's own scatter does not show it. Where there are
+two heated runs h1 and h2, whose errors are independent of it and of one another,
 
     <e²> = <(o - h1) (o - h2)>
 
-(the three-cornered hat), however large the errors of the heated runs are. For a model m that has
-not seen these frames e is independent of the model's error, so that
+(the three-cornered hat), and likewise for the heated runs, whose errors are larger: what they froze
+in on cooling. The measured mean force weighs the runs of a frame by their inverse variances; s² is
+the variance of its error. For a model m that has not seen these frames
 
-    <(m - F)²> = <(m - o)²> - <e²> = <(m - o) (m - h)>,
+    <(m - F)²> = <(m - measured)²> - s² = <(m - o) (m - h)>,
 
-the latter without knowing <e²>, where there are heated runs. The raw label has the orientations of
-the run from the frame: what it shares with it is added. Error bars are standard deviations over
-bootstrap samples of the configurations. Give models that were not trained on these frames.
+the latter without any variance, where there are heated runs (h, their mean). The raw label has the
+orientations of the run from the frame: what it shares with it is added. Error bars are standard
+deviations over bootstrap samples of the configurations. Give models that were not trained on these
+frames.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ from potstill.train.state import versions
 #: Residues of the trajectory, and names of their beads as in reline.yaml.
 BEADS = {"CHOL": "choline", "Cl": "chloride", "UREA": "urea"}
 
-#: Label sets of the store: means over the run from the frame, and over heated runs.
-MEAN, HEATED = "mean_forces", "heated"
+#: Label sets of the store: over all runs, over the run from the frame, over heated runs.
+MEAN, OWN, HEATED = "mean_forces", "from_frame", "heated"
 
 #: Blocks (ps) for the error of one run, and lags (ps) at which the correlation is given.
 BLOCK, LAGS = 4.0, (0.04, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -110,9 +112,9 @@ def statistics(runs: dict[int, list[dict[str, Any]]], of: np.ndarray) -> dict[st
         "label_noise": float(np.sqrt(within + error)),
         "noise_within_runs": float(np.sqrt(within)),
         "noise_of_states": float(np.sqrt(states)),
-        "error_of_the_mean": float(np.sqrt(error)),
+        "error_of_the_run_from_the_frame": float(np.sqrt(error)),
         "error_by_halves": float(np.sqrt(sampling)),
-        "error_of_heated_runs": float(np.sqrt(max(0.0, np.mean(heated)))),
+        "error_of_a_heated_run": float(np.sqrt(max(sampling, np.mean(heated)))),
         "squared_error_by_frame": errors,
         "with_force_of_constraint": float(np.sqrt(np.mean(np.square(opposite)))),
         "autocorrelation": {str(t): float(correlation[round(t / spacing)]) for t in LAGS},
@@ -177,23 +179,22 @@ def collect(
     noise = {name: statistics(found, names == name) for name in table.names}
     written = LabeledStore.create(store, table, {"temperature": TEMPERATURE})
     written.append(structures, _labels([own[0]["raw"] for own in found.values()]))
-    there = torch.tensor([len(own) > 1 for own in found.values()])
-    picked = {
-        MEAN: [own[:1] for own in found.values()],
-        HEATED: [own[1:] or own[:1] for own in found.values()],
-    }
-    for source, runs_of in picked.items():
-        key = "error_of_the_mean" if source == MEAN else "error_of_heated_runs"
-        bars = np.array([noise[name][key] for name in names])[:, None]
-        labels = _labels(
-            [np.mean([run["mean"] for run in some], axis=0) for some in runs_of],
-            [np.broadcast_to(bars / np.sqrt(len(some)), (n, 3)) for some in runs_of],
-            there if source == HEATED else torch.ones_like(there),
-        )
+    variances = [
+        np.array([noise[name][f"error_of_{run}"] ** 2 for name in names])[:, None]
+        for run in ("the_run_from_the_frame", "a_heated_run")
+    ]
+    for source, pick in ((MEAN, slice(None)), (OWN, slice(1)), (HEATED, slice(1, None))):
+        combined = [weighted(own[pick] or own, variances) for own in found.values()]
+        there = torch.tensor([len(own[pick]) > 0 for own in found.values()])
+        forces, bars = (list(values) for values in zip(*combined, strict=True))
+        labels = _labels(forces, bars, there)
         states = {name: noise[name]["noise_of_states"] for name in table.names}
         info = {"fingerprint": source, "properties": list(labels.values), "states": states}
         written.begin_labels(source, info)
         written.write_labels(source, 0, labels, structures, [])
+        for name in table.names if source == MEAN else ():
+            squares = np.square([bar[names == name] for bar in bars])
+            noise[name]["error_of_the_measured_mean"] = float(np.sqrt(squares.mean()))
     facts = {
         "command": "python studies/coarse_graining/mean_force_table.py collect RUNS STORE",
         "machine": machine_description(),
@@ -205,6 +206,18 @@ def collect(
     typer.echo(text)
     if out is not None:
         out.write_text(text + "\n")
+
+
+def weighted(
+    runs: list[dict[str, Any]], variances: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 3) mean over runs by inverse variances, (n, 1) of runs from a frame and of heated ones.
+
+    Returns also its (n, 3) standard error.
+    """
+    weights = [1.0 / variances[min(int(run["repeat"]), 1)] for run in runs]
+    mean = sum(w * run["mean"] for w, run in zip(weights, runs, strict=True)) / sum(weights)
+    return mean, np.broadcast_to(1.0 / np.sqrt(sum(weights)), mean.shape)
 
 
 def _labels(
@@ -257,18 +270,21 @@ def against(
     forces: torch.Tensor, store: LabeledStore, *, is_raw: bool = False
 ) -> dict[str, dict[str, list[float]]]:
     """RMSE of forces against the true mean forces, eV/Å: `corrected` and, of a model, `crossed`."""
-    structures, mean, heated = store.structures(), store.labels(MEAN), store.labels(HEATED)
-    away = forces - mean["forces"]
-    squares = away.square() - mean["forces_std"].square()
+    structures, mean, own = store.structures(), store.labels(MEAN), store.labels(OWN)
+    variance = mean["forces_std"].square()
+    squares = (forces - mean["forces"]).square() - variance
     if is_raw:
         states = store.source_info(MEAN)["states"]
         shared = torch.tensor([states[name] ** 2 for name in structures.species_table.names])
-        return {"corrected": by_kind(squares + 2 * shared[structures.species, None], structures)}
+        weight = variance / own["forces_std"].square()  # of the run from the frame
+        shared = shared[structures.species, None] * weight
+        return {"corrected": by_kind(squares + 2 * shared, structures)}
+    heated = store.labels(HEATED)
     there = heated.presence("forces", len(structures))
-    crossed = away * (forces - heated["forces"])
+    crossed = (forces - own["forces"]) * (forces - heated["forces"])
     return {
         "corrected": by_kind(squares, structures),
-        "crossed": by_kind(torch.where(crossed.isnan(), 0.0, crossed), structures, there),
+        "crossed": by_kind(crossed, structures, there),
     }
 
 

@@ -215,7 +215,7 @@ def sample(
     data: Annotated[Path, typer.Argument(help="folder with reline_425K.trr, .tpr and topology/")],
     out: Annotated[Path, typer.Argument(help="folder of the runs; finished ones are kept")],
     configurations: int = 12,
-    heated: Annotated[int, typer.Option(help="configurations with two heated runs")] = 4,
+    heated: Annotated[int, typer.Option(help="configurations with two heated runs")] = 12,
     threads: int = 1,
 ) -> None:
     """Run what is missing, one run after another; those from the frames first."""
