@@ -1,12 +1,12 @@
 """The parts of the coarse-graining study that its numbers rest on."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from potstill.species import Species, SpeciesTable
 from potstill.store import LabeledStore
-from potstill.structures import Properties, Structures
 from scripts import STUDIES, loaded
 
 FOLDER = STUDIES / "coarse_graining"
@@ -141,60 +141,83 @@ def test_a_reduced_study_denoises(exact, monkeypatch, tmp_path):
 # -- measured mean forces --------------------------------------------------------------------------
 
 
-def test_noise_and_errors_of_runs_are_those_that_were_put_in(table):
+def runs_with(within, states, heated, n_frames=6, n=40, n_samples=1000):
+    """Runs of frames whose mean forces, fast noise and scatter of orientations are known."""
     rng = np.random.default_rng(0)
-    within, states = 0.3, 0.1
-    runs = {}
-    for frame in range(6):
-        mean = rng.normal(size=(40, 3))
+    runs, truth = {}, {}
+    for frame in range(n_frames):
+        truth[frame] = rng.normal(size=(n, 3))
         runs[frame] = []
-        for repeat in range(3):
-            state = mean + states * rng.normal(size=mean.shape)
-            kept = state + within * rng.normal(size=(1000, *mean.shape))
-            runs[frame].append(
-                {
-                    "repeat": repeat,
-                    "times": 0.04 * np.arange(1000),
-                    "kept": kept,
-                    "mean": kept.mean(0),
-                    "constraint_mean": -kept.mean(0),
-                }
-            )
-    found = table.statistics(runs, np.arange(40) < 20)
+        for repeat in range(3 if frame < n_frames - 1 else 1):
+            state = truth[frame] + (heated if repeat else states) * rng.normal(size=(n, 3))
+            kept = state + within * rng.normal(size=(n_samples, n, 3))
+            own = {"repeat": repeat, "times": 0.04 * np.arange(n_samples), "kept": kept}
+            runs[frame].append(own | {"mean": kept.mean(0), "constraint_mean": -kept.mean(0)})
+    return runs, truth
+
+
+def test_noise_and_errors_of_runs_are_those_that_were_put_in(table):
+    within, states, heated = 0.3, 0.1, 0.2
+    runs, _ = runs_with(within, states, heated, n=100)
+    found = table.statistics(runs, np.arange(100) < 80)
     assert found["noise_within_runs"] == pytest.approx(within, rel=0.01)
-    assert found["noise_of_states"] == pytest.approx(states, rel=0.1)
+    assert found["noise_of_states"] == pytest.approx(states, rel=0.15)
     assert found["label_noise"] == pytest.approx(np.hypot(within, states), rel=0.02)
-    assert found["error_of_one_run_by_blocks"] == pytest.approx(within / np.sqrt(1000), rel=0.05)
-    expected = np.sqrt((states**2 + within**2 / 1000) / 3)
-    assert found["error_of_the_mean"] == pytest.approx(expected, rel=0.1)
+    assert found["error_by_halves"] == pytest.approx(within / np.sqrt(1000), rel=0.1)
+    assert found["error_of_the_run_from_the_frame"] == pytest.approx(states, rel=0.15)
+    assert found["error_of_a_heated_run"] == pytest.approx(heated, rel=0.15)
     assert found["with_force_of_constraint"] == 0.0
     assert abs(found["autocorrelation"]["0.2"]) < 0.01
 
 
-def test_error_bars_of_the_mean_are_taken_off(table):
+def test_errors_of_labels_and_models_are_freed_of_those_of_the_measurement(table, tmp_path):
     rng = np.random.default_rng(1)
-    n_frames, n = 10, 200
-    species = SpeciesTable((Species("a", 1.0, None), Species("b", 2.0, None)))
-    structures = Structures(
-        positions=torch.zeros(n_frames * n, 3, dtype=torch.float64),
-        species=(torch.arange(n) % 2).repeat(n_frames),
-        system_index=torch.arange(n_frames).repeat_interleave(n),
-        cell=torch.eye(3, dtype=torch.float64).repeat(n_frames, 1, 1),
-        pbc=torch.ones(n_frames, 3, dtype=torch.bool),
-        species_table=species,
-    )
-    bars, errors = np.array([0.05, 0.02])[structures.species], np.array([0.03, 0.06])
-    truth = torch.tensor(rng.normal(size=(n_frames * n, 3)))
-    measured = truth + torch.tensor(bars[:, None] * rng.normal(size=truth.shape))
-    model = truth + torch.tensor(errors[structures.species][:, None] * rng.normal(size=truth.shape))
-    label = Properties(
-        {"forces": measured, "forces_std": torch.tensor(bars)[:, None].expand(-1, 3).contiguous()}
-    )
-    found = table.corrected(model, label, structures, rng)
-    for name, error in zip("ab", errors, strict=True):
-        assert found[name][0] == pytest.approx(error, abs=4 * found[name][1])
-        assert found[name][1] < 0.1 * error
-    assert found["all"][0] == pytest.approx(np.sqrt(np.mean(errors**2)), rel=0.05)
+    within, states, heated, error = 0.2, 0.1, 0.15, 0.07
+    runs, truth = runs_with(within, states, heated, n_frames=8, n=120, n_samples=400)
+    kinds = np.repeat(["CHOL", "Cl", "UREA"], 40)
+    for frame, own in runs.items():
+        raw = own[0]["kept"][0]
+        start = [table.DISCARDED[min(run["repeat"], 1)] for run in own]
+        for run, begin in zip(own, start, strict=True):
+            steps = np.arange(1.0, 5.0)[:, None]
+            np.savez(
+                tmp_path / f"frame{frame:04d}_run{run['repeat']}.npz",
+                frame=frame,
+                repeat=run["repeat"],
+                cell=np.full(3, 20.0),
+                molecules=kinds,
+                masses=np.repeat([104.0, 35.0, 60.0], 40),
+                centers=rng.uniform(0, 20, (120, 3)),
+                raw=raw,
+                times=begin + run["times"],
+                forces=run["kept"].astype(np.float32),
+                constraint_times=begin + steps[:, 0],
+                constraint=np.repeat(-run["mean"][None], 4, 0),
+                energies=np.hstack([begin + steps, 0 * steps]),
+                axes=np.ones((2, 120, 3)) / np.sqrt(3),
+                moved=0.0,
+                performance="50.0",
+                version="2022.5",
+            )
+    table.collect(tmp_path, tmp_path / "store.zarr", tmp_path / "noise.json")
+    store = LabeledStore.open(tmp_path / "store.zarr")
+    assert store.sources == ("reference", "mean_forces", "from_frame", "heated")
+    exact = torch.tensor(np.concatenate(list(truth.values())))
+    mean = store.labels("mean_forces")
+    z = (mean["forces"] - exact) / mean["forces_std"]
+    assert float(z.square().mean()) == pytest.approx(1.0, abs=0.2)
+    model = exact + error * torch.tensor(rng.normal(size=exact.shape))
+    found = table.against(model, store)
+    for kind in ("choline", "chloride", "urea", "all"):
+        assert found["corrected"][kind][0] == pytest.approx(error, abs=0.02)
+    assert found["crossed"]["all"][0] == pytest.approx(error, abs=0.01)
+    raw = table.against(store.labels("reference")["forces"], store, is_raw=True)
+    assert raw["corrected"]["all"][0] == pytest.approx(np.hypot(within, states), rel=0.05)
+    table.table(store.path, [], tmp_path / "table.json")
+    assert set(json.loads((tmp_path / "table.json").read_text())["eV_per_A"]) == {
+        "zero forces",
+        "raw label",
+    }
 
 
 def test_the_first_few_frames_are_spread_over_the_trajectory(table):

@@ -4,14 +4,22 @@ python studies/coarse_graining/mean_force_table.py collect RUNS mean_forces.zarr
 python studies/coarse_graining/mean_force_table.py table mean_forces.zarr \
     --model "one teacher=t0/best.pt" --model "ensemble=t0/best.pt,t1/best.pt" --out table.json
 
-The mean over runs, F + e, has an error e whose variance s² follows from the scatter between runs.
-For a model that has not seen these frames e is independent of its error, so that
+The average over the run from the frame is o = F + e. Its error e is mostly that of orientations,
+which hardly change within a run, so that the run's own scatter does not show it. Where there are
+two heated runs h1 and h2, whose errors are independent of it and of one another,
 
-    RMSE² against F = RMSE² against F + e - s².
+    <e²> = <(o - h1) (o - h2)>
 
-The raw label is of the same orientations as the run from the frame, so that it is compared with the
-heated runs alone. Error bars of the table are standard deviations over bootstrap samples of the
-configurations. Give frames that no model was trained on.
+(the three-cornered hat), and likewise for the heated runs, whose errors are larger: what they froze
+in on cooling. The measured mean force weighs the runs of a frame by their inverse variances; s² is
+the variance of its error. For a model m that has not seen these frames
+
+    <(m - F)²> = <(m - measured)²> - s² = <(m - o) (m - h)>,
+
+the latter without any variance, where there are heated runs (h, their mean). The raw label has the
+orientations of the run from the frame: what it shares with it is added. Error bars are standard
+deviations over bootstrap samples of the configurations. Give models that were not trained on these
+frames.
 """
 
 from __future__ import annotations
@@ -37,8 +45,8 @@ from potstill.train.state import versions
 #: Residues of the trajectory, and names of their beads as in reline.yaml.
 BEADS = {"CHOL": "choline", "Cl": "chloride", "UREA": "urea"}
 
-#: Label sets of the store: means over all runs, over the run from the frame, over heated runs.
-ALL, OWN, HEATED = "mean_forces", "from_frame", "from_heated"
+#: Label sets of the store: over all runs, over the run from the frame, over heated runs.
+MEAN, OWN, HEATED = "mean_forces", "from_frame", "heated"
 
 #: Blocks (ps) for the error of one run, and lags (ps) at which the correlation is given.
 BLOCK, LAGS = 4.0, (0.04, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -51,8 +59,7 @@ app = typer.Typer(no_args_is_help=True)
 def load_runs(folder: Path) -> dict[int, list[dict[str, Any]]]:
     """Finished runs by frame: what the file holds, and means over the part that counts.
 
-    The first run of a frame starts from the frame itself, the others are heated; frames without any
-    of the latter are left out.
+    The first run of a frame starts from the frame itself, the others are heated.
     """
     found: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for file in sorted(folder.glob("frame*_run?.npz")):
@@ -64,7 +71,7 @@ def load_runs(folder: Path) -> dict[int, list[dict[str, Any]]]:
         run["constraint_mean"] = run["constraint"][run["constraint_times"] > start].mean(0)
         run["energy"] = run["energies"][run["energies"][:, 0] >= start, 1].mean()
         found[int(run["frame"])].append(run)
-    return {frame: runs for frame, runs in found.items() if len(runs) > 1}
+    return {frame: runs for frame, runs in found.items() if int(runs[0]["repeat"]) == 0}
 
 
 def autocorrelation(series: np.ndarray) -> np.ndarray:
@@ -75,43 +82,48 @@ def autocorrelation(series: np.ndarray) -> np.ndarray:
     return c / c[0]
 
 
+def three_cornered(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> float:
+    """Mean square of the error of `a`, from two others with errors independent of it."""
+    return float(np.mean((a - b) * (a - c)))
+
+
 def statistics(runs: dict[int, list[dict[str, Any]]], of: np.ndarray) -> dict[str, Any]:
     """Noise of the label and errors of the mean, eV/Å per component, for the beads of one kind."""
-    every = [run for own in runs.values() for run in own]
-    spacing = float(every[0]["times"][1] - every[0]["times"][0])
-    within = np.mean([run["kept"][:, of].var(0).mean() for run in every])
-    per_block = round(BLOCK / spacing)
-    block_errors = []
-    for run in every:
-        n = len(run["kept"]) // per_block
-        blocks = run["kept"][: n * per_block, of].reshape(n, per_block, -1).mean(1)
-        block_errors.append(blocks.var(0, ddof=1).mean() / n)
-    means = [np.array([run["mean"][of] for run in own]) for own in runs.values()]
-    between = np.mean([of_frame.var(0, ddof=1) for of_frame in means])
-    # What the runs differ by beyond their own errors: their orientations and shapes.
-    states = max(0.0, between - np.mean(block_errors))
-    correlation = np.mean(
-        [
-            autocorrelation(own[0]["kept"][:, of].reshape(len(own[0]["kept"]), -1))
-            for own in runs.values()
-        ],
-        axis=0,
-    )
-    halves = [np.array_split(run["kept"][:, of], 2) for run in every]
-    drift = np.mean([(a.mean(0) - b.mean(0)) ** 2 for a, b in halves])
-    opposite = [run["mean"][of] + run["constraint_mean"][of] for run in every]
+    own = [some[0] for some in runs.values()]
+    spacing = float(own[0]["times"][1] - own[0]["times"][0])
+    series = [run["kept"][:, of].reshape(len(run["kept"]), -1) for run in own]
+    within = np.mean([x.var(0).mean() for x in series])
+    halves = [np.array_split(x, 2) for x in series]
+    # The difference of halves has four times the variance of the mean over both.
+    sampling = np.mean([(a.mean(0) - b.mean(0)) ** 2 for a, b in halves]) / 4
+    triples = [[run["mean"][of] for run in some] for some in runs.values() if len(some) > 2]
+    if not triples:
+        raise typer.BadParameter("no frame has two heated runs, which measure the error")
+    errors = [three_cornered(*triple) for triple in triples]
+    heated = [three_cornered(t[k], t[0], t[3 - k]) for t in triples for k in (1, 2)]
+    error = max(float(np.mean(errors)), sampling)
+    states = error - sampling
+    opposite = [
+        run["mean"][of] + run["constraint_mean"][of] for some in runs.values() for run in some
+    ]
+    correlation = np.mean([autocorrelation(x) for x in series_of_one_length(series)], axis=0)
     return {
-        "mean_force": float(np.std([of_frame.mean(0) for of_frame in means])),
-        "label_noise": float(np.sqrt(within + states)),
+        "mean_force": float(np.std([run["mean"][of] for run in own])),
+        "label_noise": float(np.sqrt(within + error)),
         "noise_within_runs": float(np.sqrt(within)),
-        "noise_between_runs": float(np.sqrt(between)),
         "noise_of_states": float(np.sqrt(states)),
-        "error_of_one_run_by_blocks": float(np.sqrt(np.mean(block_errors))),
-        "difference_of_halves": float(np.sqrt(drift)),
-        "error_of_the_mean": float(np.sqrt(between * np.mean([1 / len(x) for x in means]))),
+        "error_of_the_run_from_the_frame": float(np.sqrt(error)),
+        "error_by_halves": float(np.sqrt(sampling)),
+        "error_of_a_heated_run": float(np.sqrt(max(sampling, np.mean(heated)))),
+        "squared_error_by_frame": errors,
         "with_force_of_constraint": float(np.sqrt(np.mean(np.square(opposite)))),
         "autocorrelation": {str(t): float(correlation[round(t / spacing)]) for t in LAGS},
     }
+
+
+def series_of_one_length(series: list[np.ndarray]) -> list[np.ndarray]:
+    """All cut to the shortest."""
+    return [x[: min(map(len, series))] for x in series]
 
 
 def run_facts(found: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -124,7 +136,7 @@ def run_facts(found: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
             for kind in ("CHOL", "UREA"):
                 name = f"{BEADS[kind]}, {'heated' if run['repeat'] else 'from the frame'}"
                 turned[name].append(cosines[run["molecules"] == kind])
-    gained = [np.mean([r["energy"] for r in own[1:]]) - own[0]["energy"] for own in found.values()]
+    gained = [run["energy"] - own[0]["energy"] for own in found.values() for run in own[1:]]
     return {
         "runs": {str(frame): len(own) for frame, own in found.items()},
         "total_ps": float(sum(run["times"][-1] for run in every)),
@@ -165,17 +177,24 @@ def collect(
         frame_id=tuple(f"reline_425K.trr:{frame}" for frame in found),
     )
     noise = {name: statistics(found, names == name) for name in table.names}
-    between = np.array([noise[name]["noise_between_runs"] for name in names])[:, None]
     written = LabeledStore.create(store, table, {"temperature": TEMPERATURE})
-    raw = [own[0]["raw"] for own in found.values()]
-    written.append(structures, _labels(raw))
-    for source, pick in ((ALL, slice(None)), (OWN, slice(1)), (HEATED, slice(1, None))):
-        picked = [own[pick] for own in found.values()]
-        means = [np.mean([run["mean"] for run in some], axis=0) for some in picked]
-        errors = [np.broadcast_to(between / np.sqrt(len(some)), (n, 3)) for some in picked]
-        info = {"fingerprint": source, "properties": ["forces", "forces_std"]}
+    written.append(structures, _labels([own[0]["raw"] for own in found.values()]))
+    variances = [
+        np.array([noise[name][f"error_of_{run}"] ** 2 for name in names])[:, None]
+        for run in ("the_run_from_the_frame", "a_heated_run")
+    ]
+    for source, pick in ((MEAN, slice(None)), (OWN, slice(1)), (HEATED, slice(1, None))):
+        combined = [weighted(own[pick] or own, variances) for own in found.values()]
+        there = torch.tensor([len(own[pick]) > 0 for own in found.values()])
+        forces, bars = (list(values) for values in zip(*combined, strict=True))
+        labels = _labels(forces, bars, there)
+        states = {name: noise[name]["noise_of_states"] for name in table.names}
+        info = {"fingerprint": source, "properties": list(labels.values), "states": states}
         written.begin_labels(source, info)
-        written.write_labels(source, 0, _labels(means, errors), structures, [])
+        written.write_labels(source, 0, labels, structures, [])
+        for name in table.names if source == MEAN else ():
+            squares = np.square([bar[names == name] for bar in bars])
+            noise[name]["error_of_the_measured_mean"] = float(np.sqrt(squares.mean()))
     facts = {
         "command": "python studies/coarse_graining/mean_force_table.py collect RUNS STORE",
         "machine": machine_description(),
@@ -189,11 +208,27 @@ def collect(
         out.write_text(text + "\n")
 
 
-def _labels(forces: list[np.ndarray], spread: list[np.ndarray] | None = None) -> Properties:
+def weighted(
+    runs: list[dict[str, Any]], variances: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 3) mean over runs by inverse variances, (n, 1) of runs from a frame and of heated ones.
+
+    Returns also its (n, 3) standard error.
+    """
+    weights = [1.0 / variances[min(int(run["repeat"]), 1)] for run in runs]
+    mean = sum(w * run["mean"] for w, run in zip(weights, runs, strict=True)) / sum(weights)
+    return mean, np.broadcast_to(1.0 / np.sqrt(sum(weights)), mean.shape)
+
+
+def _labels(
+    forces: list[np.ndarray],
+    spread: list[np.ndarray] | None = None,
+    there: torch.Tensor | None = None,
+) -> Properties:
     values = {"forces": torch.tensor(np.concatenate(forces))}
     if spread is not None:
         values["forces_std"] = torch.tensor(np.concatenate(spread))
-    return Properties(values)
+    return Properties(values, {} if there is None else dict.fromkeys(values, there))
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -209,22 +244,48 @@ def forces_of(files: str, structures: Structures) -> torch.Tensor:
     return labels["forces"]
 
 
-def corrected(
-    forces: torch.Tensor, label: Properties, structures: Structures, rng: np.random.Generator
-) -> dict[str, tuple[float, float]]:
-    """RMSE by kind (and of all) against the true mean forces, and its error bar; eV/Å."""
-    excess = ((forces - label["forces"]).square() - label["forces_std"].square()).mean(1).numpy()
+def by_kind(
+    squares: torch.Tensor, structures: Structures, there: torch.Tensor | None = None
+) -> dict[str, list[float]]:
+    """Roots of the means of (N, 3) values by kind of bead and over all, and their error bars.
+
+    `there` (S,) says which systems count.
+    """
+    frames = np.arange(len(structures)) if there is None else there.nonzero()[:, 0].numpy()
     species, system = structures.species.numpy(), structures.system_index.numpy()
-    draws = rng.integers(0, len(structures), (N_BOOTSTRAP, len(structures)))
+    draws = np.random.default_rng(0).choice(frames, (N_BOOTSTRAP, len(frames)))
     result = {}
     for kind, name in [*enumerate(structures.species_table.names), (None, "all")]:
         of = species == kind if kind is not None else np.ones_like(species, dtype=bool)
-        sums = np.bincount(system[of], excess[of], len(structures))
+        sums = np.bincount(system[of], squares.mean(1).numpy()[of], len(structures))
         counts = np.bincount(system[of], minlength=len(structures))
+        mean = sums[frames].sum() / counts[frames].sum()
         samples = sums[draws].sum(1) / counts[draws].sum(1)
-        rmse = np.sqrt(np.maximum(samples, 0.0))
-        result[name] = (float(np.sqrt(max(0.0, sums.sum() / counts.sum()))), float(rmse.std()))
+        spread = np.sqrt(np.maximum(samples, 0.0)).std()
+        result[name] = [float(np.sqrt(max(0.0, mean))), float(spread)]
     return result
+
+
+def against(
+    forces: torch.Tensor, store: LabeledStore, *, is_raw: bool = False
+) -> dict[str, dict[str, list[float]]]:
+    """RMSE of forces against the true mean forces, eV/Å: `corrected` and, of a model, `crossed`."""
+    structures, mean, own = store.structures(), store.labels(MEAN), store.labels(OWN)
+    variance = mean["forces_std"].square()
+    squares = (forces - mean["forces"]).square() - variance
+    if is_raw:
+        states = store.source_info(MEAN)["states"]
+        shared = torch.tensor([states[name] ** 2 for name in structures.species_table.names])
+        weight = variance / own["forces_std"].square()  # of the run from the frame
+        shared = shared[structures.species, None] * weight
+        return {"corrected": by_kind(squares + 2 * shared, structures)}
+    heated = store.labels(HEATED)
+    there = heated.presence("forces", len(structures))
+    crossed = (forces - own["forces"]) * (forces - heated["forces"])
+    return {
+        "corrected": by_kind(squares, structures),
+        "crossed": by_kind(crossed, structures, there),
+    }
 
 
 @app.command()
@@ -236,32 +297,27 @@ def table(
     """RMSE of the raw label and of models against the mean forces, by kind of bead, meV/Å."""
     held = LabeledStore.open(store)
     structures = held.structures()
-    sources = [source for source in held.sources if source != "reference"]
-    labels = {source: held.labels(source) for source in held.sources}
-    raw = labels["reference"]["forces"]
-    entries = {"zero forces": torch.zeros_like(raw), "raw label": raw}
+    raw = held.labels("reference")["forces"]
+    results: dict[str, Any] = {
+        "zero forces": against(torch.zeros_like(raw), held),
+        "raw label": against(raw, held, is_raw=True),
+    }
     for entry in model:
         name, _, files = entry.partition("=")
-        entries[name] = forces_of(files, structures)
-    results: dict[str, Any] = {}
-    for name, forces in entries.items():
-        results[name] = {
-            source: corrected(forces, labels[source], structures, np.random.default_rng(0))
-            for source in sources
-            if (name, source) not in (("raw label", ALL), ("raw label", OWN))
-        }
+        results[name] = against(forces_of(files, structures), held)
     kinds = [*structures.species_table.names, "all"]
-    lines = [f"| RMSE, meV/Å | {' | '.join(kinds)} |", "|---|" + "---:|" * len(kinds)]
-    for name, by_source in results.items():
-        own = by_source.get(ALL) or by_source.get(HEATED)
-        if own is None:
-            continue
-        cells = [f"{1e3 * own[k][0]:.1f} ± {1e3 * own[k][1]:.1f}" for k in kinds]
+    n_heated = int(held.labels(HEATED).presence("forces", len(structures)).sum())
+    titles = [*kinds, f"all, crossed ({n_heated} of {len(structures)} configurations)"]
+    lines = [f"| RMSE, meV/Å | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
+    for name, found in results.items():
+        values = [found["corrected"][kind] for kind in kinds]
+        values += [found["crossed"]["all"]] if "crossed" in found else []
+        cells = [f"{1e3 * value:.1f} ± {1e3 * bar:.1f}" for value, bar in values]
+        cells += ["-"] * (len(titles) - len(cells))
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    spread, species = labels[ALL]["forces_std"].square().mean(1), structures.species
-    bars = [spread[species == k].mean().sqrt() for k in range(len(kinds) - 1)]
-    cells = [f"{1e3 * float(bar):.1f}" for bar in [*bars, spread.mean().sqrt()]]
-    lines.append(f"| error of the measured mean (taken off) | {' | '.join(cells)} |")
+    bars = by_kind(held.labels(MEAN)["forces_std"].square(), structures)
+    cells = [f"{1e3 * bars[kind][0]:.1f}" for kind in kinds]
+    lines.append(f"| error of the measured mean (taken off) | {' | '.join(cells)} | - |")
     typer.echo("\n".join(lines))
     if out is not None:
         facts = {"machine": machine_description(), "versions": versions(), "models": model}

@@ -11,10 +11,10 @@ of the free energy with respect to its center is the mean of minus the sum of it
 without further terms. The mean force of constraint is the opposite of the mean force: a second
 estimate, from every step.
 
-At fixed centers molecules hardly turn within the runs, so that each configuration is sampled by
-several: the first from the frame itself, whose orientations are a fair draw, every further one
-after heating to 1000 K, where they turn, and slow cooling, always at fixed centers. The scatter
-between these runs is the error of their mean.
+Each configuration is sampled from the frame itself, whose orientations are a fair draw from their
+distribution at these centers. Molecules hardly turn while their centers are held, so that the error
+of this average is more than its blocks show. It is measured by runs of some configurations that
+were heated to 1200 K, where urea turns, and cooled: see `mean_force_table`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ import typer
 
 from potstill.units import energy_factor
 
-#: Temperatures in K, times in ps. Runs from heated molecules are cooled from 4 to 24 ps.
-TEMPERATURE, HOT, COOLING = 425, 1000, (4, 24)
+#: Temperatures in K, times in ps. Heated runs are cooled from 8 to 24 ps.
+TEMPERATURE, HOT, COOLING = 425, 1200, (8, 24)
 #: What runs from the frame and heated runs leave out at their start, and how long they are.
 DISCARDED, LENGTHS = (2, 25), (24, 40)
 STEP, FORCES_EVERY, AXES_EVERY, CONSTRAINT_EVERY = 0.002, 20, 200, 500  # the latter in steps
@@ -215,18 +215,20 @@ def sample(
     data: Annotated[Path, typer.Argument(help="folder with reline_425K.trr, .tpr and topology/")],
     out: Annotated[Path, typer.Argument(help="folder of the runs; finished ones are kept")],
     configurations: int = 12,
-    repeats: int = 3,
+    heated: Annotated[int, typer.Option(help="configurations with two heated runs")] = 12,
     threads: int = 1,
 ) -> None:
-    """Run what is missing, one run after another; the first repeat of all configurations first."""
+    """Run what is missing, one run after another; those from the frames first."""
     out.mkdir(parents=True, exist_ok=True)
     trajectory = MDAnalysis.Universe(data / "reline_425K.tpr", data / "reline_425K.trr").trajectory
-    for repeat in range(repeats):
-        for frame in chosen_frames(len(trajectory), configurations):
-            to = out / f"frame{frame:04d}_run{repeat}.npz"
-            if not to.exists():
-                sample_one(data, frame, repeat, threads, to)
-                typer.echo(f"{to.name} done")
+    frames = chosen_frames(len(trajectory), configurations)
+    order = [(frame, 0) for frame in frames]
+    order += [(frame, repeat) for frame in frames[:heated] for repeat in (1, 2)]
+    for frame, repeat in order:
+        to = out / f"frame{frame:04d}_run{repeat}.npz"
+        if not to.exists():
+            sample_one(data, frame, repeat, threads, to)
+            typer.echo(f"{to.name} done")
 
 
 if __name__ == "__main__":
