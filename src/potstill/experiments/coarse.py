@@ -118,9 +118,8 @@ class MeanForces(Settings):
         if self.apart in store.sources:
             mapped = store.labels("reference")["forces"]
             others["mapped forces"] = _error(mapped, store.labels(self.apart))
-        return {"runs": {name: _error(forces, mean) for name, forces in found.items()}} | {
-            "others": others
-        }
+        runs = {name: _error(forces, mean) for name, forces in found.items()}
+        return {"runs": runs, "others": others}
 
 
 def _error(forces: Tensor, mean: Properties) -> dict[str, float]:

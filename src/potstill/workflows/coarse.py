@@ -149,11 +149,16 @@ def train_coarse(config: CoarseConfig, display: Display) -> None:
 
 
 def _fit_prior(config: CoarseConfig) -> None:
-    file = Path(config.out) / "prior.pt"
-    if config.prior is not None and not file.is_file():
+    """Fit the prior, or check that the folder's is the one that is asked for."""
+    if config.prior is None:
+        return
+    file, temperature = Path(config.out) / "prior.pt", _temperature(config)
+    asked = {"prior": config.prior.model_dump(mode="json"), "temperature": temperature}
+    if not file.is_file():
         structures = LabeledStore.open(config.map.out).structures()
-        prior = fit_prior(structures, _temperature(config), **dict(config.prior))
-        save_potential(file, prior, {})
+        save_potential(file, fit_prior(structures, temperature, **dict(config.prior)), asked)
+    elif any(load_potential(file)[1].get(key) != value for key, value in asked.items()):
+        raise ConfigError(f"{file} is another prior: choose another folder")
 
 
 def _temperature(config: CoarseConfig) -> float:
