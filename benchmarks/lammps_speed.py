@@ -71,8 +71,8 @@ from potstill.workflows.training import train_from_config
 RESULTS = PARETO.with_name("lammps.json")
 CUTOFFS, RANKS = (5.5, 7.5), (1, 2)
 
-#: Students of aluminium: the default, two with tensors of fewer ranks, and by cutoff one that is meant
-#: for LAMMPS, with fewer channels and, within the shorter cutoff, fewer radial functions.
+#: Students of aluminium: the default, two with tensors of fewer ranks, and by cutoff one that is
+#: meant for LAMMPS, with fewer channels and, within the shorter cutoff, fewer radial functions.
 ALUMINIUM: dict[str, dict[float, dict[str, int]]] = {
     "default": {cutoff: {"l_max": 3} for cutoff in CUTOFFS},
     "fast": {
