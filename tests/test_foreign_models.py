@@ -113,7 +113,7 @@ def test_what_is_wrong_with_a_model_is_said_with_the_config(
         load_config(path, TrainConfig)
 
 
-@pytest.mark.parametrize("kind", sorted(set(MODELS) - {"zbl", "offsets"}))
+@pytest.mark.parametrize("kind", sorted(set(MODELS) - {"zbl", "repulsion", "bonds", "offsets"}))
 def test_every_network_is_built_from_its_documented_defaults(kind: str) -> None:
     hyper_class = model_class(kind).hyper_class
     assert hyper_class is not None

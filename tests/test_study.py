@@ -184,7 +184,7 @@ def test_students_learn_from_the_teacher_that_their_strategy_names(tmp_path: Pat
     run_experiment(experiment, folder)
     parts, _ = load_parts(config.data.parts)
     run = next(r for r in experiment.runs() if r.variant.strategy == "other_student")
-    training, _, _ = _training_data(experiment, folder, run)
+    training = _training_data(experiment, folder, run)[0]["train"]
     teacher, _ = load_potential(folder / "other_teacher-teacher-0" / "best.pt")
     expected = teacher.predict(parts["train"].structures, properties=("atomic_energies",))
     torch.testing.assert_close(

@@ -155,6 +155,8 @@ class CoarseStudy(Study):
         Hyper-parameters beside those of `common`; a student is like a teacher by default.
     students : dict of str to Learned
         Students by name. One on mapped forces alone is a control.
+    measure : None
+        Liquids of beads are judged by `potstill coarse run`.
     w_total, w_bead : float
         Weights of total energies (per bead) and of energies of beads beside forces, which have 1.
     """
@@ -167,6 +169,7 @@ class CoarseStudy(Study):
     teacher: dict[str, Any] = Field(default_factory=dict)
     student: dict[str, Any] | None = None
     students: dict[str, Learned] = Field(default_factory=lambda: dict(STUDENTS))
+    measure: None = None
     w_total: float = Field(default=1.0, ge=0)
     w_bead: float = Field(default=1.0, ge=0)
 

@@ -88,7 +88,7 @@ def _pareto(results: Results) -> Drawing:
 
 def _capacity(results: Results) -> Drawing:
     panels = []
-    for metric in results.measured(JUDGED) if len(results.sizes) > 1 else ():
+    for metric in results.measured(JUDGED) if any(results.sizes) else ():
         levels = [
             Series(name, [], [values[metric.key] * metric.scale], kind="level")
             for name, values in results.baselines.items()
