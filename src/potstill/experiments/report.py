@@ -110,8 +110,12 @@ def row_of(finished: Finished, run: Run, measured: Mapping[str, Any]) -> RunRow:
 
 
 def judging_set(record: RunRecord) -> str:
-    """The set whose errors are those of the tables: the first test set, if there is one."""
-    return next((name for name in record.metrics if name.startswith("test")), "validation")
+    """The set whose errors are those of the tables: the first test set, if there is one.
+
+    Given ones come before what was split off.
+    """
+    given = (name for name in record.metrics if name.startswith("test:"))
+    return next(given, "test" if "test" in record.metrics else "validation")
 
 
 def _given_teacher(name: str, errors: Mapping[str, Any]) -> RunRow:
