@@ -63,7 +63,7 @@ class JudgeSettings(Settings):
     tests : dict of str to dict
         Evaluations, with their settings.
     seeds : int
-        Models of each kind that are judged.
+        Models of each kind that are judged, those of the first seeds.
     models : dict of str to TeacherSettings
         Others to judge beside them, such as a pair potential.
     """
@@ -205,8 +205,7 @@ def judge(finished: Finished, config: CoarseConfig, display: Display) -> Finding
     write_extxyz(start, store.structures().select([0]).to_ase(), ("symbols", "positions"))
     models = {
         run.name: TestedModel(spec=str(finished.best(run)), role=run.variant.role)
-        for run in finished.records
-        if run.seed < own.seeds
+        for run in _first(finished, own.seeds)
     }
     models[ENSEMBLE] = TestedModel(spec=str(_ensemble_file(finished)), role=Role.TEACHER)
     models |= {name: TestedModel(**dict(model)) for name, model in own.models.items()}
@@ -223,6 +222,14 @@ def judge(finished: Finished, config: CoarseConfig, display: Display) -> Finding
     return evaluate(settings, display)
 
 
+def _first(finished: Finished, n: int) -> list[Run]:
+    """The runs of the first n seeds of every variant."""
+    found: dict[str, list[Run]] = {}
+    for run in sorted(finished.records, key=lambda run: run.seed):
+        found.setdefault(run.variant.name, []).append(run)
+    return [run for runs in found.values() for run in runs[:n]]
+
+
 def _ensemble_file(finished: Finished) -> Path:
     file = finished.folder / "ensemble.pt"
     if not file.is_file():
@@ -233,7 +240,8 @@ def _ensemble_file(finished: Finished) -> Path:
 
 def _one_of_each(finished: Finished, found: Findings) -> Findings:
     """Results of the first seed of every kind of model, and of the others."""
-    left_out = {run.name for run in finished.records if run.seed}
+    shown = {run.name for run in _first(finished, 1)}
+    left_out = {run.name for run in finished.records} - shown
     results = {
         name: {model: own for model, own in results.items() if model not in left_out}
         for name, results in found.results.items()
