@@ -290,19 +290,12 @@ def study(
       potstill study studies/feature_distillation/3bpa.yaml --out run/3bpa --workers 2
     """
     from potstill.config import load_study
-    from potstill.display import seconds_in_words
     from potstill.experiments.report import report_experiment
-    from potstill.experiments.run import run_experiment
-    from potstill.experiments.scheduler import Progress
-
-    def show(progress: Progress) -> None:
-        left = seconds_in_words(progress.seconds_left)
-        task.update(progress.done, note=f"{progress.job}, about {left} left")
+    from potstill.experiments.run import train_with_progress
 
     experiment = load_study(config)
     command = shlex.join(["potstill", *sys.argv[1:]])
-    with display.task(experiment.title, len(experiment.runs())) as task:
-        run_experiment(experiment, out, workers=workers, on_progress=show)
+    train_with_progress(experiment, out, display, workers=workers)
     report_experiment(experiment, out, command=command, on_model=display.say)
     display.say(f"Report: {out / 'report.html'}")
 

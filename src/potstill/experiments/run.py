@@ -16,6 +16,7 @@ from ase.calculators.calculator import BaseCalculator
 from pydantic import ValidationError
 
 from potstill.checkpoint import load_potential
+from potstill.display import Display, seconds_in_words
 from potstill.distill.taps import TapPair, resolve_taps
 from potstill.errors import ConfigError, DataError
 from potstill.evaluate.base import Result
@@ -225,6 +226,19 @@ def run_experiment(
         threads=1 if workers > 1 else torch.get_num_threads(),
         on_progress=on_progress,
     )
+
+
+def train_with_progress(
+    experiment: Experiment, folder: str | Path, display: Display, *, workers: int = 1
+) -> None:
+    """`run_experiment` with a progress bar."""
+
+    def show(progress: Progress[Run]) -> None:
+        left = seconds_in_words(progress.seconds_left)
+        task.update(progress.done, note=f"{progress.job}, about {left} left")
+
+    with display.task(experiment.title, len(experiment.runs())) as task:
+        run_experiment(experiment, folder, workers=workers, on_progress=show)
 
 
 def train_run(experiment: Experiment, folder: Path, run: Run, threads: int) -> None:

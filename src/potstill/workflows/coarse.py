@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 
 from potstill.checkpoint import load_potential, save_potential
 from potstill.coarse.prior import fit_prior
-from potstill.display import seconds_in_words
 from potstill.errors import ConfigError
 from potstill.evaluate.base import BenchSettings, Findings, Role
 from potstill.evaluate.stability import OwnDynamics
@@ -18,8 +17,7 @@ from potstill.evaluate.table import EVALUATIONS, Options
 from potstill.experiments.coarse import ENSEMBLE, TEACHERS, CoarseStudy, ensemble_of
 from potstill.experiments.measures import Finished
 from potstill.experiments.report import report_experiment
-from potstill.experiments.run import finished_runs, run_experiment
-from potstill.experiments.scheduler import Progress
+from potstill.experiments.run import finished_runs, train_with_progress
 from potstill.experiments.spec import Run
 from potstill.report.page import Section
 from potstill.report.plots import write_figure
@@ -138,14 +136,7 @@ def train_coarse(config: CoarseConfig, display: Display) -> None:
     """Map, then train all teachers and students, or those that are left."""
     map_to_beads(config.map, display)
     _fit_prior(config)
-    experiment = config.train.experiment
-
-    def show(progress: Progress[Run]) -> None:
-        left = seconds_in_words(progress.seconds_left)
-        task.update(progress.done, note=f"{progress.job}, about {left} left")
-
-    with display.task(experiment.title, len(experiment.runs())) as task:
-        run_experiment(experiment, config.out, workers=config.workers, on_progress=show)
+    train_with_progress(config.train.experiment, config.out, display, workers=config.workers)
 
 
 def _fit_prior(config: CoarseConfig) -> None:
