@@ -27,8 +27,8 @@ from potstill.report.tables import Spread
 
 JUDGED = (
     "forces_rmse",
-    "mean_force_rmse",
     "energy_per_atom_rmse",
+    "mean_force_rmse",
     "rdf_error",
     "adf_error",
     "cdf_error",
@@ -145,7 +145,8 @@ def _cost(results: Results) -> Drawing:
 
 
 def _seeds(results: Results, known: Mapping[str, Look]) -> Drawing:
-    categories = [f"{known[group.strategy].label}, {group.size}" for group in results.ordered]
+    named = ((known[group.strategy].label, group.size) for group in results.ordered)
+    categories = [", ".join(filter(None, name)) for name in named]
     panels: list[Panel] = []
     for metric in results.measured(JUDGED[:2]):
         series = []

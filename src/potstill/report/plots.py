@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, Literal
 
 import matplotlib
@@ -87,7 +88,8 @@ def write_figure(
                 _draw_colors(canvas, axis, panel.colors)
             _draw_panel(axis, panel, known)
             letter = f"{chr(ord('A') + k)}  " if len(panels) > 1 else ""
-            axis.set_title(letter + panel.title, loc="left", fontweight="bold")
+            title = wrap(letter + panel.title, round(10 * width), break_on_hyphens=False)
+            axis.set_title("\n".join(title), loc="left", fontweight="bold")
         for axis in axes[len(panels) :]:
             axis.remove()
         if drawing.legend:
