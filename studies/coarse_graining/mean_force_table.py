@@ -6,9 +6,9 @@ python studies/coarse_graining/mean_force_table.py table mean_forces.zarr \
 
 The average over the run from the frame is o = F + e. Its error e is mostly that of orientations,
 which hardly change within a run, so that the run's own scatter does not show it. Where there are
-two heated runs h1 and h2, whose errors are independent of it and of one another,
+heated runs h1, h2, ..., whose errors are independent of it and of one another,
 
-    <e²> = <(o - h1) (o - h2)>
+    <e²> = <(o - hi) (o - hj)>,  i ≠ j
 
 (the three-cornered hat), and likewise for the heated runs, whose errors are larger: what they froze
 in on cooling. The measured mean force weighs the runs of a frame by their inverse variances; s² is
@@ -24,6 +24,7 @@ frames.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -82,9 +83,10 @@ def autocorrelation(series: np.ndarray) -> np.ndarray:
     return c / c[0]
 
 
-def three_cornered(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> float:
-    """Mean square of the error of `a`, from two others with errors independent of it."""
-    return float(np.mean((a - b) * (a - c)))
+def three_cornered(of: np.ndarray, others: list[np.ndarray]) -> float:
+    """Mean square of the error of `of`, by two or more others with errors independent of it."""
+    pairs = itertools.combinations(others, 2)
+    return float(np.mean([np.mean((of - a) * (of - b)) for a, b in pairs]))
 
 
 def statistics(runs: dict[int, list[dict[str, Any]]], of: np.ndarray) -> dict[str, Any]:
@@ -96,11 +98,15 @@ def statistics(runs: dict[int, list[dict[str, Any]]], of: np.ndarray) -> dict[st
     halves = [np.array_split(x, 2) for x in series]
     # The difference of halves has four times the variance of the mean over both.
     sampling = np.mean([(a.mean(0) - b.mean(0)) ** 2 for a, b in halves]) / 4
-    triples = [[run["mean"][of] for run in some] for some in runs.values() if len(some) > 2]
-    if not triples:
+    several = [[run["mean"][of] for run in some] for some in runs.values() if len(some) > 2]
+    if not several:
         raise typer.BadParameter("no frame has two heated runs, which measure the error")
-    errors = [three_cornered(*triple) for triple in triples]
-    heated = [three_cornered(t[k], t[0], t[3 - k]) for t in triples for k in (1, 2)]
+    errors = [three_cornered(some[0], some[1:]) for some in several]
+    heated = [
+        three_cornered(some[k], some[:k] + some[k + 1 :])
+        for some in several
+        for k in range(1, len(some))
+    ]
     error = max(float(np.mean(errors)), sampling)
     states = error - sampling
     opposite = [

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated
 
@@ -140,8 +141,8 @@ def energies(folder: Path) -> np.ndarray:
     return np.loadtxt(folder / "energy.xvg", comments=("#", "@"))
 
 
-def sample_one(data: Path, frame: int, repeat: int, threads: int, to: Path) -> None:
-    """One run at the centers of one frame; mapped forces and what is needed to judge them."""
+def prepare(data: Path, frame: int, repeat: int, to: Path) -> Path:
+    """Folder of one run at the centers of one frame, ready for mdrun."""
     universe = MDAnalysis.Universe(data / "reline_425K.tpr", data / "reline_425K.trr")
     universe.trajectory[frame]
     raw = sum_per_molecule(universe, universe.atoms.forces) * KJ_PER_MOL
@@ -171,14 +172,31 @@ def sample_one(data: Path, frame: int, repeat: int, threads: int, to: Path) -> N
     files = ["-f", "run.mdp", "-c", "start.gro", "-n", "index.ndx", "-o", "run.tpr"]
     topology = data.resolve() / "topology" / "reline_60.top"
     gromacs(folder, "grompp", *files, "-p", topology, "-maxwarn", 1)
-    threading = ["-ntmpi", 1, "-ntomp", threads]
-    gromacs(folder, "mdrun", "-s", "run.tpr", "-deffnm", "run", "-pf", "pull.xvg", *threading)
+    np.savez(
+        folder / "start.npz",
+        frame=frame,
+        repeat=repeat,
+        cell=universe.dimensions[:3],
+        molecules=universe.residues.resnames.astype("U4"),
+        masses=universe.residues.masses,
+        centers=centers,
+        raw=raw,
+    )
+    return folder
 
+
+def reduce(data: Path, folder: Path, to: Path) -> None:
+    """Mapped forces of a finished run, and what is needed to judge them, in one file."""
+    with np.load(folder / "start.npz") as held:
+        start = {name: held[name] for name in held.files}
+    centers = start["centers"]
     run = MDAnalysis.Universe(data / "reline_425K.tpr", folder / "run.trr")
     times, forces, turning, moved = [], [], [], 0.0
     for step in run.trajectory:
-        times.append(step.time)
-        forces.append(sum_per_molecule(run, run.atoms.forces) * KJ_PER_MOL)
+        # The part before is not used, and would be most of the file.
+        if step.time >= DISCARDED[min(int(start["repeat"]), 1)]:
+            times.append(step.time)
+            forces.append(sum_per_molecule(run, run.atoms.forces) * KJ_PER_MOL)
         if step.has_positions and round(step.time / STEP) % AXES_EVERY == 0:
             run.atoms.unwrap(compound="residues", reference="com")
             away = run.atoms.center_of_mass(compound="residues") - centers
@@ -189,13 +207,7 @@ def sample_one(data: Path, frame: int, repeat: int, threads: int, to: Path) -> N
     log = (folder / "run.log").read_text().split("\n")
     np.savez_compressed(
         to.with_suffix(".partial.npz"),
-        frame=frame,
-        repeat=repeat,
-        cell=universe.dimensions[:3],
-        molecules=universe.residues.resnames.astype("U4"),
-        masses=universe.residues.masses,
-        centers=centers,
-        raw=raw,
+        **start,
         times=np.array(times),
         forces=np.array(forces, dtype=np.float32),
         constraint_times=pull[1:, 0],
@@ -207,6 +219,14 @@ def sample_one(data: Path, frame: int, repeat: int, threads: int, to: Path) -> N
         energies=energies(folder),
     )
     to.with_suffix(".partial.npz").rename(to)
+
+
+def sample_one(data: Path, frame: int, repeat: int, threads: int, to: Path) -> None:
+    """Prepare, run and reduce one run, and remove its folder."""
+    folder = prepare(data, frame, repeat, to)
+    threading = ["-ntmpi", 1, "-ntomp", threads]
+    gromacs(folder, "mdrun", "-s", "run.tpr", "-deffnm", "run", "-pf", "pull.xvg", *threading)
+    reduce(data, folder, to)
     shutil.rmtree(folder)
 
 
@@ -215,20 +235,25 @@ def sample(
     data: Annotated[Path, typer.Argument(help="folder with reline_425K.trr, .tpr and topology/")],
     out: Annotated[Path, typer.Argument(help="folder of the runs; finished ones are kept")],
     configurations: int = 12,
-    heated: Annotated[int, typer.Option(help="configurations with two heated runs")] = 12,
-    threads: int = 1,
+    heated: Annotated[int, typer.Option(help="heated runs of each configuration")] = 2,
+    jobs: Annotated[int, typer.Option(help="runs at a time")] = 2,
+    threads: Annotated[int, typer.Option(help="of each run")] = 1,
 ) -> None:
-    """Run what is missing, one run after another; those from the frames first."""
+    """Run what is missing; those from the frames first."""
     out.mkdir(parents=True, exist_ok=True)
     trajectory = MDAnalysis.Universe(data / "reline_425K.tpr", data / "reline_425K.trr").trajectory
     frames = chosen_frames(len(trajectory), configurations)
-    order = [(frame, 0) for frame in frames]
-    order += [(frame, repeat) for frame in frames[:heated] for repeat in (1, 2)]
-    for frame, repeat in order:
-        to = out / f"frame{frame:04d}_run{repeat}.npz"
-        if not to.exists():
-            sample_one(data, frame, repeat, threads, to)
-            typer.echo(f"{to.name} done")
+    order = [(frame, repeat) for repeat in range(heated + 1) for frame in frames]
+    missing = [
+        (frame, repeat, to)
+        for frame, repeat in order
+        if not (to := out / f"frame{frame:04d}_run{repeat}.npz").exists()
+    ]
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = {pool.submit(sample_one, data, f, r, threads, to): to for f, r, to in missing}
+        for run in as_completed(runs):
+            run.result()
+            typer.echo(f"{runs[run].name} done")
 
 
 if __name__ == "__main__":
