@@ -123,6 +123,21 @@ def test_spread_weighs_terms_of_the_ensemble():
         Learned(forces="teacher", by_spread=True)
 
 
+def test_students_of_another_size_have_controls_of_theirs():
+    small = {"hyperparameters": {"n_features": 8}}
+    students = {
+        "mapped": {"forces": "mapped"},
+        "ensemble": {},
+        "small-mapped": {"forces": "mapped", **small},
+        "small-ensemble": {**small},
+    }
+    variants = study(students=students, student={"l_max": 1}).experiment.by_name
+    assert variants["ensemble"].against == ("mapped",)
+    assert variants["small-ensemble"].against == ("small-mapped",)
+    own = variants["small-ensemble"].settings_of(0).model.hyperparameters
+    assert own == {"l_max": 1, "n_features": 8}
+
+
 def test_mistakes_of_a_study_are_told():
     with pytest.raises(ValueError, match="1 teachers are fewer than the seeds ask for"):
         study(n_teachers=1)

@@ -56,11 +56,14 @@ class Learned(Settings):
         set, is zero.
     by_spread : bool
         Weigh forces and energies of beads less where the teachers of the ensemble differ.
+    hyperparameters : dict
+        Of this student, beside those of all students: a smaller one, say.
     """
 
     forces: Literal["mapped", "teacher", "ensemble"] = "ensemble"
     energies: Literal["none", "total", "per_bead"] = "none"
     by_spread: bool = False
+    hyperparameters: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _spread_of_several(self) -> Learned:
@@ -154,7 +157,7 @@ class CoarseStudy(Study):
     teacher, student : dict
         Hyper-parameters beside those of `common`; a student is like a teacher by default.
     students : dict of str to Learned
-        Students by name. One on mapped forces alone is a control.
+        Students by name. One on mapped forces alone is the control of those of its size.
     measure : None
         Liquids of beads are judged by `potstill coarse run`.
     w_total, w_bead : float
@@ -234,7 +237,8 @@ class CoarseStudy(Study):
 
     def _student(self, name: str, own: Learned, members: tuple[int, ...]) -> Variant:
         """A student: the terms of the common loss are its own where forces are mapped ones."""
-        settings = self._settings(self.teacher if self.student is None else self.student)
+        size = self.teacher if self.student is None else self.student
+        settings = self._settings({**size, **own.hyperparameters})
         taught: list[LossTerm] = []
         if own.forces != "mapped":
             forces = [t for t in settings.label_terms if t.property == "forces"]
@@ -257,7 +261,11 @@ class CoarseStudy(Study):
                 if t.property != "energy"
             ]
         one = TrainedTeacher(TEACHERS)
-        controls = tuple(other for other, its in self.students.items() if not its.taught)
+        controls = tuple(
+            other
+            for other, its in self.students.items()
+            if not its.taught and its.hyperparameters == own.hyperparameters
+        )
         return Variant(
             name,
             Role.STUDENT if own.taught else Role.CONTROL,
