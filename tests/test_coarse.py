@@ -201,7 +201,11 @@ def config(folder: Path):
                 "epochs": 4,
                 "batch_size": 2,
             },
-            "students": {"mapped": {"forces": "mapped"}, "best": {"energies": "per_bead"}},
+            "students": {
+                "mapped": {"forces": "mapped"},
+                "best": {"energies": "per_bead"},
+                "plain": {},
+            },
         },
         "run": {
             "timestep": 5.0,
@@ -221,7 +225,9 @@ def test_one_command_leads_from_a_trajectory_to_a_report(tmp_path):
     assert result.exit_code == 0, result.output
     run = tmp_path / "run"
     found = json.loads((run / "results.json").read_text())
-    assert set(found["runs"]) == {"teacher-0", "teacher-1", "mapped-0", "best-0"}
+    assert set(found["runs"]) == {"teacher-0", "teacher-1", "mapped-0", "best-0", "plain-0"}
+    kept = [file.stem.split("_", 1)[1] for file in (run / "labels").iterdir()]
+    assert sorted(kept) == ["atomic_energies", "forces"], "students ask the ensemble once"
     numbers = found["measures"]["evaluations"]
     assert {"rdf_error", "rdf_noise", "failed_runs"} <= numbers["runs"]["best-0"].keys()
     assert ENSEMBLE in numbers["others"]

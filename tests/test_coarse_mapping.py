@@ -597,7 +597,7 @@ def test_both_maps_have_the_same_mean_force_in_a_real_liquid(tmp_path):
     pytest.importorskip("MDAnalysis", reason="needs the extra 'coarse'")
     folder = data_path("reline")
     study = Path(__file__).parents[1] / "studies/coarse_graining/reline_fine.yaml"
-    beads = read_yaml(study)["beads"]
+    beads = read_yaml(study)["map"]["beads"]
     trajectory = open_trajectory(
         [TrajectoryFile(str(folder / "reline_425K.trr"), index="100::20")],
         topology=str(folder / "reline_425K.tpr"),

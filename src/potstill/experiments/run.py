@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from ase.calculators.calculator import BaseCalculator
 from pydantic import ValidationError
+from torch import Tensor
 
 from potstill.checkpoint import load_potential
 from potstill.display import Display, seconds_in_words
@@ -31,18 +32,21 @@ from potstill.evaluate.tools import machine_description
 from potstill.experiments.scheduler import Progress, run_jobs
 from potstill.experiments.spec import (
     TEACHER,
+    Committee,
     Errors,
     Experiment,
     GivenTeacher,
     Run,
     StoredTeacher,
 )
+from potstill.files import write_atomically
 from potstill.metrics import S2EF_METRICS, Estimate
 from potstill.models import MeanPotential, Potential
 from potstill.properties import LEARNABLE
 from potstill.store import LabeledStore
 from potstill.structures import Properties, Structures
 from potstill.teachers import Teacher, teacher_from_potential
+from potstill.teachers.base import fingerprint_of
 from potstill.teachers.potential import PotentialTeacher, describe_potential
 from potstill.train import TrainingSet, TrainSettings, train
 from potstill.train.state import versions
@@ -347,9 +351,7 @@ def _training_data(
             own = LabeledStore.open(str(data.parts.store)).labels(given.source)
         else:
             assert teacher is not None
-            own, failures = teacher.label(part.structures, asked)
-            if failures:
-                raise ConfigError(f"the teacher could not label {len(failures)} structures")
+            own = _labels_of(teacher, part.structures, asked, run, folder)
         return replace(part, labels={**part.labels, TEACHER: own})
 
     parts, _ = load_parts(data.parts, complete=with_labels)
@@ -366,6 +368,26 @@ def _training_data(
     # Stored features need no teacher; with one, training asks it about the validation set, too.
     online = data.features == "online" or settings.augment is not None
     return parts, {TEACHER: teacher} if online else {}
+
+
+def _labels_of(
+    teacher: Teacher, structures: Structures, names: list[str], run: Run, folder: Path
+) -> Properties:
+    """Labels of a teacher. Those of a committee are kept, for many students ask it the same."""
+    stem = fingerprint_of(teacher.info.fingerprint, structures.fingerprints())
+    files = {name: folder / "labels" / f"{stem}_{name}.pt" for name in names}
+    is_kept = isinstance(run.variant.teacher, Committee)
+    missing = [name for name in names if not (is_kept and files[name].is_file())]
+    found: dict[str, Tensor] = {}
+    if missing:
+        labels, failures = teacher.label(structures, missing)
+        if failures:
+            raise ConfigError(f"the teacher could not label {len(failures)} structures")
+        found = labels.values
+    for name in missing if is_kept else ():
+        write_atomically(files[name], partial(torch.save, found[name]))
+    kept = {name: torch.load(files[name]) for name in names if name not in found}
+    return Properties(found | kept)
 
 
 def _teacher(experiment: Experiment, folder: Path, run: Run) -> Teacher:
