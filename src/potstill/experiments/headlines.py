@@ -65,8 +65,9 @@ def _models(results: Results) -> Table:
         "All models beside one another",
         ("Model", "Parameters", "Seeds", *labels, "Times faster than all teachers"),
         tuple(body),
-        "Mean ± standard deviation over seeds. Errors of forces on the test set; those of "
-        "structure are distances from the mapped trajectory, see docs/coarse-graining.md.",
+        "Mean ± standard deviation over seeds. Errors of forces are on the test set, those of "
+        "structure are differences from the mapped trajectory. Time is that of dynamics in ASE; "
+        "pair potentials are faster by far in LAMMPS.",
     )
 
 
@@ -129,9 +130,9 @@ def _speed(results: Results) -> list[Verdict]:
     members = sum(len(g.rows) for g in results.ordered if g.variant.role is Role.TEACHER)
     if student is None or not math.isfinite(ratio):
         return []
-    text = f"{_name(student)} is {number(ratio)} times faster than all {members} teachers."
+    text = f"Speed: {_name(student)} is {number(ratio)} times faster than all {members} teachers."
     bar = f"a student {number(_SPEEDUP * members)} times faster than all teachers"
-    return [Verdict(text[0].upper() + text[1:], bar, ratio >= _SPEEDUP * members)]
+    return [Verdict(text, bar, ratio >= _SPEEDUP * members)]
 
 
 # -- models ----------------------------------------------------------------------------------------

@@ -15,14 +15,20 @@ from potstill.evaluate.base import BenchSettings, Findings, Role
 from potstill.evaluate.stability import OwnDynamics
 from potstill.evaluate.table import EVALUATIONS, Options
 from potstill.evaluate.tools import is_checkpoint
-from potstill.experiments.coarse import ENSEMBLE, TEACHERS, CoarseStudy, ensemble_of
+from potstill.experiments.coarse import (
+    ENSEMBLE,
+    MAPPED_FORCES,
+    TEACHERS,
+    CoarseStudy,
+    ensemble_of,
+)
 from potstill.experiments.headlines import headlines
 from potstill.experiments.measures import Finished
 from potstill.experiments.report import report_experiment
 from potstill.experiments.run import finished_runs, train_with_progress
 from potstill.experiments.spec import Run
 from potstill.report.page import Section
-from potstill.report.panels import looks
+from potstill.report.panels import Look, looks
 from potstill.report.plots import write_figure
 from potstill.store import LabeledStore
 from potstill.workflows.base import (
@@ -208,7 +214,7 @@ def run_coarse(config: CoarseConfig, display: Display, *, command: str = "") -> 
     found = judge(finished, config, display)
     (folder / "report").mkdir(exist_ok=True)
     shown = _one_of_each(finished, found)
-    known = looks([*finished.experiment.by_name, *finished.others])
+    known = _looks(finished, config)
     figures = tuple(
         write_figure(folder / "report", drawing, known)
         for name in EVALUATIONS
@@ -288,17 +294,21 @@ def _ensemble_file(finished: Finished) -> Path:
 
 
 def _one_of_each(finished: Finished, found: Findings) -> Findings:
-    """Results of the first seed of every kind of model, under its name, and of the others."""
-    kinds = {run.name: run.variant.name for run in _first(finished, 1)}
-    left_out = {run.name for run in finished.records} - set(kinds)
+    """Results of the first seed of every kind of model, and of the others."""
+    shown = {run.name for run in _first(finished, 1)}
+    left_out = {run.name for run in finished.records} - shown
     results = {
-        name: {
-            kinds.get(model, model): own for model, own in results.items() if model not in left_out
-        }
+        name: {model: own for model, own in results.items() if model not in left_out}
         for name, results in found.results.items()
     }
-    roles = {kinds.get(model, model): role for model, role in found.roles.items()}
-    return replace(found, results=results, roles=roles)
+    return replace(found, results=results)
+
+
+def _looks(finished: Finished, config: CoarseConfig) -> dict[str, Look]:
+    """Looks of all models, with those of a run like those of its kind in all figures."""
+    kinds = finished.experiment.by_name
+    known = looks(sorted({*kinds, *finished.others, *config.run.models, MAPPED_FORCES}))
+    return known | {run.name: known[run.variant.name] for run in finished.records}
 
 
 def _numbers(finished: Finished, found: Findings) -> dict[str, Any]:

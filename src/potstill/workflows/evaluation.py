@@ -8,6 +8,7 @@ done; what a file holds already is not computed again, unless the model has been
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -314,7 +315,7 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
     )
     display = display or Display()
     if config.dynamics is not None:
-        claim_folder(Path(config.out), config)
+        _claim(config, Path(config.out))
         _forget_retrained(models, bench, Path(config.out), display)
         bench = _with_dynamics(bench, config.dynamics, candidates, Path(config.out), display)
     every = make_evaluations({name: config.options.get(name, {}) for name in EVALUATIONS})
@@ -326,7 +327,7 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
     ]
     for name in names:
         every[name].require(bench)
-    claim_folder(Path(config.out), config)
+    _claim(config, Path(config.out))
     _forget_retrained(models, bench, Path(config.out), display)
     moving = [candidate for name, candidate in candidates.items() if name in (bench.frames or {})]
     chosen = []
@@ -346,16 +347,17 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
 def _forget_retrained(
     models: Sequence[Candidate], bench: Bench, folder: Path, display: Display
 ) -> None:
-    """Delete dynamics and results of models whose weights are others than when they were made."""
+    """Delete dynamics and results of models that are others than when these were made."""
     known = read_json(folder / MODELS, {})
     now = {
-        model.name: potential_fingerprint(model.potential)
+        model.name: f"{model.spec} {json.dumps(model.args, sort_keys=True, default=str)}"
+        if model.potential is None
+        else potential_fingerprint(model.potential)
         for model in models
-        if model.potential is not None
     }
     changed = {name for name, weights in now.items() if known.get(name, weights) != weights}
     for name in sorted(changed):
-        display.say(f"{name} has been trained anew: its dynamics and evaluations are done again")
+        display.say(f"{name} is another model now: its dynamics and evaluations are done again")
         shutil.rmtree(folder / "dynamics" / name, ignore_errors=True)
     # Without a reference, the trajectory of a teacher may be what all are compared with.
     standard = bench.standard in {"", *changed} and any(
@@ -368,6 +370,12 @@ def _forget_retrained(
             write_json(folder / f"{name}.json", {k: v for k, v in results.items() if k not in gone})
     if known | now != known:
         write_json(folder / MODELS, known | now)
+
+
+def _claim(config: EvaluateConfig, folder: Path) -> None:
+    """Claim the folder; models may be added or trained anew, as results are kept by model."""
+    mine = tuple(f"models.{name}" for name in config.models)
+    claim_folder(folder, config, free=lambda key: key.startswith(mine))
 
 
 def _standard(candidates: Mapping[str, Candidate], frames: Mapping[str, Structures]) -> str:
