@@ -149,7 +149,12 @@ def _others(finished: Finished, measured: Mapping[str, Any]) -> list[RunRow]:
         for name, own in found.get("others", {}).items():
             numbers.setdefault(name, {}).update(own)
     sizes = {name: load_potential(file)[0].n_parameters for name, file in finished.others.items()}
-    return [RunRow(_other_run(name), sizes.get(name, 0), own) for name, own in numbers.items()]
+    return [
+        RunRow(
+            Run(Variant(name, Role.OTHER, name, "", TrainSettings()), -1), sizes.get(name, 0), own
+        )
+        for name, own in numbers.items()
+    ]
 
 
 def _errors_of_others(finished: Finished) -> dict[str, dict[str, float]]:
@@ -162,10 +167,6 @@ def _errors_of_others(finished: Finished) -> dict[str, dict[str, float]]:
         structures, labels = part.structures, part.labels[data.source]
     potentials = {name: load_potential(file)[0] for name, file in finished.others.items()}
     return {name: property_errors(p, structures, labels) for name, p in potentials.items()}
-
-
-def _other_run(name: str) -> Run:
-    return Run(Variant(name, Role.OTHER, name, "", TrainSettings()), -1)
 
 
 def report_sections(

@@ -114,7 +114,7 @@ def make_baselines(wanted: Baselines, beads: Beads, folder: Path, display: Displ
     if wanted.ibi is not None:
         display.say("iterative Boltzmann inversion")
         own = {"out": str(folder / "ibi"), "store": beads.store, "temperature": beads.temperature}
-        invert_distributions(IbiConfig(**dict(wanted.ibi), **own), display)
+        invert_distributions(IbiConfig.model_validate(dict(wanted.ibi) | own), display)
 
 
 def _match(own: PairFit, beads: Beads, source: str, folder: Path, display: Display) -> None:
