@@ -1,6 +1,8 @@
 """The road from a trajectory to force fields of beads: map, train, run, report."""
 
+import csv
 import json
+import re
 from pathlib import Path
 
 import ase
@@ -10,17 +12,27 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from data import data_path
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential, save_potential
 from potstill.cli import app
-from potstill.config import CoarseConfig, write_settings
-from potstill.experiments.coarse import ENSEMBLE, CoarseStudy, Learned, _error
+from potstill.config import CoarseConfig, read_yaml, write_settings
+from potstill.display import Display
+from potstill.errors import DataError
+from potstill.evaluate.base import BenchSettings
+from potstill.evaluate.stability import OwnDynamics
+from potstill.experiments.coarse import ENSEMBLE, CoarseStudy, Learned, MeanForces, _error
+from potstill.experiments.measures import Finished
+from potstill.experiments.run import best_of
 from potstill.experiments.spec import TEACHER, Committee, TrainedTeacher
-from potstill.models import HIPNN, MeanPotential, SpeciesOffsets, SumPotential
+from potstill.models import HIPNN, MeanPotential, PairPotential, SpeciesOffsets, SumPotential
 from potstill.species import Species, SpeciesTable
+from potstill.store import LabeledStore
 from potstill.structures import Properties, Structures
 from potstill.teachers import make_teacher
 from potstill.testing import CONTRACT
+from potstill.workflows.evaluation import EvaluateConfig, TrajectoryData, evaluate
+from scripts import STUDIES
 
 KT = 0.03
 TABLE = SpeciesTable((Species("A", 30.0), Species("B", 18.0)))
@@ -149,10 +161,60 @@ def test_mistakes_of_a_study_are_told():
 
 def test_errors_of_measured_means_are_taken_off(tmp_path):
     """Labels that are off by their stated standard errors are no error of the model's."""
-    truth, model = torch.zeros(20000, 3, dtype=torch.float64), 0.03
+    structures = Structures.concatenate([liquid()] * 2000)
+    truth, model = torch.zeros(len(structures.species), 3, dtype=torch.float64), 0.03
     noise = 0.05 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
-    mean = Properties({"forces": truth + noise, "forces_std": torch.full_like(truth, 0.05)})
-    assert _error(truth + model, mean)["mean_force_rmse"] == pytest.approx(model, rel=0.02)
+    labels = {"forces": truth + noise, "forces_std": torch.full_like(truth, 0.05)}
+    found = _error(truth + model, Properties(labels), structures)
+    assert found["mean_force_rmse"] == pytest.approx(model, rel=0.02)
+    # Frames that were not measured do not count, whatever stands in their place.
+    there = torch.arange(2000) < 1500
+    labels["forces"] = torch.where(there[structures.system_index, None], labels["forces"], 7.0)
+    part = Properties(labels, dict.fromkeys(labels, there))
+    found = _error(truth + model, part, structures)
+    assert found["mean_force_rmse"] == pytest.approx(model, rel=0.03)
+    with pytest.raises(DataError, match="no frame of the measured mean forces has any"):
+        _error(truth, Properties(labels, dict.fromkeys(labels, there & ~there)), structures)
+
+
+def measured_forces(path, sources):
+    """Frames with mapped forces that are off by 0.3 and, by source, mean forces of 0.1."""
+    structures = Structures.concatenate([liquid(seed=k) for k in range(4)])
+    forces = torch.full((len(structures.species), 3), 0.1, dtype=torch.float64)
+    store = LabeledStore.create(path, TABLE, {})
+    store.append(structures, Properties({"forces": forces + 0.3}))
+    for source in sources:
+        labels = Properties({"forces": forces})
+        store.begin_labels(source, {"fingerprint": source, "properties": ["forces"]})
+        store.write_labels(source, 0, labels, structures, [])
+    return MeanForces(store=str(path))
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Two teachers whose mean is off by 0.1 from all mean forces: their own are zero."""
+    experiment = study(seeds=[0], n_teachers=2).experiment
+    runs = [run for run in experiment.runs() if run.variant.name == "teacher"]
+    for run in runs:
+        (tmp_path / run.name).mkdir()
+        save_potential(best_of(tmp_path, run), SpeciesOffsets(TABLE, [0.0, 0.0]), {})
+    save_potential(tmp_path / "pair.pt", PairPotential(TABLE, 3.0, 0.2), {})
+    others = {"pair": tmp_path / "pair.pt"}
+    return Finished(experiment, tmp_path, dict.fromkeys(runs), others=others)
+
+
+def test_mapped_forces_are_compared_with_runs_apart(finished, tmp_path):
+    """By default with the label set that mean_force_table.py writes them under."""
+    own = measured_forces(tmp_path / "a.zarr", ["mean_forces", "heated"])
+    found = own.measure(finished)
+    errors = {name: of["mean_force_rmse"] for name, of in found["others"].items()}
+    assert errors == pytest.approx({ENSEMBLE: 0.1, "pair": 0.1, "mapped forces": 0.3})
+    assert set(found["runs"]) == {"teacher-0", "teacher-1"}
+    lacking = measured_forces(tmp_path / "b.zarr", ["mean_forces"])
+    with pytest.raises(DataError, match="holds no labels of 'heated'"):
+        lacking.measure(finished)
+    without = lacking.model_copy(update={"apart": None}).measure(finished)
+    assert set(without["others"]) == {ENSEMBLE, "pair"}
 
 
 # -- all of it ------------------------------------------------------------------------------------
@@ -213,6 +275,15 @@ def config(folder: Path):
             "dynamics": {"n_runs": 2, "duration": 1.0, "equilibration": 0.2, "stride": 100.0},
             "tests": {"stability": {}, "rdf": {"r_max": 6.0, "n_bins": 30}},
         },
+        "baselines": {
+            "pair": {"model": {"cutoff": 5.5, "spacing": 0.25}},
+            "pair_student": {"model": {"cutoff": 5.5, "spacing": 0.25}},
+            "ibi": {
+                "model": {"cutoff": 5.5, "spacing": 0.25},
+                "n_iterations": 2,
+                "dynamics": {"n_replicas": 2, "n_frames": 5, "stride": 100, "equilibration": 100},
+            },
+        },
     }
     path = folder / "config.yaml"
     write_settings(path, CoarseConfig.model_validate(own))
@@ -230,7 +301,22 @@ def test_one_command_leads_from_a_trajectory_to_a_report(tmp_path):
     assert sorted(kept) == ["atomic_energies", "forces"], "students ask the ensemble once"
     numbers = found["measures"]["evaluations"]
     assert {"rdf_error", "rdf_noise", "failed_runs"} <= numbers["runs"]["best-0"].keys()
-    assert ENSEMBLE in numbers["others"]
+    beside = {ENSEMBLE, "pair", "pair_student", "ibi"}
+    assert numbers["others"].keys() == beside | {"reference"}
+    errors = found["measures"]["errors"]["others"]
+    assert errors.keys() == beside
+    # Forces between dimers are those of pairs: the fit is as good as the noise allows.
+    best = errors["pair"]["forces_rmse"]
+    assert best == pytest.approx(0.05, rel=0.1)
+    assert best < errors["pair_student"]["forces_rmse"]
+    summary = (run / "report" / "table_summary.md").read_text()
+    rows = re.findall(r"(?m)^\| ([^|]+) \|", summary)
+    assert {"all teachers", "pair", "pair student", "ibi", "best"} <= set(rows)
+    drawn = (run / "report" / "seeds.csv").read_text()
+    assert "pair" in drawn
+    assert "reference" not in drawn
+    page = (run / "report.html").read_text()
+    assert page.index("Force RMSE: smallest of pair") < page.index("All models beside one another")
     assert numbers["runs"]["best-0"]["failed_runs"] == 0.0
     assert (run / "report" / "rdf.png").is_file()
     assert "Structure" in (run / "report.html").read_text()
@@ -239,10 +325,132 @@ def test_one_command_leads_from_a_trajectory_to_a_report(tmp_path):
     student, _ = load_potential(run / "best-0" / "best.pt")
     assert "prior" in student.components
     # The zero of energies: of every kind of bead, the mean over the training set.
-    before = {p: p.stat().st_mtime_ns for p in run.rglob("best.pt")}
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*.pt")}
     again = CliRunner().invoke(app, ["coarse", "all", str(path)], catch_exceptions=False)
     assert again.exit_code == 0
-    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("best.pt")}
+    after = {p: p.stat().st_mtime_ns for p in run.rglob("*.pt")}
+    assert {p for p in before if before[p] != after[p]} <= {run / "baselines" / "ibi" / "best.pt"}
+
+
+def test_baselines_that_cannot_be_are_refused(tmp_path):
+    path = config(tmp_path)
+    data = read_yaml(path)
+    data["prior"] = {"bonds": [["dimer", "dimer"]]}
+    with pytest.raises(ValueError, match=r"baselines.ibi knows no bonds"):
+        CoarseConfig.model_validate(data)
+    data = read_yaml(path)
+    data["train"]["students"]["pair"] = {"forces": "mapped"}
+    with pytest.raises(ValueError, match="two models are called 'pair'"):
+        CoarseConfig.model_validate(data)
+
+
+def test_a_model_that_is_trained_anew_is_judged_anew(tmp_path):
+    """Its dynamics and results are made again; those of the others are kept."""
+    frames = Structures.concatenate([liquid(seed=k) for k in range(3)])
+    store = LabeledStore.create(tmp_path / "beads.zarr", TABLE, {})
+    store.append(frames, Properties({}))
+    for name in "ab":
+        save_potential(tmp_path / f"{name}.pt", SpeciesOffsets(TABLE, [0.0, 0.0]), {})
+
+    class Heard(Display):
+        def __init__(self):
+            self.said = []
+
+        def say(self, text):
+            self.said.append(text)
+
+    def judged(*names):
+        heard = Heard()
+        settings = EvaluateConfig(
+            models={name: {"spec": str(tmp_path / f"{name}.pt")} for name in names},
+            out=str(tmp_path / "evaluate"),
+            trajectories={"reference": TrajectoryData(path=str(tmp_path / "beads.zarr"))},
+            tests=("rdf",),
+            options={"rdf": {"r_max": 4.0, "n_bins": 20}},
+            settings=BenchSettings(temperature=300.0, timestep=5.0),
+            dynamics=OwnDynamics(n_runs=1, duration=0.1, equilibration=0, stride=50),
+        )
+        evaluate(settings, heard)
+        found = json.loads((tmp_path / "evaluate" / "rdf.json").read_text())
+        stamps = (tmp_path / "evaluate" / "dynamics").glob("?/segment_000000.npz")
+        return found, {p.parent.name: p.stat().st_mtime_ns for p in stamps}, heard.said
+
+    first, made, _ = judged("a")
+    both, made_both, said = judged("a", "b")  # models may be added
+    assert both["a"] == first["a"]
+    assert made_both["a"] == made["a"]
+    assert not said
+    soft = PairPotential(TABLE, 3.5, 0.25)
+    with torch.no_grad():
+        soft.coefficients.fill_(0.05)
+    save_potential(tmp_path / "a.pt", soft, {})
+    again, made_again, said = judged("a", "b")
+    assert said == ["a is another model now: its dynamics and evaluations are done again"]
+    assert made_again["a"] != made["a"]
+    assert made_again["b"] == made_both["b"]
+    assert again["b"] == both["b"]
+    assert again["a"] != both["a"]
+
+
+# -- reline ---------------------------------------------------------------------------------------
+
+
+def peak(table, pair):
+    """Distance of the maximum of g(r) by model, and where g(r) is zero below."""
+    panel = {row["series"]: ([], []) for row in table if row["title"] == pair}
+    for row in table:
+        if row["title"] == pair:
+            panel[row["series"]][0].append(float(row["x"]))
+            panel[row["series"]][1].append(float(row["y"]))
+    return {
+        name: (r[int(np.argmax(g))], min(x for x, y in zip(r, g, strict=True) if y > 0.01))
+        for name, (r, g) in panel.items()
+    }
+
+
+def test_a_reduced_study_of_reline(tmp_path):
+    """The config of the study with a few frames and epochs, two teachers and short runs."""
+    pytest.importorskip("MDAnalysis", reason="reads the trajectory of reline")
+    folder = data_path("reline")
+    data = read_yaml(STUDIES / "coarse_graining" / "reline.yaml")
+    data["out"] = str(tmp_path / "run")
+    data["map"] |= {
+        "trajectory": {"path": str(folder / "reline_425K.trr"), "index": "100:1200:22"},
+        "topology": str(folder / "reline_425K.tpr"),
+    }
+    small = {"dist_hard_max": 9.0, "l_max": 1, "n_sensitivities": 8, "n_channels": 8}
+    data["train"] |= {"seeds": [0], "n_teachers": 2, "data": {}}
+    data["train"]["common"] |= {"epochs": 4, "batch_size": 2}
+    data["train"]["common"]["model"]["hyperparameters"] = small
+    data["train"]["students"] = {"mapped": {"forces": "mapped"}, "ensemble": {}}
+    data["baselines"] = {"pair_student": None}
+    data["run"]["dynamics"] = {"n_runs": 2, "duration": 2, "equilibration": 1, "stride": 100}
+    data["run"]["tests"] = {"stability": {}, "rdf": {"r_max": 12.0, "n_bins": 60}}
+    path = tmp_path / "reline.yaml"
+    write_settings(path, CoarseConfig.model_validate(data))
+    result = CliRunner().invoke(app, ["coarse", "all", str(path)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    run = tmp_path / "run"
+    page = (run / "report.html").read_text()
+    assert all(f">{name}</h2>" in page for name in ("Models", "Structure", "Figures", "Tables"))
+    found = json.loads((run / "results.json").read_text())
+    numbers = found["measures"]["evaluations"]
+    models = numbers["runs"] | {k: v for k, v in numbers["others"].items() if k != "reference"}
+    assert len(models) == 6
+    assert all(own["failed_runs"] == 0.0 for own in models.values())  # no bead fused with another
+    # Better than no forces at all, whose relative error is one.
+    errors = {name: own["metrics"]["test"] for name, own in found["runs"].items()}
+    errors |= found["measures"]["errors"]["others"]
+    assert all(own["forces_relative_rmse"] < 0.98 for own in errors.values())
+    with open(run / "report" / "rdf.csv", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    for pair in ("choline-chloride", "chloride-urea", "urea-urea"):
+        places = peak(table, next(r["title"] for r in table if pair in r["title"]))
+        at, first = places.pop("reference")
+        assert len(places) == 5  # one teacher stands for both
+        for own, begin in places.values():
+            assert own == pytest.approx(at, abs=0.8)
+            assert begin == pytest.approx(first, abs=0.8)
 
 
 def test_a_temperature_is_needed(tmp_path):

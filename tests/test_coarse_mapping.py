@@ -1,6 +1,7 @@
 """Mapping of trajectories to beads: exact mean forces, MDAnalysis, refusals, resuming."""
 
 import sys
+import tracemalloc
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +48,9 @@ def trajectory_of(topology, positions, forces, cell=None):
     def snapshot(k: int) -> Snapshot:
         return Snapshot(f"memory:{k}", positions[k], forces[k], box, periodic)
 
-    return Trajectory(topology, (Part("memory", len(positions), positions.shape[1], snapshot),))
+    n_frames, n_atoms = positions.shape[:2]
+    part = Part("memory", n_frames, n_atoms, lambda k: map(snapshot, range(k, n_frames)))
+    return Trajectory(topology, (part,))
 
 
 def beads_of(store_path, n_beads):
@@ -399,6 +402,43 @@ def test_archives_of_beads_are_taken_as_they_are(tmp_path):
         open_trajectory([file], residues=[Residue(name="X", atoms=("P", "Q"))])
     with pytest.raises(DataError, match="no frames at the index '9:'"):
         open_trajectory([replace(file, index="9:")])
+
+
+@pytest.mark.parametrize("name", ["t.xyz", "t.xyz.gz", "t.npz", "packed.npz"])
+def test_one_frame_is_in_memory_at_a_time(tmp_path, name):
+    n_frames, n_atoms = 240, 300
+    rng = np.random.default_rng(0)
+    x, f = rng.normal(size=(2, n_frames, n_atoms, 3))
+    if name.endswith("npz"):
+        save = np.savez_compressed if name == "packed.npz" else np.savez
+        save(tmp_path / name, coords=x, forces=f, z=np.full(n_atoms, 18))
+    else:
+        frames = [ase.Atoms(f"Ar{n_atoms}", at) for at in x]
+        for atoms, own in zip(frames, f, strict=True):
+            atoms.arrays["forces"] = own
+        ase.io.write(tmp_path / name, frames, format="extxyz")
+    units = Units(energy="eV", length="Angstrom")
+    trajectory = open_trajectory([TrajectoryFile(str(tmp_path / name), units=units, index="4::2")])
+    assert len(trajectory) == 118
+    tracemalloc.start()
+    for k, frame in enumerate(trajectory.snapshots(start=5)):
+        assert np.abs(frame.positions - x[14 + 2 * k]).max() < 1e-7
+        assert np.abs(frame.forces - f[14 + 2 * k]).max() < 1e-7
+        assert frame.frame_id == f"{name}:{14 + 2 * k}"
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert k == 112
+    assert peak < 0.5 * (x.nbytes + f.nbytes)
+
+
+def test_frames_of_other_atoms_are_refused_where_they_come(tmp_path):
+    frames = [ase.Atoms(symbols, np.eye(3)) for symbols in ("OH2", "OH2", "H2O")]
+    for atoms in frames:
+        atoms.arrays["forces"] = np.zeros((3, 3))
+    ase.io.write(tmp_path / "w.xyz", frames)
+    trajectory = open_trajectory([TrajectoryFile(str(tmp_path / "w.xyz"))])
+    with pytest.raises(DataError, match=r"w.xyz:2 does not hold the same atoms"):
+        list(trajectory.snapshots())
 
 
 def test_extended_xyz_is_mapped(tmp_path):

@@ -82,7 +82,7 @@ def train(config: Whole, out: Folder = None, workers: Workers = None) -> None:
 
     An ensemble of teachers is trained on the mapped forces alone. Students learn any combination of
     forces (mapped, of one teacher, of all) and energies (none, total, of each bead) from them. Maps
-    the trajectory first, where that is not done.
+    the trajectory first, where that is not done, and fits the pair potentials of `baselines` last.
 
     [bold]Example[/bold]
 

@@ -14,10 +14,11 @@ from ase.data import chemical_symbols
 from potstill.coarse.settings import Residue
 from potstill.coarse.topology import Topology, import_mdanalysis, read_topology, topology_of
 from potstill.errors import ConfigError, DataError, MissingLabelError
-from potstill.readers import FORMATS, KeyMap, Units, as_slice, read
-from potstill.readers.base import frame_cells, needed, pick_label
-from potstill.readers.npz import load_archive, units_of
+from potstill.readers import FORMATS, KeyMap, Units, as_slice, count_extxyz, read, read_frames
+from potstill.readers.base import frame_cells, pick_label
+from potstill.readers.npz import open_archive, units_of
 from potstill.species import SpeciesTable
+from potstill.structures import Properties, Structures
 
 _OWN = {".xyz": "extxyz", ".extxyz": "extxyz", ".npz": "npz"}
 _PACKED = (".gz", ".bz2", ".xz")
@@ -51,7 +52,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Part:
-    """Frames of one file, each read when it is asked for by its number among those chosen.
+    """Frames of one file: `read` gives those from a number on, counted among those chosen.
 
     `names` and `masses` (amu) are what the file itself tells of its atoms.
     """
@@ -59,7 +60,7 @@ class Part:
     where: str
     n_frames: int
     n_atoms: int
-    read: Callable[[int], Snapshot]
+    read: Callable[[int], Iterator[Snapshot]]
     names: tuple[str, ...] | None = None
     masses: np.ndarray | None = None
 
@@ -77,7 +78,8 @@ class Trajectory:
     def snapshots(self, start: int = 0) -> Iterator[Snapshot]:
         """Frames from `start` on; only one at a time is in memory if the format allows it."""
         for part in self.parts:
-            yield from map(part.read, range(min(start, part.n_frames), part.n_frames))
+            if start < part.n_frames:
+                yield from part.read(start)
             start = max(start - part.n_frames, 0)
 
 
@@ -90,8 +92,8 @@ def open_trajectory(
 ) -> Trajectory:
     """Open a trajectory that is to be mapped.
 
-    Files in a format of MDAnalysis are read frame by frame; extended XYZ and NumPy archives are
-    held in memory.
+    Files in a format of MDAnalysis, extended XYZ and NumPy archives are read frame by frame; what
+    else potstill reads is held in memory.
 
     Parameters
     ----------
@@ -202,62 +204,76 @@ def _streamed(path: Path, file: TrajectoryFile, chosen: slice, n_atoms: int | No
             np.full(3, periodic),
         )
 
-    return Part(str(path), len(frames), n_found, snapshot)
+    return Part(
+        str(path), len(frames), n_found, lambda start: map(snapshot, range(start, len(frames)))
+    )
 
 
 def _labeled(path: Path, file: TrajectoryFile, name: str) -> Part:
-    """Frames by a reader of potstill."""
-    structures, labels = read(
-        path,
-        format=name,
-        keys=file.keys,
-        units=file.units,
-        require=("forces",),
-        index=file.index,
-        min_distance=0.0,
-    )
-    offsets = structures.atom_offsets.tolist()
-    n_atoms = offsets[1]
-    species = structures.species.numpy()
-    if len(species) != n_atoms * len(structures) or bool(
-        (species.reshape(-1, n_atoms) != species[:n_atoms]).any()
-    ):
-        raise DataError(f"{path}: its frames do not hold the same atoms in the same order")
+    """Frames by a reader of potstill, of extended XYZ one at a time."""
+    options: dict[str, Any] = {"require": ("forces",), "min_distance": 0.0}
+    options |= {"keys": file.keys, "units": file.units}
+    if name == "extxyz":
+        chosen = range(count_extxyz(path))[as_slice(file.index)]
 
-    def snapshot(k: int) -> Snapshot:
-        rows = slice(offsets[k], offsets[k + 1])
-        return Snapshot(
-            structures.name_of(k),
-            structures.positions[rows].numpy(),
-            labels["forces"][rows].numpy(),
-            structures.cell[k].numpy(),
-            structures.pbc[k].numpy(),
-        )
+        def pieces(start: int) -> Iterator[tuple[Structures, Properties]]:
+            return read_frames(path, chosen=chosen[start:], **options)
+    else:
+        structures, labels = read(path, format=name, index=file.index, **options)
+        chosen = range(len(structures))
 
-    names = tuple(structures.species_table.names[s] for s in species[:n_atoms])
-    masses = structures.masses[:n_atoms].numpy()
-    return Part(str(path), len(structures), n_atoms, snapshot, names, masses)
+        def pieces(start: int) -> Iterator[tuple[Structures, Properties]]:
+            every = (structures.rows([k]) for k in chosen[start:])
+            return ((structures.select(rows), labels.select(rows)) for rows in every)
+
+    first = next(pieces(0), None)
+    if first is None:
+        return Part(str(path), 0, 0, lambda start: iter(()))
+    names = _names(first[0])
+
+    def snapshots(start: int) -> Iterator[Snapshot]:
+        for frame, labels in pieces(start):
+            if _names(frame) != names:
+                raise DataError(
+                    f"{path}: {frame.name_of(0)} does not hold the same atoms in the same order as "
+                    f"the first frame"
+                )
+            arrays = (frame.positions, labels["forces"], frame.cell[0], frame.pbc[0])
+            yield Snapshot(frame.name_of(0), *(array.numpy() for array in arrays))
+
+    masses = first[0].masses.numpy()
+    return Part(str(path), len(chosen), len(names), snapshots, names, masses)
+
+
+def _names(frame: Structures) -> tuple[str, ...]:
+    """Names of the atoms of one frame."""
+    return tuple(frame.species_table.names[s] for s in frame.species.tolist())
 
 
 def _archive(path: Path, file: TrajectoryFile, chosen: slice) -> Part:
     """Frames of a NumPy archive of atoms or beads: nothing must tell their atomic numbers."""
-    held, where = load_archive(path), str(path)
-    positions = needed(held, "positions", file.keys, ("coords", "R"), where)
+    held, where = open_archive(path), str(path)
+    positions = pick_label(held, "positions", file.keys, ("coords", "R"), where)
+    if positions is None:
+        wanted = file.keys.positions or "coords' or 'R"
+        raise DataError(f"{where} has no '{wanted}'; it holds {', '.join(held) or 'nothing'}")
     forces = pick_label(held, "forces", file.keys, ("forces", "F"), where)
     if forces is None:
         raise MissingLabelError(f"{where} has no forces; it holds {', '.join(held)}")
-    if positions.ndim != 3 or positions.shape[2] != 3 or forces.shape != positions.shape:
+    if len(positions.shape) != 3 or positions.shape[2] != 3 or forces.shape != positions.shape:
         raise DataError(
             f"{where}: positions and forces have shapes {positions.shape} and {forces.shape}, not "
             f"both (frames, atoms, 3)"
         )
     factors = file.units.over(units_of(held, file.keys)).factors()
-    frames = range(len(positions))[chosen]
+    n_frames, n_atoms, _ = positions.shape
+    frames = range(n_frames)[chosen]
     usual = file.keys.cell or ("cell" if "cell" in held else "lattice")
-    cells, pbc = frame_cells(held, usual, file.keys, len(positions), where)
+    cells, pbc = frame_cells(held, usual, file.keys, n_frames, where)
     names, masses = None, None
     numbers = pick_label(held, "species", file.keys, ("nuclear_charges", "z", "beads"), where)
-    if numbers is not None and numbers.shape == positions.shape[1:2]:
+    if numbers is not None and numbers.shape == (n_atoms,):
+        numbers = numbers[()]
         if np.issubdtype(numbers.dtype, np.integer):
             names = tuple(chemical_symbols[z] for z in numbers.tolist())
             table = SpeciesTable.from_symbols(names)
@@ -265,13 +281,15 @@ def _archive(path: Path, file: TrajectoryFile, chosen: slice) -> Part:
         else:
             names = tuple(str(name) for name in numbers.tolist())
 
-    def snapshot(k: int) -> Snapshot:
-        return Snapshot(
-            f"{path.name}:{frames[k]}",
-            positions[frames[k]].astype(np.float64) * factors["length"],
-            forces[frames[k]].astype(np.float64) * factors["forces"],
-            cells[frames[k]] * factors["length"],
-            pbc[frames[k]],
-        )
+    def snapshots(start: int) -> Iterator[Snapshot]:
+        rows = (array.rows(frames[start:]) for array in (positions, forces))
+        for k, x, f in zip(frames[start:], *rows, strict=True):
+            yield Snapshot(
+                f"{path.name}:{k}",
+                x.astype(np.float64) * factors["length"],
+                f.astype(np.float64) * factors["forces"],
+                cells[k] * factors["length"],
+                pbc[k],
+            )
 
-    return Part(where, len(frames), positions.shape[1], snapshot, names, masses)
+    return Part(where, len(frames), n_atoms, snapshots, names, masses)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from potstill.checkpoint import load_potential
 from potstill.distill import LossTerm
+from potstill.errors import DataError
 from potstill.evaluate.errors import predict_all
 from potstill.experiments.measures import Finished
 from potstill.experiments.recipes import Study
@@ -31,14 +33,15 @@ from potstill.experiments.spec import (
     Variant,
 )
 from potstill.models import MeanPotential
-from potstill.store import LabeledStore
-from potstill.structures import Properties
+from potstill.structures import Properties, Structures
 from potstill.train.settings import ScoreSettings, TrainSettings
 from potstill.workflows.base import Settings, merged
 from potstill.workflows.data import DataSettings, read_labeled
 
 #: Name of the variant whose runs are the ensemble, and of that as a whole.
 TEACHERS, ENSEMBLE = "teacher", "all teachers"
+#: Name of the trajectory's own forces beside those of models.
+MAPPED_FORCES = "mapped forces"
 
 _ENERGIES = {"total": "energy", "per_bead": "atomic_energies"}
 
@@ -99,37 +102,45 @@ class MeanForces(Settings):
         Label store of beads that no model is trained on, with mapped forces as reference labels.
     source : str
         Its mean forces; their standard errors, `forces_std`, are taken off where it has them.
-    apart : str
+    apart : str, optional
         Mean forces of runs that share nothing with the frames but the places of the beads, which
-        the mapped forces are compared with.
+        the mapped forces are compared with where a frame has them; `null` leaves these out.
     """
 
     store: str
     source: str = "mean_forces"
-    apart: str = "from_heated"
+    apart: str | None = "heated"
 
     def measure(self, finished: Finished) -> dict[str, Any]:
-        """Root mean square error of a component by run; of the ensemble, and of mapped forces."""
+        """Root mean square error of a component by run; of others, and of mapped forces."""
         structures, mean = read_labeled(self.store, (), self.source)
-        found: dict[str, Tensor] = {}
-        for run in finished.records:
-            potential = load_potential(finished.best(run))[0]
-            found[run.name] = predict_all(potential, structures, ["forces"])["forces"]
+
+        def forces_of(file: Path) -> Tensor:
+            return predict_all(load_potential(file)[0], structures, ["forces"])["forces"]
+
+        found = {run.name: forces_of(finished.best(run)) for run in finished.records}
         members = [found[run.name] for run in finished.records if run.variant.name == TEACHERS]
-        others = {ENSEMBLE: _error(torch.stack(members).mean(dim=0), mean)}
-        store = LabeledStore.open(self.store)
-        if self.apart in store.sources:
-            mapped = store.labels("reference")["forces"]
-            others["mapped forces"] = _error(mapped, store.labels(self.apart))
-        runs = {name: _error(forces, mean) for name, forces in found.items()}
-        return {"runs": runs, "others": others}
+        others = {ENSEMBLE: torch.stack(members).mean(dim=0)}
+        others |= {
+            name: forces_of(file) for name, file in finished.others.items() if name not in others
+        }
+        errors = {name: _error(forces, mean, structures) for name, forces in others.items()}
+        if self.apart is not None:
+            apart = read_labeled(self.store, (), self.apart)[1]
+            mapped = read_labeled(self.store)[1]["forces"]
+            errors[MAPPED_FORCES] = _error(mapped, apart, structures)
+        runs = {name: _error(forces, mean, structures) for name, forces in found.items()}
+        return {"runs": runs, "others": errors}
 
 
-def _error(forces: Tensor, mean: Properties) -> dict[str, float]:
-    """Error against mean forces, without that of these themselves."""
-    square = (forces - mean["forces"]).square().mean()
+def _error(forces: Tensor, mean: Properties, structures: Structures) -> dict[str, float]:
+    """Error against mean forces, without that of these themselves, in the frames that have them."""
+    there = structures.per_row("forces", mean.presence("forces", len(structures)))
+    if not there.any():
+        raise DataError("no frame of the measured mean forces has any: choose another source")
+    square = (forces - mean["forces"])[there].square().mean()
     if "forces_std" in mean:
-        square = square - mean["forces_std"].square().mean()
+        square = square - mean["forces_std"][there].square().mean()
     return {"mean_force_rmse": float(square.clamp(min=0.0).sqrt())}
 
 

@@ -81,7 +81,7 @@ def _pareto(results: Results) -> Drawing:
     caption = (
         "Force RMSE on the test set against the cost of molecular dynamics; lower and further left "
         "is better. Points are means over seeds, bars standard deviations; the gray line is the "
-        "Pareto front (Fig. 2 of the paper). A cost that is the same for all sizes is left out."
+        f"Pareto front{_of_paper(results, 2)}. A cost that is the same for all sizes is left out."
     )
     return Drawing("pareto", "Accuracy against cost", caption, panels)
 
@@ -122,10 +122,13 @@ def _learning(results: Results) -> Iterator[Drawing]:
             "Force error while training: (A) the force term of the loss on the training set "
             "(RMSE + MAE, mean of the batches), (B) RMSE on the validation set. Thick: mean over "
             "seeds up to the shortest run, with a band of one standard deviation; thin: single "
-            "runs (Fig. 4 of the paper)."
+            f"runs{_of_paper(results, 4)}."
         )
         yield Drawing(
-            f"learning_{file_name(size)}", f"Learning curves, size {size}", caption, panels
+            f"learning_{file_name(size)}" if size else "learning",
+            f"Learning curves, size {size}" if size else "Learning curves",
+            caption,
+            panels,
         )
 
 
@@ -138,19 +141,21 @@ def _cost(results: Results) -> Drawing:
         for metric in results.measured(COSTS)
     ]  # fmt: skip
     caption = (
-        "Cost of molecular dynamics against the number of trainable parameters (Fig. 5 of the "
-        "paper). Models of one size have the same architecture and the same cost."
+        "Cost of molecular dynamics against the number of trainable parameters"
+        f"{_of_paper(results, 5)}. Models of one size have the same architecture and the same cost."
     )
     return Drawing("cost", "Cost against size", caption, panels)
 
 
 def _seeds(results: Results, known: Mapping[str, Look]) -> Drawing:
-    named = ((known[group.strategy].label, group.size) for group in results.ordered)
+    metrics = results.measured(JUDGED[:2])
+    groups = [g for g in results.ordered if any(g.values(metric.key) for metric in metrics)]
+    named = ((known[group.strategy].label, group.size) for group in groups)
     categories = [", ".join(filter(None, name)) for name in named]
     panels: list[Panel] = []
-    for metric in results.measured(JUDGED[:2]):
+    for metric in metrics:
         series = []
-        for k, group in enumerate(results.ordered):
+        for k, group in enumerate(groups):
             values = metric.scale * np.array(group.values(metric.key))
             if len(values):
                 # dots a little below the mean, which would hide them
@@ -214,6 +219,11 @@ def _line(runs: Sequence[RadialDistribution]) -> tuple[np.ndarray, np.ndarray, n
     return runs[0].r, g.mean(axis=0), g.std(axis=0, ddof=1 if len(runs) > 1 else 0)
 
 
+def _of_paper(results: Results, number: int) -> str:
+    """Which figure of Matin et al. one is like, for studies of sizes as theirs is."""
+    return f" (Fig. {number} of the paper)" if any(results.sizes) else ""
+
+
 def _by_strategy(results: Results, x_key: str, y_key: str) -> list[Series]:
     """One series per strategy, one point per size: means and spreads over seeds."""
     series = []
@@ -230,10 +240,10 @@ def _by_strategy(results: Results, x_key: str, y_key: str) -> list[Series]:
 
 
 def _points(results: Results, x_key: str, y_key: str) -> Iterator[tuple[Group, Spread, Spread]]:
-    """Variants that have both metrics, and these."""
+    """Variants that have both metrics, and these; a potential may have no parameters to count."""
     for group in results.ordered:
         x, y = group.spread(metric_of(x_key)), group.spread(metric_of(y_key))
-        if x.n and y.n:
+        if x.n and y.n and not (x_key == "n_parameters" and x.mean == 0.0):
             yield group, x, y
 
 

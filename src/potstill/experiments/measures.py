@@ -7,7 +7,7 @@ architecture.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,15 @@ REFERENCE = "reference"
 class Finished:
     """The finished runs of an experiment; measures of them are kept in the folder `measures/`.
 
-    `say` is told what is measured next.
+    `say` is told what is measured next; `others` are checkpoints of potentials that are judged
+    beside the runs, by name.
     """
 
     experiment: Experiment
     folder: Path
     records: Mapping[Run, RunRecord]
     say: Callable[[str], None] | None = None
+    others: Mapping[str, Path] = field(default_factory=dict)
 
     def cached(self, kind: str, of: str, measure: Callable[..., Any], *args: Any) -> Any:
         """Read a measure of a run, size or model, or take it with these arguments and keep it."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from potstill.checkpoint import load_potential
 from potstill.evaluate.errors import S2EFErrors
 from potstill.evaluate.learning import read_learning_curves
 from potstill.experiments.figures import (
@@ -18,9 +19,15 @@ from potstill.experiments.figures import (
     main_figures,
     progress_figure,
 )
+from potstill.experiments.headlines import Lead
 from potstill.experiments.measures import Finished, stored_distribution
 from potstill.experiments.results import Results, RunRow
-from potstill.experiments.run import RunRecord, finished_runs, write_results
+from potstill.experiments.run import (
+    RunRecord,
+    finished_runs,
+    property_errors,
+    write_results,
+)
 from potstill.experiments.spec import Experiment, Role, Run, Variant
 from potstill.experiments.tables import (
     COSTS,
@@ -41,6 +48,7 @@ from potstill.report.panels import plain_label
 from potstill.report.tables import Table
 from potstill.report.verdicts import over_sizes
 from potstill.train import TrainSettings
+from potstill.workflows.data import load_parts
 
 
 def report_experiment(
@@ -49,14 +57,17 @@ def report_experiment(
     *,
     command: str = "",
     on_model: Callable[[str], None] | None = None,
+    others: Mapping[str, Path] | None = None,
     more: Mapping[str, Any] | None = None,
     sections: tuple[Section, ...] = (),
+    lead: Callable[[Results], Lead] | None = None,
 ) -> dict[str, Any]:
     """Measure what has been trained so far and write tables, figures and the report page.
 
     `folder` is that of `run_experiment`; it gets `report.html`, `report/` and `results.json`, which
-    also holds the `command` that was typed. `on_model` is told what is measured next. `more` are
-    measures that were taken elsewhere, and `sections` stand before the others.
+    also holds the `command` that was typed. `on_model` is told what is measured next. `others`
+    are checkpoints of potentials to show beside the runs. `more` are measures that were taken
+    elsewhere, `sections` stand before the others, and the page begins with what `lead` says.
 
     Returns
     -------
@@ -66,14 +77,16 @@ def report_experiment(
     """
     folder = Path(folder)
     records = finished_runs(experiment, folder)
-    finished = Finished(experiment, folder, records, on_model)
+    finished = Finished(experiment, folder, records, on_model, others or {})
     measured = {name: measure.measure(finished) for name, measure in experiment.measures.items()}
     measured |= more or {}
+    if others:
+        measured["errors"] = {"others": _errors_of_others(finished)}
     result, about = write_results(experiment, folder, command, records, measures=measured)
     similarity = measured.get("similarity", {})
     rows = [row_of(finished, run, measured) for run in records]
     rows += [_given_teacher(*given) for given in similarity.get("teachers", {}).items()]
-    rows += _others(measured)
+    rows += _others(finished, measured)
     liquid = stored_distribution(folder, "reference")
     settings: Any = experiment.measures.get("liquid")
     reference = settings.reference if settings and liquid else None
@@ -82,7 +95,13 @@ def report_experiment(
     evaluated = measured.get("evaluations", {}).get("runs", {})
     keys = list(dict.fromkeys(key for numbers in evaluated.values() for key in numbers))
     sections += report_sections(results, folder / "report", keys)
-    page = Page(experiment.title, tuple(about.items()), verdicts(results), (), (), sections)
+    sentences = verdicts(results)
+    if lead is not None:
+        first = lead(results)
+        first.table.write(folder / "report")
+        sections = (Section("Models", tables=(first.table,)), *sections)
+        sentences = (*first.sentences, *sentences)
+    page = Page(experiment.title, tuple(about.items()), sentences, (), (), sections)
     write_page(page, folder / "report.html")
     return result
 
@@ -123,16 +142,31 @@ def _given_teacher(name: str, errors: Mapping[str, Any]) -> RunRow:
     return RunRow(Run(teacher, -1), 0, tests=S2EFErrors.from_json(errors))
 
 
-def _others(measured: Mapping[str, Any]) -> list[RunRow]:
+def _others(finished: Finished, measured: Mapping[str, Any]) -> list[RunRow]:
     """Rows of what was measured beside the runs, such as an ensemble of them."""
-    numbers: dict[str, dict[str, float]] = {}
+    numbers: dict[str, dict[str, float]] = {name: {} for name in finished.others}
     for found in measured.values():
         for name, own in found.get("others", {}).items():
             numbers.setdefault(name, {}).update(own)
+    sizes = {name: load_potential(file)[0].n_parameters for name, file in finished.others.items()}
     return [
-        RunRow(Run(Variant(name, Role.OTHER, name, "", TrainSettings()), -1), 0, own)
+        RunRow(
+            Run(Variant(name, Role.OTHER, name, "", TrainSettings()), -1), sizes.get(name, 0), own
+        )
         for name, own in numbers.items()
     ]
+
+
+def _errors_of_others(finished: Finished) -> dict[str, dict[str, float]]:
+    """Their errors on the set that tables have those of runs of."""
+    data, judged = finished.experiment.data, judging_set(next(iter(finished.records.values())))
+    if judged.startswith("test:"):
+        structures, labels = data.tests[judged.removeprefix("test:")].read(data.source)
+    else:
+        part = load_parts(data.parts)[0][judged]
+        structures, labels = part.structures, part.labels[data.source]
+    potentials = {name: load_potential(file)[0] for name, file in finished.others.items()}
+    return {name: property_errors(p, structures, labels) for name, p in potentials.items()}
 
 
 def report_sections(

@@ -16,7 +16,7 @@ from potstill.errors import DataError
 from potstill.evaluate.errors import GapShare, S2EFErrors, estimate_over_seeds, share_of_gap
 from potstill.evaluate.learning import LearningCurves
 from potstill.evaluate.rdf import RadialDistribution
-from potstill.experiments.spec import GridPoint, Run, Variant
+from potstill.experiments.spec import GridPoint, Role, Run, Variant
 from potstill.metrics import Estimate, Metric, metric_of
 from potstill.report.panels import LOOKS
 from potstill.report.tables import Spread
@@ -162,14 +162,19 @@ class Results:
 
     @cached_property
     def ordered(self) -> list[Group]:
-        """Variants from small to large, in the order of strategies."""
+        """Variants from small to large, in the order of strategies; last what is no run."""
 
         def key(group: Group) -> tuple[Any, ...]:
             return (group.rows[0].n_parameters, group.size, _rank(group.strategy))
 
         groups = sorted(self.variants.values(), key=key)
         sizes = list(dict.fromkeys(group.size for group in groups))
-        return sorted(groups, key=lambda group: (sizes.index(group.size), _rank(group.strategy)))
+
+        def place(group: Group) -> tuple[Any, ...]:
+            beside = group.variant.role is Role.OTHER
+            return (sizes.index(group.size), beside, _rank(group.strategy))
+
+        return sorted(groups, key=place)
 
     @property
     def sizes(self) -> list[str]:

@@ -66,8 +66,11 @@ def summary_table(
     body: list[tuple[Cell, ...]] = []
     for group in results.ordered:
         spreads = [group.spread(metric) for metric in metrics]
-        n_parameters, n_seeds = group.rows[0].n_parameters, len(group.rows)
-        head = (plain_label(group.strategy), group.size, n_parameters, n_seeds)
+        if not any(spread.n for spread in spreads):
+            continue
+        first = group.rows[0]
+        n_seeds = len(group.rows) if first.run.seed >= 0 else None
+        head = (plain_label(group.strategy), group.size, first.n_parameters or None, n_seeds)
         body.append((*head, *(spread if spread.n else None for spread in spreads)))
     for label, values in (baselines or {}).items():
         shown = [values[m.key] * m.scale if m.key in values else None for m in metrics]

@@ -11,13 +11,20 @@ from pathlib import Path
 
 from potstill.errors import ConfigError, DataError, suggest
 from potstill.readers.ani_h5 import read_ani_h5
-from potstill.readers.ase import read_any, read_ase_lmdb, read_database, read_extxyz
+from potstill.readers.ase import count_extxyz as count_extxyz
+from potstill.readers.ase import (
+    read_any,
+    read_ase_lmdb,
+    read_database,
+    read_extxyz,
+    stream_extxyz,
+)
+from potstill.readers.base import ASE_UNITS, gather
 from potstill.readers.base import Checks as Checks
 from potstill.readers.base import DataWarning as DataWarning
 from potstill.readers.base import Frame as Frame
 from potstill.readers.base import KeyMap as KeyMap
 from potstill.readers.base import Units as Units
-from potstill.readers.base import gather
 from potstill.readers.fitsnap import StressCheck as StressCheck
 from potstill.readers.fitsnap import check_stress_unit as check_stress_unit
 from potstill.readers.fitsnap import read_fitsnap
@@ -124,6 +131,26 @@ def read(
     if name == "fitsnap" and "stress" in labels:
         _check_stress(structures, labels, used, path, overridden=units.stress is not None)
     return structures, labels
+
+
+def read_frames(
+    path: str | Path,
+    *,
+    keys: KeyMap | None = None,
+    units: Units | None = None,
+    require: Sequence[str] = (),
+    chosen: range,
+    min_distance: float = 0.3,
+) -> Iterator[tuple[Structures, Properties]]:
+    """Read frames of an extended XYZ file as `read` does, only one at a time in memory.
+
+    `chosen` are numbers of frames, in the order of the file.
+    """
+    path, keys = Path(path), keys or KeyMap()
+    used = (units or Units()).over(ASE_UNITS)
+    checks = Checks(tuple(require), False, None, min_distance)
+    for frame in stream_extxyz(path, keys, chosen):
+        yield gather([frame], str(path), used, keys, checks)
 
 
 def _format_of(path: Path, name: str | None) -> str:

@@ -9,8 +9,10 @@ import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,20 @@ _KEY = re.compile(r"([^\s=]+)\s*=")
 
 def read_extxyz(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], Units]:
     """Frames of an extended XYZ file, compressed or not, in ASE's units."""
-    blocks = _split(read_text(path), path)
-    return _parse(path, keys, blocks, range(len(blocks))[index]), ASE_UNITS
+    blocks = list(_blocks(_lines(path), path))
+    chosen = range(len(blocks))[index]
+    return _parse(path, keys, ((k, blocks[k]) for k in chosen)), ASE_UNITS
+
+
+def count_extxyz(path: Path) -> int:
+    """How many frames an extended XYZ file has; only one at a time is in memory."""
+    return sum(1 for _ in _blocks(_lines(path), path))
+
+
+def stream_extxyz(path: Path, keys: KeyMap, chosen: range) -> Iterator[Frame]:
+    """`read_extxyz` of frames in the order of the file, only one at a time in memory."""
+    blocks = islice(enumerate(_blocks(_lines(path), path)), chosen.start, chosen.stop, chosen.step)
+    return _parse(path, keys, blocks)
 
 
 def read_any(path: Path, keys: KeyMap, index: slice) -> tuple[Iterator[Frame], Units]:
@@ -123,10 +137,22 @@ def _from_json(packed: bytes | None, where: str) -> Any:
 
 def read_text(path: Path) -> str:
     """Read a text file, unpacked in memory: ASE seeks in it, which is quadratic in a .gz."""
+    with _open_text(path) as file:
+        return str(file.read())
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines of a text file, unpacked as they are read."""
+    with _open_text(path) as file:
+        yield from (line.removesuffix("\n") for line in file)
+
+
+@contextmanager
+def _open_text(path: Path) -> Iterator[Any]:
     opener = _OPENERS.get(path.suffix.lower(), open)
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
-            return file.read()
+            yield file
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {_one_line(error)}") from error
 
@@ -134,38 +160,34 @@ def read_text(path: Path) -> str:
 # -- extended XYZ ---------------------------------------------------------------------------------
 
 
-def _split(text: str, path: Path) -> list[list[str]]:
+def _blocks(lines: Iterator[str], path: Path) -> Iterator[list[str]]:
     """Lines of each frame, complete and with unique keys."""
-    lines = text.split("\n")
-    if lines and not lines[-1]:
-        lines.pop()
-    blocks: list[list[str]] = []
-    start = 0
-    while start < len(lines):
-        if not lines[start].strip():
-            if any(line.strip() for line in lines[start:]):
+    frame, n_read = 0, 0
+    for line in lines:
+        n_read += 1
+        if not line.strip():
+            if any(rest.strip() for rest in lines):
                 raise DataError(
-                    f"{path}, frame {len(blocks)}: line {start + 1} is blank where the number of "
-                    f"atoms should be"
+                    f"{path}, frame {frame}: line {n_read} is blank where the number of atoms "
+                    f"should be"
                 )
-            break
+            return
         try:
-            count = int(lines[start])
+            count = int(line)
         except ValueError:
             raise DataError(
-                f"{path}, frame {len(blocks)}: line {start + 1} is '{lines[start].strip()[:40]}', "
-                f"not the number of atoms"
+                f"{path}, frame {frame}: line {n_read} is '{line.strip()[:40]}', not the number of "
+                f"atoms"
             ) from None
-        block = lines[start : start + count + 2]
+        block = [line, *islice(lines, max(count, 0) + 1)]
         if count < 0 or len(block) < count + 2:
             raise DataError(
-                f"{path}, frame {len(blocks)} is cut off: it announces {count} atoms and has "
+                f"{path}, frame {frame} is cut off: it announces {count} atoms and has "
                 f"{max(len(block) - 2, 0)}"
             )
-        _check_keys(block[1], f"{path}, frame {len(blocks)}")
-        blocks.append(block)
-        start += count + 2
-    return blocks
+        _check_keys(block[1], f"{path}, frame {frame}")
+        yield block
+        frame, n_read = frame + 1, n_read + len(block) - 1
 
 
 def _check_keys(comment: str, where: str) -> None:
@@ -178,19 +200,19 @@ def _check_keys(comment: str, where: str) -> None:
             raise DataError(f"{where} has the key '{key}' twice")
 
 
-def _parse(path: Path, keys: KeyMap, blocks: list[list[str]], chosen: range) -> Iterator[Frame]:
-    for k in chosen:
-        if int(blocks[k][0]) == 0:
+def _parse(path: Path, keys: KeyMap, blocks: Iterable[tuple[int, list[str]]]) -> Iterator[Frame]:
+    for k, block in blocks:
+        if int(block[0]) == 0:
             raise DataError(f"{path}, frame {k} holds no atoms")
         # ASE insists on nine numbers under these two names, and on these alone.
-        blocks[k][1] = _SIX.sub(r"six_\1=\2", blocks[k][1])
+        block[1] = _SIX.sub(r"six_\1=\2", block[1])
         own = keys
-        if keys.beads is not None and keys.species is None and NAMES not in blocks[k][1]:
+        if keys.beads is not None and keys.species is None and NAMES not in block[1]:
             # In its own column ASE refuses names that are no elements.
-            blocks[k][1], renamed = _SPECIES.subn(rf"\1{NAMES}:", blocks[k][1])
+            block[1], renamed = _SPECIES.subn(rf"\1{NAMES}:", block[1])
             own = replace(keys, species=NAMES) if renamed else keys
         try:
-            (atoms,) = read_xyz(io.StringIO("\n".join(blocks[k]) + "\n"), slice(None))
+            (atoms,) = read_xyz(io.StringIO("\n".join(block) + "\n"), slice(None))
         except Exception as error:  # ASE raises whatever its parser meets
             raise DataError(f"{path}, frame {k} cannot be parsed: {_one_line(error)}") from error
         for name in ("stress", "virial"):

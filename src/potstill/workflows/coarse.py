@@ -8,18 +8,27 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from potstill.checkpoint import load_potential, save_potential
+from potstill.checkpoint import load_potential, potential_fingerprint, save_potential
 from potstill.coarse.prior import fit_prior
 from potstill.errors import ConfigError
 from potstill.evaluate.base import BenchSettings, Findings, Role
 from potstill.evaluate.stability import OwnDynamics
 from potstill.evaluate.table import EVALUATIONS, Options
-from potstill.experiments.coarse import ENSEMBLE, TEACHERS, CoarseStudy, ensemble_of
+from potstill.evaluate.tools import is_checkpoint
+from potstill.experiments.coarse import (
+    ENSEMBLE,
+    MAPPED_FORCES,
+    TEACHERS,
+    CoarseStudy,
+    ensemble_of,
+)
+from potstill.experiments.headlines import headlines
 from potstill.experiments.measures import Finished
 from potstill.experiments.report import report_experiment
 from potstill.experiments.run import finished_runs, train_with_progress
 from potstill.experiments.spec import Run
 from potstill.report.page import Section
+from potstill.report.panels import Look, looks
 from potstill.report.plots import write_figure
 from potstill.store import LabeledStore
 from potstill.workflows.base import (
@@ -29,6 +38,7 @@ from potstill.workflows.base import (
     merged,
     write_extxyz,
 )
+from potstill.workflows.baselines import Baselines, Beads, make_baselines
 from potstill.workflows.evaluation import EvaluateConfig, TestedModel, TrajectoryData, evaluate
 from potstill.workflows.mapping import MapConfig, map_to_beads
 
@@ -101,6 +111,8 @@ class CoarseConfig(Settings):
         Of the structure of the mapped trajectory; `null` for none.
     train : CoarseStudy
         Teachers and students; the beads and the prior are known.
+    baselines : Baselines
+        Pair potentials to judge beside them.
     run : JudgeSettings
         Dynamics of the models, and what is looked at.
     workers : int
@@ -111,6 +123,7 @@ class CoarseConfig(Settings):
     map: MapConfig
     prior: PriorSettings | None = Field(default_factory=PriorSettings)
     train: CoarseStudy
+    baselines: Baselines = Field(default_factory=Baselines)
     run: JudgeSettings = Field(default_factory=JudgeSettings)
     workers: int = Field(default=1, ge=1)
 
@@ -131,19 +144,51 @@ class CoarseConfig(Settings):
             data = {**data, "train": merged(own, training)}
         return data
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> CoarseConfig:
+        if self.baselines.ibi is not None and self.bonded:
+            raise ValueError("baselines.ibi knows no bonds: leave it out (ibi: null)")
+        names = [ENSEMBLE, *self.train.students, *self.baselines.names, *self.run.models]
+        if twice := next((name for name in names if names.count(name) > 1), ""):
+            raise ValueError(f"two models are called '{twice}': give each its own name")
+        return self
+
+    @property
+    def bonded(self) -> bool:
+        """Whether the prior holds beads together."""
+        return self.prior is not None and bool(self.prior.bonds or self.prior.angles)
+
+    @property
+    def prior_file(self) -> Path:
+        """The checkpoint of the prior."""
+        return Path(self.out) / "prior.pt"
+
+    @property
+    def baselines_folder(self) -> Path:
+        """Where the baselines are."""
+        return Path(self.out) / "baselines"
+
 
 def train_coarse(config: CoarseConfig, display: Display) -> None:
-    """Map, then train all teachers and students, or those that are left."""
+    """Map, then train all teachers and students and fit the baselines, or what is left of it."""
     map_to_beads(config.map, display)
     _fit_prior(config)
     train_with_progress(config.train.experiment, config.out, display, workers=config.workers)
+    beads = Beads(
+        store=config.map.out,
+        data=config.train.data,
+        temperature=_temperature(config),
+        prior=str(config.prior_file) if config.bonded else None,
+        ensemble=_ensemble_file(_finished(config)),
+    )
+    make_baselines(config.baselines, beads, config.baselines_folder, display)
 
 
 def _fit_prior(config: CoarseConfig) -> None:
     """Fit the prior, or check that the folder's is the one that is asked for."""
     if config.prior is None:
         return
-    file, temperature = Path(config.out) / "prior.pt", _temperature(config)
+    file, temperature = config.prior_file, _temperature(config)
     asked = {"prior": config.prior.model_dump(mode="json"), "temperature": temperature}
     if not file.is_file():
         structures = LabeledStore.open(config.map.out).structures()
@@ -165,27 +210,42 @@ def run_coarse(config: CoarseConfig, display: Display, *, command: str = "") -> 
 
     Returns its file.
     """
-    experiment, folder = config.train.experiment, Path(config.out)
-    finished = Finished(experiment, folder, finished_runs(experiment, folder))
+    finished, folder = _finished(config), Path(config.out)
     found = judge(finished, config, display)
     (folder / "report").mkdir(exist_ok=True)
     shown = _one_of_each(finished, found)
+    known = _looks(finished, config)
     figures = tuple(
-        write_figure(folder / "report", drawing)
+        write_figure(folder / "report", drawing, known)
         for name in EVALUATIONS
         if name in found.results
         for drawing in EVALUATIONS[name].drawings(shown)
         if not drawing.empty
     )
     report_experiment(
-        experiment,
+        finished.experiment,
         folder,
         command=command,
         on_model=display.say,
+        others=finished.others,
         more={"evaluations": _numbers(finished, found)},
         sections=(Section("Structure", figures=figures),),
+        lead=headlines,
     )
     return folder / "report.html"
+
+
+def _finished(config: CoarseConfig) -> Finished:
+    """Finished runs, and what is judged beside them."""
+    experiment, folder = config.train.experiment, Path(config.out)
+    finished = Finished(experiment, folder, finished_runs(experiment, folder))
+    given = {name: model.spec for name, model in config.run.models.items()}
+    others = {
+        ENSEMBLE: _ensemble_file(finished),
+        **config.baselines.found(config.baselines_folder),
+        **{name: Path(spec) for name, spec in given.items() if is_checkpoint(spec)},
+    }
+    return replace(finished, others=others)
 
 
 def judge(finished: Finished, config: CoarseConfig, display: Display) -> Findings:
@@ -198,7 +258,9 @@ def judge(finished: Finished, config: CoarseConfig, display: Display) -> Finding
         run.name: TestedModel(spec=str(finished.best(run)), role=run.variant.role)
         for run in _first(finished, own.seeds)
     }
-    models[ENSEMBLE] = TestedModel(spec=str(_ensemble_file(finished)), role=Role.TEACHER)
+    for name, file in finished.others.items():
+        role = Role.TEACHER if name == ENSEMBLE else Role.OTHER
+        models[name] = TestedModel(spec=str(file), role=role)
     models |= {name: TestedModel(**dict(model)) for name, model in own.models.items()}
     settings = EvaluateConfig(
         models=models,
@@ -222,10 +284,12 @@ def _first(finished: Finished, n: int) -> list[Run]:
 
 
 def _ensemble_file(finished: Finished) -> Path:
-    file = finished.folder / "ensemble.pt"
-    if not file.is_file():
+    """All finished teachers as one checkpoint, written again where a teacher is new."""
+    file, ensemble = finished.folder / "ensemble.pt", ensemble_of(finished)
+    fingerprint = potential_fingerprint(ensemble)
+    if not file.is_file() or potential_fingerprint(load_potential(file)[0]) != fingerprint:
         first = next(run for run in finished.records if run.variant.name == TEACHERS)
-        save_potential(file, ensemble_of(finished), load_potential(finished.best(first))[1])
+        save_potential(file, ensemble, load_potential(finished.best(first))[1])
     return file
 
 
@@ -238,6 +302,13 @@ def _one_of_each(finished: Finished, found: Findings) -> Findings:
         for name, results in found.results.items()
     }
     return replace(found, results=results)
+
+
+def _looks(finished: Finished, config: CoarseConfig) -> dict[str, Look]:
+    """Looks of all models, with those of a run like those of its kind in all figures."""
+    kinds = finished.experiment.by_name
+    known = looks(sorted({*kinds, *finished.others, *config.run.models, MAPPED_FORCES}))
+    return known | {run.name: known[run.variant.name] for run in finished.records}
 
 
 def _numbers(finished: Finished, found: Findings) -> dict[str, Any]:

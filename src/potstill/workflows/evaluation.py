@@ -1,13 +1,16 @@
 """`potstill evaluate`: the same evaluations for several potentials, one JSON file for each.
 
 Each file maps the name of a potential to its result, or to `{"error": ...}` where it could not be
-done; what a file holds already is not computed again. `skipped.json` says which evaluations do not
-apply to the data at hand, and what they need; `roles.json` says what each potential is for.
+done; what a file holds already is not computed again, unless the model has been trained anew since.
+`skipped.json` says which evaluations do not apply to the data at hand, and what they need;
+`roles.json` says what each potential is for, and `models.json` which weights it had.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
+from potstill.checkpoint import potential_fingerprint
 from potstill.errors import ConfigError, DataError
 from potstill.evaluate.base import (
     Bench,
@@ -52,8 +56,8 @@ from potstill.workflows.base import (
 from potstill.workflows.data import FileData, is_store, read_labeled
 from potstill.workflows.dynamics import write_trajectory
 
-#: Files of the evaluations that do not apply, and of the models' roles.
-SKIPPED, ROLES = "skipped.json", "roles.json"
+#: Files of the evaluations that do not apply, of the models' roles and of their fingerprints.
+SKIPPED, ROLES, MODELS = "skipped.json", "roles.json", "models.json"
 
 #: Settings that older configs have among those of the bench: their evaluation and its setting.
 _MOVED = {
@@ -311,7 +315,8 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
     )
     display = display or Display()
     if config.dynamics is not None:
-        claim_folder(Path(config.out), config)
+        _claim(config, Path(config.out))
+        _forget_retrained(models, bench, Path(config.out), display)
         bench = _with_dynamics(bench, config.dynamics, candidates, Path(config.out), display)
     every = make_evaluations({name: config.options.get(name, {}) for name in EVALUATIONS})
     asked = {"s2ef"} if bench.splits else set()
@@ -322,7 +327,8 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
     ]
     for name in names:
         every[name].require(bench)
-    claim_folder(Path(config.out), config)
+    _claim(config, Path(config.out))
+    _forget_retrained(models, bench, Path(config.out), display)
     moving = [candidate for name, candidate in candidates.items() if name in (bench.frames or {})]
     chosen = []
     for name in names:
@@ -336,6 +342,40 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
         for table in every[name].tables(found):
             table.write(Path(config.out))
     return found
+
+
+def _forget_retrained(
+    models: Sequence[Candidate], bench: Bench, folder: Path, display: Display
+) -> None:
+    """Delete dynamics and results of models that are others than when these were made."""
+    known = read_json(folder / MODELS, {})
+    now = {
+        model.name: f"{model.spec} {json.dumps(model.args, sort_keys=True, default=str)}"
+        if model.potential is None
+        else potential_fingerprint(model.potential)
+        for model in models
+    }
+    changed = {name for name, weights in now.items() if known.get(name, weights) != weights}
+    for name in sorted(changed):
+        display.say(f"{name} is another model now: its dynamics and evaluations are done again")
+        shutil.rmtree(folder / "dynamics" / name, ignore_errors=True)
+    # Without a reference, the trajectory of a teacher may be what all are compared with.
+    standard = bench.standard in {"", *changed} and any(
+        model.role in (Role.TEACHER, Role.REFERENCE) for model in models if model.name in changed
+    )
+    for name, evaluation in EVALUATIONS.items() if changed else ():
+        results = read_json(folder / f"{name}.json", {})
+        gone = set(results) if standard and evaluation.needs == "frames" else changed
+        if gone & set(results):
+            write_json(folder / f"{name}.json", {k: v for k, v in results.items() if k not in gone})
+    if known | now != known:
+        write_json(folder / MODELS, known | now)
+
+
+def _claim(config: EvaluateConfig, folder: Path) -> None:
+    """Claim the folder; models may be added or trained anew, as results are kept by model."""
+    mine = tuple(f"models.{name}" for name in config.models)
+    claim_folder(folder, config, free=lambda key: key.startswith(mine))
 
 
 def _standard(candidates: Mapping[str, Candidate], frames: Mapping[str, Structures]) -> str:

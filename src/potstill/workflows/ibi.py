@@ -56,17 +56,11 @@ class IbiDynamics(Settings):
     thermostat_time: float = Field(default=1000.0, gt=0)
 
 
-class IbiConfig(Settings):
-    """Settings of `potstill coarse ibi`.
+class IbiSettings(Settings):
+    """How potentials are found.
 
     Parameters
     ----------
-    out : str
-        The run folder.
-    store : str
-        Label store with the reference trajectory of the beads; labels are not used.
-    temperature : float, optional
-        K; by default that of the store.
     model : PairHyperparameters
         Cutoff, up to which g(r) is matched, and knots of the splines.
     bin_width : float
@@ -87,9 +81,6 @@ class IbiConfig(Settings):
         Of the dynamics.
     """
 
-    out: str
-    store: str
-    temperature: float | None = Field(default=None, gt=0)
     model: PairHyperparameters = Field(default_factory=PairHyperparameters)
     bin_width: float = Field(default=0.1, gt=0)
     n_iterations: int = Field(default=20, ge=1)
@@ -99,6 +90,24 @@ class IbiConfig(Settings):
     pressure: float | None = None
     dynamics: IbiDynamics = Field(default_factory=IbiDynamics)
     seed: int = 0
+
+
+class IbiConfig(IbiSettings):
+    """Settings of `potstill coarse ibi`, beside those of `IbiSettings`.
+
+    Parameters
+    ----------
+    out : str
+        The run folder.
+    store : str
+        Label store with the reference trajectory of the beads; labels are not used.
+    temperature : float, optional
+        K; by default that of the store.
+    """
+
+    out: str
+    store: str
+    temperature: float | None = Field(default=None, gt=0)
 
 
 def invert_distributions(config: IbiConfig, display: Display | None = None) -> Iteration:
