@@ -166,7 +166,6 @@ class PairSource {
         for (int k = 0; k < n; ++k) to[k] = from[k] & mask;
         return to;
     }
-    static POTSTILL_INLINE Vector<T> load_lanes(const T *p) { return POTSTILL_ISA::load(p); }
 
     template <class R>
     static void load_vectors(const Row<T> &row, const R *r, int n) {
