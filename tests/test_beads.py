@@ -414,6 +414,8 @@ def test_lammps_runs_the_same_beads(trained, lammps, plugin, monkeypatch, tmp_pa
     example = (tmp_path / "best.in").read_text()
     assert "pair_coeff * * ${model} CHOL Cl\n" in example
     assert "mass 1 104.17    # CHOL\nmass 2 35.45    # Cl\n" in example
+    assert "timestep 0.01 " in example  # that of beads
+    assert "fix bath all langevin ${temperature}" in example
     (atoms,) = liquid(1)
     data, _ = lammps_data(atoms, TABLE.names)
     (tmp_path / "structure.data").write_text(data.replace("1 104.17 #", "1 1.0 #"))

@@ -89,34 +89,38 @@ struct OwnedLayout {
 };
 
 struct OwnedPrior {
-    std::vector<double> power;
+    std::vector<double> power, reach;
     PriorTable table;
 
     // The table of what an evaluation adds, or NULL.
     const PriorTable *fill(const potstill_md &md, int32_t n_species) {
         table = {};
-        const auto reach = [this](double radius) {
+        table.n_species = n_species;
+        if (md.repulsion) table.n_species = md.repulsion->n_species;
+        if (md.bonds) table.n_species = md.bonds->n_species;
+        const size_t n = size_t(table.n_species) * size_t(table.n_species);
+        reach.assign(n, 0.0);
+        const auto widen = [this](size_t pair, double radius) {
             if (radius > table.cutoff) table.cutoff = radius;
+            if (radius * radius > reach[pair]) reach[pair] = radius * radius;
         };
         if (const potstill_zbl *zbl = md.zbl) {
             power.resize(size_t(n_species));
             for (size_t k = 0; k < power.size(); ++k) power[k] = std::pow(zbl->charge[k], 0.23);
             table.charge = zbl->charge, table.power = power.data(), table.coulomb = zbl->coulomb;
             table.inner = zbl->inner, table.zbl_cutoff = zbl->cutoff;
-            reach(zbl->cutoff);
+            for (size_t k = 0; k < n; ++k) widen(k, zbl->cutoff);
         }
         if (const potstill_repulsion *beads = md.repulsion) {
             table.strength = beads->strength, table.radius = beads->radius;
-            table.n_species = beads->n_species;
-            const int64_t n = int64_t(beads->n_species) * beads->n_species;
-            for (int64_t k = 0; k < n; ++k) reach(beads->radius[k]);
+            for (size_t k = 0; k < n; ++k) widen(k, beads->radius[k]);
         }
         if (const potstill_bonds *bonds = md.bonds) {
             table.bonds = bonds->pairs, table.angles = bonds->angles;
-            table.n_angles = bonds->n_angles, table.n_species = bonds->n_species;
-            const int64_t n = int64_t(bonds->n_species) * bonds->n_species;
-            for (int64_t k = 3 * n; k < 4 * n; ++k) reach(bonds->pairs[k]);
+            table.n_angles = bonds->n_angles;
+            for (size_t k = 0; k < n; ++k) widen(k, bonds->pairs[3 * n + k]);
         }
+        table.reach = reach.data();
         return table.cutoff > 0.0 ? &table : nullptr;
     }
 };
@@ -314,7 +318,9 @@ int prior_alone(const potstill_pairs &p, const potstill_md &md) {
     for (int64_t k = 0; md.neighbor_virials && k < 9 * p.n_atoms; ++k) md.neighbor_virials[k] = 0.0;
     for (int k = 0; md.virial && k < 9; ++k) md.virial[k] = 0.0;
     for (int64_t i = 0; i < p.n_local; ++i)
-        md.energies[i] = prior_of_atom(prior.table, p, md, i, md.forces, 3, md.virial, md.neighbor_virials);
+        md.energies[i] =
+            prior_of_atom(prior.table, p, md, i, nullptr, p.row_ptr[i + 1] - p.row_ptr[i], md.forces, 3,
+                          md.virial, md.neighbor_virials);
     return 0;
 }
 

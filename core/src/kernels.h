@@ -37,7 +37,8 @@ struct PriorTable {
     const double *strength, *radius;  // NULL without repulsion
     const double *bonds, *angles;     // NULL without bonds
     int32_t n_angles, n_species;
-    double cutoff;  // of all
+    double cutoff;        // of all
+    const double *reach;  // (n_species, n_species): squares of the pairs' own cutoffs
 };
 
 // Of tensors.

@@ -315,9 +315,12 @@ class Layers {
         return r.scale[rank] >= 0 ? parameters_ + r.scale[rank] : nullptr;
     }
 
-    void add_prior(Part<T> &s, const Row<T> &row, int64_t i) const {
+    // The arrays that the atom's packed pairs are about to fill, `at` and `label` on, are used before.
+    void add_prior(Part<T> &s, const Row<T> &row, int64_t i, ptrdiff_t at, int label) const {
         const double cutoff = sink_.prior()->cutoff;
-        if (source_.any_within(row, T(cutoff * cutoff * 1.0001))) sink_.add_prior(i, s.sums);
+        int32_t *near = s.fields.label + label;
+        const int n = source_.find_within(row, T(cutoff * cutoff * 1.0001), s.pairs.packed, at, near);
+        if (n > 0) sink_.add_prior(i, near, n, s.sums);
     }
 
     // int_weights (n_sens, n_out, n_in) as (n_out, n_sens * n_in).
@@ -419,7 +422,7 @@ class Layers {
                     if (a >= n_atoms) continue;
                     Row<T> &row = s.rows[n_s > 1 ? a : 0];  // kept for the other species
                     if (z == 0) source_.load(first + b + a, row);
-                    if (z == 0 && first_time && sink_.prior()) add_prior(s, row, first + b + a);
+                    if (z == 0 && first_time && sink_.prior()) add_prior(s, row, first + b + a, a * ld, label);
                     source_.pack(row, z, s.pairs.packed, a * ld, s.fields.label + label, own[a]);
                     label += own[a].n;
                 }

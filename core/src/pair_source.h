@@ -135,24 +135,19 @@ class PairSource {
         return task_.md ? label : pairs_.neighbor[pairs_.row_ptr[i] + label];
     }
 
-    // Whether any pair of a row is shorter than the root of `limit`.
-    bool any_within(const Row<T> &row, T limit) const {
-        constexpr int L = lanes<T>;
-        bool near = false;
-        for (int k = 0; k < row.n; k += L) {
-            const Vector<T> x = load_lanes(row.x[0] + k), y = load_lanes(row.x[1] + k),
-                            z = load_lanes(row.x[2] + k);
-            const Vector<T> square = x * x + y * y + z * z;
-            const auto hit = square < limit;
-            for (int l = 0; l < L; ++l) near |= hit[l] != 0 && k + l < row.n;
-        }
-        return near;
+    // Places in the row of the pairs that are shorter than the root of `limit`, and how many there are.
+    // `x` from `at` on is room for their vectors.
+    int find_within(const Row<T> &row, T limit, const Span<T> *x, ptrdiff_t at, int32_t *places) const {
+        int n = compress<T>(row.n, row.x[0], row.x[1], row.x[2], counting_, nullptr, T(0), limit,
+                            x[0] + at, x[1] + at, x[2] + at, places);
+        while (n > 0 && places[n - 1] >= row.n) --n;  // the padding of a short cutoff
+        return n;
     }
 
   private:
     const Task &task_;
     const potstill_pairs &pairs_;
-    Span<int32_t> counting_;  // 0, 1, 2, ...: labels of given vectors
+    Span<int32_t> counting_;  // 0, 1, 2, ...: places in a row
     Span<Quad> positions_, offsets_;
 
     T cutoff() const { return T(task_.model.cutoff); }
@@ -171,7 +166,6 @@ class PairSource {
         for (int k = 0; k < n; ++k) to[k] = from[k] & mask;
         return to;
     }
-    static POTSTILL_INLINE Vector<T> load_lanes(const T *p) { return POTSTILL_ISA::load(p); }
 
     template <class R>
     static void load_vectors(const Row<T> &row, const R *r, int n) {

@@ -33,11 +33,12 @@ inline int64_t neighbor_of_pair(const potstill_pairs &pairs, int64_t i, int64_t 
     return pairs.rows ? pairs.rows[i][p - pairs.row_ptr[i]] & pairs.mask : pairs.neighbor[p];
 }
 
-// Energy of local atom i. Adds its pairs to forces, `stride` numbers per atom, virial and the virials
-// of neighbors, unless they are NULL.
+// Energy of local atom i with `n_near` of its pairs, whose places in its row are given; NULL stands for
+// the first ones. Adds them to forces, `stride` numbers per atom, virial and the virials of neighbors,
+// unless they are NULL.
 inline double prior_of_atom(const PriorTable &table, const potstill_pairs &pairs, const potstill_md &md,
-                          int64_t i, double *forces, ptrdiff_t stride, double *virial,
-                          double *neighbor_virials) {
+                          int64_t i, const int32_t *near, int64_t n_near, double *forces,
+                          ptrdiff_t stride, double *virial, double *neighbor_virials) {
     double energy = 0.0, total[3] = {0.0, 0.0, 0.0};
     Bonded bonded[MOST_BONDS];
     int n_bonds = 0;
@@ -57,7 +58,9 @@ inline double prior_of_atom(const PriorTable &table, const potstill_pairs &pairs
             }
     };
     const double *own = md.positions + 3 * i;
-    for (int64_t p = pairs.row_ptr[i]; p < pairs.row_ptr[i + 1]; ++p) {
+    const double *reach = table.reach + int64_t(table.n_species) * pairs.species[i];
+    for (int64_t k = 0; k < n_near; ++k) {
+        const int64_t p = pairs.row_ptr[i] + (near ? near[k] : k);
         const int64_t j = neighbor_of_pair(pairs, i, p);
         const double *offset = md.image ? md.offsets + 3 * int64_t(md.image[p]) : nullptr;
         double d[3];
@@ -65,8 +68,9 @@ inline double prior_of_atom(const PriorTable &table, const potstill_pairs &pairs
             d[a] = md.positions[3 * j + a] - own[a];
             if (offset) d[a] += offset[a];
         }
-        const double r = __builtin_sqrt(d[0] * d[0] + d[1] * d[1] + d[2] * d[2]);
-        if (!(r < table.cutoff)) continue;
+        const double square = d[0] * d[0] + d[1] * d[1] + d[2] * d[2];
+        if (!(square < reach[pairs.species[j]])) continue;
+        const double r = __builtin_sqrt(square);
         double slope;
         energy += prior_half_pair(table, pairs.species[i], pairs.species[j], r, &slope);
         if (table.n_angles && n_bonds < MOST_BONDS) {

@@ -63,9 +63,10 @@ class Sink {
         return pass_ && pass_->weights ? pass_->weights[i * n_terms_ + k] : 1.0;
     }
 
-    void add_prior(int64_t i, ForceSums<T> &sums) const {
+    // Of an atom's pairs at some places in its row.
+    void add_prior(int64_t i, const int32_t *near, int n_near, ForceSums<T> &sums) const {
         double *forces = wants_pairs_ ? sums.forces.data->x : nullptr;
-        md_->energies[i] += prior_of_atom(*prior_, pairs_, *md_, i, forces, 4,
+        md_->energies[i] += prior_of_atom(*prior_, pairs_, *md_, i, near, n_near, forces, 4,
                                         wants_virial() ? sums.virial_sum : nullptr,
                                         md_->center_virials ? sums.neighbor_virials.data : nullptr);
     }

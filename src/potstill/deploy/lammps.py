@@ -35,6 +35,19 @@ STYLES = {".potstill": "potstill", ".pt": "potstill/python"}
 _NOTE = """ PyTorch
 # computes them, in a Python that the plugin starts: many times slower than a native style."""
 
+_OF_ATOMS = """\
+neighbor 1.0 bin
+neigh_modify delay 0 every 5 check yes
+timestep 0.001          # ps"""
+
+_OF_BEADS = """\
+# A bead moves as far in a step as an atom in several: its list is wide, and checked in every step.
+# A time step is short enough if the same run without the thermostat keeps its energy.
+neighbor 3.0 bin
+neigh_modify delay 0 every 1 check yes
+timestep 0.01           # ps
+fix bath all langevin ${temperature} ${temperature} 1.0 4928459"""
+
 _EXAMPLE = """\
 # Molecular dynamics with MODEL, a potential of potstill. Its types: TYPES
 #
@@ -61,9 +74,7 @@ MASSES
 PAIR_COMMANDS
 # Elements or beads by atom type; NULL is for types that other styles of a `hybrid/overlay` serve.
 
-neighbor 1.0 bin
-neigh_modify delay 0 every 5 check yes
-timestep 0.001          # ps
+DYNAMICS
 velocity all create ${temperature} 4928459 mom yes rot yes dist gaussian
 fix integrate all nve
 
@@ -110,6 +121,7 @@ def write_lammps(
         save_potential(files[0], potential, dict(info))
         note = _NOTE
     names = potential.species_table.names
+    of_beads = any(entry.atomic_number is None for entry in potential.species_table.entries)
     dtypes = {str(p.dtype).removeprefix("torch.") for p in potential.parameters()}
     words = {
         "PAIR_COMMANDS": PAIR_COMMANDS,
@@ -124,6 +136,7 @@ def write_lammps(
         "MODEL": files[0].name,
         "TYPES": ", ".join(f"{k} {name}" for k, name in enumerate(names, 1)),
         "PRECISION": " and ".join(sorted(dtypes)) or "float64",
+        "DYNAMICS": _OF_BEADS if of_beads else _OF_ATOMS,
     }
     text = _EXAMPLE
     for word, value in words.items():
