@@ -8,8 +8,10 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
+from data import data_path
 from potstill.calculators import PotstillCalculator
 from potstill.checkpoint import load_potential, save_potential
 from potstill.cli import app
@@ -21,6 +23,10 @@ from potstill.species import Species, SpeciesTable
 from potstill.structures import Properties, Structures
 from potstill.teachers import make_teacher
 from potstill.testing import CONTRACT
+from potstill.workflows.coarse import PriorSettings, _fitting_tests
+from scripts import STUDIES
+
+FOLDER = STUDIES / "coarse_graining"
 
 KT = 0.03
 TABLE = SpeciesTable((Species("A", 30.0), Species("B", 18.0)))
@@ -237,6 +243,49 @@ def test_one_command_leads_from_a_trajectory_to_a_report(tmp_path):
     again = CliRunner().invoke(app, ["coarse", "all", str(path)], catch_exceptions=False)
     assert again.exit_code == 0
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("best.pt")}
+
+
+@pytest.mark.parametrize("beads", [5, 6])
+def test_a_molecule_goes_the_same_way(tmp_path, beads):
+    """The study of alanine dipeptide with few frames, trainings and steps."""
+    files = {5: "ala2_5bead.npz", 6: "ala2_6bead_cb.npz"}
+    own = YAML(typ="safe").load(FOLDER / f"ala2_{beads}bead.yaml")
+    own["out"] = str(tmp_path / "run")
+    path = data_path("cg-ala2") / files[beads]
+    own["map"]["trajectory"] = {"path": str(path), "index": "::50"}
+    own["train"] |= {"n_teachers": 2, "seeds": [0], "students": {"ensemble": {}}}
+    own["train"]["common"] |= {"epochs": 1}
+    own["run"]["dynamics"] |= {"n_runs": 4, "duration": 0.8, "equilibration": 0.4}
+    del own["run"]["tests"]["speed"]
+    write_settings(tmp_path / "config.yaml", CoarseConfig.model_validate(own))
+    command = ["coarse", "all", str(tmp_path / "config.yaml")]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    run = tmp_path / "run"
+    numbers = json.loads((run / "results.json").read_text())["measures"]["evaluations"]
+    student = numbers["runs"]["ensemble-0"]
+    assert student["failed_runs"] == 0.0
+    assert 0.0 < student["free_energy_error"] < 2.0
+    assert 0.0 < student["internal_error"] < 2.0
+    assert not {"rdf_error", "pressure"} & student.keys()
+    assert {p.stem for p in (run / "report").glob("*.png")} >= {"internal", "free_energy"}
+    page = (run / "report.html").read_text()
+    assert "Population of alpha (%)" in page
+
+
+def test_evaluations_fit_what_was_mapped():
+    prior = PriorSettings(
+        bonds=(("A", "B"), ("B", "C"), ("C", "D")), angles=(("A", "B", "C"), ("B", "C", "D"))
+    )
+    periodic = liquid()
+    open_ends = periodic.with_fields(pbc=torch.zeros(1, 3, dtype=torch.bool))
+    assert "rdf" in _fitting_tests(periodic, prior)
+    tests = _fitting_tests(open_ends, prior)
+    assert set(tests) == {"stability", "internal", "speed"}
+    assert set(tests["internal"]["coordinates"]) == {
+        "A-B", "B-C", "C-D", "A-B-C", "B-C-D", "A-B-C-D",
+    }  # fmt: skip
+    assert set(_fitting_tests(open_ends, None)) == {"stability", "speed"}
 
 
 def test_a_temperature_is_needed(tmp_path):

@@ -15,7 +15,7 @@ of neighbors k over that of the ideal gas.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import ase

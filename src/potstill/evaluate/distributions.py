@@ -85,10 +85,10 @@ class Distribution(Result):
 
 
 class PackedDistribution(Distribution):
-    """Base of distributions over two axes, whose many blocks are packed in JSON, three digits each."""
+    """Base of distributions over two axes, whose many blocks are packed in JSON."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists; the blocks as base64 of compressed float16."""
+        """Plain lists; the blocks, to three digits, as base64 of compressed float16."""
         data = super().to_json()
         if self.blocks is not None:
             packed = zlib.compress(self.blocks.clip(max=6e4).astype("<f2").tobytes(), 9)

@@ -23,6 +23,7 @@ from potstill.report.page import Section
 from potstill.report.plots import write_figure
 from potstill.report.tables import Table, rows_table
 from potstill.store import LabeledStore
+from potstill.structures import Structures
 from potstill.workflows.base import (
     Display,
     Settings,
@@ -196,7 +197,7 @@ def judge(finished: Finished, config: CoarseConfig, display: Display) -> Finding
     """Run the models' own dynamics and compare them with the mapped trajectory."""
     folder, own = finished.folder, config.run
     store = LabeledStore.open(config.map.out)
-    tests = own.tests if own.tests is not None else _fitting_tests(store, config.prior)
+    tests = own.tests if own.tests is not None else _fitting_tests(store.structures(), config.prior)
     start = folder / "start.extxyz"
     write_extxyz(start, store.structures().select([0]).to_ase(), ("symbols", "positions"))
     models = {
@@ -218,9 +219,9 @@ def judge(finished: Finished, config: CoarseConfig, display: Display) -> Finding
     return evaluate(settings, display)
 
 
-def _fitting_tests(store: LabeledStore, prior: PriorSettings | None) -> dict[str, dict[str, Any]]:
+def _fitting_tests(frames: Structures, prior: PriorSettings | None) -> dict[str, dict[str, Any]]:
     """Evaluations of a liquid, or of molecules where frames have no cell."""
-    if bool(store.structures().pbc.any()):
+    if bool(frames.pbc.any()):
         return _LIQUID
     bonds, angles = (prior.bonds, prior.angles) if prior is not None else ((), ())
     turned = [*angles, *(angle[::-1] for angle in angles)]

@@ -99,7 +99,7 @@ class FileData(FileSource):
 
 
 class SplitData(Settings):
-    """How to split: by seed, in blocks of time, by group, or from a file (a JSON object of lists of indices).
+    """How to split: by seed, in blocks of time, by group, or from a file.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ class SplitData(Settings):
     groups : dict of str to tuple of str, optional
         Names or patterns of the groups in each part; all others are for training.
     file : str, optional
-        Split file to read instead.
+        Split file to read instead: a JSON object of lists of indices.
     """
 
     seed: int = 0
