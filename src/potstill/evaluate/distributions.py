@@ -14,7 +14,7 @@ import typing
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import ase
@@ -98,11 +98,11 @@ class PackedDistribution(Distribution):
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `to_json`."""
-        found = super().from_json({**data, "blocks": None})
-        if data.get("blocks") is None:
-            return found
-        blocks = np.frombuffer(zlib.decompress(base64.b64decode(data["blocks"])), "<f2")
-        return replace(found, blocks=blocks.reshape(-1, *found.values.shape).astype(float))  # type: ignore[type-var]
+        if data.get("blocks") is not None:
+            blocks = np.frombuffer(zlib.decompress(base64.b64decode(data["blocks"])), "<f2")
+            blocks = blocks.reshape(-1, *np.shape(data["error"])).astype(float)
+            data = {**data, "blocks": blocks}
+        return super().from_json(data)
 
 
 @dataclass(frozen=True)

@@ -284,21 +284,27 @@ class Internal(_OfMolecules):
     def run(self, bench: Bench, candidate: Candidate) -> InternalDistributions:
         """Take the distributions of the candidate's trajectory, on the bins of the standard."""
         frames = self.frames_of(bench, candidate)
-        name, standard = bench.standard_for(candidate)
         parts = {}
         for label, atoms in self.coordinates.items():
-            quantity = _QUANTITIES[len(atoms)]
-            key = ("bins", label, name)
-            values = bench.once(key, lambda atoms=atoms: coordinate_values(standard, atoms))
             parts[label] = internal_distribution(
                 label,
                 coordinate_values(frames, atoms),
-                bin_edges(values, quantity, self.n_bins),
-                quantity,
+                self._edges(bench, candidate, atoms),
+                _QUANTITIES[len(atoms)],
                 n_blocks=self.n_blocks,
                 mirror_images=self.mirror_images,
             )
         return InternalDistributions(parts)
+
+    def _edges(self, bench: Bench, candidate: Candidate, atoms: Atoms) -> Array:
+        """Bins of a coordinate that all candidates share: those of the standard."""
+        name, standard = bench.standard_for(candidate)
+        quantity = _QUANTITIES[len(atoms)]
+
+        def edges() -> Array:
+            return bin_edges(coordinate_values(standard, atoms), quantity, self.n_bins)
+
+        return bench.once(("bins", name, atoms), edges)
 
     @classmethod
     def axes_of(cls, part: Distribution) -> tuple[str, str]:
