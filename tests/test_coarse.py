@@ -245,17 +245,17 @@ def test_one_command_leads_from_a_trajectory_to_a_report(tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("best.pt")}
 
 
-@pytest.mark.parametrize("beads", [5, 6])
-def test_a_molecule_goes_the_same_way(tmp_path, beads):
+def test_a_molecule_goes_the_same_way(tmp_path):
     """The study of alanine dipeptide with few frames, trainings and steps."""
-    files = {5: "ala2_5bead.npz", 6: "ala2_6bead_cb.npz"}
-    own = YAML(typ="safe").load(FOLDER / f"ala2_{beads}bead.yaml")
+    CoarseConfig.model_validate(YAML(typ="safe").load(FOLDER / "ala2_6bead.yaml"))
+    own = YAML(typ="safe").load(FOLDER / "ala2_5bead.yaml")
     own["out"] = str(tmp_path / "run")
-    path = data_path("cg-ala2") / files[beads]
-    own["map"]["trajectory"] = {"path": str(path), "index": "::50"}
+    path = data_path("cg-ala2") / "ala2_5bead.npz"
+    own["map"]["trajectory"] = {"path": str(path), "index": "::20"}
     own["train"] |= {"n_teachers": 2, "seeds": [0], "students": {"ensemble": {}}}
     own["train"]["common"] |= {"epochs": 1}
-    own["run"]["dynamics"] |= {"n_runs": 4, "duration": 0.8, "equilibration": 0.4}
+    own["run"] |= {"timestep": 2.0}  # few frames make a stiff repulsion
+    own["run"]["dynamics"] |= {"n_runs": 4, "duration": 0.8, "equilibration": 0.2, "stride": 100}
     del own["run"]["tests"]["speed"]
     write_settings(tmp_path / "config.yaml", CoarseConfig.model_validate(own))
     command = ["coarse", "all", str(tmp_path / "config.yaml")]
