@@ -546,7 +546,8 @@ class FreeEnergy(_OfMolecules):
             surface = surfaces[model]
             labels = [f"{name} (°)" for name in surface.pair.split(", ")]
             colors = Colors(surface.edges, surface.edges, surface.free_energy, top=top)
-            panels.append(Panel(labels[0], labels[1], [], model, colors=colors))
+            title = f"{model}, F in {surface.unit}"
+            panels.append(Panel(labels[0], labels[1], [], title, colors=colors))
         unit = next(iter(surfaces.values())).unit if surfaces else ""
         caption = (
             f"Free energy in {unit} above the lowest bin; white: no frame. Bins are "
