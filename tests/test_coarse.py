@@ -10,6 +10,7 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from data import data_path
@@ -31,8 +32,11 @@ from potstill.store import LabeledStore
 from potstill.structures import Properties, Structures
 from potstill.teachers import make_teacher
 from potstill.testing import CONTRACT
+from potstill.workflows.coarse import PriorSettings, _fitting_tests
 from potstill.workflows.evaluation import EvaluateConfig, TrajectoryData, evaluate
 from scripts import STUDIES
+
+FOLDER = STUDIES / "coarse_graining"
 
 KT = 0.03
 TABLE = SpeciesTable((Species("A", 30.0), Species("B", 18.0)))
@@ -412,7 +416,7 @@ def test_a_reduced_study_of_reline(tmp_path):
     """The config of the study with a few frames and epochs, two teachers and short runs."""
     pytest.importorskip("MDAnalysis", reason="reads the trajectory of reline")
     folder = data_path("reline")
-    data = read_yaml(STUDIES / "coarse_graining" / "reline.yaml")
+    data = read_yaml(FOLDER / "reline.yaml")
     data["out"] = str(tmp_path / "run")
     data["map"] |= {
         "trajectory": {"path": str(folder / "reline_425K.trr"), "index": "100:1200:22"},
@@ -451,6 +455,49 @@ def test_a_reduced_study_of_reline(tmp_path):
         for own, begin in places.values():
             assert own == pytest.approx(at, abs=0.8)
             assert begin == pytest.approx(first, abs=0.8)
+
+
+def test_a_molecule_goes_the_same_way(tmp_path):
+    """The study of alanine dipeptide with few frames, trainings and steps."""
+    CoarseConfig.model_validate(YAML(typ="safe").load(FOLDER / "ala2_6bead.yaml"))
+    own = YAML(typ="safe").load(FOLDER / "ala2_5bead.yaml")
+    own["out"] = str(tmp_path / "run")
+    path = data_path("cg-ala2") / "ala2_5bead.npz"
+    own["map"]["trajectory"] = {"path": str(path), "index": "::20"}
+    own["train"] |= {"n_teachers": 2, "seeds": [0], "students": {"ensemble": {}}}
+    own["train"]["common"] |= {"epochs": 1}
+    own["run"] |= {"timestep": 2.0}  # few frames make a stiff repulsion
+    own["run"]["dynamics"] |= {"n_runs": 4, "duration": 0.8, "equilibration": 0.2, "stride": 100}
+    del own["run"]["tests"]["speed"]
+    write_settings(tmp_path / "config.yaml", CoarseConfig.model_validate(own))
+    command = ["coarse", "all", str(tmp_path / "config.yaml")]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    run = tmp_path / "run"
+    numbers = json.loads((run / "results.json").read_text())["measures"]["evaluations"]
+    student = numbers["runs"]["ensemble-0"]
+    assert student["failed_runs"] == 0.0
+    assert 0.0 < student["free_energy_error"] < 2.0
+    assert 0.0 < student["internal_error"] < 2.0
+    assert not {"rdf_error", "pressure"} & student.keys()
+    assert {p.stem for p in (run / "report").glob("*.png")} >= {"internal", "free_energy"}
+    page = (run / "report.html").read_text()
+    assert "Population of alpha (%)" in page
+
+
+def test_evaluations_fit_what_was_mapped():
+    prior = PriorSettings(
+        bonds=(("A", "B"), ("B", "C"), ("C", "D")), angles=(("A", "B", "C"), ("B", "C", "D"))
+    )
+    periodic = liquid()
+    open_ends = periodic.with_fields(pbc=torch.zeros(1, 3, dtype=torch.bool))
+    assert "rdf" in _fitting_tests(periodic, prior)
+    tests = _fitting_tests(open_ends, prior)
+    assert set(tests) == {"stability", "internal", "speed"}
+    assert set(tests["internal"]["coordinates"]) == {
+        "A-B", "B-C", "C-D", "A-B-C", "B-C-D", "A-B-C-D",
+    }  # fmt: skip
+    assert set(_fitting_tests(open_ends, None)) == {"stability", "speed"}
 
 
 def test_a_temperature_is_needed(tmp_path):

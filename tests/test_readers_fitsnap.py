@@ -14,6 +14,7 @@ from potstill.readers import (
     Units,
     check_stress_unit,
     read,
+    split_by_blocks,
     split_by_group,
     split_by_seed,
     split_from_file,
@@ -148,6 +149,20 @@ def test_published_volume_scans_fit_their_stress():
 
 
 # -- splits ---------------------------------------------------------------------------------------
+
+
+def test_split_by_blocks_keeps_neighbors_together():
+    fractions = {"train": 0.6, "validation": 0.2, "test": 0.2}
+    parts = split_by_blocks(103, 10, fractions, 1)
+    assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(103))
+    block = torch.arange(103).tensor_split(10)
+    place = {k: b for b, own in enumerate(block) for k in own.tolist()}
+    blocks = [{place[k] for k in own.tolist()} for own in parts.values()]
+    assert [len(own) for own in blocks] == [6, 2, 2]  # whole blocks: none is in two parts
+    other = split_by_blocks(103, 10, fractions, 2)
+    assert any(not torch.equal(parts[name], other[name]) for name in parts)
+    with pytest.raises(ConfigError, match="5 frames cannot be split into 10 blocks"):
+        split_by_blocks(5, 10, fractions, 0)
 
 
 def test_split_by_seed():

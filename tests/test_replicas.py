@@ -174,6 +174,24 @@ def test_a_replica_is_the_same_in_any_company_and_after_an_interruption(tmp_path
     assert not torch.equal(other.frames.structures.positions, run.frames.structures.positions)
 
 
+def test_molecules_without_a_cell_share_a_call_and_stay_the_same_in_any_company():
+    settings = ReplicaSettings(400.0, n_frames=6, stride=20.0, seed=3)
+    start = liquid(3)
+    start = start.with_fields(pbc=torch.zeros_like(start.pbc), cell=torch.zeros_like(start.cell))
+    run = run_replicas(start, bead_model(), settings)
+    alone = run_replicas(start.select([0]), bead_model(), settings)
+    first = coordinates(run.frames.structures)[:6]
+    np.testing.assert_array_equal(first, coordinates(alone.frames.structures))
+    moved = run.frames.structures.select([5, 11, 17])
+    twin = bead_model()
+    twin.use_core("torch")
+    expected = twin.predict(moved, properties=("energy", "forces"))
+    found = BatchCalculator(bead_model()).compute(moved, stress=True)
+    for name in ("energy", "forces"):
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-11)
+    assert bool(found["stress"].isnan().all())
+
+
 def test_one_that_breaks_down_leaves_the_others_alone():
     model = student("Al", "Cu")
     start = liquid(3, length=9.0).with_fields(species_table=model.species_table)

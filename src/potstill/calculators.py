@@ -301,6 +301,10 @@ class PotstillCalculator(Calculator):
 # -- batches -------------------------------------------------------------------------------------
 
 
+#: Systems without a cell that have fewer atoms than so many, on average, share a native call.
+_SMALL = 64
+
+
 @dataclass(frozen=True)
 class _Kept:
     """A system, or a whole batch, where its neighbor list was made."""
@@ -314,7 +318,8 @@ class BatchCalculator:
 
     Models that native kernels serve are evaluated by them, system by system: a call is quick, and
     needs no tensor of the size of all lists. Systems, not atoms, are what torch's threads share
-    then. Other models are evaluated in one batch by PyTorch. Neighbor lists reach `skin` farther
+    then. Molecules without a cell, for which most of a call would be Python's, share one call.
+    Other models are evaluated in one batch by PyTorch. Neighbor lists reach `skin` farther
     than the potential and last until atoms have moved.
 
     Parameters
@@ -346,6 +351,8 @@ class BatchCalculator:
         native = self.potential.native_parts()
         if native is None or native.network is None:
             return self._by_torch(structures, stress)
+        if structures.n_atoms < _SMALL * structures.n_systems and not bool(structures.pbc.any()):
+            return self._in_one_call(native, structures, stress)
         offsets = structures.atom_offsets.tolist()
         self._kept = [*self._kept, *[None] * structures.n_systems][: structures.n_systems]
         found = {
@@ -378,6 +385,22 @@ class BatchCalculator:
             for s in range(structures.n_systems):
                 one_system(s)
         return found
+
+    def _in_one_call(
+        self, native: NativeParts, structures: Structures, stress: bool
+    ) -> dict[str, Tensor]:
+        """Molecules without cells as one system, whose list has no pair of two of them."""
+        kept = self._kept[0] if self._kept else None
+        if kept is None or not self._lasts(kept, structures):
+            pairs = build_compact_neighbors(structures, self.potential.cutoff + self.skin)
+            kept = _Kept(_copy(structures), pairs)
+            self._kept = [kept]
+        assert isinstance(kept.pairs, CompactNeighbors)
+        result = native.evaluate(structures, kept.pairs, virial=False)
+        assert result.forces is not None
+        energy = structures.sum_by_system(result.energies.to(torch.float64))
+        found = {"energy": energy, "forces": result.forces}
+        return found | ({"stress": torch.full_like(structures.cell, torch.nan)} if stress else {})
 
     def _with_list(
         self, s: int, structures: Structures, atoms: slice
@@ -418,7 +441,7 @@ class BatchCalculator:
 
     def _lasts(self, kept: _Kept, structures: Structures) -> bool:
         """Whether the list of a batch is still good, for cells that do not change."""
-        same = isinstance(kept.pairs, NeighborList) and all(
+        same = all(
             torch.equal(getattr(kept.structures, name), getattr(structures, name))
             for name in ("species", "cell", "pbc", "system_index")
         )

@@ -1,12 +1,13 @@
 """Whether a frame of dynamics is still the system it started from: no fused atoms, no fragments.
 
 Neither needs a cell: an explosion in vacuum changes no volume. A liquid has a reference besides:
-distances that it never takes, and holes that it never has. Two atoms are bonded where they are
+distances that it never takes, and holes that it never has; a molecule has bonds, beads or not, that
+its reference never stretches. Two atoms are bonded where they are
 closer than 1.3 times the sum of their covalent radii, and stay so up to twice that sum, well past
 every stretched bond. A structure has come apart when its atoms, linked by the latter, form more
 fragments than the bonds of the start do. Molecules that drift apart in a gas, and noble gases,
-which have no bonds to lose, are thus left alone. Beads have no radii, and hence no bonds: they have
-fused where they are far closer than any such pair in training.
+which have no bonds to lose, are thus left alone. Beads have no radii: without a reference they have
+no bonds, and have fused where they are far closer than any such pair in training.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from ase.data import covalent_radii
 from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 from scipy.spatial import cKDTree
 
 from potstill.neighbors import build_neighbor_list, shortest_distances, system_pairs
@@ -36,7 +37,10 @@ FUSED_RADII = 0.5
 _ATOMS_AT_A_TIME = 20_000
 #: A liquid has lost its density where a hole is this many times as wide as any of the reference.
 WIDER = 1.5
-#: Frames of a reference that are looked through for holes.
+#: A bond of a molecule is no longer than so many times its shortest length in the reference, and
+#: has broken where it is so many times as long as any of the reference.
+STIFF, BROKEN = 2.0, 1.5
+#: Frames of a reference that are looked through for holes and bonds.
 _LOOKED_THROUGH = 50
 #: Kinetic temperatures fluctuate; this many standard deviations are no fluctuation.
 _HOT = 10.0
@@ -139,6 +143,52 @@ class Liquid:
             f"the density was lost: a hole of {hole:.1f} Å, where the reference has none wider "
             f"than {self.widest:.1f} Å"
         )
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The bonds of molecules, of beads or atoms alike, as a trajectory without a cell shows them.
+
+    They are the shortest connections that link everything (the minimum spanning tree of the mean
+    distances), without those that are no bonds because their lengths vary too much.
+
+    Parameters
+    ----------
+    bonds : tuple of (int, int)
+        Atoms.
+    longest : tuple of float
+        Greatest length of each in the trajectory, Å.
+    """
+
+    bonds: tuple[tuple[int, int], ...]
+    longest: tuple[float, ...]
+
+    @classmethod
+    def of(cls, frames: Structures) -> Skeleton:
+        """Look at a trajectory of the same atoms in the same order."""
+        n = frames.n_atoms // len(frames)
+        x = frames.positions.numpy().reshape(-1, n, 3)
+        chosen = np.unique(np.linspace(0, len(x) - 1, _LOOKED_THROUGH).astype(int))
+        mean = np.linalg.norm(x[chosen][:, :, None] - x[chosen][:, None], axis=3).mean(axis=0)
+        tree = minimum_spanning_tree(mean).tocoo()
+        found = {}
+        for i, j in zip(tree.row.tolist(), tree.col.tolist(), strict=True):
+            length = np.linalg.norm(x[:, i] - x[:, j], axis=1)
+            if length.max() <= STIFF * length.min():
+                found[i, j] = float(length.max())
+        return cls(tuple(found), tuple(found.values()))
+
+    def symptom(self, frame: Structures) -> str:
+        """Say which bond of a later frame has broken; empty if none has."""
+        for (i, j), longest in zip(self.bonds, self.longest, strict=True):
+            length = float((frame.positions[i] - frame.positions[j]).norm())
+            if length > BROKEN * longest:
+                names = (frame.species_table.names[int(frame.species[k])] for k in (i, j))
+                return (
+                    f"the bond {'-'.join(names)} broke: {length:.1f} Å, where the reference has "
+                    f"none longer than {longest:.1f} Å"
+                )
+        return ""
 
 
 def widest_hole(frame: Structures, spacing: float = 1.5) -> float:

@@ -328,8 +328,8 @@ def evaluate(
         str | None,
         typer.Option(
             help="Comma-separated: errors, s2ef, throughput, eos, elastic, vibrations, phonons, "
-            "defects, expansion, rdf, adf, cdf, coordination, diffusion, density, pressure, "
-            "melting, speed, memory, nve, stability, headroom."
+            "defects, expansion, rdf, adf, cdf, coordination, internal, free_energy, "
+            "diffusion, density, pressure, melting, speed, memory, nve, stability, headroom."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,

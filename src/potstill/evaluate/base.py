@@ -440,7 +440,8 @@ class Evaluation(BaseModel, ABC):
     result: ClassVar[type[Result]]
     #: Where a report shows it, a key of `SECTIONS`.
     section: ClassVar[str]
-    #: What it works on: "labels", "sets", "structure", "crystal", "frames" or "runs".
+    #: What it works on: "labels", "sets", "structure", "crystal", "frames"
+    #: (periodic ones), "trajectories" (any) or "runs".
     needs: ClassVar[str]
     #: Whether it takes a model, beside a trajectory.
     needs_model: ClassVar[bool] = False
@@ -463,6 +464,7 @@ class Evaluation(BaseModel, ABC):
             "structure": (structure is not None, "a structure"),
             "crystal": (crystal, f"a structure {kind}that is periodic along all three axes"),
             "runs": (bool(bench.runs), "'dynamics' of the models"),
+            "trajectories": (bool(frames), "trajectories"),
             "frames": (
                 bool(frames) and periodic,
                 "trajectories of a structure that is periodic along all three axes",

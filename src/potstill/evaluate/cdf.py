@@ -14,12 +14,9 @@ of neighbors k over that of the ideal gas.
 
 from __future__ import annotations
 
-import base64
 import math
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import ase
 import numpy as np
@@ -30,9 +27,9 @@ from potstill.evaluate.adf import Cutoffs, Shells, cutoff_table
 from potstill.evaluate.base import Bench, Candidate, Findings
 from potstill.evaluate.distributions import (
     Array,
-    Distribution,
     Distributions,
     Kinds,
+    PackedDistribution,
     as_periodic,
     bins_of,
     over_frames,
@@ -46,7 +43,7 @@ _DECIMALS = 5
 
 
 @dataclass(frozen=True)
-class CombinedDistribution(Distribution):
+class CombinedDistribution(PackedDistribution):
     """g(r, θ) of one triple of kinds.
 
     Parameters
@@ -73,23 +70,6 @@ class CombinedDistribution(Distribution):
     n_frames: int
     n_blocks: int
     blocks: np.ndarray | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists; the blocks, which are many, as base64 of compressed float16."""
-        data = super().to_json()
-        if self.blocks is not None:
-            packed = zlib.compress(self.blocks.clip(max=6e4).astype("<f2").tobytes(), 9)
-            data["blocks"] = base64.b64encode(packed).decode("ascii")
-        return data
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_json`."""
-        found = super().from_json({**data, "blocks": None})
-        if data.get("blocks") is None:
-            return found
-        blocks = np.frombuffer(zlib.decompress(base64.b64decode(data["blocks"])), "<f2")
-        return replace(found, blocks=blocks.reshape(-1, *found.g.shape).astype(float))
 
     @property
     def edges(self) -> tuple[np.ndarray, np.ndarray]:

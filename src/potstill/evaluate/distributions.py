@@ -8,8 +8,10 @@ noise is called unclear.
 
 from __future__ import annotations
 
+import base64
 import math
 import typing
+import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,6 +82,27 @@ class Distribution(Result):
         c4 = math.sqrt(2.0 / (n - 1)) * math.gamma(n / 2) / math.gamma((n - 1) / 2)
         weights = rng.standard_normal((_DRAWS, n)) / (c4 * math.sqrt(n * (n - 1)))
         return weights @ (self.blocks - self.blocks.mean(axis=0)).reshape(n, -1)
+
+
+class PackedDistribution(Distribution):
+    """Base of distributions over two axes, whose many blocks are packed in JSON."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists; the blocks, to three digits, as base64 of compressed float16."""
+        data = super().to_json()
+        if self.blocks is not None:
+            packed = zlib.compress(self.blocks.clip(max=6e4).astype("<f2").tobytes(), 9)
+            data["blocks"] = base64.b64encode(packed).decode("ascii")
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_json`."""
+        if data.get("blocks") is not None:
+            blocks = np.frombuffer(zlib.decompress(base64.b64decode(data["blocks"])), "<f2")
+            blocks = blocks.reshape(-1, *np.shape(data["error"])).astype(float)
+            data = {**data, "blocks": blocks}
+        return super().from_json(data)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from potstill.report.tables import Row, number
 from potstill.report.verdicts import Verdict
 from potstill.sample.base import Progress
 from potstill.sample.replicas import ReplicaRun, ReplicaSettings, run_replicas
-from potstill.soundness import Connectivity, Liquid, overheated
+from potstill.soundness import Connectivity, Liquid, Skeleton, closest_pairs, overheated
 from potstill.structures import Structures
 
 
@@ -87,14 +87,18 @@ class OwnDynamics(BaseModel):
         """Run a candidate's dynamics, or the rest of it.
 
         A run fails where positions are not finite, the temperature runs away, atoms fuse or come
-        apart or, beside a reference trajectory, where the density is lost: `potstill.soundness`.
+        apart or, beside a reference trajectory, where the density of a liquid is lost or a bond of
+        a molecule breaks: `potstill.soundness`.
         """
         starts, settings = self.starts(bench), self.settings(bench)
         reference = (bench.frames or {}).get(bench.standard)
         trained = candidate.trained_on.get("shortest_distances")
-        liquid = Liquid(dict(trained or {}))
+        liquid, skeleton = Liquid(dict(trained or {})), Skeleton((), ())
         if reference is not None and bool(reference.pbc.all()):
             liquid = bench.once("liquid", lambda: Liquid.of(reference))
+        elif reference is not None and not bool(reference.pbc.any()):
+            liquid = bench.once("closest", lambda: Liquid(closest_pairs(reference)))
+            skeleton = bench.once("skeleton", lambda: Skeleton.of(reference))
         whole = Connectivity.of(starts[0])
         hot = settings.temperature if settings.thermostat_time is not None else None
 
@@ -102,6 +106,7 @@ class OwnDynamics(BaseModel):
             return (
                 (overheated(frame, hot) if hot is not None else "")
                 or whole.symptom(frame)
+                or skeleton.symptom(frame)
                 or liquid.symptom(frame)
             )
 

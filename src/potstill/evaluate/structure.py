@@ -13,6 +13,7 @@ from potstill.errors import DivergenceError
 from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings
 from potstill.evaluate.distributions import (
     Couples,
+    Distribution,
     Distributions,
     as_periodic,
     compare_distributions,
@@ -61,10 +62,17 @@ class DistributionEvaluation(Evaluation):
         DivergenceError
             If its atoms have fused.
         """
-        frames = as_periodic(bench.trajectory_of(candidate))
+        frames = bench.trajectory_of(candidate)
+        if self.needs == "frames":
+            frames = as_periodic(frames)
         if symptom := fused(closest_pairs(frames), candidate.trained_on.get("shortest_distances")):
             raise DivergenceError(f"its trajectory is unsound: {symptom}")
         return frames
+
+    @classmethod
+    def axes_of(cls, part: Distribution) -> tuple[str, str]:
+        """Labels of the axes of a panel; `axes` for all by default."""
+        return cls.axes
 
     @classmethod
     def beside(cls, found: Findings) -> tuple[str, dict[str, Couples]]:
@@ -171,7 +179,8 @@ class DistributionEvaluation(Evaluation):
                 for m, d in sorted(parts.items(), key=lambda item: item[0] != standard)
             ]
             title = "Distribution" if single else label
-            panels.append(Panel(*cls.axes, series, title, from_zero=True))
+            axes = cls.axes_of(next(iter(parts.values())))
+            panels.append(Panel(*axes, series, title, from_zero=True))
         if single:
             differences = [
                 Series(m, a.grid[0], a.values - b.values, kind="line",
@@ -181,7 +190,7 @@ class DistributionEvaluation(Evaluation):
             if differences:
                 name = f"Difference in {cls.symbol}"
                 title = f"Minus {standard}"
-                panels.append(Panel(cls.axes[0], name, differences, title, zero_line=True))
+                panels.append(Panel(axes[0], name, differences, title, zero_line=True))
         apart = f", and its difference from the {standard}'s" if len(panels) > 1 and single else ""
         some = (
             f" The {len(chosen)} of {len(labels)} that differ most are shown."

@@ -19,6 +19,7 @@ from potstill.evaluate.eos import Eos
 from potstill.evaluate.errors import S2EF, Errors
 from potstill.evaluate.expansion import Expansion
 from potstill.evaluate.headroom import Headroom
+from potstill.evaluate.internal import FreeEnergy, Internal
 from potstill.evaluate.melting import Melting
 from potstill.evaluate.memory import Memory
 from potstill.evaluate.nve import NVE
@@ -48,6 +49,8 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
         Adf,
         Cdf,
         CoordinationEvaluation,
+        Internal,
+        FreeEnergy,
         DiffusionEvaluation,
         DensityEvaluation,
         PressureEvaluation,

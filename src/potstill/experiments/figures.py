@@ -32,6 +32,8 @@ JUDGED = (
     "rdf_error",
     "adf_error",
     "cdf_error",
+    "internal_error",
+    "free_energy_error",
 )
 
 #: Costs whose largest and smallest values are closer than this factor are the same.

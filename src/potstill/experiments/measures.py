@@ -329,8 +329,9 @@ class EvaluationsSettings(Settings):
     def _applicable(self) -> EvaluationsSettings:
         for name in self.tests:
             needs = EVALUATIONS[name].needs
-            if needs == "frames" or (needs in ("structure", "crystal") and not self.structure):
-                what = "trajectories" if needs == "frames" else "a 'structure'"
+            moving = needs in ("frames", "trajectories")
+            if moving or (needs in ("structure", "crystal") and not self.structure):
+                what = "trajectories" if moving else "a 'structure'"
                 raise ValueError(f"the evaluation '{name}' needs {what}")
         return self
 

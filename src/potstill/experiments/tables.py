@@ -39,6 +39,8 @@ _COMPARED = (
     "rdf_error",
     "adf_error",
     "cdf_error",
+    "internal_error",
+    "free_energy_error",
 )
 
 #: OC20's metrics, by the keys of `potstill.metrics.S2EF_METRICS`; the first two are judged.

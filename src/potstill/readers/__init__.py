@@ -31,6 +31,7 @@ from potstill.readers.fitsnap import read_fitsnap
 from potstill.readers.lmdb import Shard
 from potstill.readers.npz import read_npz
 from potstill.readers.oc20 import read_oc20
+from potstill.readers.splits import split_by_blocks as split_by_blocks
 from potstill.readers.splits import split_by_group as split_by_group
 from potstill.readers.splits import split_by_seed as split_by_seed
 from potstill.readers.splits import split_from_file as split_from_file

@@ -43,6 +43,35 @@ def split_by_seed(n: int, fractions: Mapping[str, float], seed: int) -> dict[str
     return {name: part.sort().values for name, part in zip(fractions, parts, strict=True)}
 
 
+def split_by_blocks(
+    n: int, n_blocks: int, fractions: Mapping[str, float], seed: int
+) -> dict[str, Tensor]:
+    """Split n frames in order of time by consecutive blocks, which are dealt out as a whole.
+
+    Neighboring frames of a trajectory are alike: a random split would test on what was trained on.
+
+    Parameters
+    ----------
+    n_blocks : int
+        Blocks of the same size, but for one frame.
+    fractions, seed
+        As of `split_by_seed`, of the blocks.
+
+    Raises
+    ------
+    ConfigError
+        As of `split_by_seed`, or if there are more blocks than frames.
+    """
+    if n_blocks > n:
+        raise ConfigError(f"{n} frames cannot be split into {n_blocks} blocks")
+    blocks = torch.arange(n).tensor_split(n_blocks)
+    parts = split_by_seed(n_blocks, fractions, seed)
+    return {
+        name: torch.cat([blocks[k] for k in own.tolist()]) if len(own) else blocks[0][:0]
+        for name, own in parts.items()
+    }
+
+
 def split_by_group(groups: Sequence[str], parts: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
     """Split by the names of groups; those that no part names are for training.
 

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from potstill.checkpoint import load_potential, potential_fingerprint, save_potential
 from potstill.coarse.prior import fit_prior
 from potstill.errors import ConfigError
-from potstill.evaluate.base import BenchSettings, Findings, Role
+from potstill.evaluate.base import SECTIONS, BenchSettings, Findings, Role
 from potstill.evaluate.stability import OwnDynamics
 from potstill.evaluate.table import EVALUATIONS, Options
 from potstill.evaluate.tools import is_checkpoint
@@ -30,7 +30,9 @@ from potstill.experiments.spec import Run
 from potstill.report.page import Section
 from potstill.report.panels import Look, looks
 from potstill.report.plots import write_figure
+from potstill.report.tables import Table, rows_table
 from potstill.store import LabeledStore
+from potstill.structures import Structures
 from potstill.workflows.base import (
     Display,
     Settings,
@@ -42,8 +44,8 @@ from potstill.workflows.baselines import Baselines, Beads, make_baselines
 from potstill.workflows.evaluation import EvaluateConfig, TestedModel, TrajectoryData, evaluate
 from potstill.workflows.mapping import MapConfig, map_to_beads
 
-#: Evaluations of the models' own liquids.
-_TESTS: dict[str, dict[str, Any]] = {
+#: Evaluations of the models' own liquids ...
+_LIQUID: dict[str, dict[str, Any]] = {
     "stability": {},
     "rdf": {"r_max": 13.0, "n_bins": 130},
     "adf": {},
@@ -53,6 +55,8 @@ _TESTS: dict[str, dict[str, Any]] = {
     "diffusion": {},
     "speed": {},
 }
+#: ... and of molecules without a cell, which have neither density nor pressure.
+_MOLECULE: dict[str, dict[str, Any]] = {"stability": {}, "internal": {}, "speed": {}}
 
 
 class JudgeSettings(Settings):
@@ -68,8 +72,9 @@ class JudgeSettings(Settings):
         Time between the frames of the mapped trajectory in fs, for diffusion.
     dynamics : OwnDynamics
         Runs of each model.
-    tests : dict of str to dict
-        Evaluations, with their settings.
+    tests : dict of str to dict, optional
+        Evaluations, with their settings. By default those of liquids; without a cell stability,
+        speed, and the prior's bonds and angles with the dihedrals between them.
     seeds : int
         Models of each kind that are judged, those of the first seeds.
     models : dict of str to TeacherSettings
@@ -80,7 +85,7 @@ class JudgeSettings(Settings):
     timestep: float = Field(default=5.0, gt=0)
     stride: float | None = Field(default=None, gt=0)
     dynamics: OwnDynamics = Field(default_factory=OwnDynamics)
-    tests: Options = Field(default_factory=lambda: dict(_TESTS))
+    tests: Options | None = None
     seeds: int = Field(default=3, ge=1)
     models: dict[str, TeacherSettings] = Field(default_factory=dict)
 
@@ -229,7 +234,7 @@ def run_coarse(config: CoarseConfig, display: Display, *, command: str = "") -> 
         on_model=display.say,
         others=finished.others,
         more={"evaluations": _numbers(finished, found)},
-        sections=(Section("Structure", figures=figures),),
+        sections=(Section("Structure", figures=figures, tables=_numbers_shown(shown)),),
         lead=headlines,
     )
     return folder / "report.html"
@@ -252,6 +257,7 @@ def judge(finished: Finished, config: CoarseConfig, display: Display) -> Finding
     """Run the models' own dynamics and compare them with the mapped trajectory."""
     folder, own = finished.folder, config.run
     store = LabeledStore.open(config.map.out)
+    tests = own.tests if own.tests is not None else _fitting_tests(store.structures(), config.prior)
     start = folder / "start.extxyz"
     write_extxyz(start, store.structures().select([0]).to_ase(), ("symbols", "positions"))
     models = {
@@ -267,12 +273,27 @@ def judge(finished: Finished, config: CoarseConfig, display: Display) -> Finding
         out=str(folder / "evaluate"),
         structure=str(start),
         trajectories={"reference": TrajectoryData(path=config.map.out, stride=own.stride)},
-        tests=tuple(own.tests),
-        options=own.tests,
+        tests=tuple(tests),
+        options=tests,
         settings=BenchSettings(temperature=_temperature(config), timestep=own.timestep),
         dynamics=own.dynamics,
     )
     return evaluate(settings, display)
+
+
+def _fitting_tests(frames: Structures, prior: PriorSettings | None) -> dict[str, dict[str, Any]]:
+    """Evaluations of a liquid, or of molecules where frames have no cell."""
+    if bool(frames.pbc.any()):
+        return _LIQUID
+    bonds, angles = (prior.bonds, prior.angles) if prior is not None else ((), ())
+    turned = [*angles, *(angle[::-1] for angle in angles)]
+    dihedrals = [(*a, b[2]) for a in angles for b in turned if a[1:] == b[:2] and a[0] != b[2]]
+    coordinates = {"-".join(names): names for names in (*bonds, *angles, *dihedrals)}
+    left_out = () if coordinates else ("internal",)
+    tests = {name: dict(own) for name, own in _MOLECULE.items() if name not in left_out}
+    if coordinates:
+        tests["internal"]["coordinates"] = coordinates
+    return tests
 
 
 def _first(finished: Finished, n: int) -> list[Run]:
@@ -309,6 +330,15 @@ def _looks(finished: Finished, config: CoarseConfig) -> dict[str, Look]:
     kinds = finished.experiment.by_name
     known = looks(sorted({*kinds, *finished.others, *config.run.models, MAPPED_FORCES}))
     return known | {run.name: known[run.variant.name] for run in finished.records}
+
+
+def _numbers_shown(shown: Findings) -> tuple[Table, ...]:
+    """What the evaluations of dynamics found, one column for each kind of model."""
+    evaluations = [EVALUATIONS[name] for name in EVALUATIONS if name in shown.results]
+    rows = [row for e in evaluations if e.section == "Dynamics" for row in e.rows(shown)]
+    name, title, note = SECTIONS["Dynamics"]
+    table = rows_table(name, title, rows, note)
+    return () if table is None else (table,)
 
 
 def _numbers(finished: Finished, found: Findings) -> dict[str, Any]:

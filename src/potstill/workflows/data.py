@@ -14,7 +14,15 @@ from torch import Tensor
 from potstill.distill import FeatureTerm
 from potstill.errors import DataError, suggest
 from potstill.features import Feature
-from potstill.readers import KeyMap, Units, read, split_by_group, split_by_seed, split_from_file
+from potstill.readers import (
+    KeyMap,
+    Units,
+    read,
+    split_by_blocks,
+    split_by_group,
+    split_by_seed,
+    split_from_file,
+)
 from potstill.store import LabeledStore
 from potstill.structures import Properties, Structures
 from potstill.train import TrainingSet
@@ -91,7 +99,7 @@ class FileData(FileSource):
 
 
 class SplitData(Settings):
-    """How to split: by seed, by group, or from a file (a JSON object of lists of indices).
+    """How to split: by seed, in blocks of time, by group, or from a file.
 
     Parameters
     ----------
@@ -99,18 +107,22 @@ class SplitData(Settings):
         Seed of a random split.
     fractions : dict of str to float
         Fraction of each part; parts other than train, validation and test are not used.
+    blocks : int, optional
+        Deal out so many consecutive blocks of frames, rather than frames: those of a trajectory
+        are like their neighbors.
     of_every_group : bool
         Hold out the validation fraction of every group and train on the rest.
     groups : dict of str to tuple of str, optional
         Names or patterns of the groups in each part; all others are for training.
     file : str, optional
-        Split file to read instead.
+        Split file to read instead: a JSON object of lists of indices.
     """
 
     seed: int = 0
     fractions: dict[str, float] = Field(
         default_factory=lambda: {"train": 0.8, "validation": 0.1, "test": 0.1}
     )
+    blocks: int | None = Field(default=None, ge=2)
     of_every_group: bool = False
     groups: dict[str, tuple[str, ...]] | None = None
     file: str | None = None
@@ -124,6 +136,9 @@ class SplitData(Settings):
         if self.of_every_group:
             held_out = share_of_groups(structures, self.fractions["validation"], self.seed)
             return {"train": (~held_out).nonzero()[:, 0], "validation": held_out.nonzero()[:, 0]}
+        if self.blocks is not None:
+            n = structures.n_systems
+            return split_by_blocks(n, self.blocks, self.fractions, self.seed)
         return split_by_seed(structures.n_systems, self.fractions, self.seed)
 
 

@@ -152,13 +152,15 @@ class EvaluateConfig(Settings):
         Starting structure for properties and MD; without it only errors are computed.
     trajectories : dict of str to TrajectoryData
         Trajectories for `rdf`, `adf`, `cdf`, `coordination`, `density`, `diffusion` and `pressure`,
-        by the names of the models that made them, or any other names. Distributions are compared
-        with those of the first one called `reference...`, else `teacher...`.
+        and of molecules for `internal` and `free_energy`, by the names of the models that made
+        them, or any other names. Distributions are compared with those of the first one called
+        `reference...`, else `teacher...`.
     tests : dict of str to dict, or list of str, optional
         Evaluations (`potstill.evaluate.table`) to run, with their settings if any:
         `{eos: {}, nve: {duration: 5}}`. By default all that apply, except `throughput`,
-        `defects`, `expansion`, `adf`, `cdf`, `coordination`, `diffusion`, `pressure`, `melting`,
-        `stability` and `headroom`, and `s2ef` only with `splits`.
+        `defects`, `expansion`, `adf`, `cdf`, `coordination`, `internal`, `free_energy`,
+        `diffusion`, `pressure`, `melting`, `stability` and `headroom`, and `s2ef` only with
+        `splits`.
     options : dict of str to dict
         Settings of evaluations, whether or not `tests` names them.
     settings : BenchSettings
@@ -332,7 +334,7 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
     moving = [candidate for name, candidate in candidates.items() if name in (bench.frames or {})]
     chosen = []
     for name in names:
-        given = moving if every[name].needs == "frames" else models
+        given = moving if every[name].needs in ("frames", "trajectories") else models
         chosen.append((every[name], [c for c in given if c.spec or not every[name].needs_model]))
     found = run_evaluations(bench, chosen, Path(config.out), display)
     for name in names if bench.frames else ():
