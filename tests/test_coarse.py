@@ -374,7 +374,7 @@ def test_a_model_that_is_trained_anew_is_judged_anew(tmp_path):
             settings=BenchSettings(temperature=300.0, timestep=5.0),
             dynamics=OwnDynamics(n_runs=1, duration=0.1, equilibration=0, stride=50),
         )
-        evaluate(settings, heard)
+        assert evaluate(settings, heard).results["rdf"].keys() == {"reference", *names}
         found = json.loads((tmp_path / "evaluate" / "rdf.json").read_text())
         stamps = (tmp_path / "evaluate" / "dynamics").glob("?/segment_000000.npz")
         return found, {p.parent.name: p.stat().st_mtime_ns for p in stamps}, heard.said
@@ -394,6 +394,7 @@ def test_a_model_that_is_trained_anew_is_judged_anew(tmp_path):
     assert made_again["b"] == made_both["b"]
     assert again["b"] == both["b"]
     assert again["a"] != both["a"]
+    assert judged("b")[2] == []  # and be left out
 
 
 # -- reline ---------------------------------------------------------------------------------------

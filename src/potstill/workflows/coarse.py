@@ -327,8 +327,10 @@ def _one_of_each(finished: Finished, found: Findings) -> Findings:
 
 def _looks(finished: Finished, config: CoarseConfig) -> dict[str, Look]:
     """Looks of all models, with those of a run like those of its kind in all figures."""
-    kinds = finished.experiment.by_name
-    known = looks(sorted({*kinds, *finished.others, *config.run.models, MAPPED_FORCES}))
+    names = {*finished.experiment.by_name, *finished.others, *config.run.models}
+    if config.train.mean_forces is not None and config.train.mean_forces.apart is not None:
+        names.add(MAPPED_FORCES)
+    known = looks(sorted(names))
     return known | {run.name: known[run.variant.name] for run in finished.records}
 
 

@@ -51,6 +51,7 @@ from potstill.workflows.base import (
     claim_folder,
     read_json,
     read_start,
+    stored_settings,
     write_json,
 )
 from potstill.workflows.data import FileData, is_store, read_labeled
@@ -337,6 +338,7 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
         given = moving if every[name].needs in ("frames", "trajectories") else models
         chosen.append((every[name], [c for c in given if c.spec or not every[name].needs_model]))
     found = run_evaluations(bench, chosen, Path(config.out), display)
+    found = _of(candidates, found)
     for name in names if bench.frames else ():
         for drawing in every[name].drawings(found):
             if not drawing.empty:
@@ -374,10 +376,22 @@ def _forget_retrained(
         write_json(folder / MODELS, known | now)
 
 
+def _of(candidates: Mapping[str, Candidate], found: Findings) -> Findings:
+    """Findings without those of models that are no longer asked for."""
+    results = {
+        name: {model: result for model, result in own.items() if model in candidates}
+        for name, own in found.results.items()
+    }
+    return replace(found, results={name: own for name, own in results.items() if own})
+
+
 def _claim(config: EvaluateConfig, folder: Path) -> None:
-    """Claim the folder; models may be added or trained anew, as results are kept by model."""
-    mine = tuple(f"models.{name}" for name in config.models)
-    claim_folder(folder, config, free=lambda key: key.startswith(mine))
+    """Claim the folder; models come and go, and change where it is known what they were."""
+    stored = stored_settings(folder).get("models", {})
+    other = {f"models.{name}" for name in set(stored) ^ set(config.models)}
+    changed = tuple(f"models.{name}." for name in config.models)
+    changed = changed if (folder / MODELS).is_file() else ()
+    claim_folder(folder, config, free=lambda key: key in other or key.startswith(changed))
 
 
 def _standard(candidates: Mapping[str, Candidate], frames: Mapping[str, Structures]) -> str:
