@@ -205,13 +205,17 @@ def widest_hole(frame: Structures, spacing: float = 1.5) -> float:
     return float(cKDTree(atoms).query(places)[0].max())
 
 
+def kinetic_temperatures(frames: Structures) -> torch.Tensor:
+    """(S,) K, from the velocities of frames."""
+    assert frames.velocities is not None
+    twice = frames.masses * frames.velocities.square().sum(dim=1) / FS_IN_ASE_TIME**2
+    return frames.sum_by_system(twice) / (degrees_of_freedom(frames).clamp(min=1.0) * BOLTZMANN)
+
+
 def overheated(frame: Structures, temperature: float) -> str:
     """Say that a frame is hotter than a thermostat of so many K lets it be; empty if it is not."""
-    assert frame.velocities is not None
-    squares = frame.velocities.square().sum(dim=1)
-    twice = float((frame.masses * squares).sum()) / FS_IN_ASE_TIME**2
+    kelvin = float(kinetic_temperatures(frame)[0])
     degrees = max(1.0, float(degrees_of_freedom(frame)[0]))
-    kelvin = twice / (degrees * BOLTZMANN)
     limit = temperature * (1.0 + _HOT * math.sqrt(2.0 / degrees))
     return f"the temperature reached {kelvin:.0f} K" if kelvin > limit else ""
 

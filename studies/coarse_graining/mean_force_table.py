@@ -294,13 +294,32 @@ def against(
     }
 
 
+def over_seeds(several: list[dict[str, dict[str, list[float]]]]) -> dict[str, Any]:
+    """Means over models of one name, whose bars are then standard deviations between models."""
+    if len(several) == 1:
+        return several[0]
+    found: dict[str, Any] = {}
+    for kind, own in several[0].items():
+        values = {bead: [one[kind][bead][0] for one in several] for bead in own}
+        found[kind] = {
+            bead: [float(np.mean(v)), float(np.std(v, ddof=1))] for bead, v in values.items()
+        }
+    return found
+
+
 @app.command()
 def table(
     store: Annotated[Path, typer.Argument(help="store written by `collect`")],
-    model: Annotated[list[str], typer.Option(help="name=checkpoint[,checkpoint...]")] = [],  # noqa: B006
+    model: Annotated[
+        list[str],
+        typer.Option(help="name=checkpoint[,checkpoint...]; models of one name are averaged"),
+    ] = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="JSON file")] = None,
 ) -> None:
-    """RMSE of the raw label and of models against the mean forces, by kind of bead, meV/Å."""
+    """RMSE of the raw label and of models against the mean forces, by kind of bead, meV/Å.
+
+    Error bars are those of the configurations, of several models of one name those of the models.
+    """
     held = LabeledStore.open(store)
     structures = held.structures()
     raw = held.labels("reference")["forces"]
@@ -308,9 +327,11 @@ def table(
         "zero forces": against(torch.zeros_like(raw), held),
         "raw label": against(raw, held, is_raw=True),
     }
+    named: dict[str, list[Any]] = defaultdict(list)
     for entry in model:
         name, _, files = entry.partition("=")
-        results[name] = against(forces_of(files, structures), held)
+        named[name].append(against(forces_of(files, structures), held))
+    results |= {name: over_seeds(several) for name, several in named.items()}
     kinds = [*structures.species_table.names, "all"]
     n_heated = int(held.labels(HEATED).presence("forces", len(structures)).sum())
     titles = [*kinds, f"all, crossed ({n_heated} of {len(structures)} configurations)"]

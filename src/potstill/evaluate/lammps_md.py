@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +27,10 @@ from potstill.evaluate.tools import is_checkpoint
 from potstill.files import write_atomically
 from potstill.lammps_library import LammpsPotential
 from potstill.models import PairPotential, summands
-from potstill.sample.base import SampledFrames, as_pair
+from potstill.sample.base import Progress, SampledFrames, as_pair
 from potstill.sample.md import MDJob
-from potstill.soundness import Connectivity
+from potstill.sample.replicas import Breakdown, ReplicaRun, ReplicaSettings, Watch
+from potstill.soundness import Connectivity, kinetic_temperatures
 from potstill.structures import Structures
 from potstill.teachers.ase import STATED
 
@@ -237,6 +239,90 @@ def run_in_lammps(
             raise DivergenceError(f"the job '{job.name}' exploded: {error}") from None
         raise
     return _frames(job, start, folder, engine.trained)
+
+
+def run_replicas_in_lammps(
+    start: Structures,
+    engine: LammpsEngine,
+    settings: ReplicaSettings,
+    folder: Path,
+    *,
+    watch: Watch | None = None,
+    progress: Progress | None = None,
+) -> ReplicaRun:
+    """Do what `run_replicas` does by LAMMPS, one replica after the other.
+
+    Frames are looked at when a replica has reached its end. Finished replicas are read from the
+    folder.
+
+    Parameters
+    ----------
+    start : Structures
+        One periodic system for each replica.
+    engine : LammpsEngine
+        What moves them.
+    settings, watch, progress
+        As of `run_replicas`.
+    folder : Path
+        For the files of all runs.
+    """
+    job = MDJob(
+        temperature=settings.temperature,
+        n_frames=settings.n_frames,
+        stride=settings.stride,
+        equilibration=settings.equilibration,
+        timestep=settings.timestep,
+        thermostat_time=settings.thermostat_time,
+        allow_dissociation=True,
+    )
+    parts: list[SampledFrames] = []
+    breakdowns: list[Breakdown | None] = []
+    temperatures = []
+    for k in range(len(start)):
+        own = folder / f"replica_{k}"
+        try:
+            found = run_in_lammps(job, start[k], engine, seed=settings.seed + k, folder=own)
+        except DivergenceError as error:
+            breakdowns.append(Breakdown(_last_time(own, job), str(error)))
+            temperatures.append(math.nan)
+        else:
+            sound, breakdown = _until_symptom(found, watch)
+            breakdowns.append(breakdown)
+            frames = found.select(range(sound))
+            parts.append(_of_replica(frames, k))
+            kelvin = kinetic_temperatures(frames.structures)
+            temperatures.append(float(kelvin.mean()) if sound else math.nan)
+        if progress is not None:
+            progress(k + 1, len(start))
+    none = SampledFrames.independent(start.select([]))
+    frames = SampledFrames.concatenate(parts) if parts else none
+    return ReplicaRun(frames, tuple(breakdowns), tuple(temperatures), len(start[0].species))
+
+
+def _until_symptom(found: SampledFrames, watch: Watch | None) -> tuple[int, Breakdown | None]:
+    """How many frames of a replica are sound, and what the first of the others has."""
+    if watch is None:
+        return len(found), None
+    for at in range(len(found)):
+        if reason := watch(found.structures[at]):
+            return at, Breakdown(float(found.time[at]), reason)
+    return len(found), None
+
+
+def _last_time(folder: Path, job: MDJob) -> float:
+    """How far a run that LAMMPS gave up had come, fs: its last frame."""
+    file = folder / ENERGIES
+    steps = np.loadtxt(file, ndmin=2)[:, 0] if file.is_file() else np.zeros(0)
+    return float(steps[-1]) * job.timestep if len(steps) else 0.0
+
+
+def _of_replica(frames: SampledFrames, k: int) -> SampledFrames:
+    """Frames with the name of their replica."""
+    named = frames.structures.with_fields(
+        group=(f"replica {k}",) * len(frames),
+        frame_id=tuple(f"replica {k}: {t:g} fs" for t in frames.time.tolist()),
+    )
+    return replace(frames, structures=named)
 
 
 def lammps_seed(seed: int) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from potstill.errors import ConfigError
 from potstill.evaluate.base import Bench, Candidate, Evaluation, Findings, Result
+from potstill.evaluate.lammps_md import lammps_engine, run_replicas_in_lammps
 from potstill.report.tables import Row, number
 from potstill.report.verdicts import Verdict
 from potstill.sample.base import Progress
@@ -35,6 +36,9 @@ class OwnDynamics(BaseModel):
     thermostat_time : float, optional
         fs, the inverse of Langevin's friction, which slows diffusion down; `null` for constant
         energy.
+    engine : {"replicas", "lammps"}
+        All runs at a time in this process, or one after the other in LAMMPS, which is several
+        times faster for small systems, where `pair_style potstill` runs the model.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,6 +48,7 @@ class OwnDynamics(BaseModel):
     equilibration: float = Field(default=10.0, ge=0)
     stride: float = Field(default=1000.0, gt=0)
     thermostat_time: float | None = Field(default=1000.0, gt=0)
+    engine: Literal["replicas", "lammps"] = "replicas"
 
     def settings(self, bench: Bench) -> ReplicaSettings:
         """The same with temperature, timestep and seed of a bench."""
@@ -110,6 +115,13 @@ class OwnDynamics(BaseModel):
                 or liquid.symptom(frame)
             )
 
+        if self.engine == "lammps":
+            if folder is None:
+                raise ConfigError("dynamics in LAMMPS need a folder for its files")
+            engine = lammps_engine(candidate.spec, candidate.args, folder)
+            return run_replicas_in_lammps(
+                starts, engine, settings, folder, watch=watch, progress=progress
+            )
         return run_replicas(
             starts, candidate.predictor, settings, folder=folder, watch=watch, progress=progress
         )
