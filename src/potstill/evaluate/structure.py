@@ -127,7 +127,8 @@ class DistributionEvaluation(Evaluation):
                 clear = "clear" if difference.clear else "unclear"
                 rows.append((model, label, *values, clear))
         columns = ("model", cls.symbol, *labels.values(), f"differs from {standard}")
-        title = f"Differences of {cls.title}s from those of {standard}"
+        plural = cls.title if cls.title.endswith("s") else f"{cls.title}s"
+        title = f"Differences of {plural} from those of {standard}"
         if rows:
             yield Table(f"{cls.name}_differences", title, columns, tuple(rows))
 

@@ -14,12 +14,14 @@ from potstill.report.panels import plain_label
 from potstill.report.tables import Cell, Table, number
 from potstill.report.verdicts import Verdict, ordered_verdicts
 
-#: Distances from the mapped liquid, each with its noise.
+#: Distances from the mapped liquid or molecule, each with its noise.
 _STRUCTURE = {
     "rdf_error": "rdf_noise",
     "adf_error": "adf_noise",
     "cdf_error": "cdf_noise",
     "coordination_error": "coordination_noise",
+    "internal_error": "internal_noise",
+    "free_energy_error": "free_energy_noise",
 }
 #: Errors of forces; those against mean forces are without the noise of the others.
 _FORCES = ("mean_force_rmse", "forces_rmse")
