@@ -136,7 +136,8 @@ def test_files_of_every_format_version_are_read_as_they_were_meant(
     assert potential_fingerprint(potential) == entry["fingerprint"]
     potential.use_core("torch")
     prediction = potential.predict(Structures.from_ase(molecule("CH3CH2OH")))
-    assert float(prediction["energy"]) == pytest.approx(entry["energy"], rel=1e-12)
+    # Processors differ in the last digits of exponentials and sums.
+    assert float(prediction["energy"]) == pytest.approx(entry["energy"], rel=1e-10)
     expected = torch.tensor(entry["forces"], dtype=torch.float64)
     torch.testing.assert_close(prediction["forces"], expected, rtol=1e-5, atol=1e-7)
 
