@@ -379,10 +379,12 @@ def test_evaluate_compares_potentials(tmp_path):
 
 def test_defects_are_computed_only_where_they_are_asked_for(tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(
-        "potstill.workflows.evaluation.run_evaluations",
-        lambda bench, chosen, folder, display: ran.extend(e.name for e, _ in chosen),
-    )
+
+    def note(bench, chosen, folder, display):
+        ran.extend(evaluation.name for evaluation, _ in chosen)
+        return Findings({})
+
+    monkeypatch.setattr("potstill.workflows.evaluation.run_evaluations", note)
     write(tmp_path / "Cu.xyz", bulk("Cu"))
     models = {"teacher": {"spec": "ase.calculators.emt:EMT"}}
     given = {"models": models, "structure": str(tmp_path / "Cu.xyz"), "out": str(tmp_path / "out")}

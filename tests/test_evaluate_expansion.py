@@ -357,10 +357,12 @@ def test_evaluate_compares_potentials(tmp_path, monkeypatch):
     assert "Linear thermal expansion at 300 K (10⁻⁶/K)" in table
     assert (tmp_path / "run" / "report" / "expansion.png").is_file()
     ran = []
-    monkeypatch.setattr(
-        "potstill.workflows.evaluation.run_evaluations",
-        lambda bench, chosen, folder, display: ran.extend(e.name for e, _ in chosen),
-    )
+
+    def note(bench, chosen, folder, display):
+        ran.extend(evaluation.name for evaluation, _ in chosen)
+        return Findings({})
+
+    monkeypatch.setattr("potstill.workflows.evaluation.run_evaluations", note)
     config = {**config, "tests": None, "out": str(tmp_path / "other")}
     evaluate(EvaluateConfig.model_validate(config))
     assert "phonons" in ran
