@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -266,15 +266,8 @@ def run_replicas_in_lammps(
     folder : Path
         For the files of all runs.
     """
-    job = MDJob(
-        temperature=settings.temperature,
-        n_frames=settings.n_frames,
-        stride=settings.stride,
-        equilibration=settings.equilibration,
-        timestep=settings.timestep,
-        thermostat_time=settings.thermostat_time,
-        allow_dissociation=True,
-    )
+    common = {name: value for name, value in asdict(settings).items() if name != "seed"}
+    job = MDJob(allow_dissociation=True, **common)
     parts: list[SampledFrames] = []
     breakdowns: list[Breakdown | None] = []
     temperatures = []

@@ -12,12 +12,11 @@ from potstill.checkpoint import save_potential
 from potstill.coarse import Inversion, Iteration, Measured, invert
 from potstill.deploy import deploy
 from potstill.errors import ConfigError, DivergenceError
-from potstill.evaluate.lammps_md import lammps_engine, run_in_lammps
+from potstill.evaluate.lammps_md import lammps_engine, run_replicas_in_lammps
 from potstill.evaluate.pressure import pressure
 from potstill.evaluate.rdf import radial_distributions
 from potstill.models import PairPotential
 from potstill.models.pair import PairHyperparameters
-from potstill.sample.md import MDJob
 from potstill.sample.replicas import ReplicaSettings, run_replicas
 from potstill.store import LabeledStore
 from potstill.structures import Structures
@@ -189,17 +188,12 @@ def _moved(
     at = np.linspace(0, len(frames) - 1, c.dynamics.n_replicas).round().astype(int).tolist()
     folder = checkpoint.with_suffix("")
     common = c.dynamics.model_dump(exclude={"engine", "n_replicas"})
-    if c.dynamics.engine == "lammps":
-        job = MDJob(temperature=temperature, allow_dissociation=True, **common)
-        parts = []
-        for k, start in enumerate(at):
-            engine = lammps_engine(str(checkpoint), {}, folder)
-            run = folder / f"replica_{k}"
-            found = run_in_lammps(job, frames[start], engine, seed=c.seed + k, folder=run)
-            parts.append(found.structures)
-        return Structures.concatenate(parts)
     settings = ReplicaSettings(temperature=temperature, seed=c.seed, **common)
-    result = run_replicas(frames.select(at), model, settings, folder=folder)
+    if c.dynamics.engine == "lammps":
+        engine = lammps_engine(str(checkpoint), {}, folder)
+        result = run_replicas_in_lammps(frames.select(at), engine, settings, folder)
+    else:
+        result = run_replicas(frames.select(at), model, settings, folder=folder)
     for k, breakdown in enumerate(result.breakdowns):
         if breakdown is not None:
             raise DivergenceError(
