@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -32,7 +31,7 @@ from potstill.experiments.spec import (
     TrainedTeacher,
     Variant,
 )
-from potstill.models import MeanPotential
+from potstill.models import MeanPotential, Potential
 from potstill.structures import Properties, Structures
 from potstill.train.settings import ScoreSettings, TrainSettings
 from potstill.workflows.base import Settings, merged
@@ -115,14 +114,18 @@ class MeanForces(Settings):
         """Root mean square error of a component by run; of others, and of mapped forces."""
         structures, mean = read_labeled(self.store, (), self.source)
 
-        def forces_of(file: Path) -> Tensor:
-            return predict_all(load_potential(file)[0], structures, ["forces"])["forces"]
+        def forces_of(potential: Potential) -> Tensor:
+            return predict_all(potential, structures, ["forces"])["forces"]
 
-        found = {run.name: forces_of(finished.best(run)) for run in finished.records}
+        found = {
+            run.name: forces_of(load_potential(finished.best(run))[0]) for run in finished.records
+        }
         members = [found[run.name] for run in finished.records if run.variant.name == TEACHERS]
         others = {ENSEMBLE: torch.stack(members).mean(dim=0)}
         others |= {
-            name: forces_of(file) for name, file in finished.others.items() if name not in others
+            name: forces_of(potential)
+            for name, potential in finished.beside.items()
+            if name not in others
         }
         errors = {name: _error(forces, mean, structures) for name, forces in others.items()}
         if self.apart is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ class Finished:
     records: Mapping[Run, RunRecord]
     say: Callable[[str], None] | None = None
     others: Mapping[str, Path] = field(default_factory=dict)
+
+    @cached_property
+    def beside(self) -> dict[str, Potential]:
+        """The potentials of `others`, loaded once."""
+        return {name: load_potential(file)[0] for name, file in self.others.items()}
 
     def cached(self, kind: str, of: str, measure: Callable[..., Any], *args: Any) -> Any:
         """Read a measure of a run, size or model, or take it with these arguments and keep it."""

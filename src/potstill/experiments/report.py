@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from potstill.checkpoint import load_potential
 from potstill.evaluate.errors import S2EFErrors
 from potstill.evaluate.learning import read_learning_curves
 from potstill.experiments.figures import (
@@ -148,7 +147,7 @@ def _others(finished: Finished, measured: Mapping[str, Any]) -> list[RunRow]:
     for found in measured.values():
         for name, own in found.get("others", {}).items():
             numbers.setdefault(name, {}).update(own)
-    sizes = {name: load_potential(file)[0].n_parameters for name, file in finished.others.items()}
+    sizes = {name: potential.n_parameters for name, potential in finished.beside.items()}
     return [
         RunRow(
             Run(Variant(name, Role.OTHER, name, "", TrainSettings()), -1), sizes.get(name, 0), own
@@ -165,8 +164,7 @@ def _errors_of_others(finished: Finished) -> dict[str, dict[str, float]]:
     else:
         part = load_parts(data.parts)[0][judged]
         structures, labels = part.structures, part.labels[data.source]
-    potentials = {name: load_potential(file)[0] for name, file in finished.others.items()}
-    return {name: property_errors(p, structures, labels) for name, p in potentials.items()}
+    return {name: property_errors(p, structures, labels) for name, p in finished.beside.items()}
 
 
 def report_sections(
