@@ -146,6 +146,51 @@ def test_runs_that_fail_are_counted_with_when_and_why(folder, engine):
         OwnDynamics().starts(Bench(BenchSettings()))
 
 
+def numbers_in(value):
+    """All numbers of a result in JSON, in its order."""
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return [number for each in inner for number in numbers_in(each)]
+    return [value] if isinstance(value, int | float) else []
+
+
+@pytest.mark.parametrize("reference", ["trajectory", "teacher"])
+def test_several_models_at_a_time_give_what_they_give_one_by_one(folder, reference):
+    given = {
+        "models": {name: {"spec": str(folder / "best.pt")} for name in ("student", "teacher")},
+        "structure": str(folder / "al.xyz"),
+        "dynamics": {"n_runs": 2, "duration": 0.5, "equilibration": 0.1, "stride": 50.0},
+        "settings": {"temperature": 600.0, "timestep": 5.0, "n_atoms": 32, "seed": 3},
+        "tests": {"rdf": {"n_blocks": 2, "n_bins": 40}, "adf": {}, "stability": {}, "pressure": {}},
+    }
+    if reference == "trajectory":
+        given["trajectories"] = {"reference": str(folder / "reference.xyz")}
+    for workers in (1, 2):
+        evaluate(EvaluateConfig(**given, out=str(folder / f"out-{workers}"), workers=workers))
+    for name in given["tests"]:
+        one, several = (
+            json.loads((folder / f"out-{n}" / f"{name}.json").read_text()) for n in (1, 2)
+        )
+        np.testing.assert_allclose(numbers_in(one), numbers_in(several), rtol=1e-9, atol=1e-12)
+        assert set(one["student"]) != {"error"}
+        assert list(one) == list(several)
+    assert not list((folder / "out-2" / "parts").glob("*"))
+
+
+def test_evaluations_may_be_added_and_keep_their_settings(folder):
+    given = {
+        "trajectories": {"reference": str(folder / "reference.xyz")},
+        "out": str(folder / "out"),
+    }
+    evaluate(EvaluateConfig(**given, tests={"rdf": {"n_blocks": 2}}))
+    before = (folder / "out" / "rdf.json").read_bytes()
+    evaluate(EvaluateConfig(**given, tests={"rdf": {"n_blocks": 2}, "adf": {"n_blocks": 3}}))
+    assert (folder / "out" / "rdf.json").read_bytes() == before
+    assert (folder / "out" / "adf.json").is_file()
+    with pytest.raises(ConfigError, match=r"'options\.rdf\.n_blocks' is 2 there, not 4"):
+        evaluate(EvaluateConfig(**given, tests={"rdf": {"n_blocks": 4}}))
+
+
 # -- pressure --------------------------------------------------------------------------------------
 
 

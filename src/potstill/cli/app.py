@@ -332,6 +332,9 @@ def evaluate(
             "diffusion, density, pressure, melting, speed, memory, nve, stability, headroom."
         ),
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Trajectories to analyze at a time.", min=1)
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
     config: Config = None,
 ) -> None:

@@ -13,7 +13,9 @@ from potstill.cli.base import app, command, display
 
 Whole = Annotated[Path, typer.Argument(help="YAML file: map, train, run; see `potstill config`.")]
 Folder = Annotated[Path | None, typer.Option(help="Folder for everything.")]
-Workers = Annotated[int | None, typer.Option(help="Trainings at a time.", min=1)]
+Workers = Annotated[
+    int | None, typer.Option(help="Processes: trainings or models to run at a time.", min=1)
+]
 
 coarse = typer.Typer(
     help="Coarse-grained force fields: map a trajectory to beads, train, run.",
@@ -95,7 +97,7 @@ def train(config: Whole, out: Folder = None, workers: Workers = None) -> None:
 
 
 @command("Coarse graining", name="run", within=coarse)
-def run(config: Whole, out: Folder = None) -> None:
+def run(config: Whole, out: Folder = None, workers: Workers = None) -> None:
     """Run the trained models and compare their liquids with the mapped trajectory; resumable.
 
     Several runs of each model at a time, by Langevin dynamics. The report has distributions, how
@@ -103,12 +105,12 @@ def run(config: Whole, out: Folder = None) -> None:
 
     [bold]Example[/bold]
 
-      potstill coarse run studies/coarse_graining/reline.yaml --out run/reline
+      potstill coarse run studies/coarse_graining/reline.yaml --out run/reline --workers 2
     """
     from potstill.config import CoarseConfig, load_config
     from potstill.workflows.coarse import run_coarse
 
-    settings = load_config(config, CoarseConfig, {"out": out})
+    settings = load_config(config, CoarseConfig, {"out": out, "workers": workers})
     report = run_coarse(settings, display, command=shlex.join(["potstill", *sys.argv[1:]]))
     display.say(f"Report: {report}")
 

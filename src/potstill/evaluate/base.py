@@ -231,6 +231,8 @@ class Bench:
         Name of the trajectory that others are compared with, if there is one.
     runs : mapping
         Models' own dynamics, by name, with their settings.
+    memory : dict
+        What `once` has found.
     """
 
     settings: BenchSettings
@@ -243,13 +245,13 @@ class Bench:
     splits: Mapping[str, tuple[Structures, Properties]] = dataclasses.field(default_factory=dict)
     standard: str = ""
     runs: Mapping[str, tuple[ReplicaRun, ReplicaSettings]] = dataclasses.field(default_factory=dict)
-    _memory: dict[Hashable, Any] = dataclasses.field(default_factory=dict, repr=False)
+    memory: dict[Hashable, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def once(self, key: Hashable, work: Callable[[], T]) -> T:
         """The result of some work that several candidates share, which is done only once."""
-        if key not in self._memory:
-            self._memory[key] = work()
-        return cast(T, self._memory[key])
+        if key not in self.memory:
+            self.memory[key] = work()
+        return cast(T, self.memory[key])
 
     def standard_for(self, candidate: Candidate) -> tuple[str, Structures]:
         """The trajectory that decides cutoffs and the like: the standard, else the candidate's."""

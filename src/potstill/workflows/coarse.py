@@ -121,7 +121,7 @@ class CoarseConfig(Settings):
     run : JudgeSettings
         Dynamics of the models, and what is looked at.
     workers : int
-        Trainings at a time.
+        Trainings at a time, and models whose dynamics are run and compared.
     """
 
     out: str
@@ -277,6 +277,7 @@ def judge(finished: Finished, config: CoarseConfig, display: Display) -> Finding
         options=tests,
         settings=BenchSettings(temperature=_temperature(config), timestep=own.timestep),
         dynamics=own.dynamics,
+        workers=config.workers,
     )
     return evaluate(settings, display)
 

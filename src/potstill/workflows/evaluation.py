@@ -12,14 +12,16 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from potstill.checkpoint import potential_fingerprint
+from potstill.display import seconds_in_words
 from potstill.errors import ConfigError, DataError
 from potstill.evaluate.base import (
     Bench,
@@ -38,6 +40,7 @@ from potstill.evaluate.table import (
     evaluation_class,
     make_evaluations,
 )
+from potstill.experiments.scheduler import Progress, run_jobs
 from potstill.readers import as_slice
 from potstill.readers.ase import read_text
 from potstill.report.plots import write_figure
@@ -59,6 +62,12 @@ from potstill.workflows.dynamics import write_trajectory
 
 #: Files of the evaluations that do not apply, of the models' roles and of their fingerprints.
 SKIPPED, ROLES, MODELS = "skipped.json", "roles.json", "models.json"
+
+#: Folder of results that a process of its own has just found.
+PARTS = "parts"
+
+#: Needs of evaluations that take no times, so that several may be under way at once.
+_OF_TRAJECTORIES = ("frames", "trajectories", "runs")
 
 #: Settings that older configs have among those of the bench: their evaluation and its setting.
 _MOVED = {
@@ -170,6 +179,9 @@ class EvaluateConfig(Settings):
         Run the models without a trajectory, several runs of each at a time, at the temperature and
         timestep of `settings`: their frames are then trajectories as well, in `dynamics/`, and
         `stability` counts the runs that failed.
+    workers : int
+        Models at a time, each in a process with one thread, for own dynamics and evaluations of
+        trajectories. What measures times is alone on the machine all the same.
     """
 
     models: dict[str, TestedModel] = Field(default_factory=dict)
@@ -184,6 +196,7 @@ class EvaluateConfig(Settings):
     options: Options = Field(default_factory=dict)
     settings: BenchSettings = Field(default_factory=BenchSettings)
     dynamics: OwnDynamics | None = None
+    workers: int = Field(default=1, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -298,14 +311,45 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
     ConfigError
         If an evaluation that is asked for by name does not apply to the data.
     """
+    display, folder = display or Display(), Path(config.out)
+    bench, candidates = _prepared(config)
+    if config.dynamics is None:
+        _asked(config, bench)  # what does not apply is refused before anything is written
+    _claim(config, folder)
+    _forget_retrained(_models(config, candidates), bench, folder, display)
+    if config.workers > 1:
+        _in_processes(config, bench, candidates, display)
+    if config.dynamics is not None:
+        said = Display() if config.workers > 1 else display  # these only read what is there
+        bench = _with_dynamics(bench, config.dynamics, candidates, folder, said)
+    chosen = []
+    for evaluation in _asked(config, bench):
+        if evaluation.needs in ("frames", "trajectories"):
+            given = [c for name, c in candidates.items() if name in (bench.frames or {})]
+        else:
+            given = _models(config, candidates)
+        chosen.append((evaluation, [c for c in given if c.spec or not evaluation.needs_model]))
+    found = run_evaluations(bench, chosen, folder, display)
+    found = _of(candidates, found)
+    for evaluation, _ in chosen if bench.frames else ():
+        for drawing in evaluation.drawings(found):
+            if not drawing.empty:
+                write_figure(folder, drawing)
+        for table in evaluation.tables(found):
+            table.write(folder)
+    return found
+
+
+def _prepared(config: EvaluateConfig) -> tuple[Bench, dict[str, Candidate]]:
+    """The bench without own dynamics, and all candidates by name."""
     frames, strides = {}, {}
     for name, file in config.trajectories.items():
         frames[name] = file.frames()
         if (stride := file.time_between_frames()) is not None:
             strides[name] = stride
-    models = [Candidate(name, m.spec, m.args, m.role) for name, m in config.models.items()]
     candidates = {name: Candidate(name, "", role=t.role) for name, t in config.trajectories.items()}
-    candidates |= {model.name: model for model in models}
+    for name, model in config.models.items():
+        candidates[name] = Candidate(name, model.spec, model.args, model.role)
     bench = Bench(
         settings=config.settings,
         structure=None if config.structure is None else read_start(config.structure)[0],
@@ -316,36 +360,38 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
         splits={name: file.read() for name, file in config.splits.items()},
         **_held_out(config),
     )
-    display = display or Display()
-    if config.dynamics is not None:
-        _claim(config, Path(config.out))
-        _forget_retrained(models, bench, Path(config.out), display)
-        bench = _with_dynamics(bench, config.dynamics, candidates, Path(config.out), display)
-    every = make_evaluations({name: config.options.get(name, {}) for name in EVALUATIONS})
-    asked = {"s2ef"} if bench.splits else set()
-    names = config.tests or [
-        name
-        for name, e in every.items()
-        if not e.lacks(bench) and (not e.on_request or name in asked)
+    return bench, candidates
+
+
+def _models(config: EvaluateConfig, candidates: Mapping[str, Candidate]) -> list[Candidate]:
+    """Candidates that are models, in the order of the config."""
+    return [candidates[name] for name in config.models]
+
+
+def _every(config: EvaluateConfig) -> dict[str, Evaluation]:
+    """All evaluations, with the settings that the config has for them."""
+    return make_evaluations({name: config.options.get(name, {}) for name in EVALUATIONS})
+
+
+def _asked(config: EvaluateConfig, bench: Bench) -> list[Evaluation]:
+    """The evaluations of a config, by default those that apply.
+
+    Raises
+    ------
+    ConfigError
+        If one that is named does not apply to the bench.
+    """
+    every = _every(config)
+    if config.tests is not None:
+        for name in config.tests:
+            every[name].require(bench)
+        return [every[name] for name in config.tests]
+    by_default = {"s2ef"} if bench.splits else set()
+    return [
+        evaluation
+        for name, evaluation in every.items()
+        if not evaluation.lacks(bench) and (not evaluation.on_request or name in by_default)
     ]
-    for name in names:
-        every[name].require(bench)
-    _claim(config, Path(config.out))
-    _forget_retrained(models, bench, Path(config.out), display)
-    moving = [candidate for name, candidate in candidates.items() if name in (bench.frames or {})]
-    chosen = []
-    for name in names:
-        given = moving if every[name].needs in ("frames", "trajectories") else models
-        chosen.append((every[name], [c for c in given if c.spec or not every[name].needs_model]))
-    found = run_evaluations(bench, chosen, Path(config.out), display)
-    found = _of(candidates, found)
-    for name in names if bench.frames else ():
-        for drawing in every[name].drawings(found):
-            if not drawing.empty:
-                write_figure(Path(config.out), drawing)
-        for table in every[name].tables(found):
-            table.write(Path(config.out))
-    return found
 
 
 def _forget_retrained(
@@ -386,17 +432,27 @@ def _of(candidates: Mapping[str, Candidate], found: Findings) -> Findings:
 
 
 def _claim(config: EvaluateConfig, folder: Path) -> None:
-    """Claim the folder; models come and go, and change where it is known what they were."""
+    """Claim the folder; models come and go, and change where it is known what they were.
+
+    Evaluations do so as well, but one with results keeps its settings.
+    """
     stored = stored_settings(folder).get("models", {})
-    other = {f"models.{name}" for name in set(stored) ^ set(config.models)}
+    other = {f"models.{name}" for name in set(stored) ^ set(config.models)} | {"tests", "workers"}
     changed = tuple(f"models.{name}." for name in config.models)
     changed = changed if (folder / MODELS).is_file() else ()
-    claim_folder(folder, config, free=lambda key: key in other or key.startswith(changed))
+    new = {name for name in EVALUATIONS if not (folder / f"{name}.json").is_file()}
+
+    def free(key: str) -> bool:
+        section, _, name = key.partition(".")
+        unused = section == "options" and name.partition(".")[0] in new
+        return key in other or key.startswith(changed) or unused
+
+    claim_folder(folder, config, free=free)
 
 
-def _standard(candidates: Mapping[str, Candidate], frames: Mapping[str, Structures]) -> str:
+def _standard(candidates: Mapping[str, Candidate], frames: Iterable[str]) -> str:
     """The trajectory that others are compared with: a reference, else a teacher, else none."""
-    moving = [candidate for name, candidate in candidates.items() if name in frames]
+    moving = [candidates[name] for name in candidates if name in set(frames)]
     ranked = (c.name for role in (Role.REFERENCE, Role.TEACHER) for c in moving if c.role is role)
     return next(ranked, "")
 
@@ -424,6 +480,94 @@ def _with_dynamics(
             strides[name] = settings.steps_per_frame * settings.timestep
     standard = bench.standard or _standard(candidates, frames)
     return replace(bench, frames=frames, strides=strides, runs=runs, standard=standard)
+
+
+# -- several models at a time ----------------------------------------------------------------------
+
+
+def _in_processes(
+    config: EvaluateConfig, bench: Bench, candidates: Mapping[str, Candidate], display: Display
+) -> None:
+    """Own dynamics and evaluations of trajectories of all candidates, several at a time.
+
+    Dynamics are left in their folders and results in the usual files, so that what comes after
+    finds both.
+    """
+    folder = Path(config.out)
+    moving = {name: None for name in (bench.frames or {})}
+    if config.dynamics is not None:
+        moving |= dict.fromkeys(candidates)
+    standard = bench.standard or _standard(candidates, moving)
+    names = config.tests or [n for n, e in EVALUATIONS.items() if not e.on_request]
+    names = [name for name in names if EVALUATIONS[name].needs in _OF_TRAJECTORIES]
+    for part in (folder / PARTS).glob("*"):  # of an interrupted run
+        _collect(folder, part.name, candidates)
+    known = [set(read_json(folder / f"{name}.json", {})) for name in names]
+    done = set(moving).intersection(*known) if known else set(moving)
+
+    def size(name: str) -> int:
+        file = Path(candidates[name].spec)
+        return file.stat().st_size if file.is_file() else 0
+
+    def finish(progress: Progress[str]) -> None:
+        done.add(progress.job)
+        _collect(folder, progress.job, candidates)
+        left = seconds_in_words(progress.seconds_left)
+        task.update(progress.done, note=f"{progress.job}, about {left} left")
+
+    with display.task("dynamics and their evaluation", len(moving)) as task:
+        run_jobs(
+            sorted(moving, key=size, reverse=True),  # an ensemble that is left over is long alone
+            _OneAtATime(config, tuple(names), standard),
+            is_finished=lambda name: name in done,
+            is_ready=lambda name: standard in ("", name, *done),
+            workers=config.workers,
+            on_progress=finish,
+        )
+
+
+@dataclass(frozen=True)
+class _OneAtATime:
+    """Own dynamics of a candidate and what is seen in its trajectory, into the folder of parts."""
+
+    config: EvaluateConfig
+    evaluations: tuple[str, ...]
+    standard: str
+    memory: dict = field(default_factory=dict)  # of what all candidates share, in one process
+
+    def __call__(self, name: str, threads: int) -> None:
+        """Work on the candidate called `name`."""
+        torch.set_num_threads(threads)
+        folder, both = Path(self.config.out), (name, self.standard)
+        given = {
+            key: {n: own for n, own in getattr(self.config, key).items() if n in both}
+            for key in ("models", "trajectories")
+        }
+        config = self.config.model_copy(update=given)
+        bench, candidates = _prepared(config)
+        bench = replace(bench, memory=self.memory)
+        if config.dynamics is not None:
+            bench = _with_dynamics(bench, config.dynamics, candidates, folder, Display())
+        candidate, moved = candidates[name], name in (bench.frames or {})
+        chosen = []
+        for evaluation in map(_every(config).__getitem__, self.evaluations):
+            applies = (moved or evaluation.needs == "runs") and not evaluation.lacks(bench)
+            applies = applies and bool(candidate.spec or not evaluation.needs_model)
+            if applies and name not in read_json(folder / f"{evaluation.name}.json", {}):
+                chosen.append((evaluation, [candidate]))
+        run_evaluations(bench, chosen, folder / PARTS / name, Display())
+
+
+def _collect(folder: Path, name: str, order: Iterable[str]) -> None:
+    """Results of one candidate from the folder of parts to those of all, in the given order."""
+    part = folder / PARTS / name
+    for evaluation in EVALUATIONS:
+        if own := read_json(part / f"{evaluation}.json", {}):
+            file = folder / f"{evaluation}.json"
+            known = own | read_json(file, {})
+            places = [n for n in order if n in known]
+            write_json(file, {n: known[n] for n in dict.fromkeys([*places, *known])})
+    shutil.rmtree(part, ignore_errors=True)
 
 
 def _held_out(config: EvaluateConfig) -> dict[str, Any]:
