@@ -32,6 +32,7 @@ from potstill.store import LabeledStore
 from potstill.structures import Properties, Structures
 from potstill.teachers import make_teacher
 from potstill.testing import CONTRACT
+from potstill.workflows import coarse
 from potstill.workflows.coarse import PriorSettings, _fitting_tests
 from potstill.workflows.evaluation import EvaluateConfig, TrajectoryData, evaluate
 from scripts import STUDIES
@@ -294,7 +295,7 @@ def config(folder: Path):
     return path
 
 
-def test_one_command_leads_from_a_trajectory_to_a_report(tmp_path):
+def test_one_command_leads_from_a_trajectory_to_a_report(tmp_path, monkeypatch):
     path = config(tmp_path)
     result = CliRunner().invoke(app, ["coarse", "all", str(path)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -335,6 +336,25 @@ def test_one_command_leads_from_a_trajectory_to_a_report(tmp_path):
     after = {p: p.stat().st_mtime_ns for p in run.rglob("*.pt")}
     assert {p for p in before if before[p] != after[p]} <= {run / "baselines" / "ibi" / "best.pt"}
 
+    def drawn_of(figures):
+        data = read_yaml(path)
+        data["run"]["figures"] = figures
+        write_settings(path, CoarseConfig.model_validate(data))
+        redone = CliRunner().invoke(app, ["coarse", "run", str(path)], catch_exceptions=False)
+        assert redone.exit_code == 0
+        with open(run / "report" / "rdf.csv", encoding="utf-8") as file:
+            return {row["series"] for row in csv.DictReader(file)}
+
+    assert drawn_of(["best", "pair"]) == {"reference", "best-0", "pair"}
+    monkeypatch.setattr(coarse, "_MOST_IN_FIGURES", 3)
+    distance = {
+        name: own["rdf_error"] for name, own in numbers["others"].items() if "rdf_error" in own
+    }
+    others = sorted(("pair", "pair_student", "ibi"), key=distance.__getitem__)
+    drawn = drawn_of(None)
+    assert {"reference", *others[:2]} < drawn
+    assert others[2] not in drawn
+
 
 def test_baselines_that_cannot_be_are_refused(tmp_path):
     path = config(tmp_path)
@@ -345,6 +365,10 @@ def test_baselines_that_cannot_be_are_refused(tmp_path):
     data = read_yaml(path)
     data["train"]["students"]["pair"] = {"forces": "mapped"}
     with pytest.raises(ValueError, match="two models are called 'pair'"):
+        CoarseConfig.model_validate(data)
+    data = read_yaml(path)
+    data["run"]["figures"] = ["all teachers", "bets"]
+    with pytest.raises(ValueError, match="no model 'bets'; did you mean 'best'"):
         CoarseConfig.model_validate(data)
 
 
@@ -431,6 +455,7 @@ def test_a_reduced_study_of_reline(tmp_path):
     data["baselines"] = {"pair_student": None}
     data["run"]["dynamics"] = {"n_runs": 2, "duration": 2, "equilibration": 1, "stride": 100}
     data["run"]["tests"] = {"stability": {}, "rdf": {"r_max": 12.0, "n_bins": 60}}
+    data["run"]["figures"] = None
     path = tmp_path / "reline.yaml"
     write_settings(path, CoarseConfig.model_validate(data))
     result = CliRunner().invoke(app, ["coarse", "all", str(path)], catch_exceptions=False)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import cycle
-from typing import Literal
+from itertools import cycle, product
+from typing import Literal, get_args
 
 from numpy.typing import ArrayLike
 
@@ -44,9 +44,14 @@ _SPARE_MARKERS = ("X", ">", "h", "p", "d", "8", "H")
 def looks(names: Iterable[str]) -> dict[str, Look]:
     """Looks of all series of a report: fixed ones where known, spare ones in the given order."""
     found: dict[str, Look] = {}
-    spare = cycle(zip(_SPARE, _SPARE_MARKERS, strict=True))
+    styles = zip(_SPARE, _SPARE_MARKERS, strict=True)
+    spare = cycle(product(get_args(Line), styles))
     for name in dict.fromkeys(names):
-        found[name] = LOOKS.get(name) or Look(name.replace("_", " "), *next(spare))
+        if name in LOOKS:
+            found[name] = LOOKS[name]
+        else:
+            line, (color, marker) = next(spare)
+            found[name] = Look(name.replace("_", " "), color, marker, line)
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from pydantic import Field, model_validator
 
 from potstill.checkpoint import load_potential, potential_fingerprint, save_potential
 from potstill.coarse.prior import fit_prior
-from potstill.errors import ConfigError
+from potstill.errors import ConfigError, suggest
 from potstill.evaluate.base import SECTIONS, BenchSettings, Findings, Role
 from potstill.evaluate.stability import OwnDynamics
 from potstill.evaluate.table import EVALUATIONS, Options
@@ -58,6 +60,9 @@ _LIQUID: dict[str, dict[str, Any]] = {
 #: ... and of molecules without a cell, which have neither density nor pressure.
 _MOLECULE: dict[str, dict[str, Any]] = {"stability": {}, "internal": {}, "speed": {}}
 
+#: Models that one can tell apart in a figure, beside the reference.
+_MOST_IN_FIGURES = 8
+
 
 class JudgeSettings(Settings):
     """Dynamics of the trained models, compared with the mapped trajectory.
@@ -77,6 +82,9 @@ class JudgeSettings(Settings):
         speed, and the prior's bonds and angles with the dihedrals between them.
     seeds : int
         Models of each kind that are judged, those of the first seeds.
+    figures : tuple of str, optional
+        Kinds of models in the figures of structure, such as `teacher`, `all teachers`, students and
+        baselines. By default all if they are few, else the two of every role that are nearest.
     models : dict of str to TeacherSettings
         Others to judge beside them, such as a pair potential.
     """
@@ -87,6 +95,7 @@ class JudgeSettings(Settings):
     dynamics: OwnDynamics = Field(default_factory=OwnDynamics)
     tests: Options | None = None
     seeds: int = Field(default=3, ge=1)
+    figures: tuple[str, ...] | None = None
     models: dict[str, TeacherSettings] = Field(default_factory=dict)
 
 
@@ -156,6 +165,9 @@ class CoarseConfig(Settings):
         names = [ENSEMBLE, *self.train.students, *self.baselines.names, *self.run.models]
         if twice := next((name for name in names if names.count(name) > 1), ""):
             raise ValueError(f"two models are called '{twice}': give each its own name")
+        for name in self.run.figures or ():
+            if name not in (known := [TEACHERS, *names]):
+                raise ValueError(f"run.figures: there is no model '{name}'{suggest(name, known)}")
         return self
 
     @property
@@ -219,12 +231,13 @@ def run_coarse(config: CoarseConfig, display: Display, *, command: str = "") -> 
     found = judge(finished, config, display)
     (folder / "report").mkdir(exist_ok=True)
     shown = _one_of_each(finished, found)
-    known = _looks(finished, config)
+    drawn = _drawn(finished, shown, config.run.figures)
+    known = _looks(finished, config, drawn)
     figures = tuple(
         write_figure(folder / "report", drawing, known)
         for name in EVALUATIONS
         if name in found.results
-        for drawing in EVALUATIONS[name].drawings(shown)
+        for drawing in EVALUATIONS[name].drawings(drawn)
         if not drawing.empty
     )
     report_experiment(
@@ -318,7 +331,11 @@ def _ensemble_file(finished: Finished) -> Path:
 def _one_of_each(finished: Finished, found: Findings) -> Findings:
     """Results of the first seed of every kind of model, and of the others."""
     shown = {run.name for run in _first(finished, 1)}
-    left_out = {run.name for run in finished.records} - shown
+    return _without({run.name for run in finished.records} - shown, found)
+
+
+def _without(left_out: Collection[str], found: Findings) -> Findings:
+    """Findings without those of some models."""
     results = {
         name: {model: own for model, own in results.items() if model not in left_out}
         for name, results in found.results.items()
@@ -326,13 +343,47 @@ def _one_of_each(finished: Finished, found: Findings) -> Findings:
     return replace(found, results=results)
 
 
-def _looks(finished: Finished, config: CoarseConfig) -> dict[str, Look]:
-    """Looks of all models, with those of a run like those of its kind in all figures."""
+def _drawn(finished: Finished, found: Findings, asked: Collection[str] | None) -> Findings:
+    """Findings of as many models as one can tell apart in a figure, and of the reference."""
+    by_role: dict[Role, list[str]] = {}
+    for model in found.models:
+        by_role.setdefault(found.role(model), []).append(model)
+    reference = by_role.pop(Role.REFERENCE, [])
+    if asked is not None:
+        kinds = {run.name: run.variant.name for run in finished.records}
+        kept = {model for model in found.models if kinds.get(model, model) in asked}
+    elif len(found.models) - len(reference) <= _MOST_IN_FIGURES:
+        return found
+    else:
+        distance = _distances(found)
+        nearest = (
+            sorted(own, key=lambda model: distance.get(model, math.inf)) for own in by_role.values()
+        )
+        kept = {model for own in nearest for model in own[:2]}
+    return _without(set(found.models) - kept - set(reference), found)
+
+
+def _distances(found: Findings) -> dict[str, float]:
+    """Distance of every model's structure from the reference's, by the first evaluation of it."""
+    for name in ("rdf", "internal", "free_energy"):
+        if name in found.results:
+            numbers = EVALUATIONS[name].numbers_of(found)
+            key = f"{name}_error"
+            return {model: own[key] for model, own in numbers.items() if key in own}
+    return {}
+
+
+def _looks(finished: Finished, config: CoarseConfig, drawn: Findings) -> dict[str, Look]:
+    """Looks of all models, with those of a run like those of its kind in all figures.
+
+    What the figures of structure hold comes first and has colors of its own.
+    """
+    kinds = {run.name: run.variant.name for run in finished.records}
     names = {*finished.experiment.by_name, *finished.others, *config.run.models}
     if config.train.mean_forces is not None and config.train.mean_forces.apart is not None:
         names.add(MAPPED_FORCES)
-    known = looks(sorted(names))
-    return known | {run.name: known[run.variant.name] for run in finished.records}
+    known = looks([*(kinds.get(model, model) for model in drawn.models), *sorted(names)])
+    return known | {name: known[kind] for name, kind in kinds.items()}
 
 
 def _numbers_shown(shown: Findings) -> tuple[Table, ...]:
