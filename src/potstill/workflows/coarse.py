@@ -292,7 +292,7 @@ def judge(finished: Finished, config: CoarseConfig, display: Display) -> Finding
         dynamics=own.dynamics,
         workers=config.workers,
     )
-    return evaluate(settings, display)
+    return evaluate(settings, display, figures=False)  # the report has those of some models
 
 
 def _fitting_tests(frames: Structures, prior: PriorSettings | None) -> dict[str, dict[str, Any]]:

@@ -303,8 +303,17 @@ def _does_not_apply(skipped: Mapping[str, str]) -> str:
 # -- the command -----------------------------------------------------------------------------------
 
 
-def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings:
+def evaluate(
+    config: EvaluateConfig, display: Display | None = None, *, figures: bool = True
+) -> Findings:
     """Run the evaluations of a config, or those that are left.
+
+    Parameters
+    ----------
+    config : EvaluateConfig
+    display : Display, optional
+    figures : bool
+        Whether to draw what is seen in trajectories; its tables are written in any case.
 
     Raises
     ------
@@ -332,7 +341,7 @@ def evaluate(config: EvaluateConfig, display: Display | None = None) -> Findings
     found = run_evaluations(bench, chosen, folder, display)
     found = _of(candidates, found)
     for evaluation, _ in chosen if bench.frames else ():
-        for drawing in evaluation.drawings(found):
+        for drawing in evaluation.drawings(found) if figures else ():
             if not drawing.empty:
                 write_figure(folder, drawing)
         for table in evaluation.tables(found):
