@@ -21,7 +21,6 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from potstill.checkpoint import potential_fingerprint
-from potstill.display import seconds_in_words
 from potstill.errors import ConfigError, DataError
 from potstill.evaluate.base import (
     Bench,
@@ -249,15 +248,19 @@ def run_evaluations(
         display.say(_does_not_apply(skipped))
     roles = {candidate.name: candidate.role for _, group in chosen for candidate in group}
     write_json(folder / ROLES, read_json(folder / ROLES, {}) | roles)
-    work = [(e, candidate) for e, group in chosen if e.name not in skipped for candidate in group]
-    with display.task("evaluation", len(work)) as task:
-        for done, (evaluation, candidate) in enumerate(work):
-            task.update(done, note=f"{evaluation.title}: {candidate.name}")
+    chosen = [(e, group) for e, group in chosen if e.name not in skipped]
+    with display.task("evaluation", sum(len(group) for _, group in chosen)) as task:
+        done = 0
+        for evaluation, group in chosen:
             file = folder / f"{evaluation.name}.json"
             results = read_json(file, {})
-            if candidate.name not in results:
-                write_json(file, {**results, candidate.name: attempt(evaluation, bench, candidate)})
-        task.update(len(work))
+            for candidate in group:
+                task.update(done, note=f"{evaluation.title}: {candidate.name}")
+                if candidate.name not in results:
+                    results[candidate.name] = attempt(evaluation, bench, candidate)
+                    write_json(file, results)
+                done += 1
+        task.update(done)
     return read_findings(folder)
 
 
@@ -521,8 +524,7 @@ def _in_processes(
     def finish(progress: Progress[str]) -> None:
         done.add(progress.job)
         _collect(folder, progress.job, candidates)
-        left = seconds_in_words(progress.seconds_left)
-        task.update(progress.done, note=f"{progress.job}, about {left} left")
+        task.update(progress.done, note=progress.job)
 
     with display.task("dynamics and their evaluation", len(moving)) as task:
         run_jobs(
