@@ -147,8 +147,12 @@ def test_students_of_another_size_have_controls_of_theirs():
         "ensemble": {},
         "small-mapped": {"forces": "mapped", **small},
         "small-ensemble": {**small},
+        "large-ensemble": {"hyperparameters": {"l_max": 3}},
     }
-    variants = study(students=students, student={"l_max": 1}).experiment.by_name
+    sizes = {"teacher": {"l_max": 3}, "student": {"l_max": 1}}
+    variants = study(students=students, **sizes).experiment.by_name
+    # A teacher is what a student of its size would be without the others.
+    assert variants["large-ensemble"].against == ("teacher",)
     assert variants["ensemble"].against == ("mapped",)
     assert variants["small-ensemble"].against == ("small-mapped",)
     own = variants["small-ensemble"].settings_of(0).model.hyperparameters

@@ -41,7 +41,7 @@ from potstill.report.page import Page, write_page
 from potstill.report.panels import Drawing, Panel, Series, looks
 from potstill.report.plots import write_figure
 from potstill.report.tables import Spread, Table, number
-from potstill.report.verdicts import compare, over_sizes, sentence
+from potstill.report.verdicts import compare, over_metrics, over_sizes, sentence
 from potstill.species import SpeciesTable
 from potstill.structures import Properties, Structures
 from potstill.train import TrainSettings
@@ -700,10 +700,25 @@ def test_a_single_difference_within_chance_is_called_unclear():
     assert "is better than" in over_sizes([("s", cosine)], "student", "control")
 
 
+def test_one_sentence_tells_where_a_student_is_ahead():
+    forces, rdf, adf = (METRICS[key] for key in ("forces_rmse", "rdf_error", "adf_error"))
+    group = [
+        compare(rdf, [0.30, 0.34], [0.31, 0.32]),
+        compare(forces, [0.100, 0.101], [0.200, 0.202]),
+        compare(adf, [0.04], [0.02]),
+    ]
+    assert over_metrics(group, "student", "control") == (
+        f"student against control: better in {forces.name} (−50 %); worse (one run each) in "
+        f"{adf.name} (+100 %); no difference beyond the spread over seeds in {rdf.name} (+1.6 %)."
+    )
+
+
 def test_colors_are_the_same_everywhere():
     one, other = looks(["student", "x", "y"]), looks(["teacher", "student"])
     assert one["student"] == other["student"]
     assert len({look.color for look in one.values()}) == 3
+    many = looks(map(str, range(20)))
+    assert len({(look.color, look.line) for look in many.values()}) == 20
 
 
 def test_figures_leave_matplotlib_alone(tmp_path):

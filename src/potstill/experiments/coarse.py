@@ -280,6 +280,8 @@ class CoarseStudy(Study):
             for other, its in self.students.items()
             if not its.taught and its.hyperparameters == own.hyperparameters
         )
+        if not controls and {**size, **own.hyperparameters} == self.teacher:
+            controls = (TEACHERS,)
         return Variant(
             name,
             Role.STUDENT if own.taught else Role.CONTROL,

@@ -12,7 +12,7 @@ from potstill.experiments.spec import Role
 from potstill.metrics import METRICS, Metric
 from potstill.report.panels import plain_label
 from potstill.report.tables import Cell, Table, number
-from potstill.report.verdicts import Verdict, ordered_verdicts
+from potstill.report.verdicts import Comparison, Verdict, ordered_verdicts, over_metrics
 
 #: Distances from the mapped liquid or molecule, each with its noise.
 _STRUCTURE = {
@@ -43,6 +43,7 @@ class Lead:
 def headlines(results: Results) -> Lead:
     """Bars that are met or missed, the best models, and the main numbers of all."""
     verdicts = [*_forces(results), *_structure(results), *_stability(results), *_speed(results)]
+    verdicts += _against_controls(results)
     return Lead(ordered_verdicts(verdicts), _models(results))
 
 
@@ -135,6 +136,15 @@ def _speed(results: Results) -> list[Verdict]:
     text = f"Speed: {_name(student)} is {number(ratio)} times faster than all {members} teachers."
     bar = f"a student {number(_SPEEDUP * members)} times faster than all teachers"
     return [Verdict(text, bar, ratio >= _SPEEDUP * members)]
+
+
+def _against_controls(results: Results) -> list[Verdict]:
+    """What each student has gained over the model of its size that had no teacher."""
+    pairs: dict[tuple[str, str], list[Comparison]] = {}
+    for one in results.comparisons(results.measured((*_FORCES, *_STRUCTURE))):
+        if one.comparison.outcome != "unknown":
+            pairs.setdefault((_name(one.ours), _name(one.theirs)), []).append(one.comparison)
+    return [Verdict(over_metrics(group, *names)) for names, group in pairs.items()]
 
 
 # -- models ----------------------------------------------------------------------------------------

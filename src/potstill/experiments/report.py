@@ -66,7 +66,8 @@ def report_experiment(
     `folder` is that of `run_experiment`; it gets `report.html`, `report/` and `results.json`, which
     also holds the `command` that was typed. `on_model` is told what is measured next. `others`
     are checkpoints of potentials to show beside the runs. `more` are measures that were taken
-    elsewhere, `sections` stand before the others, and the page begins with what `lead` says.
+    elsewhere, `sections` stand before the others, and the page begins with what `lead` says
+    instead of all comparisons.
 
     Returns
     -------
@@ -94,12 +95,13 @@ def report_experiment(
     evaluated = measured.get("evaluations", {}).get("runs", {})
     keys = list(dict.fromkeys(key for numbers in evaluated.values() for key in numbers))
     sections += report_sections(results, folder / "report", keys)
-    sentences = verdicts(results)
-    if lead is not None:
+    if lead is None:
+        sentences = verdicts(results)
+    else:
         first = lead(results)
         first.table.write(folder / "report")
         sections = (Section("Models", tables=(first.table,)), *sections)
-        sentences = (*first.sentences, *sentences)
+        sentences = first.sentences
     page = Page(experiment.title, tuple(about.items()), sentences, (), (), sections)
     write_page(page, folder / "report.html")
     return result

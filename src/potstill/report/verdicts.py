@@ -157,6 +157,22 @@ def over_sizes(group: Sequence[tuple[str, Comparison]], ours: str, theirs: str) 
     return f"{start}; beyond the spread over seeds it is {' and '.join(beyond)}."
 
 
+def over_metrics(group: Sequence[Comparison], ours: str, theirs: str) -> str:
+    """One sentence over several metrics: in which the first is better, worse, or neither."""
+    outcomes: dict[str, list[str]] = {}
+    for c in group:
+        if c.outcome in ("unclear", "equal"):
+            how = "no difference beyond the spread over seeds in"
+        else:
+            how = f"{c.outcome} in" if c.tested else f"{c.outcome} ({_untested(c)}) in"
+        outcomes.setdefault(how, []).append(f"{c.metric.name} ({_percent(c.change)})")
+    ranked = sorted(
+        outcomes.items(), key=lambda item: ("better", "worse", "no").index(item[0].split()[0])
+    )
+    parts = [f"{how} {', '.join(metrics)}" for how, metrics in ranked]
+    return f"{ours} against {theirs}: {'; '.join(parts)}."
+
+
 def _untested(comparison: Comparison) -> str:
     runs = {comparison.ours.n, comparison.theirs.n}
     return "one run each" if runs == {1} else "one of them has a single run"
