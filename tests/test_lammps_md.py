@@ -1,7 +1,9 @@
 """Molecular dynamics in LAMMPS beside that in ASE, and LAMMPS' own analyses as oracles."""
 
 import importlib.util
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from potstill.evaluate.rdf import radial_distribution
 from potstill.evaluate.tools import make_calculator
 from potstill.readers import KeyMap, read
 from potstill.sample.md import MDJob
+from potstill.species import Species, SpeciesTable
 from potstill.structures import Structures
 from potstill.workflows.dynamics import MdConfig, run_dynamics
 from scripts import STUDIES, loaded
@@ -102,6 +105,15 @@ def test_thermostat_and_barostat_hold_their_targets(tmp_path):
     assert frames.structures.cell[-1, 0, 0] != frames.structures.cell[0, 0, 0]
 
 
+def test_beads_have_a_list_of_theirs(eam):
+    atoms = bulk("Al", "fcc", a=4.05, cubic=True)
+    beads = SpeciesTable((Species("bead", 100.0),))
+    start = Structures.from_ase(atoms)
+    coarse = start.with_fields(species=torch.zeros_like(start.species), species_table=beads)
+    assert "neighbor 1.0 bin\nneigh_modify delay 0 every 2 check" in eam.script(NVE, start)
+    assert "neighbor 3.0 bin\nneigh_modify delay 0 every 1 check" in eam.script(NVE, coarse)
+
+
 def test_a_finished_run_is_read_and_another_one_made_anew(eam, tmp_path):
     start = Structures.from_ase(bulk("Al", "fcc", a=4.05, cubic=True) * (2, 2, 2))
     zhou = lammps_engine("lammps", ZHOU, tmp_path)
@@ -112,6 +124,15 @@ def test_a_finished_run_is_read_and_another_one_made_anew(eam, tmp_path):
     assert (tmp_path / "dump.txt").stat().st_mtime_ns == written
     agree(again, first, tolerance=0.0)
     assert first.time.tolist() == [30.0, 40.0]
+    # The folder may lie elsewhere by now, and the potential's file with it.
+    shutil.copytree(tmp_path, tmp_path / "moved" / "run", ignore=lambda *_: ["moved"])
+    (tmp_path / "moved" / "run" / "in.lammps").write_text(
+        (tmp_path / "in.lammps")
+        .read_text()
+        .replace(str(Path(eam.potential.files[0]).parent), "/old")
+    )
+    run_in_lammps(job, start, eam, seed=0, folder=tmp_path / "moved" / "run")
+    assert "/old/" in (tmp_path / "moved" / "run" / "in.lammps").read_text()
     moved = start.deformed(1.01 * torch.eye(3, dtype=torch.float64))
     for changed in ({"seed": 1}, {"start": moved}, {"engine": zhou}):
         settings = {"start": start, "engine": eam, "seed": 0} | changed

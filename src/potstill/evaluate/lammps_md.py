@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -48,13 +49,16 @@ newton on
 box tilt large
 read_data {data}
 {commands}
-neighbor 1.0 bin
-neigh_modify delay 0 every 2 check yes
+{neighbors}
 timestep {timestep!r}
 {velocities}
 thermo {every}
 thermo_style custom step temp pe etotal press density
 """
+
+#: A bead moves as far in a step as an atom in several (see `potstill.deploy.lammps`).
+_OF_ATOMS = "neighbor 1.0 bin\nneigh_modify delay 0 every 2 check yes"
+_OF_BEADS = "neighbor 3.0 bin\nneigh_modify delay 0 every 1 check yes"
 
 _PRODUCTION = """\
 {integrator}
@@ -98,6 +102,7 @@ class LammpsEngine:
         return _HEAD.format(
             data=DATA,
             commands="\n".join([*self.potential.commands, *masses]),
+            neighbors=_OF_ATOMS if bool((start.atomic_numbers > 0).all()) else _OF_BEADS,
             timestep=1e-3 * job.timestep,
             velocities=velocities,
             every=job.steps_per_segment,
@@ -117,13 +122,20 @@ class LammpsEngine:
             digest.update(file.read_bytes())
         script = f"# Of structure and potential {digest.hexdigest()}\n{script}"
         done = folder / LOG
-        if done.is_file() and (folder / SCRIPT).read_text(encoding="utf-8") == script:
+        if done.is_file() and self._alike((folder / SCRIPT).read_text(encoding="utf-8"), script):
             return
         done.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / DATA, data)
         write_atomically(folder / SCRIPT, script)
         write_atomically(done, self.lammps.run(folder, SCRIPT, self.n_ranks))
+
+    def _alike(self, one: str, other: str) -> bool:
+        """Whether two scripts are the same wherever their potential's files lie."""
+        for file in self.potential.files:
+            place = rf'[^\s"]*/{re.escape(file.name)}\b'
+            one, other = (re.sub(place, file.name, script) for script in (one, other))
+        return one == other
 
 
 def lammps_engine(
