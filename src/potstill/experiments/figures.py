@@ -40,13 +40,16 @@ JUDGED = (
 _ALIKE = 1.05
 
 
-def main_figures(results: Results, folder: Path) -> tuple[Figure, ...]:
+def main_figures(
+    results: Results, folder: Path, given: Mapping[str, Look] | None = None
+) -> tuple[Figure, ...]:
     """Draw the analogues of Figs. 2 to 5 of Matin et al. and the seeds one by one.
 
     `folder` gets `<name>.png`, `.svg` and `.csv` for `pareto`, `capacity`, `learning_<size>`,
-    `rdf`, `cost`, `seeds`; a figure whose numbers nobody measured is left out.
+    `rdf`, `cost`, `seeds`; a figure whose numbers nobody measured is left out. `given` are looks
+    that strategies have in other figures of the report.
     """
-    known = looks([*results.strategies, *results.baselines])
+    known = looks([*results.strategies, *results.baselines]) | dict(given or {})
     known |= {name: Look(name, known[name].color, "", ":") for name in results.baselines}
     known["front"] = Look("Pareto front", "#9a9a9a", "")
     known["noise"] = Look("RDF error from noise", "#888888", "", "--")

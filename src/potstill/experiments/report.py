@@ -43,7 +43,7 @@ from potstill.experiments.tables import (
     summary_table,
 )
 from potstill.report.page import Page, Section, write_page
-from potstill.report.panels import plain_label
+from potstill.report.panels import Look, plain_label
 from potstill.report.tables import Table
 from potstill.report.verdicts import over_sizes
 from potstill.train import TrainSettings
@@ -60,6 +60,7 @@ def report_experiment(
     more: Mapping[str, Any] | None = None,
     sections: tuple[Section, ...] = (),
     lead: Callable[[Results], Lead] | None = None,
+    looks: Mapping[str, Look] | None = None,
 ) -> dict[str, Any]:
     """Measure what has been trained so far and write tables, figures and the report page.
 
@@ -67,7 +68,7 @@ def report_experiment(
     also holds the `command` that was typed. `on_model` is told what is measured next. `others`
     are checkpoints of potentials to show beside the runs. `more` are measures that were taken
     elsewhere, `sections` stand before the others, and the page begins with what `lead` says
-    instead of all comparisons.
+    instead of all comparisons. `looks` are those of the figures in `sections`.
 
     Returns
     -------
@@ -94,7 +95,7 @@ def report_experiment(
     results = Results(rows, experiment.baselines, named, similarity)
     evaluated = measured.get("evaluations", {}).get("runs", {})
     keys = list(dict.fromkeys(key for numbers in evaluated.values() for key in numbers))
-    sections += report_sections(results, folder / "report", keys)
+    sections += report_sections(results, folder / "report", keys, looks)
     if lead is None:
         sentences = verdicts(results)
     else:
@@ -170,11 +171,14 @@ def _errors_of_others(finished: Finished) -> dict[str, dict[str, float]]:
 
 
 def report_sections(
-    results: Results, folder: str | Path, evaluated: list[str] | None = None
+    results: Results,
+    folder: str | Path,
+    evaluated: list[str] | None = None,
+    looks: Mapping[str, Look] | None = None,
 ) -> tuple[Section, ...]:
     """Sections of the page; tables and figures are written into the folder, made if absent.
 
-    `evaluated` are metrics that evaluations have found.
+    `evaluated` are metrics that evaluations have found, `looks` those of figures elsewhere.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,7 +206,7 @@ def report_sections(
     similar = [cka_figure(results, student, folder) for student in students]
     progress = [progress_figure(results, pair, folder) for pair in results.pairs]
     return (
-        Section("Figures", figures=main_figures(results, folder)),
+        Section("Figures", figures=main_figures(results, folder, looks)),
         Section("Tables", tables=main),
         Section("Progress", figures=tuple(progress)),
         Section("Similarity", figures=tuple(one for one in similar if one is not None)),

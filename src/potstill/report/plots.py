@@ -271,8 +271,8 @@ def _set_ticks(axis: Axes, panel: Panel) -> None:
             limits = getattr(axis, f"get_{direction}lim")()
             ticks.set_major_locator(FixedLocator(_log_ticks(*limits)))
             ticks.set_minor_locator(NullLocator())
-        elif panel.colors is not None:  # maps are narrow, and many of angles: 90, not 100 degrees
-            ticks.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 3, 5, 6, 9, 10]))
+        elif panel.colors is not None:  # maps are narrow, and many of angles: 60 and 90 degrees
+            ticks.set_major_locator(MaxNLocator(5, steps=[1, 2, 3, 6, 9, 10]))
         else:
             ticks.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=4))
         ticks.set_major_formatter(FuncFormatter(lambda value, _: _tick_text(value)))

@@ -249,6 +249,7 @@ def run_coarse(config: CoarseConfig, display: Display, *, command: str = "") -> 
         more={"evaluations": _numbers(finished, found)},
         sections=(Section("Structure", figures=figures, tables=_numbers_shown(shown)),),
         lead=headlines,
+        looks=known,
     )
     return folder / "report.html"
 
