@@ -156,12 +156,16 @@ def numbers_in(value):
 
 @pytest.mark.parametrize("reference", ["trajectory", "teacher"])
 def test_several_models_at_a_time_give_what_they_give_one_by_one(folder, reference):
+    save_potential(folder / "other.pt", student("Al", l_max=0), {})
     given = {
-        "models": {name: {"spec": str(folder / "best.pt")} for name in ("student", "teacher")},
+        "models": {
+            "student": {"spec": str(folder / "other.pt")},
+            "teacher": {"spec": str(folder / "best.pt")},
+        },
         "structure": str(folder / "al.xyz"),
         "dynamics": {"n_runs": 2, "duration": 0.5, "equilibration": 0.1, "stride": 50.0},
         "settings": {"temperature": 600.0, "timestep": 5.0, "n_atoms": 32, "seed": 3},
-        "tests": {"rdf": {"n_blocks": 2, "n_bins": 40}, "adf": {}, "stability": {}, "pressure": {}},
+        "tests": {"rdf": {"n_blocks": 2}, "adf": {"cutoff": 3.5}, "stability": {}, "pressure": {}},
     }
     if reference == "trajectory":
         given["trajectories"] = {"reference": str(folder / "reference.xyz")}

@@ -506,9 +506,7 @@ def _in_processes(
     finds both.
     """
     folder = Path(config.out)
-    moving = {name: None for name in (bench.frames or {})}
-    if config.dynamics is not None:
-        moving |= dict.fromkeys(candidates)
+    moving = list(bench.frames or {}) if config.dynamics is None else list(candidates)
     standard = bench.standard or _standard(candidates, moving)
     names = config.tests or [n for n, e in EVALUATIONS.items() if not e.on_request]
     names = [name for name in names if EVALUATIONS[name].needs in _OF_TRAJECTORIES]
@@ -554,7 +552,8 @@ class _OneAtATime:
             key: {n: own for n, own in getattr(self.config, key).items() if n in both}
             for key in ("models", "trajectories")
         }
-        config = self.config.model_copy(update=given)
+        no_labels: dict[str, Any] = {"store": None, "files": (), "splits": {}}
+        config = self.config.model_copy(update=given | no_labels)
         bench, candidates = _prepared(config)
         bench = replace(bench, memory=self.memory)
         if config.dynamics is not None:
