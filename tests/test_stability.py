@@ -16,9 +16,10 @@ from potstill.cli import app
 from potstill.errors import ConfigError
 from potstill.evaluate.base import Bench, BenchSettings, Findings
 from potstill.evaluate.pressure import Pressure, pressure
-from potstill.evaluate.stability import OwnDynamics, Stability
+from potstill.evaluate.stability import OwnDynamics, Stability, with_departures
+from potstill.models import SpeciesOffsets
 from potstill.sample.replicas import ReplicaSettings, run_replicas
-from potstill.soundness import Liquid, overheated, widest_hole
+from potstill.soundness import Liquid, energy_departure, overheated, widest_hole
 from potstill.structures import Structures
 from potstill.units import BOLTZMANN, FS_IN_ASE_TIME, PRESSURE
 from potstill.workflows.evaluation import EvaluateConfig, evaluate
@@ -144,6 +145,32 @@ def test_runs_that_fail_are_counted_with_when_and_why(folder, engine):
     assert ("exploded" if engine == "lammps" else "temperature reached") in sentence
     with pytest.raises(ConfigError, match="need where to start"):
         OwnDynamics().starts(Bench(BenchSettings()))
+
+
+def test_a_run_that_changes_its_phase_has_failed(folder):
+    """As a liquid that freezes: nothing fuses, the thermostat holds, but the energy is another."""
+    rng, scale = np.random.default_rng(0), 32 * BOLTZMANN * 600.0
+    noise = 0.1 * scale * rng.standard_normal((200, 100))
+    noise = 0.5 * (noise[:, 1:] + noise[:, :-1])
+    assert sum(energy_departure(each, scale) is not None for each in noise) <= 1
+    assert energy_departure(noise[0, :15] - 9.0, scale) is None
+    times = np.arange(99)
+    first, change = energy_departure(noise[1] - scale * (times >= 60), scale)
+    assert 50 <= first <= 70
+    assert change == pytest.approx(-scale, rel=0.1)
+    first, change = energy_departure(noise[2] + scale * times / 99, scale)  # slowly
+    assert 30 <= first <= 60
+    assert change == pytest.approx(0.7 * scale, rel=0.1)
+
+    start = Structures.from_ase(aluminium()).select([0, 0])
+    settings = ReplicaSettings(600.0, n_frames=99, stride=5.0, timestep=5.0, equilibration=0.0)
+    run = run_replicas(start, SpeciesOffsets(start.species_table, [0.0]), settings)
+    energy = torch.from_numpy(np.concatenate([noise[0], noise[1] - scale * (times >= 60)]))
+    run = replace(run, frames=replace(run.frames, energy=energy))
+    one, other = with_departures(run, 600.0).breakdowns
+    assert one is None
+    assert other.reason == "the potential energy fell by 1.00 kT per atom: another phase"
+    assert 250.0 <= other.time <= 350.0
 
 
 def numbers_in(value):

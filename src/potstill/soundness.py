@@ -220,6 +220,38 @@ def overheated(frame: Structures, temperature: float) -> str:
     return f"the temperature reached {kelvin:.0f} K" if kelvin > limit else ""
 
 
+def energy_departure(energy: np.ndarray, scale: float) -> tuple[int, float] | None:
+    """Where the potential energy of a run has left its first mean for good: another phase.
+
+    A run that freezes, demixes or collapses need not have fused atoms or holes, and its temperature
+    is that of the thermostat. Its energy tells: the means of the first and last three of ten blocks
+    differ by more than a fifth of `scale` and by five standard errors. The latter are from the
+    median step between blocks, which neither a jump nor a slow drift enters much.
+
+    Parameters
+    ----------
+    energy : ndarray
+        (n,) in order of time, eV; nothing is said of fewer than 20.
+    scale : float
+        kT times the number of atoms, eV.
+
+    Returns
+    -------
+    tuple of int and float, or None
+        The frame from which on it is nearer to its last mean, and the change in eV.
+    """
+    if len(energy) < 20:
+        return None
+    parts = np.array_split(energy, 10)
+    means = np.array([part.mean() for part in parts])
+    start, change = means[:3].mean(), means[-3:].mean() - means[:3].mean()
+    scatter = np.median(np.abs(np.diff(means))) / 0.954  # of blocks, for a normal distribution
+    if abs(change) < max(0.2 * scale, 5.0 * scatter * math.sqrt(2.0 / 3.0)):
+        return None
+    far = np.abs(means - start) > 0.5 * abs(change)
+    return sum(map(len, parts[: int(far.argmax())])), float(change)
+
+
 def closest_approach(
     distances: Mapping[str, float], trained: Mapping[str, float] | None
 ) -> tuple[str, float, float] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -16,9 +16,17 @@ from potstill.evaluate.lammps_md import lammps_engine, run_replicas_in_lammps
 from potstill.report.tables import Row, number
 from potstill.report.verdicts import Verdict
 from potstill.sample.base import Progress
-from potstill.sample.replicas import ReplicaRun, ReplicaSettings, run_replicas
-from potstill.soundness import Connectivity, Liquid, Skeleton, closest_pairs, overheated
+from potstill.sample.replicas import Breakdown, ReplicaRun, ReplicaSettings, run_replicas
+from potstill.soundness import (
+    Connectivity,
+    Liquid,
+    Skeleton,
+    closest_pairs,
+    energy_departure,
+    overheated,
+)
 from potstill.structures import Structures
+from potstill.units import BOLTZMANN
 
 
 class OwnDynamics(BaseModel):
@@ -92,8 +100,8 @@ class OwnDynamics(BaseModel):
         """Run a candidate's dynamics, or the rest of it.
 
         A run fails where positions are not finite, the temperature runs away, atoms fuse or come
-        apart or, beside a reference trajectory, where the density of a liquid is lost or a bond of
-        a molecule breaks: `potstill.soundness`.
+        apart or, beside a reference trajectory, where the density of a liquid is lost, its energy
+        becomes that of another phase, or a bond of a molecule breaks: `potstill.soundness`.
         """
         starts, settings = self.starts(bench), self.settings(bench)
         reference = (bench.frames or {}).get(bench.standard)
@@ -119,12 +127,33 @@ class OwnDynamics(BaseModel):
             if folder is None:
                 raise ConfigError("dynamics in LAMMPS need a folder for its files")
             engine = lammps_engine(candidate.spec, candidate.args, folder)
-            return run_replicas_in_lammps(
+            run = run_replicas_in_lammps(
                 starts, engine, settings, folder, watch=watch, progress=progress
             )
-        return run_replicas(
-            starts, candidate.predictor, settings, folder=folder, watch=watch, progress=progress
-        )
+        else:
+            run = run_replicas(
+                starts, candidate.predictor, settings, folder=folder, watch=watch, progress=progress
+            )
+        if hot is None or reference is None or not bool(reference.pbc.all()):
+            return run
+        return with_departures(run, hot)
+
+
+def with_departures(run: ReplicaRun, temperature: float) -> ReplicaRun:
+    """The same run, failed where its potential energy becomes that of another phase."""
+    found = list(run.breakdowns)
+    groups, scale = np.array(run.frames.structures.group), BOLTZMANN * temperature * run.n_atoms
+    for k, breakdown in enumerate(run.breakdowns):
+        own = np.flatnonzero(groups == f"replica {k}")
+        left = energy_departure(run.frames.energy.numpy()[own], scale)
+        if breakdown is None and left is not None:
+            first, change = left
+            way, share = "fell" if change < 0 else "rose", abs(change) / scale
+            found[k] = Breakdown(
+                float(run.frames.time[own[first]]),
+                f"the potential energy {way} by {number(share)} kT per atom: another phase",
+            )
+    return replace(run, breakdowns=tuple(found))
 
 
 @dataclass(frozen=True)
