@@ -40,13 +40,15 @@ neighbor 1.0 bin
 neigh_modify delay 0 every 5 check yes
 timestep 0.001          # ps"""
 
-_OF_BEADS = """\
+#: A bead moves as far in a step as an atom in several.
+BEAD_NEIGHBORS = "neighbor 3.0 bin\nneigh_modify delay 0 every 1 check yes"
+
+_OF_BEADS = f"""\
 # A bead moves as far in a step as an atom in several: its list is wide, and checked in every step.
 # A time step is short enough if the same run without the thermostat keeps its energy.
-neighbor 3.0 bin
-neigh_modify delay 0 every 1 check yes
+{BEAD_NEIGHBORS}
 timestep 0.01           # ps
-fix bath all langevin ${temperature} ${temperature} 1.0 4928459"""
+fix bath all langevin ${{temperature}} ${{temperature}} 1.0 4928459"""
 
 _EXAMPLE = """\
 # Molecular dynamics with MODEL, a potential of potstill. Its types: TYPES

@@ -20,7 +20,7 @@ import torch
 
 from potstill.checkpoint import load_potential
 from potstill.deploy import deploy
-from potstill.deploy.lammps import STYLES, lammps_data
+from potstill.deploy.lammps import BEAD_NEIGHBORS, STYLES, lammps_data
 from potstill.deploy.lammps_build import Installation, build_plugin, find_lammps
 from potstill.deploy.lammps_table import lammps_table
 from potstill.errors import ConfigError, DataError, DivergenceError, ModelError
@@ -56,9 +56,7 @@ thermo {every}
 thermo_style custom step temp pe etotal press density
 """
 
-#: A bead moves as far in a step as an atom in several (see `potstill.deploy.lammps`).
-_OF_ATOMS = "neighbor 1.0 bin\nneigh_modify delay 0 every 2 check yes"
-_OF_BEADS = "neighbor 3.0 bin\nneigh_modify delay 0 every 1 check yes"
+_ATOM_NEIGHBORS = "neighbor 1.0 bin\nneigh_modify delay 0 every 2 check yes"
 
 _PRODUCTION = """\
 {integrator}
@@ -102,7 +100,7 @@ class LammpsEngine:
         return _HEAD.format(
             data=DATA,
             commands="\n".join([*self.potential.commands, *masses]),
-            neighbors=_OF_ATOMS if bool((start.atomic_numbers > 0).all()) else _OF_BEADS,
+            neighbors=_ATOM_NEIGHBORS if bool((start.atomic_numbers > 0).all()) else BEAD_NEIGHBORS,
             timestep=1e-3 * job.timestep,
             velocities=velocities,
             every=job.steps_per_segment,

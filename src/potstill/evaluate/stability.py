@@ -143,10 +143,10 @@ def with_departures(run: ReplicaRun, temperature: float) -> ReplicaRun:
     """The same run, failed where its potential energy becomes that of another phase."""
     found = list(run.breakdowns)
     groups, scale = np.array(run.frames.structures.group), BOLTZMANN * temperature * run.n_atoms
-    for k, breakdown in enumerate(run.breakdowns):
+    for k in (k for k, breakdown in enumerate(found) if breakdown is None):
         own = np.flatnonzero(groups == f"replica {k}")
         left = energy_departure(run.frames.energy.numpy()[own], scale)
-        if breakdown is None and left is not None:
+        if left is not None:
             first, change = left
             way, share = "fell" if change < 0 else "rose", abs(change) / scale
             found[k] = Breakdown(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -462,9 +462,9 @@ def _claim(config: EvaluateConfig, folder: Path) -> None:
     claim_folder(folder, config, free=free)
 
 
-def _standard(candidates: Mapping[str, Candidate], frames: Iterable[str]) -> str:
+def _standard(candidates: Mapping[str, Candidate], frames: Collection[str]) -> str:
     """The trajectory that others are compared with: a reference, else a teacher, else none."""
-    moving = [candidates[name] for name in candidates if name in set(frames)]
+    moving = [candidate for name, candidate in candidates.items() if name in frames]
     ranked = (c.name for role in (Role.REFERENCE, Role.TEACHER) for c in moving if c.role is role)
     return next(ranked, "")
 
