@@ -19,13 +19,14 @@ from potstill.checkpoint import load_potential, save_potential
 from potstill.cli import app
 from potstill.config import CoarseConfig, read_yaml, write_settings
 from potstill.display import Display
-from potstill.errors import DataError
+from potstill.errors import ConfigError, DataError
 from potstill.evaluate.base import BenchSettings
 from potstill.evaluate.stability import OwnDynamics
 from potstill.experiments.coarse import ENSEMBLE, CoarseStudy, Learned, MeanForces, _error
+from potstill.experiments.exploration import Exploration, largest_spread
 from potstill.experiments.measures import Finished
-from potstill.experiments.run import best_of
-from potstill.experiments.spec import TEACHER, Committee, TrainedTeacher
+from potstill.experiments.run import _training_data, best_of
+from potstill.experiments.spec import TEACHER, Committee, Run, TrainedTeacher
 from potstill.models import HIPNN, MeanPotential, PairPotential, SpeciesOffsets, SumPotential
 from potstill.species import Species, SpeciesTable
 from potstill.store import LabeledStore
@@ -157,6 +158,43 @@ def test_students_of_another_size_have_controls_of_theirs():
     assert variants["small-ensemble"].against == ("small-mapped",)
     own = variants["small-ensemble"].settings_of(0).model.hyperparameters
     assert own == {"l_max": 1, "n_features": 8}
+
+
+def test_students_wait_for_those_that_explore_for_them():
+    own = {
+        "first": {},
+        "second": {"explored_by": ["first", "mapped"]},
+        "mapped": {"forces": "mapped"},
+    }
+    experiment = study(students=own).experiment
+    second = Run(experiment.by_name["second"], 1)
+    assert [run.name for run in experiment.explorers_of(second)] == ["first-1", "mapped-1"]
+    assert experiment.needed_by(second)[-2:] == experiment.explorers_of(second)
+    assert [run.seed for run in experiment.teachers_of(second)] == [0, 1, 2]
+    assert experiment.by_name["second"].against == ("mapped",)
+    with pytest.raises(ConfigError, match="explored by 'fisrt', which does not exist; did you"):
+        _ = study(students={"first": {}, "x": {"explored_by": ["fisrt"]}}).experiment
+    circle = {"a": {"explored_by": ["b"]}, "b": {"explored_by": ["a"]}}
+    with pytest.raises(ConfigError, match="'a' is explored by itself, or by one that"):
+        _ = study(students=circle).experiment
+    for forces in ("mapped", "teacher"):
+        with pytest.raises(ValueError, match="only an ensemble labels frames"):
+            Learned(forces=forces, explored_by=("first",))
+
+
+def test_frames_that_the_teachers_do_not_know_are_left_out():
+    """By the bead on which they differ most, whatever the number of beads."""
+    frames = Structures.concatenate([liquid(seed=k) for k in range(3)])
+    spread = torch.full((frames.n_atoms, 3), 0.1, dtype=torch.float64)
+    spread[frames.atom_offsets[1] + 2] = torch.tensor([0.3, 0.0, 0.4], dtype=torch.float64)
+    usual = 0.1 * 3**0.5
+    torch.testing.assert_close(
+        largest_spread(frames, spread), torch.tensor([usual, 0.5, usual], dtype=torch.float64)
+    )
+    assert Exploration(max_spread=1.5).known(frames, spread, usual).tolist() == [True, False, True]
+    assert Exploration(max_spread=3.0).known(frames, spread, usual).all()
+    with pytest.raises(ConfigError, match="know none of the 3 frames"):
+        Exploration().known(frames, spread, 0.1)
 
 
 def test_mistakes_of_a_study_are_told():
@@ -358,6 +396,47 @@ def test_one_command_leads_from_a_trajectory_to_a_report(tmp_path, monkeypatch):
     drawn = drawn_of(None)
     assert {"reference", *others[:2]} < drawn
     assert others[2] not in drawn
+
+
+def test_a_student_learns_from_frames_of_another_ones_dynamics(tmp_path):
+    """With the ensemble's labels, beside the trajectory; once, and under these settings only."""
+    path = config(tmp_path)
+    data = read_yaml(path)
+    data["train"]["students"] = {"plain": {}, "own": {"explored_by": ["plain"]}}
+    data["train"]["exploration"] = {"n_runs": 3, "duration": 1.0, "stride": 100, "max_spread": 5}
+    data["baselines"] = {"pair": None, "pair_student": None}
+    write_settings(path, CoarseConfig.model_validate(data))
+
+    def trained():
+        return CliRunner().invoke(app, ["coarse", "train", str(path)])
+
+    assert trained().exit_code == 0, trained().output
+    run, settings = tmp_path / "run", CoarseConfig.model_validate(read_yaml(path)).train
+    assert settings.exploration.timestep == 5.0, "that of the runs to judge by"
+    record = json.loads((run / "own-0" / "run.json").read_text())
+    explored = record["explored"]["plain-0"]
+    assert explored["frames"] == 30
+    assert explored["failed"] == []
+    assert 0 < explored["used"] <= 30
+    of = settings.experiment.by_name
+    parts, _ = _training_data(settings.experiment, run, Run(of["own"], 0))
+    alone, _ = _training_data(settings.experiment, run, Run(of["plain"], 0))
+    training, n = parts["train"], len(alone["train"])
+    assert len(training) == n + explored["used"]
+    assert training.synthetic.tolist() == [k >= n for k in range(len(training))]
+    assert not training.labels["reference"].presence("forces", len(training))[n:].any()
+    assert len(parts["validation"]) == len(alone["validation"])
+    visited = training.select(torch.arange(n, len(training)))
+    mean = load_potential(run / "ensemble.pt")[0].predict(visited.structures)["forces"]
+    torch.testing.assert_close(visited.labels[TEACHER]["forces"], mean)
+    hot = visited.structures.velocities
+    assert hot is not None
+    assert hot.isfinite().all()
+    data["train"]["exploration"]["duration"] = 2.0
+    write_settings(path, CoarseConfig.model_validate(data))
+    refused = trained()
+    assert refused.exit_code != 0
+    assert "own-0 holds a run with other settings" in refused.output.replace("\n", " ")
 
 
 def test_baselines_that_cannot_be_are_refused(tmp_path):

@@ -206,6 +206,9 @@ def test_several_models_at_a_time_give_what_they_give_one_by_one(folder, referen
         assert set(one["student"]) != {"error"}
         assert list(one) == list(several)
     assert not list((folder / "out-2" / "parts").glob("*"))
+    summed = json.loads((folder / "out-2" / "numbers.json").read_text())
+    assert summed["teacher"]["failed_runs"] == 0.0
+    assert summed["student"]["rdf_error"] > summed["student"]["rdf_noise"] > 0.0
 
 
 def test_evaluations_may_be_added_and_keep_their_settings(folder):

@@ -198,10 +198,10 @@ def widest_hole(frame: Structures, spacing: float = 1.5) -> float:
     """
     cell = frame.cell[0].numpy()
     fractions = frame.positions.numpy() @ np.linalg.inv(cell)
-    images = np.array(list(np.ndindex(3, 3, 3))) - 1
+    images = np.indices((3, 3, 3)).reshape(3, -1).T - 1
     atoms = ((fractions % 1.0)[:, None] + images).reshape(-1, 3) @ cell
     counts = np.maximum(1, np.ceil(np.linalg.norm(cell, axis=1) / spacing)).astype(int)
-    places = (np.array(list(np.ndindex(*counts.tolist()))) + 0.5) / counts @ cell
+    places = (np.indices(counts).reshape(3, -1).T + 0.5) / counts @ cell
     return float(cKDTree(atoms).query(places)[0].max())
 
 

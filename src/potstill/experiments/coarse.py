@@ -20,6 +20,7 @@ from potstill.checkpoint import load_potential
 from potstill.distill import LossTerm
 from potstill.errors import DataError
 from potstill.evaluate.errors import predict_all
+from potstill.experiments.exploration import Exploration, Explored
 from potstill.experiments.measures import Finished
 from potstill.experiments.recipes import Study
 from potstill.experiments.spec import (
@@ -60,12 +61,22 @@ class Learned(Settings):
         Weigh forces and energies of beads less where the teachers of the ensemble differ.
     hyperparameters : dict
         Of this student, beside those of all students: a smaller one, say.
+    explored_by : tuple of str
+        Students whose dynamics (`exploration`) visits more frames for this one to learn from, with
+        the ensemble's labels. It then knows better where their dynamics go wrong.
     """
 
     forces: Literal["mapped", "teacher", "ensemble"] = "ensemble"
     energies: Literal["none", "total", "per_bead"] = "none"
     by_spread: bool = False
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
+    explored_by: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _labels_everywhere(self) -> Learned:
+        if self.explored_by and self.forces != "ensemble":
+            raise ValueError("only an ensemble labels frames that dynamics explores")
+        return self
 
     @model_validator(mode="after")
     def _spread_of_several(self) -> Learned:
@@ -172,6 +183,8 @@ class CoarseStudy(Study):
         Hyper-parameters beside those of `common`; a student is like a teacher by default.
     students : dict of str to Learned
         Students by name. One on mapped forces alone is the control of those of its size.
+    exploration : Exploration
+        Dynamics of students that explore for others.
     measure : None
         Liquids of beads are judged by `potstill coarse run`.
     w_total, w_bead : float
@@ -186,6 +199,7 @@ class CoarseStudy(Study):
     teacher: dict[str, Any] = Field(default_factory=dict)
     student: dict[str, Any] | None = None
     students: dict[str, Learned] = Field(default_factory=lambda: dict(STUDENTS))
+    exploration: Exploration = Field(default_factory=Exploration)
     measure: None = None
     w_total: float = Field(default=1.0, ge=0)
     w_bead: float = Field(default=1.0, ge=0)
@@ -292,4 +306,5 @@ class CoarseStudy(Study):
             teacher=one if own.forces == "teacher" else Committee(TEACHERS, members),
             against=controls if own.taught else (),
             seeds=self.seeds,
+            explored=Explored(own.explored_by, self.exploration) if own.explored_by else None,
         )

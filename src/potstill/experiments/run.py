@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from ase.calculators.calculator import BaseCalculator
 from pydantic import ValidationError
 from torch import Tensor
 
-from potstill.checkpoint import load_potential
+from potstill.checkpoint import load_potential, potential_fingerprint
 from potstill.display import Display, seconds_in_words
 from potstill.distill.taps import TapPair, resolve_taps
 from potstill.errors import ConfigError, DataError
@@ -29,6 +29,7 @@ from potstill.evaluate.errors import (
     predict_all,
 )
 from potstill.evaluate.tools import machine_description
+from potstill.experiments.exploration import FORCES_STD, largest_spread, summary
 from potstill.experiments.scheduler import Progress, run_jobs
 from potstill.experiments.spec import (
     TEACHER,
@@ -38,6 +39,7 @@ from potstill.experiments.spec import (
     GivenTeacher,
     Run,
     StoredTeacher,
+    Variant,
 )
 from potstill.files import write_atomically
 from potstill.metrics import S2EF_METRICS, Estimate
@@ -77,6 +79,9 @@ class RunRecord(Result):
         OC20's metrics by test set and averaged.
     taps : dict of str to TapPair
         Which taps learn from which, by term of the loss.
+    explored : dict
+        By run whose dynamics gave more to learn: `frames` that it visited, those `used`, and why
+        runs `failed`.
     """
 
     variant: str
@@ -93,6 +98,7 @@ class RunRecord(Result):
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     tests: S2EFErrors | None = None
     taps: dict[str, TapPair] = field(default_factory=dict)
+    explored: dict[str, Any] = field(default_factory=dict)
 
     @property
     def distilled(self) -> TapPair | None:
@@ -177,6 +183,7 @@ def claim(experiment: Experiment, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     file, config = folder / "study.json", experiment.config
+    before: Mapping[str, Variant] = {}
     if config is not None and file.is_file():
         try:  # through the class, so that settings newer than the study take their defaults
             stored: Any = type(config).model_validate(read_json(file))
@@ -186,10 +193,13 @@ def claim(experiment: Experiment, folder: Path) -> None:
             ) from None
         if stored.data != config.data:  # type: ignore[attr-defined]
             raise ConfigError(f"{folder} holds a study with other data: choose another folder")
+        before = stored.experiment.by_name
     for run in experiment.runs():
         if is_finished(folder, run):
-            stored = read_json(folder / run.name / "settings.json")["settings"]
-            if TrainSettings.model_validate(stored) != run.settings:
+            settings = read_json(folder / run.name / "settings.json")["settings"]
+            same = TrainSettings.model_validate(settings) == run.settings
+            was = before.get(run.variant.name, run.variant)
+            if not same or was.learns_from != run.variant.learns_from:
                 raise ConfigError(
                     f"{folder / run.name} holds a run with other settings: choose another folder, "
                     "or remove it"
@@ -272,7 +282,7 @@ def train_run(experiment: Experiment, folder: Path, run: Run, threads: int) -> N
         sets = {name: (part.structures, part.labels[source]) for name, part in parts.items()}
         sets |= {f"test:{k}": test.read(source) for k, test in experiment.data.tests.items()}
         metrics = {name: property_errors(potential, *data) for name, data in sets.items()}
-    summary = read_json(folder / run.name / "settings.json").get("features", {})
+    taps = read_json(folder / run.name / "settings.json").get("features", {})
     record = RunRecord(
         variant=run.variant.name,
         strategy=run.variant.strategy,
@@ -287,7 +297,8 @@ def train_run(experiment: Experiment, folder: Path, run: Run, threads: int) -> N
         threads=threads,
         metrics=metrics,
         tests=tests,
-        taps={term: TapPair.from_json(pair) for term, pair in summary.items()},
+        taps={term: TapPair.from_json(pair) for term, pair in taps.items()},
+        explored=read_json(folder / run.name / "explored.json", {}),
     )
     write_json(folder / run.name / "run.json", record.to_json())
 
@@ -316,8 +327,8 @@ def held_out_errors(experiment: Experiment, potential: Potential | BaseCalculato
 
 
 def _is_ready(experiment: Experiment, folder: Path, run: Run) -> bool:
-    """Whether the teachers that a student needs are there."""
-    return all(is_finished(folder, teacher) for teacher in experiment.needed_by(run))
+    """Whether what a student needs is there."""
+    return all(is_finished(folder, other) for other in experiment.needed_by(run))
 
 
 def _cost(settings: TrainSettings) -> float:
@@ -344,14 +355,17 @@ def _training_data(
     terms = [term for term in settings.label_terms if term.source == TEACHER]
     asked = list(dict.fromkeys(name for term in terms for name in term.labels))
 
+    def labels_of(structures: Structures, names: list[str]) -> Properties:
+        assert teacher is not None
+        return _labels_of(teacher, structures, names, run, folder)
+
     def with_labels(part: TrainingSet) -> TrainingSet:
         if not asked:
             return part
         if isinstance(given, StoredTeacher):
             own = LabeledStore.open(str(data.parts.store)).labels(given.source)
         else:
-            assert teacher is not None
-            own = _labels_of(teacher, part.structures, asked, run, folder)
+            own = labels_of(part.structures, asked)
         return replace(part, labels={**part.labels, TEACHER: own})
 
     parts, _ = load_parts(data.parts, complete=with_labels)
@@ -360,6 +374,9 @@ def _training_data(
         drawn = torch.Generator().manual_seed(run.seed)
         training = training.select(torch.randint(len(training), (len(training),), generator=drawn))
     parts["train"] = training
+    if run.variant.explored is not None:
+        training = _with_explored(experiment, folder, run, training, labels_of, asked)
+        parts["train"] = training
     if teacher is None:
         return parts, {}
     if data.features == "stored" and settings.feature_terms:
@@ -368,6 +385,46 @@ def _training_data(
     # Stored features need no teacher; with one, training asks it about the validation set, too.
     online = data.features == "online" or settings.augment is not None
     return parts, {TEACHER: teacher} if online else {}
+
+
+def _with_explored(
+    experiment: Experiment,
+    folder: Path,
+    run: Run,
+    training: TrainingSet,
+    label: Callable[[Structures, list[str]], Properties],
+    asked: list[str],
+) -> TrainingSet:
+    """The training set, and what dynamics of other runs visits, with the labels of a committee.
+
+    `explored.json` in the folder of the run says what that was.
+    """
+    assert run.variant.explored is not None
+    settings, start = run.variant.explored.settings, training.structures
+    info = LabeledStore.open(str(experiment.data.parts.store)).info
+    temperature = settings.temperature or info.get("temperature")
+    if temperature is None:
+        raise ConfigError("give 'exploration.temperature' in K: the beads' store has none")
+    known_spread = largest_spread(start, label(start, [FORCES_STD])[FORCES_STD]).max()
+    visited: list[TrainingSet] = []
+    found: dict[str, Any] = {}
+    for other in experiment.explorers_of(run):
+        file = best_of(folder, other)
+        origin = fingerprint_of(
+            potential_fingerprint(load_potential(file)[0]),
+            start.fingerprints(),
+            settings.model_dump(mode="json"),
+        )
+        place = folder / run.name / "explored" / f"{other.name}-{origin}"
+        dynamics = settings.explore(file, start, float(temperature), run.seed, place)
+        frames = dynamics.frames.structures
+        labels = label(frames, [*asked, FORCES_STD])
+        known = settings.known(frames, labels[FORCES_STD], float(known_spread))
+        rows = frames.rows(known.nonzero().flatten())
+        visited.append(TrainingSet(frames.select(rows), {TEACHER: labels.only(asked).select(rows)}))
+        found[other.name] = summary(dynamics, known)
+    write_json(folder / run.name / "explored.json", found)
+    return training.with_synthetic(reduce(TrainingSet.with_synthetic, visited))
 
 
 def _labels_of(
@@ -393,7 +450,7 @@ def _labels_of(
 def _teacher(experiment: Experiment, folder: Path, run: Run) -> Teacher:
     if isinstance(run.variant.teacher, GivenTeacher):
         return run.variant.teacher.model.make()
-    files = {str(other.seed): best_of(folder, other) for other in experiment.needed_by(run)}
+    files = {str(other.seed): best_of(folder, other) for other in experiment.teachers_of(run)}
     if len(files) == 1:
         return PotentialTeacher.from_checkpoint(*files.values())
     mean = MeanPotential({seed: load_potential(file)[0] for seed, file in files.items()})

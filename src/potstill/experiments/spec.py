@@ -17,8 +17,9 @@ from pydantic import BaseModel
 
 from potstill.distill import LossTerm
 from potstill.distill.terms import Line
-from potstill.errors import ConfigError
+from potstill.errors import ConfigError, suggest
 from potstill.evaluate.base import Role as Role
+from potstill.experiments.exploration import Explored
 from potstill.structures import Properties, Structures
 from potstill.train import TrainSettings
 from potstill.workflows.base import Settings, TeacherSettings, one_of
@@ -97,6 +98,8 @@ class Variant:
         Seeds; those of the experiment by default.
     bootstrap : bool
         Each run has as many training structures as there are, drawn with replacement by its seed.
+    explored : Explored, optional
+        Whose dynamics give more training structures, with labels of a committee alone.
     """
 
     name: str
@@ -110,6 +113,7 @@ class Variant:
     point: GridPoint | None = None
     seeds: tuple[int, ...] | None = None
     bootstrap: bool = False
+    explored: Explored | None = None
 
     def control(self, name: str, *, strategy: str = "", **weights: float) -> Variant:
         """The same without the teacher's terms.
@@ -144,6 +148,11 @@ class Variant:
         if isinstance(self.teacher, TrainedTeacher | Committee):
             return self.teacher.variant
         return self.teacher.name if isinstance(self.teacher, GivenTeacher) else ""
+
+    @property
+    def learns_from(self) -> tuple[Any, ...]:
+        """What decides on its training beside the settings."""
+        return self.teacher if self.taught else None, self.bootstrap, self.explored
 
     def settings_of(self, seed: int) -> TrainSettings:
         """All settings of the training with a seed."""
@@ -286,6 +295,27 @@ class Experiment:
         for name, teacher in trained.items():
             if isinstance(teacher, TrainedTeacher | Committee) and teacher.variant not in names:
                 raise ConfigError(f"'{name}' learns from '{teacher.variant}', which does not exist")
+        self._check_explorers()
+
+    def _check_explorers(self) -> None:
+        """Those whose dynamics others learn from exist, and nobody waits for itself."""
+        explorers = {v.name: v.explored.variants for v in self.variants if v.explored is not None}
+        for name, own in explorers.items():
+            for other in own:
+                if other not in self.by_name:
+                    raise ConfigError(
+                        f"'{name}' is explored by '{other}', which does not exist"
+                        f"{suggest(other, list(self.by_name))}"
+                    )
+            seen, ahead = set[str](), list(own)
+            while ahead:
+                if (other := ahead.pop()) == name:
+                    raise ConfigError(
+                        f"'{name}' is explored by itself, or by one that waits for it"
+                    )
+                if other not in seen:
+                    seen.add(other)
+                    ahead += explorers.get(other, ())
 
     @cached_property
     def by_name(self) -> dict[str, Variant]:
@@ -318,6 +348,16 @@ class Experiment:
         return None if first is None else Run(first, run.seed)
 
     def needed_by(self, run: Run) -> list[Run]:
+        """The runs that have to be finished before a run: its teachers, and those that explore."""
+        return [*self.teachers_of(run), *self.explorers_of(run)]
+
+    def explorers_of(self, run: Run) -> list[Run]:
+        """The runs whose dynamics gives a run more to learn."""
+        explored = run.variant.explored
+        names = () if explored is None else explored.variants
+        return [Run(self.by_name[name], run.seed) for name in names]
+
+    def teachers_of(self, run: Run) -> list[Run]:
         """The runs that a run learns from."""
         teacher = run.variant.teacher
         if not run.variant.taught or not isinstance(teacher, TrainedTeacher | Committee):

@@ -43,7 +43,13 @@ from potstill.workflows.base import (
     write_extxyz,
 )
 from potstill.workflows.baselines import Baselines, Beads, make_baselines
-from potstill.workflows.evaluation import EvaluateConfig, TestedModel, TrajectoryData, evaluate
+from potstill.workflows.evaluation import (
+    EvaluateConfig,
+    TestedModel,
+    TrajectoryData,
+    evaluate,
+    numbers_of,
+)
 from potstill.workflows.mapping import MapConfig, map_to_beads
 
 #: Evaluations of the models' own liquids ...
@@ -153,6 +159,9 @@ class CoarseConfig(Settings):
             data = {**data, "map": {**mapping, "out": store}}
         if isinstance(training, dict):
             own: dict[str, Any] = {"data": {"store": store, "sources": ["reference"]}}
+            judged = data.get("run") or {}
+            alike = {k: judged[k] for k in ("temperature", "timestep") if judged.get(k) is not None}
+            own["exploration"] = alike
             if data.get("prior", {}) is not None:
                 own["common"] = {"energy": {"prior": str(Path(str(data["out"])) / "prior.pt")}}
             data = {**data, "train": merged(own, training)}
@@ -398,13 +407,7 @@ def _numbers_shown(shown: Findings) -> tuple[Table, ...]:
 
 def _numbers(finished: Finished, found: Findings) -> dict[str, Any]:
     """Numbers of what was found, of runs and others, by the keys of `potstill.metrics.METRICS`."""
-    numbers: dict[str, dict[str, float]] = {}
-    for name, evaluation in EVALUATIONS.items():
-        if name in found.results:
-            for model, own in evaluation.numbers_of(found).items():
-                own = {key: float(value) for key, value in own.items()}
-                numbers.setdefault(model, {}).update(own)
-    runs = {run.name for run in finished.records}
+    numbers, runs = numbers_of(found), {run.name for run in finished.records}
     return {
         "runs": {name: own for name, own in numbers.items() if name in runs},
         "others": {name: own for name, own in numbers.items() if name not in runs},

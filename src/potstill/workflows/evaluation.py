@@ -3,7 +3,8 @@
 Each file maps the name of a potential to its result, or to `{"error": ...}` where it could not be
 done; what a file holds already is not computed again, unless the model has been trained anew since.
 `skipped.json` says which evaluations do not apply to the data at hand, and what they need;
-`roles.json` says what each potential is for, and `models.json` which weights it had.
+`roles.json` says what each potential is for, and `models.json` which weights it had. `numbers.json`
+sums up all results in one number each, by potential.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from potstill.evaluate.base import (
     Findings,
     Result,
     Role,
+    as_json,
 )
 from potstill.evaluate.stability import OwnDynamics
 from potstill.evaluate.table import (
@@ -61,6 +63,8 @@ from potstill.workflows.dynamics import write_trajectory
 
 #: Files of the evaluations that do not apply, of the models' roles and of their fingerprints.
 SKIPPED, ROLES, MODELS = "skipped.json", "roles.json", "models.json"
+#: File of all numbers by model.
+NUMBERS = "numbers.json"
 
 #: Folder of results that a process of its own has just found.
 PARTS = "parts"
@@ -294,6 +298,16 @@ def read_findings(folder: Path) -> Findings:
     return Findings(results, roles=roles, problems=tuple(problems), failed=failed)
 
 
+def numbers_of(found: Findings) -> dict[str, dict[str, float]]:
+    """Single numbers of all results by model, by the keys of `potstill.metrics.METRICS`."""
+    numbers: dict[str, dict[str, float]] = {}
+    for name in found.results:
+        for model, own in EVALUATIONS[name].numbers_of(found).items():
+            own = {key: float(value) for key, value in own.items()}
+            numbers.setdefault(model, {}).update(own)
+    return numbers
+
+
 def _does_not_apply(skipped: Mapping[str, str]) -> str:
     """One sentence on all evaluations that do not apply."""
     by_need: dict[str, list[str]] = {}
@@ -316,7 +330,8 @@ def evaluate(
     config : EvaluateConfig
     display : Display, optional
     figures : bool
-        Whether to draw what is seen in trajectories; its tables are written in any case.
+        Whether to draw what is seen in trajectories and to write `numbers.json`; tables of what is
+        seen are written in any case.
 
     Raises
     ------
@@ -331,18 +346,26 @@ def evaluate(
     _forget_retrained(_models(config, candidates), bench, folder, display)
     if config.workers > 1:
         _in_processes(config, bench, candidates, display)
+    seen = _seen(config, candidates)
     if config.dynamics is not None:
+        # Trajectories that all has been seen in are not read again, but for one that says which
+        # evaluations apply, and what the others are compared with.
+        kept = {*list(config.models)[:1], bench.standard or _standard(candidates, candidates)}
+        left = {n: c for n, c in candidates.items() if n not in seen or n in kept}
         said = Display() if config.workers > 1 else display  # these only read what is there
-        bench = _with_dynamics(bench, config.dynamics, candidates, folder, said)
+        bench = _with_dynamics(bench, config.dynamics, left, folder, said)
     chosen = []
     for evaluation in _asked(config, bench):
         if evaluation.needs in ("frames", "trajectories"):
-            given = [c for name, c in candidates.items() if name in (bench.frames or {})]
+            moved = {*(bench.frames or {}), *seen}
+            given = [c for name, c in candidates.items() if name in moved]
         else:
             given = _models(config, candidates)
         chosen.append((evaluation, [c for c in given if c.spec or not evaluation.needs_model]))
     found = run_evaluations(bench, chosen, folder, display)
     found = _of(candidates, found)
+    if figures:
+        write_json(folder / NUMBERS, as_json(numbers_of(found)))
     for evaluation, _ in chosen if bench.frames else ():
         for drawing in evaluation.drawings(found) if figures else ():
             if not drawing.empty:
@@ -508,12 +531,10 @@ def _in_processes(
     folder = Path(config.out)
     moving = list(bench.frames or {}) if config.dynamics is None else list(candidates)
     standard = bench.standard or _standard(candidates, moving)
-    names = config.tests or [n for n, e in EVALUATIONS.items() if not e.on_request]
-    names = [name for name in names if EVALUATIONS[name].needs in _OF_TRAJECTORIES]
+    names = _of_trajectories(config)
     for part in (folder / PARTS).glob("*"):  # of an interrupted run
         _collect(folder, part.name, candidates)
-    known = [set(read_json(folder / f"{name}.json", {})) for name in names]
-    done = set(moving).intersection(*known) if known else set(moving)
+    done = _seen(config, moving)
 
     def size(name: str) -> int:
         file = Path(candidates[name].spec)
@@ -533,6 +554,18 @@ def _in_processes(
             workers=config.workers,
             on_progress=finish,
         )
+
+
+def _of_trajectories(config: EvaluateConfig) -> list[str]:
+    """Evaluations that look at trajectories or runs, of those that a config asks for."""
+    names = config.tests or [n for n, e in EVALUATIONS.items() if not e.on_request]
+    return [name for name in names if EVALUATIONS[name].needs in _OF_TRAJECTORIES]
+
+
+def _seen(config: EvaluateConfig, names: Iterable[str]) -> set[str]:
+    """Those of the names whose trajectories all these evaluations have seen."""
+    files = [Path(config.out) / f"{name}.json" for name in _of_trajectories(config)]
+    return set(names).intersection(*(read_json(file, {}) for file in files)) if files else set()
 
 
 @dataclass(frozen=True)
