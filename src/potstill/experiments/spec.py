@@ -140,6 +140,7 @@ class Variant:
             against=(),
             point=None,
             seeds=None,
+            explored=None,
         )
 
     @property
