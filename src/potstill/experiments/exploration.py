@@ -31,8 +31,17 @@ class Exploration(OwnDynamics):
 
     Parameters
     ----------
-    n_runs, duration, equilibration, stride, thermostat_time, engine
-        As of the dynamics that models are judged by. Rare failures need long runs.
+    n_runs : int
+        Runs of each student, which start from frames of the training set.
+    duration, equilibration : float
+        ps; rare failures need long runs.
+    stride : float
+        fs between frames.
+    thermostat_time : float, optional
+        fs, the inverse of Langevin's friction; `null` for constant energy.
+    engine : {"replicas", "lammps"}
+        All runs at a time in this process, or one after the other in LAMMPS, which is faster for
+        one small box.
     temperature : float, optional
         K; by default that of the mapped trajectory.
     timestep : float
