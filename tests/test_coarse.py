@@ -23,7 +23,7 @@ from potstill.errors import ConfigError, DataError
 from potstill.evaluate.base import BenchSettings
 from potstill.evaluate.stability import OwnDynamics
 from potstill.experiments.coarse import ENSEMBLE, CoarseStudy, Learned, MeanForces, _error
-from potstill.experiments.exploration import Exploration, largest_spread
+from potstill.experiments.exploration import Exploration
 from potstill.experiments.measures import Finished
 from potstill.experiments.run import _training_data, best_of
 from potstill.experiments.spec import TEACHER, Committee, Run, TrainedTeacher
@@ -189,7 +189,7 @@ def test_frames_that_the_teachers_do_not_know_are_left_out():
     spread[frames.atom_offsets[1] + 2] = torch.tensor([0.3, 0.0, 0.4], dtype=torch.float64)
     usual = 0.1 * 3**0.5
     torch.testing.assert_close(
-        largest_spread(frames, spread), torch.tensor([usual, 0.5, usual], dtype=torch.float64)
+        frames.longest_by_system(spread), torch.tensor([usual, 0.5, usual], dtype=torch.float64)
     )
     assert Exploration(max_spread=1.5).known(frames, spread, usual).tolist() == [True, False, True]
     assert Exploration(max_spread=3.0).known(frames, spread, usual).all()

@@ -188,6 +188,12 @@ class Structures:
         total = values.new_zeros(self.n_systems, *values.shape[1:])
         return total.index_add(0, self.system_index, values)
 
+    def longest_by_system(self, vectors: Tensor) -> Tensor:
+        """(S,) length of the longest of (N, 3) vectors of the atoms of each system."""
+        lengths = torch.linalg.vector_norm(vectors, dim=1)
+        longest = lengths.new_zeros(self.n_systems)
+        return longest.scatter_reduce(0, self.system_index, lengths, "amax")
+
     def per_row(self, name: str, value: Tensor) -> Tensor:
         """What (S, ...) values mean for each row of a property's: (S, ...) or (N, ...)."""
         return value if property_spec(name).level == "system" else value[self.system_index]

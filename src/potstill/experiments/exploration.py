@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -62,9 +61,7 @@ class Exploration(OwnDynamics):
         self, checkpoint: Path, start: Structures, temperature: float, seed: int, folder: Path
     ) -> ReplicaRun:
         """Run the dynamics of a model from some of the structures, or what is left of it."""
-        shared = BenchSettings(
-            temperature=self.temperature or temperature, timestep=self.timestep, seed=seed
-        )
+        shared = BenchSettings(temperature=temperature, timestep=self.timestep, seed=seed)
         bench = Bench(shared, frames={"reference": start}, standard="reference")
         return self.run(bench, Candidate(checkpoint.parent.name, str(checkpoint)), folder)
 
@@ -78,7 +75,7 @@ class Exploration(OwnDynamics):
         ConfigError
             If there is none.
         """
-        known = largest_spread(frames, spread) <= self.max_spread * trained
+        known = frames.longest_by_system(spread) <= self.max_spread * trained
         if not known.any():
             raise ConfigError(
                 f"the teachers know none of the {len(known)} frames that the dynamics visited: "
@@ -93,14 +90,6 @@ class Explored:
 
     variants: tuple[str, ...]
     settings: Exploration
-
-
-def largest_spread(structures: Structures, spread: Tensor) -> Tensor:
-    """(S,) the largest spread of the force on an atom, eV/Å, from (N, 3) spreads."""
-    norms = spread.norm(dim=-1)
-    return torch.zeros(len(structures), dtype=norms.dtype).scatter_reduce(
-        0, structures.system_index, norms, "amax"
-    )
 
 
 def summary(run: ReplicaRun, known: Tensor) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from potstill.evaluate.errors import (
     predict_all,
 )
 from potstill.evaluate.tools import machine_description
-from potstill.experiments.exploration import FORCES_STD, largest_spread, summary
+from potstill.experiments.exploration import FORCES_STD, summary
 from potstill.experiments.scheduler import Progress, run_jobs
 from potstill.experiments.spec import (
     TEACHER,
@@ -405,7 +405,7 @@ def _with_explored(
     temperature = settings.temperature or info.get("temperature")
     if temperature is None:
         raise ConfigError("give 'exploration.temperature' in K: the beads' store has none")
-    known_spread = largest_spread(start, label(start, [FORCES_STD])[FORCES_STD]).max()
+    trained = float(start.longest_by_system(label(start, [FORCES_STD])[FORCES_STD]).max())
     visited: list[TrainingSet] = []
     found: dict[str, Any] = {}
     for other in experiment.explorers_of(run):
@@ -418,9 +418,9 @@ def _with_explored(
         place = folder / run.name / "explored" / f"{other.name}-{origin}"
         dynamics = settings.explore(file, start, float(temperature), run.seed, place)
         frames = dynamics.frames.structures
-        labels = label(frames, [*asked, FORCES_STD])
-        known = settings.known(frames, labels[FORCES_STD], float(known_spread))
-        rows = frames.rows(known.nonzero().flatten())
+        labels = label(frames, list(dict.fromkeys((*asked, FORCES_STD))))
+        known = settings.known(frames, labels[FORCES_STD], trained)
+        rows = frames.rows(known)
         visited.append(TrainingSet(frames.select(rows), {TEACHER: labels.only(asked).select(rows)}))
         found[other.name] = summary(dynamics, known)
     write_json(folder / run.name / "explored.json", found)

@@ -210,9 +210,7 @@ class Cotangents:
 
         Then no pair vector within that reach changes by more than 2 epsilon a0.
         """
-        largest = self.forces.new_zeros(point.structures.n_systems)
-        norm = torch.linalg.vector_norm(self.forces, dim=1)
-        largest = largest.scatter_reduce(0, point.structures.system_index, norm, "amax")
+        largest = point.structures.longest_by_system(self.forces)
         if self.strain is None:
             return largest
         return largest + 0.5 * point.neighbors.cutoff * torch.linalg.matrix_norm(self.strain)
